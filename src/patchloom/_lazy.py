@@ -1,4 +1,4 @@
-"""What keeps `import patchloom` light: verbs that load on first use, and encoders that register when timm loads."""
+"""What keeps `import patchloom` light: verbs that load when used, encoders that register when timm loads."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _AfterImport(MetaPathFinder, Loader):
 
 
 def after_import(name: str, callback: Callable[[], None]) -> None:
-    """Call `callback` once the module `name` has been imported: now if it already is, else right after it is."""
+    """Call `callback` once the module `name` is imported: now if it already is, else right after."""
     if name in sys.modules:
         callback()
     else:

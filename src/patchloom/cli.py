@@ -3,7 +3,8 @@
 Every option of a command is an argument of the function, or a field of the settings class, that carries the
 command out; their docstrings are the help texts. Only the modules of the command at hand are imported.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Errors are one sentence; `--debug` shows the traceback.
+Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Errors are one sentence; `--debug` shows the
+traceback.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class Verb(NamedTuple):
 
 
 COMMANDS: dict[str, Command | Verb] = {
-    "demo": Command(
-        "embedded photographs to a trained encoder and a report, in minutes", "patchloom.demo:demo"
-    ),
+    "demo": Command("from embedded photographs to a trained encoder and a report", "patchloom.demo:demo"),
     "tokenize fit": Command("build a centroid codebook from images", "patchloom.tokenizers:fit_codebook"),
     "tokenize show": Command(
         "draw a codebook and what images look like through it",
@@ -218,7 +217,7 @@ def _underscored(argument: str) -> str:
 
 
 def _spelled_out_switches(rest: list[str], switches: set[str]) -> list[str]:
-    """Turn `--resume` and `--no_resume` into the `--resume=true` and `--resume=false` that the parser reads."""
+    """Turn `--resume` and `--no_resume` into `--resume=true` and `--resume=false`."""
     spelled = []
     for position, argument in enumerate(rest):
         name = argument.removeprefix("--")
@@ -268,9 +267,12 @@ def _one_sentence(error: Exception) -> str:
 def _plain_words(complaint: str) -> str:
     """Rewrite a complaint of the parser about a value in the words of the command line."""
     complaint = re.sub(r'Parser key "([\w.]+)":', r"--\1:", complaint)
-    complaint = re.sub(
-        r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])\.", r"expected \1\2,", complaint
-    )
+    union = re.search(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", complaint)
+    if union:
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", union[1]).replace("NoneType", "null").replace(", ", " or ")
+        complaint = f"{complaint[: union.start()]}expected {kinds}, got {union[2]}"
+    complaint = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1,", complaint)
+    complaint = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\.", r"expected one of \1;", complaint)
     complaint = complaint.replace("Got value:", "got")
     return re.sub(r"the following arguments are required: (.*)", _missing_options, complaint)
 
