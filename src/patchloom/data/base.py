@@ -1,0 +1,140 @@
+"""What a data source is: images by index (map-style) or images in a stream (shards).
+
+A source holds names, never decoded pixels or open handles, so that it can be pickled to data workers and a
+folder of millions of files costs a few hundred megabytes of names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One image as it leaves a source."""
+
+    image: Tensor
+    """(C, H, W) uint8."""
+    label: int
+    """Class index, -1 when unknown."""
+    key: str
+    """Name of the image within its source: a relative path or a stable id."""
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; a training run skips, counts and lists it."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"cannot read image {key!r}: {reason}")
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnreadableImageError], tuple[str, str]]:
+        return type(self), (self.key, self.reason)
+
+
+class Unreadable(NamedTuple):
+    """What a stream yields in place of a sample it cannot decode."""
+
+    key: str
+    reason: str
+
+
+class Source(ABC):
+    """Images by index.
+
+    Attributes:
+        name: The source as the user named it.
+        class_names: Names of the classes, or None when the images are unlabelled.
+        labels: (n,) int64, -1 where unknown; or None when the images are unlabelled.
+        in_chans: Channels of the images `read` returns.
+    """
+
+    name: str
+    class_names: list[str] | None = None
+    labels: np.ndarray | None = None
+    in_chans: int = 3
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images listed (some may prove unreadable)."""
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """Return image number `index`.
+
+        Raises:
+            UnreadableImageError: The image cannot be decoded.
+        """
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """Return the name of image number `index` without decoding it."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short hash that changes when the listed images do (names, sizes, times; not pixels)."""
+
+    def describe(self) -> dict[str, object]:
+        """Return what a report says about the source."""
+        classes = None if self.class_names is None else len(self.class_names)
+        return {
+            "name": self.name,
+            "images": len(self),
+            "classes": classes,
+            "fingerprint": self.fingerprint(),
+        }
+
+
+class StreamSource(ABC):
+    """Images in a stream: shards read from front to back.
+
+    Attributes:
+        name: The source as the user named it.
+        class_names: Names of the classes, or None when unknown.
+        labels: Always None; labels come with the samples.
+        in_chans: Channels of the images yielded.
+        num_samples: Images per epoch where known, else None.
+    """
+
+    name: str
+    class_names: list[str] | None = None
+    labels: None = None
+    in_chans: int = 3
+    num_samples: int | None = None
+
+    @abstractmethod
+    def samples(
+        self,
+        *,
+        epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        worker: int = 0,
+        num_workers: int = 1,
+        shuffle: bool = True,
+        skip: int = 0,
+    ) -> Iterator[Sample | Unreadable]:
+        """Yield the images of one epoch that fall to this worker of this rank.
+
+        No image is yielded by two (rank, worker) pairs. The order is a function of the arguments alone; the
+        first `skip` images are passed over without being decoded.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a short hash that changes when the shards do (names, sizes, times)."""
+
+    def describe(self) -> dict[str, object]:
+        """Return what a report says about the source."""
+        return {
+            "name": self.name,
+            "images": self.num_samples,
+            "classes": None if self.class_names is None else len(self.class_names),
+            "fingerprint": self.fingerprint(),
+        }
