@@ -1,0 +1,265 @@
+"""Settings every training command shares, and how they are read, checked and written.
+
+A method adds its own by subclassing `TrainConfig`. The text under each field is the only place where its
+meaning stands: `--help` and the docs are made from it.
+
+>>> from patchloom.training.config import TrainConfig, config_from_mapping
+>>> config = config_from_mapping(TrainConfig, {"data": "photos", "out": "runs/a", "encoder": "vit_tiny_patch16_224"})
+>>> config.epochs
+300
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from patchloom.errors import UsageError, unknown_name
+
+# What may differ between a run and its continuation: it changes where and how fast, not what is computed.
+FREE_ON_RESUME = frozenset(
+    {"data", "out", "resume", "overwrite", "accelerator", "devices", "nodes", "num_workers", "log_every"}
+    | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data"}
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of the engine."""
+
+    data: str
+    """Images to train on: a folder, shards (train-{000000..000099}.tar), photos, digits, torchvision:NAME or hf:NAME"""
+    out: str
+    """Run folder; must be empty or absent unless resume or overwrite is set"""
+    encoder: str = "ccvit_base_patch16_224"
+    """Name of a timm model, or the path of a bundle or run to start from"""
+    image_size: int | None = None
+    """Side of the training images in pixels; default: what the encoder was made for"""
+    in_chans: int = 3
+    """Channels of the images: 3 (grey ones are repeated) or 1"""
+    epochs: int = 300
+    """Passes over the images"""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps, whatever epochs says (the schedule ends there too)"""
+    batch_size: int = 128
+    """Images per device and forward pass"""
+    accumulate: int = 1
+    """Forward passes per optimiser step; the global batch is batch_size * accumulate * devices * nodes"""
+    lr: float = 1.5e-3
+    """Peak learning rate, for a global batch of lr_base_batch where that is set"""
+    lr_base_batch: int | None = None
+    """Scale lr by global batch / lr_base_batch (the field's linear rule uses 256); default: lr is used as it is"""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine"""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
+    weight_decay: float = 0.05
+    """AdamW weight decay (not on biases, norms, position embeddings and class tokens)"""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of its cosine; default: constant"""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW betas"""
+    eps: float = 1e-8
+    """AdamW epsilon"""
+    clip_grad: float | None = 3.0
+    """Largest global L2 norm of the gradient; null for no clipping"""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block to the one below it, in (0, 1]"""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block, in [0, 1)"""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic; auto is bf16-mixed on a GPU that has it and 32-true elsewhere"""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Kind of device"""
+    devices: int = 1
+    """Devices (processes) per node; 0 means all there are"""
+    nodes: int = 1
+    """Number of machines; start the same command on each (SLURM and torchrun are recognised)"""
+    strategy: Literal["auto", "ddp", "ddp_spawn", "fsdp"] = "auto"
+    """How processes share the work; auto is ddp when there is more than one"""
+    num_workers: int = 2
+    """Processes per device that read and augment images"""
+    seed: int = 0
+    """Seed of weights, order, augmentation and masks"""
+    resume: bool = False
+    """Go on with the run in out where it stopped; starts it if there is none"""
+    overwrite: bool = False
+    """Delete an earlier run in out first"""
+    compile: bool = False
+    """Compile the encoder's blocks with torch.compile (worth it for long runs)"""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time"""
+    ema: float | None = None
+    """Decay per step of a moving average of the encoder, in (0, 1); the bundle then holds the average"""
+    init_from: str | None = None
+    """Bundle or run whose weights the encoder starts from (same architecture)"""
+    checkpoint_every: int = 500
+    """Optimiser steps between checkpoints; one is also written when an epoch and when the run ends"""
+    probe_data: str | None = None
+    """Labelled held-out images for the k-NN probe and the report's pictures; default: part of data"""
+    probe_every: int = 10
+    """Epochs between probes (k-NN accuracy where labels exist, feature health always); 0 for none before the end"""
+    log_every: int = 20
+    """Optimiser steps between rows of metrics.csv and of TensorBoard"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have.
+
+        Raises:
+            UsageError: With the value and what would be right.
+        """
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_choice(field.name, getattr(self, field.name), hints[field.name])
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "nodes",
+            "checkpoint_every",
+            "log_every",
+            "in_chans",
+        ):
+            _check_range(name, getattr(self, name), at_least=1)
+        for name in (
+            "num_workers",
+            "devices",
+            "probe_every",
+            "warmup_epochs",
+            "weight_decay",
+            "min_lr",
+            "seed",
+        ):
+            _check_range(name, getattr(self, name), at_least=0)
+        for name in ("max_steps", "lr_base_batch", "image_size"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), at_least=1)
+        _check_range("lr", self.lr, above=0)
+        _check_range("drop_path", self.drop_path, at_least=0, below=1)
+        _check_range("layer_decay", self.layer_decay, above=0, at_most=1)
+        if self.clip_grad is not None:
+            _check_range("clip_grad", self.clip_grad, above=0)
+        if self.ema is not None:
+            _check_range("ema", self.ema, above=0, below=1)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas is {self.betas}; give two numbers in [0, 1)")
+        if self.resume and self.overwrite:
+            raise UsageError("resume keeps the run and overwrite deletes it; set one of them")
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def config_from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return settings from names and values.
+
+    Raises:
+        UsageError: An unknown name (with the nearest), a missing one, or a value of the wrong kind.
+    """
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in values:
+        if name not in known:
+            raise unknown_name("setting", name, known)
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UsageError(f"missing {' and '.join(missing)}")
+    hints = get_type_hints(config_class)
+    return config_class(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def write_config(config: TrainConfig, path: Path, command: str) -> None:
+    """Write the settings as YAML that `patchloom COMMAND --config` reads back."""
+    values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    text = f"# patchloom {command} --config {path.name}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the names and values in a run's `config.yaml`.
+
+    Raises:
+        UsageError: The file is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings (a YAML mapping was expected)")
+    return values
+
+
+def refuse_changes(saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse to go on with a run under settings that would make it another run.
+
+    Raises:
+        UsageError: Names the setting and both values.
+    """
+    for name, value in dataclasses.asdict(config).items():
+        if name in FREE_ON_RESUME or name not in saved:
+            continue
+        before = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        if before != value:
+            raise UsageError(
+                f"the run in {config.out} has {name}={before}, not {value}; resume it unchanged, or start a new run "
+                f"(init_from={config.out} takes its weights)"
+            )
+
+
+def _check_choice(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise unknown_name(name, str(value), [str(choice) for choice in get_args(hint)])
+
+
+def _check_range(
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    low = (at_least is None or value >= at_least) and (above is None or value > above)
+    high = (at_most is None or value <= at_most) and (below is None or value < below)
+    if not (low and high):
+        words = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+        right = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        raise UsageError(f"{name} is {value}; it must be {right}")
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """Let YAML's and Python's near misses in: 1e-3 as text, whole numbers as floats, lists as tuples, paths."""
+    kinds = get_args(hint) if get_origin(hint) is not Literal and get_origin(hint) is not tuple else (hint,)
+    kinds = kinds or (hint,)
+    if isinstance(value, Path):
+        return str(value)
+    if value is None and type(None) in kinds:
+        return None
+    if any(get_origin(kind) is tuple for kind in kinds) and isinstance(value, (list, tuple)):
+        return tuple(value)
+    plain = [kind for kind in kinds if kind in (int, float, str, bool)]
+    if not plain or type(value) in plain:
+        return value
+    if float in plain and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if int in plain and hasattr(value, "__index__") and not isinstance(value, bool):
+        return int(value)
+    if float in plain and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    expected = " or ".join(kind.__name__ for kind in plain)
+    raise UsageError(f"{name} is {value!r}; expected {expected}")

@@ -1,0 +1,78 @@
+"""Optimiser groups: which tensors decay, and how fast each layer learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether weight decay applies, as in BEiT: to everything but vectors, biases, positions and class tokens.
+
+    `mask_token` (3-D) and relative-position tables (2-D) do decay (CCViT specification, section 3.1).
+    """
+    last = name.rsplit(".", 1)[-1]
+    return parameter.ndim > 1 and last not in ("bias", "pos_embed", "cls_token", "reg_token")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Return the layer of an encoder's parameter for layer-wise learning rates.
+
+    0 for embeddings, i + 1 for block i, depth + 1 for the rest: head, final norm and a relative-position table
+    shared by all blocks (CCViT specification, section 3.2).
+    """
+    first = name.split(".", 1)[0]
+    if first in ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed"):
+        return 0
+    if first == "blocks":
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def parameter_groups(
+    module: nn.Module,
+    *,
+    layer_decay: float = 1.0,
+    layer: Callable[[str], int] | None = None,
+    depth: int = 0,
+    decay: Callable[[str, nn.Parameter], bool] = decays,
+) -> list[dict[str, Any]]:
+    """Split a module's trainable parameters into AdamW groups.
+
+    Args:
+        module: Its parameters that require gradients are taken.
+        layer_decay: Learning-rate factor per layer; a parameter of layer l gets layer_decay**(depth + 1 - l).
+        layer: Layer of a parameter by name; needed when `layer_decay` is not 1.
+        depth: Number of blocks.
+        decay: Whether weight decay applies to a parameter.
+
+    Returns:
+        Groups with `params`, `names`, `lr_scale` and `decays`, the layers in descending order.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        number = layer(name) if layer is not None and layer_decay != 1.0 else depth + 1
+        key = (number, decay(name, parameter))
+        if key not in groups:
+            scale = layer_decay ** (depth + 1 - number)
+            groups[key] = {"params": [], "names": [], "lr_scale": scale, "decays": key[1]}
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> AdamW:
+    """Return AdamW over the groups; learning rate and weight decay are set at every step by `set_rates`."""
+    return AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0)
+
+
+def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Set learning rate and weight decay of every group for the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
