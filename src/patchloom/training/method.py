@@ -1,0 +1,246 @@
+"""The base of every way to train an encoder: what binds a pure module to batches, optimiser and log.
+
+A method file holds the algorithm as a plain `nn.Module` and a thin subclass of `Method` that says which settings
+it has, what its data workers do to an image, and what the loss of a batch is. Everything else is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning.pytorch as lp
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from patchloom.encoders import create_encoder, depth, embed_dim, image_size
+from patchloom.errors import UsageError
+from patchloom.training.config import TrainConfig
+from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
+from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
+
+if TYPE_CHECKING:
+    from patchloom.data.base import Source, StreamSource
+    from patchloom.report import Section
+
+Transform = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; training stopped before the step was taken."""
+
+
+class Method(lp.LightningModule):
+    """A way to train an encoder.
+
+    Subclasses set `config_class` and implement `transform` and `training_loss`; the other hooks have defaults.
+
+    Attributes:
+        config: The settings.
+        encoder: The timm module under training, without head.
+        steps_per_epoch: Optimiser steps per epoch, set by the engine before training.
+        total_steps: Optimiser steps of the whole run, likewise.
+    """
+
+    config_class: ClassVar[type[TrainConfig]] = TrainConfig
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
+        super().__init__()
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.encoder = self.build_encoder()
+        if config.grad_checkpointing:
+            self.encoder.set_grad_checkpointing(True)
+        self.steps_per_epoch = 1
+        self.total_steps = 1
+        self.batches_done = 0
+        self.ema: ModelEmaV3 | None = None
+        self.last_batch_keys: list[str] = []
+
+    def build_encoder(self) -> nn.Module:
+        """Return the encoder the settings name, with the weights of `init_from` where that is set.
+
+        Raises:
+            UsageError: Unknown encoder, impossible image size, or weights of another architecture.
+        """
+        config = self.config
+        encoder = create_encoder(
+            config.encoder, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
+        )
+        if config.init_from is not None:
+            load_weights(encoder, config.init_from)
+        return encoder
+
+    @property
+    def input_size(self) -> int:
+        """Side of the training images in pixels."""
+        height, width = image_size(self.encoder)
+        if height != width:
+            raise UsageError(f"training needs square images, not {height}x{width}; set image_size")
+        return height
+
+    # What a method says about itself.
+
+    def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
+        """Make what training needs besides the encoder, in `run_dir`; called in one process, unless it is there."""
+
+    def load_prepared(self, run_dir: Path) -> None:
+        """Load what `prepare` made; called in every process, on every start."""
+
+    @abstractmethod
+    def transform(self) -> Transform:
+        """Return what data workers do to an image: (uint8 (C, H, W), generator) -> tensors of one sample."""
+
+    @abstractmethod
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `loss` and whatever else is to be logged, as scalars."""
+
+    def layer(self, name: str) -> int:
+        """Return the layer of a parameter, for layer-wise learning rates."""
+        return layer_of(name.removeprefix("encoder."), depth(self.encoder))
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether weight decay applies to a parameter."""
+        return decays(name, parameter)
+
+    def validate(self, device: torch.device) -> dict[str, Any]:
+        """Return figures on held-out data after an epoch that calls for them; none by default."""
+        return {}
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return the method's own part of the report, for held-out images (n, C, H, W) uint8."""
+        return []
+
+    def summary(self) -> dict[str, Any]:
+        """Return figures for `summary.json`."""
+        return {}
+
+    def bundle_model(self) -> nn.Module:
+        """Return what is shipped: the encoder, or its moving average."""
+        return self.encoder if self.ema is None else self.ema.module
+
+    # What binds it to Lightning.
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        config = self.config
+        self.last_batch_keys = list(batch["key"])
+        losses = self.training_loss(batch)
+        loss = losses["loss"]
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._account_of_failure(float(loss)))
+        step = self.global_step
+        if step % config.log_every == 0 or step == self.total_steps - 1:
+            self.log_dict({name: value.detach() for name, value in losses.items()}, batch_size=len(batch["key"]))
+            self.log("epoch", (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate))
+        return loss
+
+    def _account_of_failure(self, loss: float) -> str:
+        lr = max((group["lr"] for group in self.trainer.optimizers[0].param_groups), default=0.0)
+        names = ", ".join(self.last_batch_keys[:8])
+        more = len(self.last_batch_keys) - 8
+        names += f" and {more} more (failure.json lists them)" if more > 0 else ""
+        return (
+            f"the loss is {loss} at step {self.global_step} (last learning rate {lr:.3g}, batch: {names}); "
+            f"the checkpoint before it is untouched; try a smaller lr or precision=32-true"
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = parameter_groups(
+            self,
+            layer_decay=config.layer_decay,
+            layer=self.layer,
+            depth=depth(self.encoder),
+            decay=self.decays,
+        )
+        return adamw(groups, betas=config.betas, eps=config.eps)
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Return the learning rate and weight decay of an optimiser step."""
+        config = self.config
+        scale = 1.0
+        if config.lr_base_batch is not None:
+            world = self.trainer.world_size if self._trainer is not None else 1
+            scale = config.batch_size * config.accumulate * world / config.lr_base_batch
+        warmup = warmup_steps(config.warmup_epochs, self.steps_per_epoch, self.total_steps)
+        # A peak below min_lr is meant: the cosine must not climb.
+        peak = config.lr * scale
+        lr = warmup_cosine(step, self.total_steps, warmup, peak, min(config.min_lr, peak))
+        end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+        return lr, cosine(step, self.total_steps, config.weight_decay, end)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        lr, weight_decay = self.rates(self.global_step)
+        set_rates(optimizer, lr, weight_decay)
+        if self.global_step % self.config.log_every == 0:
+            self.log_dict({"lr": lr, "weight_decay": weight_decay})
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema is not None:
+            self.ema.update(self.encoder)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        largest = self.config.clip_grad if self.config.clip_grad is not None else float("inf")
+        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP knows the whole norm, a shard does not
+        norm = sharded(largest) if sharded else nn.utils.clip_grad_norm_(self.parameters(), largest)
+        if self.global_step % self.config.log_every == 0:
+            self.log("grad_norm", norm)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Draws inside the model (drop path, dropout) depend on the step alone, so a resumed run repeats them.
+        torch.manual_seed(hash((self.config.seed, self.batches_done, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches_done += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["batches_done"] = self.batches_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches_done = int(checkpoint["batches_done"])
+
+    def start_ema(self) -> None:
+        """Begin the moving average the settings ask for, from the present weights."""
+        if self.config.ema is not None:
+            self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
+            self.ema.requires_grad_(False)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return a batch of uint8 images as floats in [0, 1] (floats are taken as they are)."""
+        return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the log and the report say about the model."""
+        return {
+            "encoder": self.config.encoder,
+            "width": embed_dim(self.encoder),
+            "depth": depth(self.encoder),
+            "parameters": sum(p.numel() for p in self.encoder.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        }
+
+
+def load_weights(encoder: nn.Module, path: str) -> None:
+    """Fill an encoder with the weights of a bundle or run of the same architecture.
+
+    Raises:
+        UsageError: The tensors do not match, with how many do.
+    """
+    from patchloom.bundle import load
+
+    saved = load(path).state_dict()
+    own = encoder.state_dict()
+    head = ("head.",)
+    usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+    missing = [k for k in own if k not in usable and not k.startswith(head)]
+    if missing:
+        raise UsageError(
+            f"{path} fits {len(usable)} of {len(own)} tensors of the encoder; missing or of another shape: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; name the architecture and image size it has"
+        )
+    encoder.load_state_dict(usable, strict=False)
