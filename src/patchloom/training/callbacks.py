@@ -1,0 +1,278 @@
+"""What watches a run: progress, the k-NN probe and feature health, interruption, failure."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as lp
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from patchloom.training.method import Method, NonFiniteLossError
+
+
+class Progress(Callback):
+    """A live bar on a terminal, plain lines elsewhere: epoch, loss, images per second, time left.
+
+    Time the step spends waiting for images is shown when it is worth mending.
+    """
+
+    def __init__(self, every_seconds: float = 15.0) -> None:
+        self.every_seconds = every_seconds
+        self.bar: tqdm[Any] | None = None
+        self.started = self.said = self.batch_ended = 0.0
+        self.waited = 0.0
+        self.images = 0
+        self.first_step = 0
+        self.skipped = 0
+
+    def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Start the clock."""
+        assert isinstance(pl_module, Method)
+        self.started = self.said = self.batch_ended = time.monotonic()
+        self.first_step = trainer.global_step
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=pl_module.total_steps, initial=self.first_step, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_start(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the time spent waiting for the batch."""
+        self.waited += time.monotonic() - self.batch_ended
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how it goes."""
+        assert isinstance(pl_module, Method)
+        now = self.batch_ended = time.monotonic()
+        self.images += len(batch["key"]) * trainer.world_size
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(self.figures(trainer, pl_module, now), refresh=False)
+        elif now - self.said >= self.every_seconds or step == pl_module.total_steps:
+            self.said = now
+            rate = (step - self.first_step) / (now - self.started)
+            left = (pl_module.total_steps - step) / rate if rate else 0.0
+            print(
+                f"step {step}/{pl_module.total_steps}  {self.figures(trainer, pl_module, now)}  {duration(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def figures(self, trainer: lp.Trainer, method: Method, now: float) -> str:
+        """Return epoch, loss, speed and, when it matters, the share of time spent waiting for images."""
+        epoch = method.batches_done / (method.steps_per_epoch * method.config.accumulate)
+        parts = [f"epoch {epoch:.1f}/{method.total_steps / method.steps_per_epoch:.0f}"]
+        if (loss := trainer.callback_metrics.get("loss")) is not None:
+            parts.append(f"loss {float(loss):.3f}")
+        elapsed = max(now - self.started, 1e-9)
+        parts.append(f"{self.images / elapsed:.0f} images/s")
+        share = self.waited / elapsed
+        if share > 0.2 and elapsed > 20:
+            parts.append(f"{share:.0%} of the time waits for images (raise num_workers)")
+        return "  ".join(parts)
+
+
+class SkippedImages(Callback):
+    """Lists the images that could not be read, in `skipped.csv` of the run folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "skipped.csv"
+        self.seen: dict[str, str] = {}
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the batch's unreadable images."""
+        self.add(batch.get("skipped", ()))
+
+    def add(self, skipped: Any) -> None:
+        """Note unreadable images, each once."""
+        new = {key: reason for key, reason in skipped if key not in self.seen}
+        if not new:
+            return
+        if not self.seen:
+            key, reason = next(iter(new.items()))
+            print(f"skipping unreadable images, listed in {self.path}: {key} ({reason}) …", file=sys.stderr)
+        self.seen.update(new)
+        write_skipped(self.path, self.seen)
+
+
+class Probe(Callback):
+    """Every so many epochs: k-NN accuracy where labels exist, feature health always, the method's own validation.
+
+    Attributes:
+        latest: Figures of the latest probe.
+    """
+
+    def __init__(self, run_dir: Path, data: ProbeData, every: int, batch_size: int) -> None:
+        self.run_dir = run_dir
+        self.data = data
+        self.every = every
+        self.batch_size = batch_size
+        self.latest: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Measure the untrained encoder: what training is compared with."""
+        if self.every and trainer.global_step == 0:
+            self.run(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe where an epoch that calls for it ends."""
+        assert isinstance(pl_module, Method)
+        step, per_epoch = trainer.global_step, pl_module.steps_per_epoch
+        if not self.every or pl_module.batches_done % pl_module.config.accumulate or step % per_epoch:
+            return
+        if (step // per_epoch) % self.every == 0 and step < pl_module.total_steps:
+            self.run(trainer, pl_module)
+
+    def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Probe the result."""
+        self.run(trainer, pl_module)
+
+    def run(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Measure, log and print. One process does it; the others wait at their next exchange."""
+        assert isinstance(pl_module, Method)
+        if not trainer.is_global_zero:
+            return
+        self.latest = self.data.measure(pl_module.bundle_model(), self.batch_size, pl_module.device)
+        self.latest |= pl_module.validate(pl_module.device)
+        numbers = {name: value for name, value in self.latest.items() if isinstance(value, (int, float))}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        said = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+        text = f"step {trainer.global_step}: {said}"
+        if verdict := self.latest.get("verdict"):
+            text += f"  ({verdict})"
+        tqdm.write(text, file=sys.stderr)
+
+
+class ProbeData:
+    """The images the probe looks at: reference and query halves, fixed for the whole run."""
+
+    def __init__(self, reference: Dataset[Any] | None, queries: Any) -> None:
+        self.reference = reference
+        self.queries = queries
+
+    def measure(self, encoder: torch.nn.Module, batch_size: int, device: torch.device) -> dict[str, Any]:
+        """Return `knn_accuracy` (with labels), `rankme`, `mean_cosine` and a `verdict` in words."""
+        from patchloom.features.extract import extract
+        from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
+        from patchloom.features.knn import knn_accuracy
+
+        settings = {"batch_size": batch_size, "num_workers": 0, "device": str(device), "progress": False}
+        queries = extract(encoder, self.queries, **settings)
+        spread, cosine = rankme(queries.vectors), mean_pairwise_cosine(queries.vectors)
+        figures: dict[str, Any] = {"rankme": spread, "mean_cosine": cosine}
+        figures["verdict"] = verdict(spread, cosine, queries.vectors.shape[1])
+        if self.reference is not None:
+            reference = extract(encoder, self.reference, **settings)
+            figures["knn_accuracy"] = knn_accuracy(
+                reference.vectors, reference.labels, queries.vectors, queries.labels, k=min(20, len(reference.labels))
+            )
+        return figures
+
+
+class Interruption(Callback):
+    """Ctrl-C or a termination signal lets the step finish, then ends the run in order; a second one ends it now."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Take over the signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self.handle)
+            except ValueError:  # not in the main thread: leave signals to whoever is
+                return
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step (once more: now) …", file=sys.stderr, flush=True)
+
+    def on_train_batch_start(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the end before the step, so that every callback knows it is the last."""
+        assert isinstance(pl_module, Method)
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        # The last batch of an accumulated step: a half-accumulated gradient would be lost.
+        if stop and (pl_module.batches_done + 1) % pl_module.config.accumulate == 0:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: lp.Trainer, pl_module: lp.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before.clear()
+
+
+class FailureNote(Callback):
+    """Writes `failure.json` when a loss is not finite: step, learning rate, file names of the batch."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "failure.json"
+
+    def on_exception(self, trainer: lp.Trainer, pl_module: lp.LightningModule, exception: BaseException) -> None:
+        """Note what is needed to look into it."""
+        if not isinstance(exception, NonFiniteLossError) or not isinstance(pl_module, Method):
+            return
+        note = {
+            "reason": str(exception),
+            "step": trainer.global_step,
+            "lr": [group["lr"] for group in trainer.optimizers[0].param_groups][:1],
+            "files": pl_module.last_batch_keys,
+        }
+        self.path.write_text(json.dumps(note, indent=2), encoding="utf-8")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> duration(75), duration(3 * 3600 + 120)
+    ('1 min 15 s', '3 h 2 min')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def write_skipped(path: Path, skipped: dict[str, str]) -> None:
+    """Write the list of unreadable images: file, reason."""
+    import csv
+
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "reason"])
+        writer.writerows(skipped.items())
+    temporary.replace(path)

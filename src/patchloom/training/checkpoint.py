@@ -1,0 +1,88 @@
+"""Checkpoints that are either whole or not there, whatever happens while one is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from patchloom.training.method import Method
+
+LAST = "last.ckpt"
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; the one before it is intact."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, flushes to disk, then renames: a reader sees the old file or the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointWriteError: The disk refused (full, read-only, gone).
+        """
+        target = Path(path)
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+            temporary.unlink(missing_ok=True)
+            kept = f"; the checkpoint before it is intact in {target}" if target.exists() else ""
+            raise CheckpointWriteError(
+                f"cannot write the checkpoint {target} ({_reason(error)}){kept}; free some space and resume"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of ours: tensors and plain values only, never arbitrary objects."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return checkpoint
+
+
+class CheckpointEvery(Checkpoint):
+    """Writes `last.ckpt` every so many optimiser steps, at the end of each epoch, and when training ends."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path = folder / LAST
+        self.every = every
+        self.saved_at = -1
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where due. Only after whole optimiser steps: a half-accumulated gradient would be lost."""
+        assert isinstance(pl_module, Method)
+        step = trainer.global_step
+        if pl_module.batches_done % pl_module.config.accumulate:
+            return
+        if step % self.every == 0 or step % pl_module.steps_per_epoch == 0 or trainer.should_stop:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Save the end."""
+        self.save(trainer)
+
+    def save(self, trainer: lp.Trainer) -> None:
+        """Write the checkpoint unless this step's is written already."""
+        if self.saved_at != trainer.global_step:
+            trainer.save_checkpoint(self.path)
+            self.saved_at = trainer.global_step
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = str(error)
+    return "no space left on device" if "No space left" in text or "write failed" in text else text.split("\n")[0]

@@ -1,0 +1,81 @@
+"""`metrics.csv`: one row per logged step, in a file a spreadsheet opens."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CSVMetrics(Logger):
+    """Lightning logger that keeps `metrics.csv` readable at any moment and continues it on resume.
+
+    Values logged for the same step share a row; a column that turns up late is empty in earlier rows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.saved_at = 0.0
+        self.rows: dict[int, dict[str, float]] = {int(row["step"]): row for row in read_metrics(path)}
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Version of the logger; a run folder holds one run."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Ignore hyperparameters: they stand in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add values to the row of a step."""
+        row = self.rows.setdefault(int(step or 0), {"step": int(step or 0)})
+        row.update({name: float(value) for name, value in metrics.items()})
+        if time.monotonic() - self.saved_at > 2:  # the whole file is written each time
+            self.save()
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop rows from `step` on: the run resumes there and will log them again."""
+        self.rows = {number: row for number, row in self.rows.items() if number < step}
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the file anew beside the old one, then put it in its place."""
+        columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows[number] for number in sorted(self.rows))
+        temporary.replace(self.path)
+        self.saved_at = time.monotonic()
+
+    def finalize(self, status: str) -> None:
+        """Write what is not written yet."""
+        self.save()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a `metrics.csv` (none if the file is not there), without empty cells."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def series(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Return (steps, values) of one column."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return [x for x, _ in points], [y for _, y in points]
