@@ -67,7 +67,8 @@ class CheckpointEvery(Checkpoint):
         step = trainer.global_step
         if pl_module.batches_done % pl_module.config.accumulate:
             return
-        if step % self.every == 0 or step % pl_module.steps_per_epoch == 0 or trainer.should_stop:
+        ends = step % pl_module.steps_per_epoch == 0 or step == pl_module.total_steps or trainer.should_stop
+        if step % self.every == 0 or ends:
             self.save(trainer)
 
     def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:

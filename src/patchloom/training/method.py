@@ -6,8 +6,9 @@ it has, what its data workers do to an image, and what the loss of a batch is. E
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from patchloom.data import make_loader
 from patchloom.encoders import create_encoder, depth, embed_dim, image_size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
@@ -52,6 +54,9 @@ class Method(lp.LightningModule):
         super().__init__()
         torch.manual_seed(config.seed)
         self.config = config
+        self.source = source
+        self.started = time.monotonic()
+        self.seconds_before = 0.0
         self.encoder = self.build_encoder()
         if config.grad_checkpointing:
             self.encoder.set_grad_checkpointing(True)
@@ -136,6 +141,7 @@ class Method(lp.LightningModule):
         if step % config.log_every == 0 or step == self.total_steps - 1:
             self.log_dict({name: value.detach() for name, value in losses.items()}, batch_size=len(batch["key"]))
             self.log("epoch", (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate))
+        self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
         return loss
 
     def _account_of_failure(self, loss: float) -> str:
@@ -195,20 +201,56 @@ class Method(lp.LightningModule):
         # Draws inside the model (drop path, dropout) depend on the step alone, so a resumed run repeats them.
         torch.manual_seed(hash((self.config.seed, self.batches_done, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.batches_done += 1
+    def setup(self, stage: str) -> None:
+        """Make what training needs in one process, load it in all, and start the moving average."""
+        run_dir = Path(self.config.out)
+        if self.trainer.is_global_zero:
+            self.prepare(self.source, run_dir)
+        self.trainer.strategy.barrier("prepare")
+        self.load_prepared(run_dir)
+        if self.config.ema is not None and self.ema is None:
+            self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
+            self.ema.requires_grad_(False)
+        if self.config.compile:
+            for block in self.encoder.blocks:
+                block.compile()
+
+    def train_dataloader(self) -> TrainingStream:
+        """Return all batches of the run, from the present position on."""
+        config = self.config
+        loader = make_loader(
+            self.source,
+            self.transform(),
+            config.batch_size,
+            seed=config.seed,
+            shuffle=True,
+            num_workers=config.num_workers,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            drop_last=True,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.steps_per_epoch = len(loader) // config.accumulate
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"accumulate={config.accumulate} needs {config.accumulate} batches per epoch, and {self.source.name} "
+                f"gives {len(loader)} of batch_size={config.batch_size}; lower one of them"
+            )
+        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
+        return TrainingStream(loader, self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["batches_done"] = self.batches_done
+        checkpoint["total_steps"] = self.total_steps
+        checkpoint["seconds"] = self.seconds()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_done = int(checkpoint["batches_done"])
+        self.seconds_before = float(checkpoint["seconds"])
 
-    def start_ema(self) -> None:
-        """Begin the moving average the settings ask for, from the present weights."""
-        if self.config.ema is not None:
-            self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
-            self.ema.requires_grad_(False)
+    def seconds(self) -> float:
+        """Return the time the run has taken so far, over all its starts."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return a batch of uint8 images as floats in [0, 1] (floats are taken as they are)."""
@@ -223,6 +265,34 @@ class Method(lp.LightningModule):
             "parameters": sum(p.numel() for p in self.encoder.parameters()),
             "trained_parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
         }
+
+
+class TrainingStream:
+    """All batches of a run in one pass, epoch after epoch, from where the run stands.
+
+    Lightning sees a single long epoch: then there is one way to resume, in the middle of it, and the position
+    in the data is ours to restore exactly.
+    """
+
+    def __init__(self, loader: Any, method: Method) -> None:
+        self.loader = loader
+        self.method = method
+        self.total = method.total_steps * method.config.accumulate
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        per_epoch = self.method.steps_per_epoch * self.method.config.accumulate
+        done = self.method.batches_done
+        while done < self.total:
+            epoch, offset = divmod(done, per_epoch)
+            self.loader.set_position(epoch, offset)
+            for batch in self.loader:
+                yield batch
+                done += 1
+                if done % per_epoch == 0 or done == self.total:
+                    break
 
 
 def load_weights(encoder: nn.Module, path: str) -> None:

@@ -1,0 +1,70 @@
+"""Part of a source, and images held in memory, as sources of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from patchloom.data.base import Sample, Source
+
+
+class SubsetSource(Source):
+    """The images of a source at given indices, in that order."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = source.name
+        self.class_names = source.class_names
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.in_chans = source.in_chans
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index` of the subset."""
+        return self.source.read(int(self.indices[index]))
+
+    def key(self, index: int) -> str:
+        """Return the name of image number `index` of the subset."""
+        return self.source.key(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the source and the indices."""
+        digest = hashlib.sha256(self.source.fingerprint().encode() + self.indices.tobytes())
+        return digest.hexdigest()[:16]
+
+
+class MemorySource(Source):
+    """A few images held in memory, such as the first of a stream."""
+
+    def __init__(self, name: str, samples: Sequence[Sample], class_names: list[str] | None = None) -> None:
+        self.name = name
+        self.samples = list(samples)
+        self.class_names = class_names
+        labels = np.array([sample.label for sample in self.samples], dtype=np.int64)
+        self.labels = labels if len(labels) and (labels >= 0).all() else None
+        self.in_chans = self.samples[0].image.shape[0] if self.samples else 3
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.samples)
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index`."""
+        return self.samples[index]
+
+    def key(self, index: int) -> str:
+        """Return the name of image number `index`."""
+        return self.samples[index].key
+
+    def fingerprint(self) -> str:
+        """Return a short hash of names and pixels."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(sample.key.encode() + sample.image.numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""The end of a run: the bundle, `summary.json` and the report, also when the run was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from patchloom import __version__
+from patchloom.bundle import read_lineage, save_bundle
+from patchloom.training.callbacks import Interruption, Probe, SkippedImages, duration
+from patchloom.training.method import Method
+from patchloom.training.metrics import read_metrics
+from patchloom.training.report import write_run_report
+
+
+class Finish(Callback):
+    """Writes what a run leaves behind; in the first process, inside the process group so that shards can be joined."""
+
+    def __init__(
+        self, run_dir: Path, command: str, probe: Probe, skipped: SkippedImages, interruption: Interruption
+    ) -> None:
+        self.run_dir = run_dir
+        self.command = command
+        self.probe = probe
+        self.skipped = skipped
+        self.interruption = interruption
+
+    def on_fit_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Write bundle, summary and report."""
+        assert isinstance(pl_module, Method)
+        model = self.shipped(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        lineage = self.lineage(pl_module, trainer.global_step)
+        save_bundle(model, self.run_dir / "model", lineage=lineage, overwrite=True)
+        summary = self.summary(trainer, pl_module)
+        write_json(self.run_dir / "summary.json", summary)
+        print("writing the report …", file=sys.stderr)
+        write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
+
+    def shipped(self, trainer: lp.Trainer, method: Method) -> nn.Module:
+        """Return the model to ship, put together from shards where it is sharded."""
+        if method.config.strategy != "fsdp":
+            return method.bundle_model()
+        prefix = "encoder." if method.ema is None else "ema.module."
+        state = trainer.strategy.lightning_module_state_dict()
+        model = method.build_encoder()
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        return model
+
+    def lineage(self, method: Method, steps: int) -> dict[str, Any]:
+        """Return what made the model, and from which bundle."""
+        config = method.config
+        parent = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
+        return {
+            "made_by": self.command,
+            "data": method.source.describe(),
+            "steps": steps,
+            "settings": dataclasses.asdict(config),
+            "from": None if parent is None else {"path": parent, "lineage": read_lineage(parent)},
+        }
+
+    def summary(self, trainer: lp.Trainer, method: Method) -> dict[str, Any]:
+        """Return the final figures."""
+        rows = read_metrics(self.run_dir / "metrics.csv")
+        last: dict[str, float] = {}
+        for row in rows:
+            last |= row
+        known = {"step", "epoch", "lr", "weight_decay"}
+        seconds = method.seconds()
+        images = method.batches_done * method.config.batch_size * trainer.world_size
+        return {
+            "command": self.command,
+            "patchloom": __version__,
+            **method.describe(),
+            "data": method.source.describe(),
+            "steps": trainer.global_step,
+            "total_steps": method.total_steps,
+            "interrupted": trainer.global_step < method.total_steps and self.interruption.received is not None,
+            **{name: value for name, value in last.items() if name not in known},
+            **self.probe.latest,
+            **method.summary(),
+            "unreadable_images": len(self.skipped.seen),
+            "images_per_second": round(images / seconds, 1),
+            "seconds": round(seconds, 1),
+            "duration": duration(seconds),
+        }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values beside the target, then put the file in its place."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=str), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,62 @@
+"""Which images the probe looks at: a fixed few, so that its figures are comparable over the run."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+
+from patchloom.data import open_source
+from patchloom.data.base import Sample, Source, StreamSource
+from patchloom.data.subset import MemorySource, SubsetSource
+from patchloom.errors import UsageError
+from patchloom.training.callbacks import ProbeData
+from patchloom.training.config import TrainConfig
+
+MOST_REFERENCE, MOST_QUERIES, MOST_STREAMED = 2000, 1000, 256
+
+
+def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> ProbeData:
+    """Return the reference and query images of a run's probe.
+
+    With `probe_data`, queries come from there and references from the training images. Without, both come from
+    the training images (no image is in both). Without labels there are queries only.
+
+    Raises:
+        UsageError: `probe_data` cannot be opened, or its classes are not those of the training images.
+    """
+    training = _at_hand(source, config.seed)
+    if config.probe_data is None:
+        order = np.random.default_rng(config.seed).permutation(len(training))[: MOST_REFERENCE + MOST_QUERIES]
+        share = min(MOST_QUERIES, max(1, len(order) // 3))
+        queries, rest = SubsetSource(training, order[:share]), SubsetSource(training, order[share:])
+        labelled = training.labels is not None and len(rest) > 0
+        return ProbeData(rest if labelled else None, queries)
+    held_out = _at_hand(open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed), config.seed)
+    queries = _some(held_out, MOST_QUERIES, config.seed)
+    if training.labels is None or held_out.labels is None:
+        return ProbeData(None, queries)
+    if training.class_names != held_out.class_names:
+        raise UsageError(
+            f"probe_data {config.probe_data} has other classes than {config.data}: "
+            f"{held_out.class_names} and {training.class_names}"
+        )
+    return ProbeData(_some(training, MOST_REFERENCE, config.seed), queries)
+
+
+def _at_hand(source: Source | StreamSource, seed: int) -> Source:
+    """Return the source, or the first images of a stream."""
+    if isinstance(source, Source):
+        return source
+    stream = source.samples(epoch=0, seed=seed)
+    samples = [sample for sample in islice(stream, 2 * MOST_STREAMED) if isinstance(sample, Sample)]
+    if not samples:
+        raise UsageError(f"{source.name} holds no readable image")
+    return MemorySource(source.name, samples[:MOST_STREAMED], source.class_names)
+
+
+def _some(source: Source, most: int, seed: int) -> Source:
+    if len(source) <= most:
+        return source
+    order = np.random.default_rng(seed).permutation(len(source))[:most]
+    return SubsetSource(source, np.sort(order))

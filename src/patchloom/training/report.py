@@ -1,0 +1,187 @@
+"""The report of a training run: the pages every method shares, around the method's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchloom.data.base import Source, UnreadableImageError
+from patchloom.data.transforms import EvalTransform
+from patchloom.encoders import class_attention, grid_size, normalize, pooled, tokens
+from patchloom.report import Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
+from patchloom.training.metrics import read_metrics, series
+
+if TYPE_CHECKING:
+    from patchloom.training.callbacks import Probe
+    from patchloom.training.method import Method
+
+PICTURES, NEIGHBOUR_POOL = 8, 400
+
+
+def write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, summary: dict[str, Any]) -> Path:
+    """Write `report.html` of a run.
+
+    Args:
+        run_dir: Run folder; its `metrics.csv` gives the curves.
+        command: Words that name the method on the command line.
+        method: The trained method.
+        probe: Its held-out images are the ones shown.
+        summary: The final figures.
+    """
+    rows = read_metrics(run_dir / "metrics.csv")
+    images = held_out_images(probe.data.queries, method.input_size, NEIGHBOUR_POOL)
+    encoder = method.bundle_model().eval()
+    # Every few images of the probe set, so that classes that follow one another are all seen.
+    shown = images[:: max(1, len(images) // PICTURES)][:PICTURES]
+    with torch.no_grad():
+        own = method.report_sections(shown)
+        sections = [*training_sections(rows), *own, *feature_sections(encoder, images, shown, method)]
+    sections += [health_section(rows, summary), settings_section(method)]
+    return write_report(
+        run_dir / "report.html",
+        title=f"{command}: {method.config.data}",
+        subtitle=f"{method.config.encoder}, {summary['steps']} steps, {summary['duration']}",
+        facts=headline(summary),
+        sections=[section for section in sections if section is not None],
+        command=command_line(command, method),
+        verdict=str(summary.get("verdict", "")),
+    )
+
+
+def held_out_images(source: Source, size: int, count: int) -> Tensor:
+    """Return up to `count` readable images, evenly spread over the source, as (n, C, size, size) uint8."""
+    transform = EvalTransform(size)
+    generator = torch.Generator()
+    images = []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        try:
+            images.append(transform(source.read(index).image, generator)["image"])
+        except UnreadableImageError:
+            continue
+        if len(images) == count:
+            break
+    return torch.stack(images)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures shown at the top."""
+    names = {
+        "images": summary["data"]["images"],
+        "loss": summary.get("loss"),
+        "k-NN accuracy": summary.get("knn_accuracy"),
+        "accuracy": summary.get("accuracy"),
+        "RankMe": summary.get("rankme"),
+        "parameters": f"{summary['parameters'] / 1e6:.1f} M",
+        "images/s": summary["images_per_second"],
+        "time": summary["duration"],
+        "unreadable images": summary["unreadable_images"],
+    }
+    percent = ("k-NN accuracy", "accuracy")
+    return {name: f"{v:.1%}" if name in percent else v for name, v in names.items() if v is not None}
+
+
+def training_sections(rows: list[dict[str, float]]) -> list[Section]:
+    """Return loss and k-NN curves."""
+    figures = []
+    losses = [name for row in rows for name in row if name.endswith("loss")]
+    plotted = {name.replace("_", " "): series(rows, name) for name in dict.fromkeys(losses)}
+    if plotted:
+        figures.append(curves(plotted, x_label="step", y_label="loss", title="Training losses"))
+    accuracies = [name for row in rows for name in row if name.endswith("accuracy") and name != "knn_accuracy"]
+    plotted = {name.replace("_", " "): series(rows, name) for name in dict.fromkeys(accuracies)}
+    if plotted:
+        figures.append(curves(plotted, x_label="step", y_label="share", title="Accuracy on the training task"))
+    steps, values = series(rows, "knn_accuracy")
+    if len(steps) > 1:
+        named = {"k-NN accuracy": (steps, values)}
+        figures.append(curves(named, x_label="step", y_label="share", title="k-NN accuracy on held-out images"))
+    steps, values = series(rows, "lr")
+    if len(steps) > 1:
+        figures.append(curves({"lr": (steps, values)}, x_label="step", y_label="rate", title="Learning rate"))
+    return [Section(title="Training", figures=figures)] if figures else []
+
+
+def feature_sections(encoder: torch.nn.Module, images: Tensor, shown: Tensor, method: Method) -> list[Section]:
+    """Return attention maps, PCA-coloured patch features and nearest neighbours."""
+    pictures = method.pixels(shown).to(method.device)
+    inputs = normalize(pictures, encoder)
+    grid = grid_size(encoder, (images.shape[-2], images.shape[-1]))
+    attention = class_attention(encoder, inputs).float().cpu()
+    patches = tokens(encoder, inputs).patches.float().cpu()
+    sections = [
+        Section(
+            title="Attention",
+            text="Where the class token looks in the last block: the mean over heads, then each head.",
+            figures=[attention_maps(pictures.cpu(), attention, grid)],
+        ),
+        Section(
+            title="Patch features",
+            text="The first three principal components of the patch features as red, green and blue; "
+            "patches of one colour are alike to the encoder.",
+            figures=[pca_features(pictures.cpu(), patches, grid)],
+        ),
+    ]
+    if len(images) >= 8:
+        sections.append(neighbour_section(encoder, images, method))
+    return sections
+
+
+def neighbour_section(encoder: torch.nn.Module, images: Tensor, method: Method) -> Section:
+    """Return, for a few held-out images, the ones nearest in feature space."""
+    vectors = torch.cat(
+        [
+            pooled(encoder, normalize(method.pixels(chunk.to(method.device)), encoder)).float().cpu()
+            for chunk in images.split(64)
+        ]
+    )
+    vectors = F.normalize(vectors, dim=1)
+    queries = torch.arange(0, len(images), max(1, len(images) // 6))[:6]
+    similarity = vectors[queries] @ vectors.T
+    similarity[torch.arange(len(queries)), queries] = -1.0  # an image is not its own neighbour
+    values, found = similarity.topk(min(6, len(images) - 1), dim=1)
+    return Section(
+        title="Nearest neighbours",
+        text=f"Left, a held-out image; right, the nearest of {len(images) - 1} others by cosine similarity.",
+        figures=[nearest_neighbours(images[queries].float() / 255, images[found].float() / 255, values)],
+    )
+
+
+def health_section(rows: list[dict[str, float]], summary: dict[str, Any]) -> Section:
+    """Return whether the features use their space."""
+    figures = []
+    for name, title in (("rankme", "RankMe: how many directions the features use"), ("mean_cosine", "Mean cosine")):
+        steps, values = series(rows, name)
+        if len(steps) > 1:
+            figures.append(curves({name: (steps, values)}, x_label="step", y_label=name, title=title))
+    text = (
+        f"{summary.get('verdict', '')} RankMe {summary['rankme']:.1f} of at most {summary['width']}; mean cosine "
+        f"between images {summary['mean_cosine']:.3f} (near 1 means that all images look the same to the encoder)."
+    )
+    return Section(title="Feature health", text=text, figures=figures)
+
+
+def settings_section(method: Method) -> Section:
+    """Return the settings of the run."""
+    table: list[dict[str, object]] = [
+        {"setting": name, "value": str(value)} for name, value in dataclasses.asdict(method.config).items()
+    ]
+    return Section(title="Settings", table=table)
+
+
+def command_line(command: str, method: Method) -> str:
+    """Return the command that repeats the run: what differs from the defaults."""
+    config = method.config
+    words = ["patchloom", *command.split()]
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if setting.name in ("resume", "overwrite") or value == setting.default:
+            continue
+        shown = f"[{','.join(str(v) for v in value)}]" if isinstance(value, tuple) else str(value)
+        words += [f"--{setting.name}", shlex.quote(shown)]
+    return " ".join(words)

@@ -1,0 +1,255 @@
+"""One training run, from settings to a folder with a model and a report.
+
+>>> from patchloom.pretrain import METHODS  # doctest: +SKIP
+>>> run = fit("ccvit", METHODS["ccvit"], config)  # doctest: +SKIP
+>>> run.summary["knn_accuracy"]  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lp
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from patchloom.data import open_source
+from patchloom.data.base import Source, StreamSource
+from patchloom.errors import UsageError
+from patchloom.training.callbacks import (
+    FailureNote,
+    Interruption,
+    Probe,
+    Progress,
+    SkippedImages,
+)
+from patchloom.training.checkpoint import LAST, AtomicCheckpointIO, CheckpointEvery
+from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
+from patchloom.training.finish import Finish
+from patchloom.training.method import Method
+from patchloom.training.metrics import CSVMetrics
+from patchloom.training.probe_data import choose_probe_data
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training command leaves behind."""
+
+    path: Path
+    """Run folder."""
+    model: Path
+    """Bundle of the trained encoder."""
+    report: Path
+    """HTML report."""
+    summary: dict[str, Any] = field(repr=False)
+    """The contents of `summary.json`."""
+
+    def __str__(self) -> str:
+        state = "interrupted (go on with --resume)" if self.summary.get("interrupted") else "done"
+        return f"{state}: model {self.model}, report {self.report}"
+
+
+def resolve(method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings of a run; one that is resumed needs only `out`, the rest is read from its folder.
+
+    Raises:
+        UsageError: Unknown, missing or impossible settings.
+    """
+    values = dict(settings)
+    saved = Path(str(values.get("out", ""))) / "config.yaml"
+    if values.get("resume") and values.get("out") and saved.exists():
+        values = read_config(saved) | values
+    return config_from_mapping(method_class.config_class, values)
+
+
+def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
+    """Train, and leave a run folder behind: settings, metrics, checkpoints, model, report.
+
+    Args:
+        command: The words that name the method on the command line, such as `pretrain ccvit`.
+        method_class: The method.
+        config: Its settings.
+
+    Raises:
+        UsageError: The data, the encoder or the run folder cannot be used as asked.
+        NonFiniteLossError: The loss is NaN or infinite; the last checkpoint is from before.
+        CheckpointWriteError: The disk refused a checkpoint; the one before is intact.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed)
+    if method_class.needs_labels and source.class_names is None:
+        raise UsageError(f"{command} needs labels and {config.data} has none; put each class in a folder of its own")
+    method = method_class(config, source)
+    run_dir = Path(config.out)
+    if _is_first_process():
+        _claim(run_dir, config)
+        write_config(config, run_dir / "config.yaml", command)
+    checkpoint = run_dir / "checkpoints" / LAST
+    resuming = config.resume and checkpoint.exists()
+    if resuming and _is_complete(checkpoint, run_dir):
+        print(f"the run in {run_dir} is complete; nothing to resume", file=sys.stderr)
+        return read_run(run_dir)
+    with _quiet():
+        trainer = _trainer(method, source, run_dir, command)
+        if _is_first_process():
+            _announce(method, source, trainer)
+        trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+    if not trainer.is_global_zero:
+        return Run(run_dir, run_dir / "model", run_dir / "report.html", {})
+    run = read_run(run_dir)
+    if run.summary.get("interrupted"):
+        print(f"stopped at step {run.summary['steps']}; go on with --resume", file=sys.stderr)
+        raise KeyboardInterrupt
+    return run
+
+
+def read_run(path: str | Path) -> Run:
+    """Return the run in a folder.
+
+    Raises:
+        UsageError: The folder holds no finished run.
+    """
+    run_dir = Path(path)
+    summary = run_dir / "summary.json"
+    if not summary.exists():
+        raise UsageError(f"{run_dir} holds no finished run (there is no summary.json)")
+    return Run(run_dir, run_dir / "model", run_dir / "report.html", json.loads(summary.read_text(encoding="utf-8")))
+
+
+def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, command: str) -> lp.Trainer:
+    config = method.config
+    metrics = CSVMetrics(run_dir / "metrics.csv")
+    if not config.resume:
+        metrics.rows.clear()
+    probe = Probe(
+        run_dir,
+        choose_probe_data(source, config),
+        every=config.probe_every,
+        batch_size=config.batch_size,
+    )
+    skipped = SkippedImages(run_dir)
+    interruption = Interruption()
+    callbacks = [
+        interruption,
+        skipped,
+        Progress(),
+        probe,
+        FailureNote(run_dir),
+        CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),
+        Finish(run_dir, command, probe, skipped, interruption),
+    ]
+    return lp.Trainer(
+        default_root_dir=run_dir,
+        accelerator=config.accelerator,
+        devices="auto" if config.devices == 0 else config.devices,
+        num_nodes=config.nodes,
+        strategy=_strategy(method),
+        precision=_precision(config),
+        max_epochs=1,  # one pass over all batches of the run, see TrainingStream
+        accumulate_grad_batches=config.accumulate,
+        callbacks=callbacks,
+        logger=[metrics, TensorBoardLogger(run_dir, name="", version="tensorboard")],
+        plugins=[AtomicCheckpointIO()],
+        log_every_n_steps=1,  # the method itself logs every config.log_every steps
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _strategy(method: Method) -> Any:
+    config = method.config
+    if config.strategy == "fsdp":
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        block = type(method.encoder.blocks[0])
+        return FSDPStrategy(auto_wrap_policy={block}, state_dict_type="full", use_orig_params=True)
+    return config.strategy
+
+
+def _precision(config: TrainConfig) -> Any:
+    if config.precision != "auto":
+        return config.precision
+    on_gpu = config.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _claim(run_dir: Path, config: TrainConfig) -> None:
+    """Take the run folder, or say why not."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UsageError(f"the run folder {run_dir} is a file; choose another out")
+    holds_run = (run_dir / "config.yaml").exists()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if config.overwrite and not holds_run:
+            raise UsageError(
+                f"{run_dir} is not empty and holds no run, so overwrite will not delete it; clear it first"
+            )
+        if config.overwrite:
+            shutil.rmtree(run_dir)
+        elif not (config.resume and holds_run):
+            raise UsageError(
+                f"the run folder {run_dir} is not empty; resume goes on with it, overwrite deletes it, "
+                f"or choose another out"
+            )
+    if holds_run and config.resume:
+        refuse_changes(read_config(run_dir / "config.yaml"), config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _is_complete(checkpoint: Path, run_dir: Path) -> bool:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    finished = bool(state["global_step"] >= state["total_steps"])
+    return finished and (run_dir / "summary.json").exists() and (run_dir / "model").exists()
+
+
+def _is_first_process() -> bool:
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer) -> None:
+    config = method.config
+    about = method.describe()
+    count = source.describe()["images"]
+    images = f"{count:,} images" if isinstance(count, int) else "a stream of images"
+    print(
+        f"{config.encoder}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, "
+        f"{config.epochs} epochs, precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × "
+        f"{type(trainer.accelerator).__name__.removesuffix('Accelerator')}",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's hints to itself: what matters here is said in our own words."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for text in (
+            ".*does not have many workers.*",
+            ".*`isinstance\\(treespec.*",
+            ".*in eval mode.*",
+            ".*GPU available.*",
+        ):
+            warnings.filterwarnings("ignore", message=text)
+        warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
