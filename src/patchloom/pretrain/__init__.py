@@ -1,1 +1,37 @@
+"""Train an encoder on unlabelled images."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from patchloom._lazy import make_callable
+from patchloom.errors import unknown_name
+from patchloom.pretrain.ccvit import CCViTMethod
+from patchloom.training.method import Method
+from patchloom.training.run import Run, fit, resolve
+
+METHODS: dict[str, type[Method]] = {
+    "ccvit": CCViTMethod,
+}
+
+
+def run(method: str, **settings: Any) -> Run:
+    """Train an encoder on unlabelled images.
+
+    Args:
+        method: Name of the method, see `METHODS`.
+        **settings: Fields of the method's settings class; `data` and `out` are needed.
+
+    Returns:
+        The run: its folder, its model (a bundle), its figures and its report.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+    """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    method_class = METHODS[method]
+    return fit(f"pretrain {method}", method_class, resolve(method_class, settings))
+
+
+make_callable(__name__, run)

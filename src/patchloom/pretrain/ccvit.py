@@ -1,0 +1,369 @@
+"""CCViT as a training method: settings, views and masks, tokens inside the step, pictures.
+
+The algorithm itself is in `centroid_mim`. Paper: "Centroid-centered Modeling for Efficient Vision Transformer
+Pre-training", arXiv 2303.04664; section numbers below are those of the specification in `docs/systems/ccvit.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import PairedViews
+from patchloom.encoders import grid_size, in_chans, normalize, patch_size
+from patchloom.errors import UsageError
+from patchloom.masking import BlockMaskGenerator, ReplacementSampler
+from patchloom.patches import normalize_patches, patchify, unpatchify
+from patchloom.pretrain.centroid_mim import (
+    CentroidMIM,
+    CentroidMIMLoss,
+    MIMOutput,
+    initialize_encoder,
+    pixel_targets,
+)
+from patchloom.tokenizers.centroid import CentroidTokenizer
+from patchloom.training.config import TrainConfig
+from patchloom.training.method import Method, Transform
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+__all__ = ["CCViTConfig", "CCViTMethod", "CentroidMIM", "CentroidMIMLoss", "MIMOutput", "pixel_targets"]
+
+CODEBOOK = "codebook.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCViTConfig(TrainConfig):
+    """Settings of CCViT; the defaults are the paper's recipe for a base encoder at 224 pixels."""
+
+    codebook: str | None = None
+    """Codebook made by `patchloom tokenize fit` (folder or file); default: fitted on the training images first"""
+    k: int | None = None
+    """Centroids of a codebook fitted here; paper: 8192. Default: that, or fewer where images are few"""
+    codebook_images: int = 50_000
+    """Images a codebook is fitted on; paper: 50 000, 50 of each ImageNet class"""
+    codebook_iters: int = 20
+    """Iterations of k-means; paper: 20"""
+    mask_ratio: float = 75 / 196
+    """Share of the patches hidden, in blocks; paper: 75 of 196"""
+    replace_ratio: float = 20 / 196
+    """Share of the patches overwritten by their nearest centroid; paper: 20 of 196. 0 turns replacement off"""
+    min_block: int = 16
+    """Fewest patches of a mask block that is tried; paper: 16"""
+    target: Literal["dual", "token", "pixel", "soft_centroid"] = "dual"
+    """What is predicted: tokens and pixels (dual, the paper's), one of them, or the experimental soft centroid"""
+    token_weight: float = 1.0
+    """Weight of the token loss"""
+    pixel_weight: float = 1.0
+    """Weight of the pixel loss"""
+    early_layers: int | None = None
+    """Block whose patch tokens the condenser takes; paper: 9 of 12, 21 of 24. Default: three before the last"""
+    head_layers: int = 2
+    """Blocks of the condenser; paper: 2"""
+    shared_head: bool = False
+    """Let both branches share norm and token head; for target=token"""
+    init_condenser: Literal["default", "trunc"] = "default"
+    """Initialisation of the condenser's layers: PyTorch's, as published, or the encoder's"""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and most share of the image's area that a crop takes; paper: 0.2 to 1"""
+    flip: float = 0.5
+    """Probability of a horizontal flip"""
+    color_jitter: float = 0.0
+    """Strength of colour jitter; paper: none, as it moves the tokens"""
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Interpolation of the view the encoder sees"""
+    target_interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Interpolation of the view tokens and pixel targets come from"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have."""
+        super().__post_init__()
+        for name in ("mask_ratio", "replace_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.mask_ratio + self.replace_ratio > 1:
+            raise UsageError(
+                f"mask_ratio {self.mask_ratio:g} and replace_ratio {self.replace_ratio:g} make more than the whole image"
+            )
+        if self.mask_ratio + self.replace_ratio == 0:
+            raise UsageError("mask_ratio and replace_ratio are both 0, so there is nothing to predict")
+        if self.k is not None and self.k < 2:
+            raise UsageError(f"k is {self.k}; a codebook has at least 2 centroids")
+        if self.target in ("dual", "pixel") and (self.shared_head or self.head_layers < 1):
+            raise UsageError(
+                f"target={self.target} predicts pixels in a condenser head of its own; "
+                f"set shared_head=false and head_layers to at least 1, or target=token"
+            )
+        if self.target == "soft_centroid" and self.head_layers < 1:
+            raise UsageError("target=soft_centroid needs head_layers of at least 1")
+
+
+class CCViTMethod(Method):
+    """Masked image modelling against a k-means codebook of patches (CCViT)."""
+
+    config_class = CCViTConfig
+    config: CCViTConfig
+
+    def __init__(self, config: CCViTConfig, source: Source | StreamSource) -> None:
+        super().__init__(config, source)
+        fresh = config.init_from is None and not Path(config.encoder).exists()
+        if fresh:
+            initialize_encoder(self.encoder)
+        self.size = patch_size(self.encoder)
+        self.channels = in_chans(self.encoder)
+        self.grid = grid_size(self.encoder)
+        self.num_masked, self.num_replaced = mask_counts(self.grid, config.mask_ratio, config.replace_ratio)
+        self.tokenizer = self._tokenizer()
+        # The published model owns encoder and heads; here the encoder is the engine's, and shared.
+        self.model = CentroidMIM(
+            self.encoder,
+            vocab_size=self.tokenizer.num_codes,
+            early_layers=config.early_layers,
+            head_layers=config.head_layers,
+            shared_head=config.shared_head,
+            condenser_head="pixels" if config.target in ("dual", "pixel") else "tokens",
+            init_condenser=config.init_condenser,
+            drop_path=config.drop_path,
+        )
+        if config.grad_checkpointing:
+            self.model.grad_checkpointing = True
+        self.loss = CentroidMIMLoss(config.token_weight, config.pixel_weight, config.target)
+        if config.target == "pixel":
+            self.model.token_head.requires_grad_(False)  # unused: it would stall processes that wait for its gradient
+
+    def _tokenizer(self) -> CentroidTokenizer:
+        """Return the codebook named in the settings, or an empty one of the size that will be fitted."""
+        config = self.config
+        if config.codebook is not None:
+            tokenizer = CentroidTokenizer.load(codebook_file(config.codebook))
+            tokenizer.check_fits(self.size, self.channels)
+            if config.k is not None and config.k != tokenizer.num_codes:
+                raise UsageError(
+                    f"k is {config.k}, but the codebook {config.codebook} has {tokenizer.num_codes} centroids"
+                )
+            return tokenizer
+        k = self._codebook_size()
+        return CentroidTokenizer(torch.zeros(k, self.channels * self.size**2), self.size, self.channels)
+
+    def _codebook_size(self) -> int:
+        """Return k: as asked for, or the largest power of two up to 8192 with 39 patches per centroid."""
+        config = self.config
+        count = len(self.source) if isinstance(self.source, Source) else self.source.num_samples
+        patches = min(count or config.codebook_images, config.codebook_images) * self.grid[0] * self.grid[1]
+        if config.k is not None:
+            if config.k > patches:
+                raise UsageError(
+                    f"k is {config.k}, but {config.data} gives only {patches} patches of {self.size} pixels; lower k"
+                )
+            return config.k
+        k = 8192
+        while k > 16 and k * 39 > patches:
+            k //= 2
+        return k
+
+    def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
+        """Fit the codebook, or copy the one named, into the run folder."""
+        config = self.config
+        path = run_dir / CODEBOOK
+        if path.exists():
+            return
+        if config.codebook is None:
+            self.tokenizer = CentroidTokenizer.fit(
+                source,
+                self.tokenizer.num_codes,
+                patch_size=self.size,
+                image_size=self.input_size,
+                iters=config.codebook_iters,
+                seed=config.seed + 1,
+                images=config.codebook_images,
+                device=self.trainer.strategy.root_device,
+                progress=True,
+            )
+        self.tokenizer.save(path)
+
+    def load_prepared(self, run_dir: Path) -> None:
+        """Load the run's codebook."""
+        self.tokenizer = CentroidTokenizer.load(run_dir / CODEBOOK).to(self.device)
+
+    def transform(self) -> Transform:
+        """Return the paired views and the draw of masks."""
+        config = self.config
+        views = PairedViews(
+            self.input_size,
+            scale=config.crop_scale,
+            interpolation=config.interpolation,
+            second_interpolation=config.target_interpolation,
+            flip=config.flip,
+            color_jitter=config.color_jitter,
+        )
+        return MaskedViews(views, self.grid, self.num_masked, self.num_replaced, config.min_block)
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the losses of a batch and the token accuracy, apart for hidden and for replaced patches."""
+        images = self.pixels(batch["image"])
+        clean = self.pixels(batch["target"]) if "target" in batch else images
+        masked, replaced = batch["masked"].flatten(1), batch["replaced"].flatten(1)
+        output, ids, pixels = self.predict(images, clean, masked, replaced)
+        losses = self.loss(output, ids, pixels, self.tokenizer.centroids)
+        with torch.no_grad():
+            supervised = masked | replaced
+            right = (output.token_logits.argmax(-1) == ids).float()
+            hidden = masked[supervised]
+            losses["token_accuracy"] = right.mean()
+            losses["masked_token_accuracy"] = _mean_where(right, hidden)
+            if self.num_replaced:
+                losses["replaced_token_accuracy"] = _mean_where(right, ~hidden)
+        return losses
+
+    def predict(
+        self, images: Tensor, clean: Tensor, masked: Tensor, replaced: Tensor
+    ) -> tuple[MIMOutput, Tensor, Tensor]:
+        """Corrupt images and predict what was there.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], what the encoder is to see.
+            clean: The same size, where tokens and pixel targets come from; may be `images` itself.
+            masked: (B, N) bool.
+            replaced: (B, N) bool, disjoint from `masked`.
+
+        Returns:
+            Predictions for the M patches masked or replaced, their tokens (M,), their normalised pixels (M, C p²).
+            With `soft_centroid` predictions and targets cover all patches.
+        """
+        every = self.config.target == "soft_centroid"
+        supervised = torch.ones_like(masked) if every else masked | replaced
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            # Only supervised patches need a token.
+            patches = patchify(clean, self.size)[supervised]
+            ids = self.tokenizer.nearest(patches)
+            targets = normalize_patches(patches)
+            corrupted = images
+            if self.num_replaced:
+                # Whole-image ids with the supervised ones filled in: replaced patches are among them.
+                table = torch.zeros(masked.shape, dtype=torch.int64, device=images.device)
+                table[supervised] = ids
+                known = table if clean is images else None
+                corrupted = self.tokenizer.replace(images, replaced, ids=known)
+            inputs = normalize(corrupted, self.encoder)
+        return self.model(inputs, masked, targets=supervised), ids, targets
+
+    def summary(self) -> dict[str, Any]:
+        """Return the size of the codebook and of the corruption."""
+        return {
+            "codebook_size": self.tokenizer.num_codes,
+            "codebook_fingerprint": self.tokenizer.fingerprint(),
+            "masked_patches": self.num_masked,
+            "replaced_patches": self.num_replaced,
+            "patches": self.grid[0] * self.grid[1],
+            "early_layers": self.model.early_layers,
+        }
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return the codebook and what the network makes of corrupted held-out images."""
+        from patchloom.report import Section, codebook_mosaic, image_grid
+
+        clean = self.pixels(images).to(self.device)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        masks = MaskedViews(None, self.grid, self.num_masked, self.num_replaced, self.config.min_block)
+        drawn = [masks.draw(generator) for _ in range(len(clean))]
+        masked = torch.stack([m for m, _ in drawn]).flatten(1).to(self.device)
+        replaced = torch.stack([r for _, r in drawn]).flatten(1).to(self.device)
+        self.model.eval()
+        rows = {"original": clean, **self._pictures(clean, masked, replaced)}
+        codes = self.tokenizer.centroids.float().cpu()
+        return [
+            Section(
+                title="Codebook",
+                text=f"The {self.tokenizer.num_codes} centroids of the training patches, sorted by hue: each is a "
+                f"class to predict and a patch of pixels.",
+                figures=[codebook_mosaic(codes, self.size, self.channels)],
+            ),
+            Section(
+                title="What it sees, what it should say, what it says",
+                text=f"Held-out images. Of {masked.shape[1]} patches {self.num_masked} are hidden (grey) and "
+                f"{self.num_replaced} overwritten by their centroid. The network predicts pixels up to the brightness "
+                f"and contrast of each patch; these are taken from the original here. Patches it was shown are shown.",
+                figures=[image_grid({name: row.float().cpu() for name, row in rows.items()})],
+            ),
+        ]
+
+    def _pictures(self, clean: Tensor, masked: Tensor, replaced: Tensor) -> dict[str, Tensor]:
+        """Return the corrupted input, the centroid targets and the predictions as images."""
+        supervised = masked | replaced
+        patches = patchify(clean, self.size)
+        tokens = self.tokenizer.encode(clean)
+        centroids = patchify(self.tokenizer.decode(tokens), self.size)
+        corrupted = torch.where(replaced[..., None], centroids, patches)
+        corrupted = torch.where(masked[..., None], torch.full_like(patches, 0.5), corrupted)
+        inputs = normalize(self.tokenizer.replace(clean, replaced) if self.num_replaced else clean, self.encoder)
+        output = self.model(inputs, masked, targets=supervised)
+        rows = {"corrupted input": corrupted, "centroid targets": centroids}
+        if self.config.target != "pixel":
+            said = patches.clone()
+            said[supervised] = self.tokenizer.centroids[output.token_logits.argmax(-1)].to(said.dtype)
+            rows["predicted centroids"] = said
+        if output.pixels is not None:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+            said = patches.clone()
+            spread = (variance + 1e-6).sqrt()
+            said[supervised] = output.pixels.to(said.dtype) * spread[supervised] + mean[supervised]
+            rows["predicted pixels"] = said.clamp(0, 1)
+        return {name: unpatchify(row, self.size, self.grid, self.channels) for name, row in rows.items()}
+
+
+class MaskedViews:
+    """Views of an image and the draw of its masks, in the data worker and from the sample's own generator."""
+
+    def __init__(
+        self,
+        views: PairedViews | None,
+        grid: tuple[int, int],
+        num_masked: int,
+        num_replaced: int,
+        min_block: int,
+    ) -> None:
+        self.views = views
+        self.masks = BlockMaskGenerator(grid, num_masked, min_block=min(min_block, max(1, num_masked)))
+        self.replacements = ReplacementSampler(num_replaced)
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        assert self.views is not None
+        sample = self.views(image, generator)
+        sample["masked"], sample["replaced"] = self.draw(generator)
+        return sample
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return (h, w) bool masks of hidden and of replaced patches."""
+        masked = self.masks(generator)
+        return masked, self.replacements(masked, generator)
+
+
+def mask_counts(grid: tuple[int, int], mask_ratio: float, replace_ratio: float) -> tuple[int, int]:
+    """Return how many patches of a grid are hidden and replaced; 75 and 20 of 14x14 at the paper's shares."""
+    patches = grid[0] * grid[1]
+    masked = round(mask_ratio * patches)
+    return masked, min(round(replace_ratio * patches), patches - masked)
+
+
+def codebook_file(path: str) -> Path:
+    """Return the file of a codebook named by its folder or by itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    named = Path(path)
+    file = named / CODEBOOK if named.is_dir() else named
+    if not file.exists():
+        raise UsageError(f"there is no codebook at {file}; make one with: patchloom tokenize fit --out {path}")
+    return file
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Return the mean of the chosen values; 0 where none is chosen."""
+    return (values * where).sum() / where.sum().clamp(min=1)
