@@ -1,0 +1,228 @@
+"""Facts about the transforms: exact geometry, draws that come from the generator alone, timm's recipe."""
+
+# ruff: noqa: NPY002 - the legacy global generator is what timm draws from
+from __future__ import annotations
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from patchloom.data.pixels import jitter_colors, random_box, resize
+from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
+from patchloom.errors import UsageError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(height: int = 90, width: int = 130, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+def test_paired_views_equal_flip_first_then_crop() -> None:
+    image = picture()
+    transform = PairedViews(32, 48)
+    for seed in range(40):
+        draws = generator(seed)
+        flipped = image.flip(-1) if float(torch.rand((), generator=draws)) < 0.5 else image
+        top, left, h, w = random_box(90, 130, (0.2, 1.0), (3 / 4, 4 / 3), draws)
+        crop = flipped[:, top : top + h, left : left + w]
+        views = transform(image, generator(seed))
+        for name, size in (("image", 32), ("target", 48)):
+            expected = F.resize(crop, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(views[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "names"),
+    [
+        ({}, {"image"}),
+        ({"second_size": 32}, {"image"}),
+        ({"second_size": 16}, {"image", "target"}),
+        ({"second_interpolation": "lanczos"}, {"image", "target"}),
+        ({"interpolation": "bilinear", "second_interpolation": "bilinear"}, {"image"}),
+    ],
+)
+def test_second_view_only_where_it_differs(settings_: dict, names: set[str]) -> None:
+    views = PairedViews(32, **settings_)(picture(), generator())
+    assert set(views) == names
+    assert views["image"].shape == (3, 32, 32)
+    assert all(view.dtype == torch.uint8 and view.is_contiguous() for view in views.values())
+
+
+def test_views_of_other_channel_counts_and_layouts() -> None:
+    for channels in (1, 4, 6):
+        views = PairedViews(24, second_interpolation="lanczos")(picture(channels=channels), generator())
+        assert views["image"].shape == views["target"].shape == (channels, 24, 24)
+    image = picture()
+    interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert torch.equal(PairedViews(24)(image, generator())["image"], PairedViews(24)(interleaved, generator())["image"])
+
+
+def seed_globals(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def test_same_generator_state_same_views_and_global_state_unused() -> None:
+    image = picture()
+    for transform in (PairedViews(24, color_jitter=0.4), FinetuneTransform(24), EvalTransform(24)):
+        seed_globals(1)
+        first = transform(image, generator(7))["image"]
+        seed_globals(2)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        again = pickle.loads(pickle.dumps(transform))(image, generator(7))["image"]
+        assert torch.equal(first, again)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        assert np.random.get_state()[1].tolist() == before[2]
+    assert not torch.equal(
+        FinetuneTransform(24)(image, generator(7))["image"], FinetuneTransform(24)(image, generator(8))["image"]
+    )
+
+
+def test_flip_rate_and_no_flip() -> None:
+    image = torch.arange(40, dtype=torch.uint8).expand(3, 40, 40)  # rises from left to right
+    rises = []
+    for seed in range(200):
+        view = PairedViews(16)(image, generator(seed))["image"]
+        rises.append(bool(view[0, 0, -1] > view[0, 0, 0]))
+    assert 70 < sum(rises) < 130
+    assert all(
+        PairedViews(16, flip=0)(image, generator(s))["image"][0, 0, -1] > 8 for s in range(20)
+    )  # never flipped: the right edge stays the brighter one
+
+
+@given(
+    height=st.integers(1, 400),
+    width=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+    low=st.floats(0.01, 1.0),
+)
+@settings(max_examples=150, deadline=None)
+def test_box_lies_inside_with_aspect_in_range(height: int, width: int, seed: int, low: float) -> None:
+    top, left, h, w = random_box(height, width, (low, 1.0), (3 / 4, 4 / 3), generator(seed))
+    assert 0 < h <= height
+    assert 0 < w <= width
+    assert 0 <= top <= height - h
+    assert 0 <= left <= width - w
+    if min(h, w) >= 20:
+        assert 0.65 < w / h < 1.5
+
+
+def test_box_statistics_follow_torchvision() -> None:
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    theirs = RandomResizedCrop(8, scale=(0.2, 1.0))
+    image = torch.zeros(3, 100, 150, dtype=torch.uint8)
+    torch.manual_seed(0)
+    reference = torch.tensor(
+        [[p[name] for name in ("top", "left", "height", "width")] for p in
+         (theirs.make_params([image]) for _ in range(2000))], dtype=torch.float64
+    )  # fmt: skip
+    draws = generator(0)
+    ours = torch.tensor(
+        [random_box(100, 150, (0.2, 1.0), (3 / 4, 4 / 3), draws) for _ in range(2000)], dtype=torch.float64
+    )
+    error = (ours.var(0) / 2000 + reference.var(0) / 2000).sqrt()
+    assert ((ours.mean(0) - reference.mean(0)).abs() < 4 * error).all()
+    assert torch.allclose(ours.std(0), reference.std(0), rtol=0.08)
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))])
+def test_box_of_a_ribbon_is_the_clamped_centre(height: int, width: int, expected: tuple) -> None:
+    assert random_box(height, width, (0.9, 1.0), (3 / 4, 4 / 3), generator()) == expected
+
+
+def test_eval_transform_resizes_shorter_side_and_cuts_the_centre() -> None:
+    image = picture(96, 128)
+    resized = F.resize(image, [36], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(EvalTransform(32)(image)["image"], F.center_crop(resized, [32, 32]))
+    upright = picture(128, 96)
+    assert EvalTransform(32)(upright, generator())["image"].shape == (3, 32, 32)
+
+
+def test_eval_transform_leaves_an_image_of_the_right_size_alone() -> None:
+    image = picture(32, 32)
+    assert torch.equal(EvalTransform(32)(image)["image"], image)
+    assert not torch.equal(EvalTransform(32)(picture(33, 32))["image"], image)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+def test_resize_matches_pillow_within_rounding(interpolation: str) -> None:
+    from PIL import Image
+    from skimage.data import astronaut
+
+    pixels = astronaut()[:200, :300]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    ours = resize(image, (64, 80), interpolation)
+    theirs = Image.fromarray(pixels).resize((80, 64), Image.Resampling[interpolation.upper()])
+    difference = ours.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()
+    assert difference.abs().max() <= (0 if interpolation == "lanczos" else 2)
+
+
+def test_color_jitter_acts_before_both_views_and_needs_colours() -> None:
+    image = picture()
+    assert not torch.equal(jitter_colors(image, 0.4, generator()), image)
+    assert torch.equal(jitter_colors(image, 0.0, generator()), image)
+    with pytest.raises(UsageError, match="colour jitter is defined for 1 or 3 channels, not 4"):
+        PairedViews(16, color_jitter=0.4)(picture(channels=4), generator())
+
+
+def test_finetune_transform_is_normalised_and_erases() -> None:
+    white = torch.full((3, 40, 40), 255, dtype=torch.uint8)
+    plain = FinetuneTransform(32, auto_augment=None, color_jitter=0.0, erasing=0.0)
+    expected = (1 - torch.tensor(plain.mean)) / torch.tensor(plain.std)
+    image = plain(white, generator())["image"]
+    assert image.dtype == torch.float32
+    assert plain.normalized
+    assert torch.allclose(image, expected[:, None, None].expand_as(image))
+    erased = FinetuneTransform(32, auto_augment=None, color_jitter=0.0, erasing=1.0)(white, generator())["image"]
+    assert 0 < (erased != image).float().mean() < 0.5
+    with pytest.raises(UsageError, match="not on 1 channels"):
+        plain(picture(channels=1), generator())
+
+
+@pytest.mark.parametrize("count", [1, 5, 6])
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_mixup_takes_any_batch_and_draws_from_the_generator(count: int, mode: str) -> None:
+    mixing = make_mixup(10, mode=mode)
+    labels = torch.arange(count)
+    images = torch.rand(count, 3, 8, 8, generator=generator())
+    mixed, soft = mixing(images.clone(), labels, generator(3))
+    again, soft_again = mixing(images.clone(), labels, generator(3))
+    assert mixed.shape == images.shape
+    assert soft.shape == (count, 10)
+    assert torch.allclose(soft.sum(1), torch.ones(count))
+    assert torch.equal(mixed, again)
+    assert torch.equal(soft, soft_again)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PairedViews(0), "size is 0"),
+        (lambda: PairedViews(16, scale=(0.5, 0.2)), "crop scale"),
+        (lambda: PairedViews(16, ratio=(2, 1)), "crop ratio"),
+        (lambda: PairedViews(16, flip=2), "flip is 2"),
+        (lambda: PairedViews(16, color_jitter=-1), "color_jitter is -1"),
+        (lambda: PairedViews(16, interpolation="bicubc"), "unknown interpolation 'bicubc'; did you mean bicubic"),
+        (lambda: EvalTransform(16, crop_pct=1.5), "crop_pct is 1.5"),
+        (lambda: FinetuneTransform(16, erasing=3), "erasing is 3"),
+        (lambda: FinetuneTransform(16, scale=(0, 1)), "crop scale"),
+        (lambda: make_mixup(10, mixup=0, cutmix=0), "nothing to mix"),
+        (lambda: make_mixup(10, mode="both"), "unknown mixup mode"),
+    ],
+)
+def test_impossible_settings_are_refused(make, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make()
