@@ -89,7 +89,7 @@ class CCViTConfig(TrainConfig):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.mask_ratio + self.replace_ratio > 1:
             raise UsageError(
-                f"mask_ratio {self.mask_ratio:g} and replace_ratio {self.replace_ratio:g} make more than the whole image"
+                f"mask_ratio {self.mask_ratio:g} and replace_ratio {self.replace_ratio:g} exceed the whole image"
             )
         if self.mask_ratio + self.replace_ratio == 0:
             raise UsageError("mask_ratio and replace_ratio are both 0, so there is nothing to predict")

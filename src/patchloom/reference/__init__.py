@@ -1,1 +1,80 @@
+"""Published checkpoints in: one file per system, key conversion only."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.reference import ccvit
+from patchloom.reference.state import read_state
+
+REFERENCES: dict[str, Callable[..., nn.Module]] = {
+    "ccvit": ccvit.load,
+}
+
+
+def list_references() -> list[str]:
+    """Return the names of the systems whose published checkpoints can be loaded."""
+    return sorted(REFERENCES)
+
+
+def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **config: Any) -> nn.Module:
+    """Return our module with the weights of a published implementation's checkpoint, in eval mode.
+
+    Args:
+        system: Name of the system, see `list_references`.
+        checkpoint: State dict (wrapper keys such as `model` or `module.` are handled) or the path of one.
+        **config: What shapes do not tell, under the names of the published implementation.
+
+    Raises:
+        UsageError: Unknown system or setting, or tensors missing or left over (they are named).
+    """
+    if system not in REFERENCES:
+        raise unknown_name("system", system, REFERENCES)
+    # Building a module draws initial weights; whoever loads weights does not expect their random state to move.
+    with torch.random.fork_rng(devices=[]):
+        return REFERENCES[system](read_state(checkpoint), **config).eval()
+
+
+def import_reference(
+    system: str,
+    checkpoint: str,
+    out: str,
+    early_layers: int | None = None,
+    num_heads: int | None = None,
+    image_size: int | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Turn a published checkpoint into a bundle that timm and every command here can open.
+
+    Args:
+        system: Name of the system: ccvit.
+        checkpoint: File of the published checkpoint.
+        out: Folder of the bundle.
+        early_layers: Block whose tokens the condenser takes; default: the paper's for the depth.
+        num_heads: Attention heads, where no relative-position table tells.
+        image_size: Side of the images in pixels, where no position table tells.
+        overwrite: Replace a bundle already there.
+
+    Returns:
+        The folder of the bundle.
+
+    Raises:
+        UsageError: Unknown system, or a checkpoint that does not fit.
+    """
+    from patchloom.bundle import save_bundle
+
+    if Path(out).exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
+    given = {"early_layers": early_layers, "num_heads": num_heads, "image_size": image_size}
+    config = {name: value for name, value in given.items() if value is not None}
+    module = load_reference(system, checkpoint, **config)
+    encoder = getattr(module, "encoder", module)
+    lineage = {"made_by": f"import {system}", "checkpoint": Path(checkpoint).name, "settings": config, "from": None}
+    save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
+    return out

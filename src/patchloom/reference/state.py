@@ -1,0 +1,106 @@
+"""Reading published checkpoints: wrappers off, tensors counted, nothing unpickled that could act."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchloom.errors import UsageError
+
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema")
+
+
+def read_state(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name.
+
+    Args:
+        checkpoint: State dict, possibly inside wrapper keys such as `model`; or the path of one (a pickle, read
+            with `weights_only=True`, or safetensors), or of a DeepSpeed run's folder file.
+
+    Raises:
+        UsageError: There is no such file, or no tensors in it, or it holds objects that are not plain data.
+    """
+    state: Any = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    for _ in range(3):
+        inner = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UsageError(f"no tensors in the checkpoint (its keys: {', '.join(map(str, list(state)[:8]))})")
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        # Published checkpoints carry their command line as a Namespace: plain data, so it may pass.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"{path} cannot be read as plain tensors ({reason}); save its state dict alone with torch.save"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], *, may_lack: Iterable[str] = ()) -> nn.Module:
+    """Load all of `state` into all of `module`, or refuse.
+
+    Args:
+        module: Our module.
+        state: Tensors under our names.
+        may_lack: Names of the module that the checkpoint need not have.
+
+    Raises:
+        UsageError: Tensors missing, left over or of another shape, by name and count.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and name not in set(may_lack)]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        fits = sum(name in state and state[name].shape == own[name].shape for name in own)
+        parts = [
+            f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if names
+        ]
+        raise UsageError(f"{fits} of {len(own)} tensors fit; {'; '.join(parts)}")
+    module.load_state_dict(dict(state), strict=False)
+    return module
+
+
+def check_settings(config: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse settings a loader does not know.
+
+    Raises:
+        UsageError: Names the setting and the known ones.
+    """
+    from patchloom.errors import unknown_name
+
+    names = list(known)
+    for name in config:
+        if name not in names:
+            raise unknown_name("setting", name, names)
