@@ -124,9 +124,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if isinstance(command, Verb):
         if not rest or rest[0].startswith("-"):
-            raise UsageError(
-                f"patchloom {words[0]} needs the name of a method: {', '.join(_methods(command))}"
-            )
+            raise UsageError(f"patchloom {words[0]} needs the name of a method: {', '.join(_methods(command))}")
         return _run_method(words[0], command, rest[0], rest[1:])
     return _run_function(" ".join(words), command, rest)
 

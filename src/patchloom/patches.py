@@ -44,9 +44,7 @@ def patchify(images: Tensor, patch_size: int, order: Order = "chw") -> Tensor:
         UsageError: A side is not divisible by `patch_size`, or `images` is no batch of images.
     """
     if images.ndim != 4:
-        raise UsageError(
-            f"patchify takes a batch of images (B, C, H, W), not a tensor of {images.ndim} dimensions"
-        )
+        raise UsageError(f"patchify takes a batch of images (B, C, H, W), not a tensor of {images.ndim} dimensions")
     batch, channels, height, width = images.shape
     h, w = patch_grid((height, width), patch_size)
     cells = images.reshape(batch, channels, h, patch_size, w, patch_size)

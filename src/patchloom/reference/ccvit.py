@@ -61,7 +61,7 @@ def _pretrained(state: dict[str, Tensor], config: Mapping[str, Any]) -> Centroid
     if "lm_head.weight" not in state:
         raise UsageError("the checkpoint has a mask_token but no lm_head.weight: a pre-training layout has both")
     encoder = _encoder(state, config, global_pool="avg", use_fc_norm=False)
-    vocab, width = state["lm_head.weight"].shape
+    vocab = state["lm_head.weight"].shape[0]
     own_head = "cls_pt_lm_head.weight" in state
     condenser_outputs = state["cls_pt_lm_head.weight"].shape[0] if own_head else vocab
     pixels = state["patch_embed.proj.weight"][0].numel()
