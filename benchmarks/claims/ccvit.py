@@ -10,6 +10,7 @@ two to four minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -280,7 +281,7 @@ def claims_table(series: Series, folder: Path) -> str:
         + ", ".join(f"K={k} {t['mse'][k]:.4f}" for k in ("64", "256", "512", "1024"))
         + f"; variance {t['patch_variance']:.4f}",
         "strictly decreasing; K=512 ≤ 0.10 × variance",
-        all(a > b for a, b in zip(mse, mse[1:], strict=False)) and t["mse"]["512"] <= 0.1 * t["patch_variance"],
+        all(a > b for a, b in itertools.pairwise(mse)) and t["mse"]["512"] <= 0.1 * t["patch_variance"],
     )
     kept, peer_kept = t["stability"]["512"], t["peer_stability"]
     add(
@@ -295,8 +296,8 @@ def claims_table(series: Series, folder: Path) -> str:
     add(
         f"4 the pretext task is learnable ({STEPS} steps)",
         f"cross-entropy {mean_and_deviation(ce)} (unigram entropy {words['entropy']:.2f}); token accuracy "
-        f"{mean_and_deviation([100 * a for a in accuracy], 1)} % (majority {100 * words['majority']:.1f} %; masked only "
-        f"{mean_and_deviation([100 * r['masked_token_accuracy'] for r in runs], 1)} %, replaced only "
+        f"{mean_and_deviation([100 * a for a in accuracy], 1)} % (majority {100 * words['majority']:.1f} %; "
+        f"masked only {mean_and_deviation([100 * r['masked_token_accuracy'] for r in runs], 1)} %, replaced only "
         f"{mean_and_deviation([100 * r['replaced_token_accuracy'] for r in runs], 1)} %); pixel MSE "
         f"{mean_and_deviation(error)}",
         "CE ≤ 0.85 × entropy; accuracy ≥ 8 × majority; pixel MSE ≤ 0.80",

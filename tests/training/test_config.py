@@ -1,0 +1,93 @@
+"""Settings: what is refused, what is converted, and the file that repeats a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from patchloom.errors import UsageError
+from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
+
+NEEDED = {"data": "photos", "out": "runs/a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs is 0; it must be at least 1"),
+        ("drop_path", 1.0, "drop_path is 1.0; it must be at least 0 and below 1"),
+        ("layer_decay", 0.0, "layer_decay is 0.0; it must be above 0 and at most 1"),
+        ("lr", 0.0, "lr is 0.0; it must be above 0"),
+        ("ema", 1.0, "ema is 1.0"),
+        ("betas", (0.9, 1.0), "betas is"),
+        ("precision", "bf16", "did you mean bf16-mixed"),
+        ("num_workers", -1, "num_workers is -1"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_value(name, value, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        TrainConfig(**NEEDED, **{name: value})
+
+
+def test_unknown_settings_are_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean batch_size"):
+        config_from_mapping(TrainConfig, {**NEEDED, "batchsize": 3})
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(UsageError, match="missing data and out"):
+        config_from_mapping(TrainConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("lr", "1e-3", 1e-3),
+        ("lr", 1, 1.0),
+        ("betas", [0.9, 0.95], (0.9, 0.95)),
+        ("max_steps", None, None),
+        ("clip_grad", None, None),
+        ("warmup_epochs", 5, 5.0),
+    ],
+)
+def test_near_misses_of_yaml_are_converted(name, given, kept):
+    config = config_from_mapping(TrainConfig, {**NEEDED, name: given})
+    assert getattr(config, name) == kept
+    assert type(getattr(config, name)) is type(kept)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", "many"), ("epochs", 1.5), ("resume", "yes"), ("lr", "fast")])
+def test_values_of_the_wrong_kind_are_refused(name, value):
+    with pytest.raises(UsageError, match=f"{name} is {value!r}; expected"):
+        config_from_mapping(TrainConfig, {**NEEDED, name: value})
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(UsageError, match="set one of them"):
+        TrainConfig(**NEEDED, resume=True, overwrite=True)
+
+
+def test_written_settings_read_back_equal(tmp_path):
+    config = TrainConfig(**NEEDED, lr=3e-4, betas=(0.8, 0.9), max_steps=7, overwrite=True)
+    write_config(config, tmp_path / "config.yaml", "pretrain made_up")
+    again = config_from_mapping(TrainConfig, read_config(tmp_path / "config.yaml"))
+    assert again == dataclasses.replace(config, overwrite=False)
+    assert (tmp_path / "config.yaml").read_text().startswith("# patchloom pretrain made_up --config config.yaml\n")
+
+
+def test_every_setting_has_a_text():
+    import inspect
+
+    source = inspect.getsource(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        following = source.split(f"\n    {field.name}: ")[1].split("\n")[1].strip()
+        assert following.startswith('"""'), field.name
+
+
+def test_resuming_refuses_what_would_make_another_run(tmp_path):
+    saved = yaml.safe_load(yaml.safe_dump({**dataclasses.asdict(TrainConfig(**NEEDED)), "betas": [0.9, 0.98]}))
+    refuse_changes(saved, TrainConfig(**NEEDED, num_workers=5, log_every=3))
+    with pytest.raises(UsageError, match=r"has lr=0.0015, not 0.1"):
+        refuse_changes(saved, TrainConfig(**NEEDED, lr=0.1))
