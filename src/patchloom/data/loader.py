@@ -1,0 +1,302 @@
+"""Batches from a source: shuffled, split over ranks, resumable in mid-epoch, forgiving of broken images.
+
+What a batch holds depends on (seed, epoch, number of the batch, rank, world size) and on nothing else: not on the
+number of workers for a map-style source, and never on what was read before. That is what makes a resumed run
+equal to an uninterrupted one.
+
+    loader = make_loader(source, PairedViews(224), 128, seed=0, shuffle=True)
+    loader.set_position(epoch=3, batches_done=120)
+    for batch in loader:
+        batch["image"], batch["label"], batch["index"], batch["key"], batch["skipped"]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.order import EpochOrder, Slot
+from patchloom.data.workers import Batch, MapBatches, StreamBatches, Transform
+from patchloom.errors import UsageError
+
+
+class Loader:
+    """Iterable over the batches of one epoch, from a position on.
+
+    Iterating does not move the position: the same position gives the same batches again. One iteration at a time;
+    starting another abandons the first. Workers stay alive between epochs.
+
+    Attributes:
+        source: Where the images come from.
+        batch_size: Images per batch and rank; the last one may be shorter.
+        num_workers: Worker processes; 0: images are read in this process.
+        num_batches: Batches of this rank in an epoch; None when the length of a stream is unknown.
+        epoch: Epoch that the next iteration goes through.
+        batches_done: Batches of it that are passed over without being read.
+    """
+
+    def __init__(
+        self,
+        source: Source | StreamSource,
+        batch_size: int,
+        num_workers: int,
+        num_batches: int | None,
+        batches: _MapBatching | _StreamBatching,
+        *,
+        replaces: bool,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.num_batches = num_batches
+        self.epoch = 0
+        self.batches_done = 0
+        self._batches = batches
+        self._replaces = replaces
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch.
+
+        Raises:
+            TypeError: The length of the stream is unknown (`num_batches` is None).
+        """
+        if self.num_batches is None:
+            raise TypeError(f"the number of images in {self.source.name!r} is unknown; give epoch_length")
+        return self.num_batches
+
+    def set_position(self, epoch: int, batches_done: int = 0) -> None:
+        """Let the next iteration go through `epoch`, from batch number `batches_done` on.
+
+        Raises:
+            UsageError: The position is negative or lies beyond the end of the epoch.
+        """
+        last = self.num_batches
+        if epoch < 0 or batches_done < 0 or (last is not None and batches_done > last):
+            limit = "" if last is None else f" (an epoch has {last} batches)"
+            raise UsageError(f"no such position: epoch {epoch}, {batches_done} batches done{limit}")
+        self.epoch, self.batches_done = epoch, batches_done
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start an iteration.
+
+        Each batch is a dict: what the transform returned, stacked; "label" (B,) int64; "index" (B,) int64;
+        "key": list of B names; "skipped": list of (key, reason) of images that could not be read.
+
+        Raises:
+            UsageError: Nothing in the source is readable.
+        """
+        batches = self._batches.start(self.epoch, self.batches_done)
+        return self._checked(batches) if self._replaces else self._without_empty(self._checked(batches))
+
+    def _checked(self, batches: Iterable[Batch | UsageError]) -> Iterator[Batch]:
+        for batch in batches:
+            if isinstance(batch, UsageError):
+                raise batch
+            yield batch
+
+    def _without_empty(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Hand what batches of nothing but broken images report to a neighbour, so that none comes out empty."""
+        held: Batch | None = None
+        reports: list[tuple[str, str]] = []
+        for batch in batches:
+            if not batch["key"]:
+                (reports if held is None else held["skipped"]).extend(batch["skipped"])
+                continue
+            if held is not None:
+                yield held
+            batch["skipped"][:0] = reports
+            held, reports = batch, []
+        if held is not None:
+            yield held
+        elif reports and self.batches_done == 0:
+            key, reason = reports[0]
+            raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
+
+
+def make_loader(
+    source: Source | StreamSource,
+    transform: Transform,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool,
+    num_workers: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = False,
+    pin_memory: bool = False,
+    epoch_length: int | None = None,
+) -> Loader:
+    """Return batches of a source.
+
+    Args:
+        source: Images by index, or a stream.
+        transform: Picklable callable `(image uint8 (C, H, W), generator) -> dict of tensors`, run in the worker; the
+            generator is seeded from (seed, epoch, image).
+        batch_size: Images per batch and rank.
+        seed: Seed of the order and of the transform's draws.
+        shuffle: Training: a new order every epoch, and a broken image is replaced by the next readable one.
+            Without it every image comes once and in order, and broken ones are left out. Both report them in
+            "skipped".
+        num_workers: Worker processes; fewer are used when a stream has too few shards for them.
+        rank: This process among `world_size`.
+        world_size: Processes that share each epoch. Map-style: see `EpochOrder`. Streams share out shards; in
+            training every rank has equally many batches and starts over when its shards run out.
+        drop_last: Leave out an incomplete last batch, unless it is the only one. Training batches from a stream
+            of known length are always full: fewer images than a whole number of batches are made up by repetition.
+        pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
+        epoch_length: Images per epoch over all ranks; None: all there are.
+
+    Raises:
+        UsageError: A value lies outside its range, or the source is empty.
+    """
+    for name, value, low in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("world_size", world_size, 1),
+        ("epoch_length", 1 if epoch_length is None else epoch_length, 1),
+    ):
+        if value < low:
+            raise UsageError(f"{name} is {value}; it must be at least {low}")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}")
+    options: dict[str, Any] = {"pin_memory": pin_memory, "num_workers": num_workers}
+    if isinstance(source, Source):
+        if len(source) == 0:
+            raise UsageError(f"{source.name!r} holds no image")
+        order = EpochOrder(
+            len(source),
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            epoch_length=epoch_length,
+        )
+        batching = _MapBatching(order, MapBatches(source, transform, seed, replace=shuffle), **options)
+        return Loader(source, batch_size, num_workers, order.num_batches, batching, replaces=shuffle)
+    options["num_workers"] = num_workers = _affordable_workers(source, num_workers, world_size)
+    known = source.num_samples if epoch_length is None else epoch_length
+    steps: int | None = None
+    if known is not None:
+        per_step = batch_size * world_size
+        steps = max(1, known // per_step) if drop_last else -(-known // per_step)
+    stream = StreamBatches(
+        source,
+        transform,
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+        endless=shuffle and steps is not None,
+    )
+    if not shuffle:
+        available = stream.count_batches(max(1, num_workers))
+        limits = [steps] if epoch_length is not None else []
+        steps = min((n for n in [available, *limits] if n is not None), default=None)
+    return Loader(source, batch_size, num_workers, steps, _StreamBatching(stream, steps, **options), replaces=shuffle)
+
+
+class _Positioned(Sampler[list[Slot]]):
+    """Hands the workers their batches of slots, from the position that was set last."""
+
+    def __init__(self, order: EpochOrder) -> None:
+        self.order = order
+        self.epoch, self.batches_done = 0, 0
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return self.order.batches(self.epoch, self.batches_done)
+
+    def __len__(self) -> int:
+        return self.order.num_batches - self.batches_done
+
+
+class _MapBatching:
+    def __init__(self, order: EpochOrder, dataset: MapBatches, num_workers: int, pin_memory: bool) -> None:
+        self.sampler = _Positioned(order)
+        self.loader = _data_loader(dataset, num_workers, pin_memory, batch_sampler=self.sampler)
+
+    def start(self, epoch: int, batches_done: int) -> Iterator[Batch | UsageError]:
+        self.sampler.epoch, self.sampler.batches_done = epoch, batches_done
+        return iter(self.loader)
+
+
+class _StreamBatching:
+    """Takes the workers' batches in turn, so that the order doesn't depend on which of them is faster."""
+
+    def __init__(self, dataset: StreamBatches, steps: int | None, num_workers: int, pin_memory: bool) -> None:
+        self.dataset = dataset
+        self.steps = steps
+        self.num_workers = num_workers
+        self.loader = _data_loader(dataset, num_workers, pin_memory, batch_size=None)
+
+    def start(self, epoch: int, batches_done: int) -> Iterator[Batch | UsageError]:
+        self.dataset.set_position(epoch, batches_done)
+        return self._limited(iter(self.loader), batches_done)
+
+    def _limited(self, batches: Iterator[Batch | UsageError | None], done: int) -> Iterator[Batch | UsageError]:
+        # Endless workers pass over what is done themselves. Others must read it: how their shards divide it is
+        # known only once they have gone through them.
+        number = done if self.dataset.endless else 0
+        idle = 0
+        while self.steps is None or number < self.steps:
+            batch = next(batches)
+            idle = idle + 1 if batch is None else 0
+            if idle >= max(1, self.num_workers):
+                return
+            if batch is not None:
+                if number >= done or isinstance(batch, UsageError):
+                    yield batch
+                number += 1
+
+
+def _data_loader(dataset: Any, num_workers: int, pin_memory: bool, **batching: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_one_thread,
+        # Its own generator: starting an iteration must not move the global one.
+        generator=torch.Generator(),
+        **batching,
+    )
+
+
+def _affordable_workers(source: StreamSource, num_workers: int, world_size: int) -> int:
+    """Return how many workers find a shard each; refuse when ranks would go without."""
+    shards = getattr(source, "num_shards", None)
+    if shards is None:
+        return num_workers
+    if shards < world_size:
+        raise UsageError(
+            f"{source.name!r} has {shards} shards for {world_size} processes, which need one each; "
+            f"use at most {shards} processes or write more shards"
+        )
+    if num_workers > shards // world_size:
+        affordable = shards // world_size
+        warnings.warn(
+            f"{source.name!r} has {shards} shards for {world_size} × {num_workers} workers; "
+            f"using num_workers={affordable}",
+            stacklevel=3,
+        )
+        return affordable
+    return num_workers
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """Keep workers from fighting over the cores: they are the parallelism."""
+    torch.set_num_threads(1)
