@@ -56,5 +56,5 @@ def test_checkpoints_that_could_run_code_are_not_read(tmp_path):
             return print, ("boom",)
 
     torch.save({"bomb": Bomb()}, tmp_path / "last.ckpt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")

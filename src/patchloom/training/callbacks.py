@@ -13,10 +13,11 @@ from typing import Any
 import lightning.pytorch as lp
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from patchloom.data.base import Source
 from patchloom.training.method import Method, NonFiniteLossError
+from patchloom.training.metrics import CSVMetrics
 
 
 class Progress(Callback):
@@ -88,6 +89,17 @@ class Progress(Callback):
         if share > 0.2 and elapsed > 20:
             parts.append(f"{share:.0%} of the time waits for images (raise num_workers)")
         return "  ".join(parts)
+
+
+class ContinuedMetrics(Callback):
+    """Lets `metrics.csv` go on from the step a run resumes at."""
+
+    def __init__(self, metrics: CSVMetrics) -> None:
+        self.metrics = metrics
+
+    def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Drop what was logged after the checkpoint."""
+        self.metrics.forget_after(trainer.global_step)
 
 
 class SkippedImages(Callback):
@@ -169,7 +181,7 @@ class Probe(Callback):
 class ProbeData:
     """The images the probe looks at: reference and query halves, fixed for the whole run."""
 
-    def __init__(self, reference: Dataset[Any] | None, queries: Any) -> None:
+    def __init__(self, reference: Source | None, queries: Source) -> None:
         self.reference = reference
         self.queries = queries
 
@@ -179,13 +191,17 @@ class ProbeData:
         from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
         from patchloom.features.knn import knn_accuracy
 
-        settings = {"batch_size": batch_size, "num_workers": 0, "device": str(device), "progress": False}
-        queries = extract(encoder, self.queries, **settings)
+        def features(source: Source) -> Any:
+            return extract(
+                encoder, source, batch_size=batch_size, num_workers=0, device=str(device), progress=False
+            )
+
+        queries = features(self.queries)
         spread, cosine = rankme(queries.vectors), mean_pairwise_cosine(queries.vectors)
         figures: dict[str, Any] = {"rankme": spread, "mean_cosine": cosine}
         figures["verdict"] = verdict(spread, cosine, queries.vectors.shape[1])
         if self.reference is not None:
-            reference = extract(encoder, self.reference, **settings)
+            reference = features(self.reference)
             figures["knn_accuracy"] = knn_accuracy(
                 reference.vectors, reference.labels, queries.vectors, queries.labels, k=min(20, len(reference.labels))
             )

@@ -47,8 +47,8 @@ class CSVMetrics(Logger):
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
-        """Drop rows from `step` on: the run resumes there and will log them again."""
-        self.rows = {number: row for number, row in self.rows.items() if number < step}
+        """Drop rows after `step`: the run resumes there and will log them again."""
+        self.rows = {number: row for number, row in self.rows.items() if number <= step}
 
     @rank_zero_only
     def save(self) -> None:

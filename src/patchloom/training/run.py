@@ -27,6 +27,7 @@ from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.errors import UsageError
 from patchloom.training.callbacks import (
+    ContinuedMetrics,
     FailureNote,
     Interruption,
     Probe,
@@ -141,6 +142,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
     interruption = Interruption()
     callbacks = [
         interruption,
+        ContinuedMetrics(metrics),
         skipped,
         Progress(),
         probe,
