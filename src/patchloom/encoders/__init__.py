@@ -1,1 +1,54 @@
+"""The ViT: creation through timm, token bookkeeping, masked forward, and the encoders registered here."""
 
+from __future__ import annotations
+
+from patchloom.encoders import ccvit
+from patchloom.encoders.create import create_encoder
+from patchloom.encoders.properties import (
+    depth,
+    embed_dim,
+    grid_size,
+    image_size,
+    in_chans,
+    normalize,
+    num_prefix_tokens,
+    patch_size,
+)
+from patchloom.encoders.resize import resize_relative_table, set_image_size
+from patchloom.encoders.stages import (
+    Embedded,
+    Tokens,
+    class_attention,
+    embed,
+    final_norm,
+    intermediate_layers,
+    new_blocks,
+    pooled,
+    run_blocks,
+    tokens,
+)
+
+__all__ = [
+    "Embedded",
+    "Tokens",
+    "ccvit",
+    "class_attention",
+    "create_encoder",
+    "depth",
+    "embed",
+    "embed_dim",
+    "final_norm",
+    "grid_size",
+    "image_size",
+    "in_chans",
+    "intermediate_layers",
+    "new_blocks",
+    "normalize",
+    "num_prefix_tokens",
+    "patch_size",
+    "pooled",
+    "resize_relative_table",
+    "run_blocks",
+    "set_image_size",
+    "tokens",
+]

@@ -1,0 +1,108 @@
+"""The one door to encoders: a timm name, or the path of a bundle or run."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from patchloom.encoders.properties import in_chans as channels_of
+from patchloom.encoders.resize import set_image_size
+from patchloom.errors import UsageError
+from patchloom.patches import patch_grid
+
+FAMILIES = (VisionTransformer, Beit, Eva)
+
+
+def create_encoder(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    **model_args: Any,
+) -> nn.Module:
+    """Return an encoder without head.
+
+    Args:
+        name: A timm model of the `VisionTransformer`, `Beit` or `Eva` family, or the path of a bundle or run.
+        image_size: Side in pixels, or (H, W); default: the model's own.
+        in_chans: Channels of the images.
+        drop_path: Stochastic depth rate of the last block.
+        pretrained: Load timm's weights (downloads them).
+        **model_args: Arguments of the timm model.
+
+    Returns:
+        The module; its attribute `patchloom_args` holds what it was made from.
+
+    Raises:
+        UsageError: Unknown name (with the nearest), a model of another kind, or a size that does not fit.
+    """
+    if Path(name).exists():
+        return _from_bundle(name, image_size, in_chans, drop_path)
+    if not timm.is_model(name):
+        raise _unknown(name)
+    arguments = {"num_classes": 0, **model_args, "in_chans": in_chans}
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    if image_size is not None:
+        arguments["img_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        _check_size(name, arguments)
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    if not isinstance(model, FAMILIES):
+        raise UsageError(f"{name} is a {type(model).__name__}; encoders here are timm's ViT, BEiT and EVA models")
+    arguments.pop("num_classes")
+    arguments.pop("drop_path_rate", None)  # how it was trained, not what it is
+    size = model.patch_embed.img_size
+    model.patchloom_args = {"architecture": name, "model_args": {**arguments, "img_size": tuple(size)}}
+    return model
+
+
+def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, drop_path: float) -> nn.Module:
+    from patchloom.bundle import load
+
+    saved = load(path)
+    saved.reset_classifier(0)
+    if channels_of(saved) != in_chans:
+        raise UsageError(f"the encoder in {path} takes {channels_of(saved)} channels, not {in_chans}; set in_chans")
+    made = saved.patchloom_args
+    arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
+    encoder = create_encoder(
+        made["architecture"],
+        image_size=tuple(saved.patch_embed.img_size),
+        in_chans=in_chans,
+        drop_path=drop_path,
+        **arguments,
+    )
+    encoder.pretrained_cfg = saved.pretrained_cfg
+    encoder.load_state_dict(saved.state_dict())
+    if size is not None:
+        set_image_size(encoder, size)
+        encoder.patchloom_args["model_args"]["img_size"] = tuple(encoder.patch_embed.img_size)
+    return encoder
+
+
+def _check_size(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse a size that patches do not fill, before timm fails in its own words."""
+    patch = arguments.get("patch_size")
+    if patch is None:
+        # The model's own patch size: building it at its own size on no device costs nothing.
+        import torch
+
+        with torch.device("meta"):
+            rest = {k: v for k, v in arguments.items() if k != "img_size"}
+            patch = timm.create_model(name, pretrained=False, **rest).patch_embed.patch_size[0]
+    patch_grid(arguments["img_size"], int(patch))
+
+
+def _unknown(name: str) -> UsageError:
+    near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"unknown encoder {name!r}{hint} (a timm model, or the path of a bundle or run)")

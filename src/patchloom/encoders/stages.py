@@ -1,0 +1,272 @@
+"""An encoder's forward pass in stages: embed, blocks, norm. For timm's `VisionTransformer`, `Beit` and `Eva` alike.
+
+>>> import timm, torch
+>>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+>>> images = torch.randn(1, 3, 224, 224)
+>>> embedded = embed(encoder, images)
+>>> last, taps = run_blocks(encoder, embedded, taps=(9,))
+>>> torch.allclose(encoder.norm(last), encoder.forward_features(images), atol=1e-5)
+True
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from patchloom.encoders.properties import depth, num_prefix_tokens
+from patchloom.errors import UsageError, unknown_name
+
+Pool = Literal["auto", "cls", "avg", "cls+avg"]
+
+
+class Tokens(NamedTuple):
+    """An encoder's output tokens."""
+
+    prefix: Tensor
+    """(B, P, D): class token first, then registers; P may be 0."""
+    patches: Tensor
+    """(B, N, D), row-major over the grid."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Tokens before the first block, and what every block needs besides them."""
+
+    x: Tensor
+    """(B, P + N, D)."""
+    block_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a block: a shared relative-position bias, rotary positions."""
+    rope_by_block: Tensor | None = None
+    """Rotary positions that differ from block to block, first dimension the block."""
+
+    def kwargs_of(self, number: int) -> dict[str, Any]:
+        """Return the keyword arguments of block `number` (0-based)."""
+        if self.rope_by_block is None:
+            return self.block_kwargs
+        return {**self.block_kwargs, "rope": self.rope_by_block[number]}
+
+
+def embed(
+    encoder: nn.Module,
+    images: Tensor,
+    masked: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Embedded:
+    """Return the tokens that enter the first block.
+
+    Args:
+        encoder: A `VisionTransformer`, `Beit` or `Eva` of timm.
+        images: (B, C, H, W), normalised.
+        masked: (B, N) bool; there the patch embedding is replaced by `mask_token`, before positions are added.
+        mask_token: (1, 1, D); needed with `masked`.
+        keep: (B, n) int64, patches that go on (the same number in each image); the others are dropped after
+            positions were added, and position biases follow.
+
+    Raises:
+        UsageError: `masked` without `mask_token` or of another grid; `keep` with one relative table per block.
+    """
+    x = encoder.patch_embed(images)
+    if masked is not None:
+        x = _insert_mask_token(x, masked, mask_token)
+    x, kwargs, rope_by_block = _add_positions(encoder, x)
+    if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
+        x = norm_pre(x)
+    embedded = Embedded(x, kwargs, rope_by_block)
+    return embedded if keep is None else _kept(encoder, embedded, keep)
+
+
+def run_blocks(
+    encoder: nn.Module,
+    embedded: Embedded,
+    start: int = 0,
+    stop: int | None = None,
+    taps: Sequence[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run blocks `start` to `stop` (0-based, end excluded; default: all).
+
+    Args:
+        encoder: The encoder `embedded` was made with.
+        embedded: What enters block `start`.
+        start: First block.
+        stop: Block after the last.
+        taps: Numbers of blocks, counted from 1, whose output is kept.
+
+    Returns:
+        The output of the last block run, (B, P + N, D), and the tapped outputs by number; none is normed.
+    """
+    x, kept = embedded.x, {}
+    recompute = bool(getattr(encoder, "grad_checkpointing", False)) and torch.is_grad_enabled()
+    for number in range(start, depth(encoder) if stop is None else stop):
+        block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
+        x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
+        if number + 1 in taps:
+            kept[number + 1] = x
+    return x, kept
+
+
+def final_norm(encoder: nn.Module, x: Tensor) -> Tensor:
+    """Return tokens after the norm in front of heads: `norm`, or `fc_norm` where the encoder norms after pooling."""
+    norm = encoder.norm
+    if isinstance(norm, nn.Identity) and isinstance(getattr(encoder, "fc_norm", None), nn.Module):
+        norm = encoder.fc_norm
+    normed: Tensor = norm(x)
+    return normed
+
+
+def tokens(encoder: nn.Module, images: Tensor) -> Tokens:
+    """Return the output tokens for (B, C, H, W) normalised images, as `encoder.forward_features` has them."""
+    last, _ = run_blocks(encoder, embed(encoder, images))
+    return _split(encoder, encoder.norm(last))
+
+
+def pooled(encoder: nn.Module, images: Tensor, pool: Pool = "auto") -> Tensor:
+    """Return one vector per image.
+
+    Args:
+        encoder: The encoder.
+        images: (B, C, H, W), normalised.
+        pool: `auto` is what the encoder was made with; `cls` the class token; `avg` the mean over patches;
+            `cls+avg` both, one after the other.
+
+    Returns:
+        (B, D), or (B, 2 D) for `cls+avg`.
+
+    Raises:
+        UsageError: Unknown pooling, or `cls` for an encoder without class token.
+    """
+    if pool not in ("auto", "cls", "avg", "cls+avg"):
+        raise unknown_name("pooling", pool, ("auto", "cls", "avg", "cls+avg"))
+    if pool == "auto":
+        vectors: Tensor = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+        return vectors
+    prefix, patches = tokens(encoder, images)
+    if pool != "avg" and prefix.shape[1] == 0:
+        raise UsageError(f"pool={pool} needs a class token and this encoder has none; use avg")
+    parts = {"cls": lambda: prefix[:, 0], "avg": lambda: patches.mean(1)}
+    return torch.cat([parts[part]() for part in pool.split("+")], dim=1)
+
+
+def intermediate_layers(encoder: nn.Module, images: Tensor, layers: Sequence[int], norm: bool = True) -> list[Tokens]:
+    """Return the tokens after given blocks.
+
+    Args:
+        encoder: The encoder.
+        images: (B, C, H, W), normalised.
+        layers: Blocks, counted from 0; negative ones from the end.
+        norm: Apply the final norm to each.
+
+    Raises:
+        UsageError: A block the encoder does not have.
+    """
+    count = depth(encoder)
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong:
+        raise UsageError(f"there is no block {wrong[0]}; the encoder has blocks 0 to {count - 1}")
+    numbers = [layer % count + 1 for layer in layers]
+    _, taps = run_blocks(encoder, embed(encoder, images), stop=max(numbers), taps=numbers)
+    return [_split(encoder, final_norm(encoder, taps[n]) if norm else taps[n]) for n in numbers]
+
+
+def new_blocks(encoder: nn.Module, count: int) -> nn.ModuleList:
+    """Return fresh blocks of the encoder's own kind and size, in PyTorch's default initialisation.
+
+    They are called like the encoder's: `block(x, **embedded.block_kwargs)`.
+    """
+    blocks = nn.ModuleList(copy.deepcopy(encoder.blocks[-1]) for _ in range(count))
+    for block in blocks:
+        for module in block.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    return blocks
+
+
+def class_attention(encoder: nn.Module, images: Tensor, layer: int = -1) -> Tensor:
+    """Return where the class token looks: its attention over the patches.
+
+    Args:
+        encoder: The encoder; one without class token gives the mean over all queries.
+        images: (B, C, H, W), normalised.
+        layer: Block, counted from 0; negative from the end.
+
+    Returns:
+        (B, heads, N), non-negative; what prefix tokens receive is left out, so a row sums to at most 1.
+    """
+    number = layer % depth(encoder)
+    embedded = embed(encoder, images)
+    x, _ = run_blocks(encoder, embedded, stop=number)
+    attention = encoder.blocks[number].attn
+    seen: list[Tensor] = []
+    fused = attention.fused_attn
+    # Unfused, every attention of timm passes its softmax through this dropout.
+    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    attention.fused_attn = False
+    try:
+        run_blocks(encoder, replace(embedded, x=x), start=number, stop=number + 1)
+    finally:
+        attention.fused_attn = fused
+        hook.remove()
+    prefix = num_prefix_tokens(encoder)
+    rows = seen[0][:, :, 0] if prefix else seen[0].mean(2)
+    return rows[:, :, prefix:]
+
+
+def _split(encoder: nn.Module, x: Tensor) -> Tokens:
+    prefix = num_prefix_tokens(encoder)
+    return Tokens(x[:, :prefix], x[:, prefix:])
+
+
+def _insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
+    if mask_token is None:
+        raise UsageError("masked patches need a mask_token to stand in for them")
+    if masked.numel() != x[..., 0].numel():
+        raise UsageError(f"the mask has shape {tuple(masked.shape)}; the patches have {tuple(x.shape[:-1])}")
+    hidden = masked.reshape(x.shape[:-1]).unsqueeze(-1).to(x.dtype)
+    return x * (1 - hidden) + mask_token.to(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) * hidden
+
+
+def _add_positions(encoder: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+    """Return tokens with prefix and positions, a block's keyword arguments, and rotary positions by block."""
+    if isinstance(encoder, Beit):
+        x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
+        if encoder.pos_embed is not None:
+            x = x + encoder.pos_embed
+        bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None
+        return encoder.pos_drop(x), {"shared_rel_pos_bias": bias}, None
+    if isinstance(encoder, Eva):
+        x, rope = encoder._pos_embed(x)
+        if getattr(encoder, "rope_mixed", False) and rope is not None:
+            return x, {"rope": rope[-1]}, rope
+        return x, {"rope": rope}, None
+    return encoder._pos_embed(x), {}, None
+
+
+def _kept(encoder: nn.Module, embedded: Embedded, keep: Tensor) -> Embedded:
+    """Drop the patches that are not kept, and their rows of position biases."""
+    prefix, batch = num_prefix_tokens(encoder), len(keep)
+    front = torch.arange(prefix, device=keep.device).expand(batch, -1)
+    index = torch.cat([front, keep + prefix], dim=1)
+    x = embedded.x.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.x.shape[-1]))
+    kwargs = dict(embedded.block_kwargs)
+    if isinstance(encoder, Beit):
+        if encoder.blocks[0].attn.relative_position_bias_table is not None:
+            raise UsageError("patches cannot be dropped where every block has its own relative-position table")
+        if (bias := kwargs["shared_rel_pos_bias"]) is not None:
+            # (1, heads, P + N, P + N) -> (B, heads, P + n, P + n)
+            kwargs["shared_rel_pos_bias"] = bias[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
+    by_block = embedded.rope_by_block
+    if by_block is not None:  # (blocks, heads, N, d) -> (blocks, B, heads, n, d)
+        by_block = by_block[:, :, keep].transpose(1, 2)
+        kwargs["rope"] = by_block[-1]
+    elif kwargs.get("rope") is not None:  # (N, d) -> (B, 1, n, d)
+        kwargs["rope"] = kwargs["rope"][keep].unsqueeze(1)
+    return Embedded(x, kwargs, by_block)
