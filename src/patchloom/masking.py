@@ -1,0 +1,144 @@
+"""Which patches are hidden and which are replaced. Every draw comes from a generator that is handed in.
+
+>>> import torch
+>>> generator = torch.Generator().manual_seed(0)
+>>> masked = BlockMaskGenerator((14, 14), num_masked=75)(generator)
+>>> replaced = ReplacementSampler(20)(masked, generator)
+>>> int(masked.sum()), int(replaced.sum()), bool((masked & replaced).any())
+(75, 20, False)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from patchloom.errors import UsageError
+
+ATTEMPTS = 10
+
+
+class BlockMaskGenerator:
+    """Block-wise masks with an exact number of hidden patches (BEiT; CCViT specification, section 2.4).
+
+    Rectangles of random area and aspect are laid over the grid until the number is reached; where none fits any
+    more, single patches make up the difference.
+
+    Args:
+        grid: (h, w), patches down and across.
+        num_masked: Patches to hide, 0 … h·w.
+        min_block: Least area that is drawn, in patches.
+        max_block: Most patches a block may newly cover; default: as many as are wanting.
+        min_aspect: Least height over width of a block; the most is its inverse.
+
+    Raises:
+        UsageError: A number outside its range.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        num_masked: int,
+        min_block: int = 16,
+        max_block: int | None = None,
+        min_aspect: float = 0.3,
+    ) -> None:
+        height, width = grid
+        if not 0 <= num_masked <= height * width:
+            raise UsageError(f"num_masked is {num_masked}; a {height}x{width} grid has 0 to {height * width} to hide")
+        if not 0 < min_aspect <= 1:
+            raise UsageError(f"min_aspect is {min_aspect}; it must be above 0 and at most 1")
+        if min_block < 1 or (max_block is not None and max_block < 1):
+            raise UsageError(f"min_block is {min_block} and max_block {max_block}; both must be at least 1")
+        self.grid = grid
+        self.num_masked = num_masked
+        self.min_block = min_block
+        self.max_block = num_masked if max_block is None else max_block
+        self.log_aspect = math.log(min_aspect), -math.log(min_aspect)
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """Return a mask (h, w) bool, True = hidden, with exactly `num_masked` true entries."""
+        mask = torch.zeros(self.grid, dtype=torch.bool)
+        count = 0
+        uniform = _uniform(generator)
+        while count < self.num_masked:
+            added = self._add_block(mask, min(self.num_masked - count, self.max_block), uniform)
+            if added == 0:
+                break
+            count += added
+        if count != self.num_masked:
+            _correct(mask, self.num_masked, generator)
+        return mask
+
+    def _add_block(self, mask: Tensor, most: int, uniform: Iterator[float]) -> int:
+        """Cover a block with at most `most` new patches; return how many were new, 0 if no attempt fitted."""
+        height, width = self.grid
+        low, high = self.log_aspect
+        for _ in range(ATTEMPTS):
+            # The interval is reversed where fewer than min_block are wanting; that is meant.
+            area = self.min_block + (most - self.min_block) * next(uniform)
+            aspect = math.exp(low + (high - low) * next(uniform))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (h < height and w < width):
+                continue
+            top = int(next(uniform) * (height - h + 1))
+            left = int(next(uniform) * (width - w + 1))
+            block = mask[top : top + h, left : left + w]
+            new = h * w - int(block.sum())
+            if 0 < new <= most:
+                block.fill_(True)
+                return new
+        return 0
+
+
+class ReplacementSampler:
+    """Uniformly random patches among the visible ones (CCViT specification, section 2.4).
+
+    Args:
+        num_replaced: Patches to choose.
+
+    Raises:
+        UsageError: The number is negative, or more than are visible.
+    """
+
+    def __init__(self, num_replaced: int) -> None:
+        if num_replaced < 0:
+            raise UsageError(f"num_replaced is {num_replaced}; it must be at least 0")
+        self.num_replaced = num_replaced
+
+    def __call__(self, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Return (h, w) bool, disjoint from `mask` (h, w) bool."""
+        visible = (~mask.flatten()).nonzero().flatten()
+        if len(visible) < self.num_replaced:
+            raise UsageError(f"{self.num_replaced} patches to replace, but only {len(visible)} are visible")
+        chosen = visible[torch.randperm(len(visible), generator=generator)[: self.num_replaced]]
+        replaced = torch.zeros(mask.numel(), dtype=torch.bool)
+        replaced[chosen] = True
+        return replaced.view_as(mask)
+
+
+def random_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generator) -> Tensor:
+    """Return a mask (h, w) bool with `num_masked` uniformly random patches hidden.
+
+    Raises:
+        UsageError: More patches than there are.
+    """
+    return ReplacementSampler(num_masked)(torch.zeros(grid, dtype=torch.bool), generator)
+
+
+def _correct(mask: Tensor, wanted: int, generator: torch.Generator) -> None:
+    """Hide or show random patches until `wanted` are hidden."""
+    flat = mask.view(-1)
+    excess = int(flat.sum()) - wanted
+    candidates = (flat if excess > 0 else ~flat).nonzero().flatten()
+    chosen = candidates[torch.randperm(len(candidates), generator=generator)[: abs(excess)]]
+    flat[chosen] = excess < 0
+
+
+def _uniform(generator: torch.Generator) -> Iterator[float]:
+    """Yield numbers in [0, 1), drawn many at a time: one call into torch costs more than a block."""
+    while True:
+        yield from torch.rand(64, generator=generator).tolist()
