@@ -1,0 +1,90 @@
+"""Published checkpoints: both layouts go in, all tensors counted."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from torch import Tensor
+
+import patchloom as pl
+from patchloom.errors import UsageError
+from tests_support import finetuned_layout, pretraining_layout
+
+
+def test_pretraining_layout_gives_a_model_of_its_shapes():
+    state = pretraining_layout(depth=3, width=24, heads=3, grid=4, patch=4, vocab=11, condenser=2)
+    model = pl.load_reference("ccvit", {"model": {f"module.{k}": v for k, v in state.items()}}, early_layers=2)
+    assert not model.training
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[:, 3:7] = True
+    output = model(torch.randn(2, 3, 16, 16), masked)
+    assert output.token_logits.shape == (8, 11)
+    assert output.pixels.shape == (8, 48)
+    assert model.early_layers == 2
+    torch.testing.assert_close(model.condenser[1].mlp.fc1.weight, state["cls_pt_layers.1.mlp.fc1.weight"])
+    torch.testing.assert_close(model.condenser_head.weight, state["cls_pt_lm_head.weight"])
+
+
+def test_shared_head_is_told_by_its_missing_tensors():
+    state = pretraining_layout(depth=3, width=24, heads=3, grid=4, patch=4, vocab=11, condenser=1)
+    state = {k: v for k, v in state.items() if not k.startswith(("cls_pt_norm", "cls_pt_lm_head"))}
+    output = pl.load_reference("ccvit", state, early_layers=1)(
+        torch.randn(1, 3, 16, 16), torch.ones(1, 16, dtype=torch.bool)
+    )
+    assert output.pixels is None
+    assert output.condenser_logits.shape == (16, 11)
+
+
+def test_finetuned_layout_pools_as_written_out():
+    state = finetuned_layout(depth=2, width=24, heads=3, grid=3, patch=4, classes=7)
+    model = pl.load_reference("ccvit", {"model": state})
+    images = torch.randn(2, 3, 12, 12)
+    patches = model.forward_features(images)[:, 1:]
+    pooled = torch.nn.functional.layer_norm(
+        patches.mean(1), (24,), state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6
+    )
+    expected = pooled @ state["head.weight"].T + state["head.bias"]
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_grids_that_are_not_square_need_the_image_size():
+    state = pretraining_layout(depth=2, width=24, heads=3, grid=(2, 4), patch=4, vocab=5, condenser=1)
+    with pytest.raises(UsageError, match="image_size"):
+        pl.load_reference("ccvit", state)
+    model = pl.load_reference("ccvit", state, image_size=(8, 16), early_layers=1)
+    assert model(torch.randn(1, 3, 8, 16), torch.ones(1, 8, dtype=torch.bool)).pixels.shape == (8, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.attn.q_bias"), "missing: encoder.blocks.1.attn.q_bias"),
+        (lambda s: s.update(surprise=torch.zeros(1)), "unexpected: encoder.surprise"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"encoder.norm.bias \(3,\) instead of \(24,\)"),
+    ],
+)
+def test_tensors_missing_left_over_or_misshapen_are_named(change, message):
+    state: dict[str, Tensor] = pretraining_layout(depth=2, width=24, heads=3, grid=3, patch=4, vocab=5, condenser=1)
+    change(state)
+    with pytest.raises(UsageError, match=message):
+        pl.load_reference("ccvit", state, early_layers=1)
+
+
+def test_unknown_settings_and_systems_are_refused():
+    state = pretraining_layout(depth=2, width=24, heads=3, grid=3, patch=4, vocab=5, condenser=1)
+    with pytest.raises(UsageError, match="did you mean early_layers"):
+        pl.load_reference("ccvit", state, early_layer=1)
+    with pytest.raises(UsageError, match="did you mean ccvit"):
+        pl.load_reference("cvit", state)
+    with pytest.raises(UsageError, match="no tensors"):
+        pl.load_reference("ccvit", {"epoch": 3})
+
+
+def test_a_file_with_its_command_line_in_it_is_read_without_unpickling(tmp_path):
+    state = pretraining_layout(depth=2, width=24, heads=3, grid=3, patch=4, vocab=5, condenser=1)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-3), "epoch": 7}, tmp_path / "checkpoint.pth")
+    assert pl.load_reference("ccvit", tmp_path / "checkpoint.pth", early_layers=1).vocab_size == 5
+    with pytest.raises(UsageError, match="there is no checkpoint file"):
+        pl.load_reference("ccvit", tmp_path / "none.pth")
