@@ -65,12 +65,13 @@ def kmeans(
     init: Literal["random", "kmeans++"] | Tensor = "random",
     device: str | torch.device | None = None,
     memory_mb: int = 256,
+    distributed: bool = True,
     progress: Progress | None = None,
 ) -> KMeansResult:
     """Cluster points by Lloyd's algorithm.
 
-    When `torch.distributed` is initialised, every rank passes its own points and gets the same result, the one a
-    single process finds on the ranks' points laid end to end.
+    When `torch.distributed` is initialised, every rank calls this with its own points and gets the same result, the
+    one a single process finds on the ranks' points laid end to end.
 
     Args:
         points: (n, d) float or uint8 (fractions of 255), a `.npy` file of such, or anything with the methods of
@@ -83,13 +84,15 @@ def kmeans(
         device: Where to compute; default: where the points are.
         memory_mb: Mebibytes for blocks of points in float32 and float64, apart from the points themselves, the
             assignments (4 bytes per point) and some tables of the codebook's size.
+        distributed: Work with the other ranks when `torch.distributed` is initialised; False when this process
+            alone makes the call.
         progress: Called after every iteration.
 
     Raises:
         UsageError: Too few points, or too few distinct ones, for k clusters; NaN among them; a start of another
             shape.
     """
-    source, ranks = as_points(points), Ranks()
+    source, ranks = as_points(points), Ranks(distributed)
     n, d = source.shape
     total = ranks.total(n)
     _check(total, k, iters)

@@ -38,6 +38,8 @@ _ROUNDING = 4e-6
 _GROUP = 64
 # Re-comparing one pair costs as much as this many multiply-adds of the screening product, per element.
 _PAIR_COST = 24
+# Multiply-adds of full-rank search (some 20 ms) after which finding a rank to screen at is worth its cost.
+_WORTH_CHOOSING = 1e9
 _RANKS = (32, 64, 128, 256)
 _PAIRS_AT_ONCE = 4096
 
@@ -70,6 +72,7 @@ class NearestCentroids:
         self._basis = basis
         self._rank = self.dim if rank is None else min(rank, self.dim)
         self._undecided = rank is None and self.dim >= 2 * _RANKS[0] and len(self._centroids) > _GROUP
+        self._searched = 0
         self._screens: dict[int, _Screen] = {}
         self._buffers: dict[int, _Buffers] = {}
 
@@ -77,6 +80,11 @@ class NearestCentroids:
     def rank(self) -> int:
         """Number of directions the screening uses; the dimension of the points when it does not pay."""
         return self._rank
+
+    @property
+    def num_distinct(self) -> int:
+        """Number of centroids that are not equal to an earlier one."""
+        return len(self._centroids)
 
     @property
     def basis(self) -> Tensor | None:
@@ -101,7 +109,8 @@ class NearestCentroids:
             for start in range(0, len(points), step):
                 chunk = as_float(points[start : start + step].to(device, non_blocking=True))
                 near = None if guess is None else guess[start : start + step].to(device)
-                if self._undecided and len(points) >= 256:
+                self._searched += len(chunk)
+                if self._undecided and self._searched * self.num_centroids * self.dim > _WORTH_CHOOSING:
                     self._choose_rank(chunk[:256], None if near is None else near[:256])
                 ids[start : start + step] = self._search_chunk(chunk, near)
         return ids

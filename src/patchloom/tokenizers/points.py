@@ -113,16 +113,21 @@ def as_points(points: Tensor | np.ndarray | str | Path | Points) -> Points:
 
 
 class Ranks:
-    """The points of all ranks laid end to end; those of this process when `torch.distributed` is not in use."""
+    """The points of all ranks laid end to end.
 
-    def __init__(self) -> None:
-        self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self._rank = dist.get_rank() if self._world > 1 else 0
+    Args:
+        distributed: False for the points of this process alone, as when `torch.distributed` is not initialised.
+    """
+
+    def __init__(self, distributed: bool = True) -> None:
+        together = distributed and dist.is_available() and dist.is_initialized()
+        self.world = dist.get_world_size() if together else 1
+        self.rank = dist.get_rank() if self.world > 1 else 0
 
     def reduce(self, *tensors: Tensor) -> list[Tensor]:
         """Return the sums of the tensors over ranks, as new tensors."""
         copies = [tensor.clone() for tensor in tensors]
-        if self._world > 1:
+        if self.world > 1:
             for copy in copies:
                 dist.all_reduce(copy)
         return copies
@@ -134,19 +139,19 @@ class Ranks:
     def take(self, points: Points, indices: Tensor) -> Tensor:
         """Return (len(indices), d) float32 on the CPU: the points of these indices among those of all ranks."""
         sizes = self._gather(points.shape[0])
-        local = indices - sum(sizes[: self._rank])
+        local = indices - sum(sizes[: self.rank])
         mine = (local >= 0) & (local < points.shape[0])
         taken = as_float(points.take(local[mine])).cpu()
-        if self._world == 1:
+        if self.world == 1:
             return taken
         out = torch.zeros(len(indices), points.shape[1])
         out[mine] = taken
         return self._on_backend(out)
 
     def _gather(self, number: int) -> list[int]:
-        counts = torch.zeros(self._world, dtype=torch.int64)
-        counts[self._rank] = number
-        return (self._on_backend(counts) if self._world > 1 else counts).tolist()
+        counts = torch.zeros(self.world, dtype=torch.int64)
+        counts[self.rank] = number
+        return (self._on_backend(counts) if self.world > 1 else counts).tolist()
 
     def _on_backend(self, tensor: Tensor) -> Tensor:
         """Sum over ranks on the device the process group works with."""
