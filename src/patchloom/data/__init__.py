@@ -1,1 +1,126 @@
+"""Images in: sources named by a string, transforms, batches.
 
+>>> from patchloom.data import open_source
+>>> source = open_source("photos:test", crops=10)
+>>> source.read(3).image.shape
+torch.Size([3, 64, 64])
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.embedded import DigitsSource, PhotosSource
+from patchloom.data.folder import FolderSource, Labels
+from patchloom.data.loader import Loader, make_loader
+from patchloom.data.subset import MemorySource, SubsetSource
+from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
+from patchloom.errors import UsageError
+
+__all__ = [
+    "EvalTransform",
+    "FinetuneTransform",
+    "Loader",
+    "MemorySource",
+    "PairedViews",
+    "Sample",
+    "Source",
+    "StreamSource",
+    "SubsetSource",
+    "Unreadable",
+    "UnreadableImageError",
+    "list_sources",
+    "make_loader",
+    "make_mixup",
+    "open_source",
+    "sample_indices",
+]
+
+
+def list_sources() -> dict[str, str]:
+    """Return the ways to name a data source, each with one line of help."""
+    return {
+        "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
+        "digits": "scikit-learn's 8x8 digits; digits:test",
+        "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
+        "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
+        "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
+        "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
+    }
+
+
+def open_source(
+    name: str, *, labels: Labels = "auto", in_chans: int = 3, seed: int = 0, **options: Any
+) -> Source | StreamSource:
+    """Open a data source by its name.
+
+    Args:
+        name: One of `list_sources`. A word such as `photos` means the embedded set; write `./photos` for a folder
+            of that name.
+        labels: What the labels of a folder are, see `FolderSource`.
+        in_chans: Channels the images are read as: 3, or 1 for grey.
+        seed: Seed of the crops of `photos`.
+        **options: What the source itself takes, such as `crop_size` and `crops` of `photos`.
+
+    Raises:
+        UsageError: There is no such source, or nothing readable in it.
+    """
+    if in_chans not in (1, 3):
+        raise UsageError(f"in_chans is {in_chans}; images are read as 3 channels (RGB) or 1 (grey)")
+    word, _, rest = name.partition(":")
+    if word == "photos":
+        return PhotosSource(rest or "train", in_chans=in_chans, seed=seed, **options)
+    if word == "digits":
+        return DigitsSource(rest or "train", in_chans=in_chans, **options)
+    if word in ("torchvision", "hf") and rest:
+        from patchloom.data.hub import HuggingFaceSource, TorchvisionSource
+
+        dataset, _, split = rest.partition(":")
+        hub: type[HuggingFaceSource] | type[TorchvisionSource]
+        hub = HuggingFaceSource if word == "hf" else TorchvisionSource
+        return hub(dataset, split or "train", in_chans=in_chans, **options)
+    if name.endswith((".tar", ".tar.gz", ".tgz")):
+        from patchloom.data.shards import ShardSource
+
+        return ShardSource(name, in_chans=in_chans, **options)
+    if not Path(name).exists() and "/" not in name:
+        near = get_close_matches(word, ["photos", "digits", "torchvision", "hf"], n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"there is no image folder {name!r} here, nor a data source of that name{hint} "
+            f"(patchloom list --verb data shows them)"
+        )
+    return FolderSource(name, labels=labels, in_chans=in_chans, **options)
+
+
+def sample_indices(source: Source, count: int, *, seed: int = 1, per_class: int | None = None) -> np.ndarray:
+    """Return indices of images to fit a tokenizer on, in ascending order.
+
+    Args:
+        source: A map-style source.
+        count: How many images in all, at most.
+        seed: Seed of the draw.
+        per_class: Draw this many of each class first (the paper takes 50); needs labels.
+
+    Raises:
+        UsageError: `per_class` without labels.
+    """
+    generator = np.random.default_rng(seed)
+    if per_class is None:
+        chosen = generator.permutation(len(source))[:count]
+    else:
+        if source.labels is None:
+            raise UsageError(f"per_class={per_class} needs labels and {source.name} has none")
+        parts = [
+            generator.permutation(np.flatnonzero(source.labels == label))[:per_class]
+            for label in np.unique(source.labels)
+        ]
+        chosen = np.concatenate(parts)
+        if len(chosen) > count:
+            chosen = generator.permutation(chosen)[:count]
+    return np.sort(chosen)
