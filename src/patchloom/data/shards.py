@@ -1,0 +1,307 @@
+"""Images in WebDataset shards: tar files in which files of one stem belong together (`0001.jpg`, `0001.cls`).
+
+Shards are read from front to back. Their headers are scanned once, when the source is opened, so the number of
+images is known, the order of an epoch is settled before anything is read, and a resumed run passes over whole
+shards without opening them.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
+from patchloom.data.order import draw_seed
+from patchloom.errors import MissingExtraError, UsageError
+
+TRUNCATED = "the shard is damaged or cut short here"
+Content = TypeVar("Content")
+_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error)
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own files within a shard
+
+
+class ShardSource(StreamSource):
+    """WebDataset shards on a local or mounted file system.
+
+    Labels are whole numbers in `.cls` files, or under "label" in `.json` files; -1 without either.
+
+    Args:
+        pattern: `train-{000000..000099}.tar`, `folder/*.tar`, one path, or a list of those.
+        in_chans: Channels of the images.
+        buffer_size: Images among which the next one is drawn when shuffling; as many encoded images are held in
+            memory by each worker.
+
+    Attributes:
+        shards: Paths of the shards, as named.
+        num_samples: Images in all shards (damaged ones included).
+
+    Raises:
+        UsageError: A shard doesn't exist, none matches, or there is no image in any.
+        MissingExtraError: webdataset is not installed.
+    """
+
+    def __init__(self, pattern: str | Path | Sequence[str | Path], in_chans: int = 3, buffer_size: int = 1000) -> None:
+        if buffer_size < 1:
+            raise UsageError(f"buffer_size is {buffer_size}; it must be at least 1")
+        patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
+        self.name = ", ".join(str(one) for one in patterns)
+        self.in_chans = in_chans
+        self.buffer_size = buffer_size
+        self.shards = expand_shards(patterns)
+        self._names = _distinct_names(self.shards)
+        self._counts = [_count_images(shard) for shard in self.shards]
+        self.num_samples = sum(self._counts)
+        if not self.num_samples:
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards: the most workers (over all ranks) that find work."""
+        return len(self.shards)
+
+    def samples(
+        self,
+        *,
+        epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        worker: int = 0,
+        num_workers: int = 1,
+        shuffle: bool = True,
+        skip: int = 0,
+    ) -> Iterator[Sample | Unreadable]:
+        """Yield the images of this worker's shards in one epoch.
+
+        Shards are shuffled and dealt out to all workers of all ranks; the images of a worker's shards then pass
+        through a shuffle buffer. The first `skip` are not decoded, and shards needed only for them not opened.
+        """
+        stream = rank * num_workers + worker
+        mine = self._dealt(epoch, seed, stream, world_size * num_workers, shuffle)
+        count = sum(self._counts[shard] for shard in mine)
+        rng = np.random.default_rng(draw_seed(seed, epoch, 0, f"buffer {stream}"))
+        order = buffered_order(count, self.buffer_size if shuffle else 1, rng)[skip:]
+        wanted = np.zeros(count, dtype=bool)
+        wanted[order] = True
+        encoded = self._encoded(mine, wanted)
+        held: dict[int, tuple[str, Any]] = {}
+        for place in order.tolist():
+            while place not in held:
+                at, name, files = next(encoded)
+                held[at] = name, files
+            yield self._decoded(*held.pop(place))
+
+    def count(
+        self,
+        *,
+        epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        worker: int = 0,
+        num_workers: int = 1,
+        shuffle: bool = True,
+    ) -> int:
+        """Return how many items `samples` yields for the same arguments."""
+        stream = rank * num_workers + worker
+        return sum(self._counts[i] for i in self._dealt(epoch, seed, stream, world_size * num_workers, shuffle))
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the shards' names, sizes and times."""
+        digest = hashlib.sha256()
+        for name, shard in zip(self._names, self.shards, strict=True):
+            status = shard.stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _dealt(self, epoch: int, seed: int, stream: int, streams: int, shuffle: bool) -> list[int]:
+        order = np.arange(len(self.shards))
+        if shuffle:
+            np.random.default_rng(draw_seed(seed, epoch, 0, "shards")).shuffle(order)
+        return order[stream::streams].tolist()
+
+    def _encoded(self, shards: list[int], wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
+        """Yield (place, name, files) of the images wanted; files is None where a shard is damaged."""
+        place = 0
+        for shard in shards:
+            end = place + self._counts[shard]
+            if not wanted[place:end].any():
+                place = end
+                continue
+            # As many items as the scan found, whatever happens while reading: places are what order, resume and
+            # batches are reckoned in.
+            groups = _read_groups(self.shards[shard])
+            for at in range(place, end):
+                files = next(groups, None)
+                if wanted[at]:
+                    yield at, self._names[shard], files
+            place = end
+
+    def _decoded(self, shard: str, files: dict[str, Any] | None) -> Sample | Unreadable:
+        if files is None:
+            return Unreadable(shard, TRUNCATED)
+        name, data = files["image"]
+        key = f"{shard}/{name}"
+        try:
+            return Sample(decode_image(data, key, self.in_chans), _label(files, key), key)
+        except UnreadableImageError as error:
+            return Unreadable(error.key, error.reason)
+
+
+def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
+    """Return the shards that patterns with braces and wildcards name, in their order.
+
+    Raises:
+        UsageError: A shard doesn't exist, a wildcard matches nothing, or a name is a URL or a pipe.
+        MissingExtraError: webdataset is not installed.
+    """
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError as error:
+        raise MissingExtraError("webdataset", "shards", "reading shards") from error
+    shards: list[Path] = []
+    for pattern in patterns:
+        if re.match(r"\w\w+:", str(pattern)):
+            raise UsageError(f"shards are read from a local or mounted folder, not from {str(pattern)!r}; copy them")
+        named = expand_urls(str(pattern))
+        for name in named:
+            if Path(name).is_file():
+                shards.append(Path(name))
+            elif matches := sorted(glob.glob(name)) if glob.has_magic(name) else []:  # noqa: PTH207 - may be absolute
+                shards += map(Path, matches)
+            elif glob.has_magic(name):
+                raise UsageError(f"no shard matches {name!r}")
+            else:
+                among = f" ({len(named)} are named by {str(pattern)!r})" if len(named) > 1 else ""
+                raise UsageError(f"shard {name!r} does not exist{among}")
+    if not shards:
+        raise UsageError("the list of shards is empty")
+    return shards
+
+
+def buffered_order(count: int, buffer_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the order in which a shuffle buffer lets out `count` items: (count,) int64, a permutation.
+
+    The buffer holds the first `buffer_size` items; each time, one of those held is let out at random and the next
+    item takes its place. So item i never comes out before place i - buffer_size + 1.
+    """
+    if buffer_size == 1:
+        return np.arange(count)
+    held = list(range(min(buffer_size, count)))
+    order = np.empty(count, dtype=np.int64)
+    for place, draw in enumerate(rng.random(count).tolist()):
+        chosen = int(draw * len(held))
+        order[place] = held[chosen]
+        coming = place + buffer_size
+        if coming < count:
+            held[chosen] = coming
+        else:
+            held[chosen] = held[-1]
+            held.pop()
+    return order
+
+
+def _distinct_names(shards: list[Path]) -> list[str]:
+    """Return the shards' file names, or their paths below the common parent where names repeat."""
+    names = [shard.name for shard in shards]
+    if len(set(names)) == len(names):
+        return names
+    parents = [shard.absolute().parent for shard in shards]
+    common = next(
+        folder for folder in (parents[0], *parents[0].parents) if all(p.is_relative_to(folder) for p in parents)
+    )
+    return [shard.absolute().relative_to(common).as_posix() for shard in shards]
+
+
+def _count_images(shard: Path) -> int:
+    """Count the images of a shard from its headers alone; a damaged end counts as one, so that it is reported."""
+
+    size = shard.stat().st_size
+    count = 0
+    try:
+        with tarfile.open(shard) as archive:
+            # Offsets are those of the file unless it is compressed.
+            limit = size if isinstance(archive.fileobj, io.BufferedReader) else None
+            for _ in _groups(_headers(archive, limit)):
+                count += 1
+            # Where the end marker (empty blocks) is missing, tarfile takes the end of the file for the end.
+            return count + (limit is not None and archive.offset + tarfile.BLOCKSIZE > limit)
+    except _DAMAGE:
+        return count + 1
+
+
+def _headers(archive: tarfile.TarFile, limit: int | None) -> Iterator[tuple[str, None]]:
+    for member in archive:
+        if limit is not None and member.offset_data + member.size > limit:
+            raise tarfile.ReadError(TRUNCATED)
+        if member.isreg() and _belongs(member.name):
+            yield member.name, None
+        archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header otherwise
+
+
+def _read_groups(shard: Path) -> Iterator[dict[str, tuple[str, bytes]]]:
+    """Yield the files of each image; the stream ends early where the shard is damaged."""
+    from webdataset.tariterators import tar_file_iterator
+
+    with shard.open("rb") as file:
+        members = tar_file_iterator(file, skip_meta=None, select_files=_belongs)
+        try:
+            yield from _groups((member["fname"], member["data"]) for member in members)
+        except _DAMAGE:
+            return
+
+
+def _groups(members: Iterable[tuple[str, Content]]) -> Iterator[dict[str, tuple[str, Content]]]:
+    """Group neighbouring files of one stem; yield those with an image: {"image", "cls", "json": (name, content)}."""
+    parted = ((*_parted(name), name, content) for name, content in members)
+    for _, files in groupby(parted, key=itemgetter(0)):
+        group: dict[str, tuple[str, Content]] = {}
+        for _, suffix, name, content in files:
+            kind = suffix if suffix in ("cls", "json") else "image"
+            # Of `0001.depth.png` and `0001.jpg` the second is the image.
+            if kind not in group or (_has_one_suffix(name) and not _has_one_suffix(group[kind][0])):
+                group[kind] = name, content
+        if "image" in group:
+            yield group
+
+
+def _belongs(name: str) -> bool:
+    suffix = _parted(name)[1]
+    return not _META.match(name) and (suffix in ("cls", "json") or f".{suffix}" in IMAGE_SUFFIXES)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Return the stem, up to the first dot of the file name as WebDataset has it, and the last suffix."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffixes = file.partition(".")
+    return folder + slash + stem, suffixes.rpartition(".")[2].lower()
+
+
+def _has_one_suffix(name: str) -> bool:
+    return name.rpartition("/")[2].count(".") == 1
+
+
+def _label(files: dict[str, tuple[str, bytes]], key: str) -> int:
+    try:
+        if "cls" in files:
+            return int(files["cls"][1])
+        if "json" in files:
+            content = json.loads(files["json"][1])
+            return int(content.get("label", -1)) if isinstance(content, dict) else -1
+    except (ValueError, TypeError) as error:
+        raise UnreadableImageError(key, f"its label is not a whole number: {error}") from error
+    return -1
