@@ -1,1 +1,14 @@
+"""Tokenizers: from pixels to indices and back.
 
+>>> import torch
+>>> from patchloom.tokenizers import CentroidTokenizer
+>>> images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+>>> tokenizer = CentroidTokenizer.fit(images, k=8, patch_size=4, iters=2)
+>>> tokenizer.encode(images).shape
+torch.Size([40, 4, 4])
+"""
+
+from patchloom.tokenizers.centroid import CentroidTokenizer
+from patchloom.tokenizers.commands import fit_codebook, show_codebook
+
+__all__ = ["CentroidTokenizer", "fit_codebook", "show_codebook"]

@@ -47,7 +47,8 @@ class CentroidTokenizer(nn.Module):
 
     Attributes:
         centroids: The table, float32 buffer.
-        facts: How it was fitted (plain values; empty when unknown); saved with it.
+        counts: (K,) int64, points of every centroid when it was fitted; None when unknown. Saved with the table.
+        facts: How it was fitted (plain values; empty when unknown). Saved with the table.
 
     Raises:
         UsageError: The table's width is not in_chans * patch_size**2, or it holds NaN.
@@ -66,6 +67,7 @@ class CentroidTokenizer(nn.Module):
         if not bool(torch.isfinite(centroids).all()):
             raise UsageError("the centroids hold NaN or infinite values; fit the codebook again")
         self.patch_size, self.in_chans = patch_size, in_chans
+        self.counts: Tensor | None = None
         self.facts: dict[str, Any] = {}
         self.register_buffer("centroids", centroids.detach().float().clone().contiguous())
         self._search: NearestCentroids | None = None
@@ -193,7 +195,7 @@ class CentroidTokenizer(nn.Module):
     def fit(
         cls,
         source: str | Path | Source | StreamSource | Tensor,
-        k: int,
+        k: int | None,
         *,
         patch_size: int,
         image_size: int | None = None,
@@ -217,7 +219,7 @@ class CentroidTokenizer(nn.Module):
         """
         from patchloom.tokenizers.fitting import fit_centroids
 
-        centroids, in_chans, facts = fit_centroids(
+        result, in_chans, facts = fit_centroids(
             source,
             k,
             patch_size=patch_size,
@@ -234,8 +236,8 @@ class CentroidTokenizer(nn.Module):
             distributed=distributed,
             progress=progress,
         )
-        tokenizer = cls(centroids, patch_size, in_chans)
-        tokenizer.facts = facts
+        tokenizer = cls(result.centroids, patch_size, in_chans)
+        tokenizer.counts, tokenizer.facts = result.counts.cpu(), facts
         return tokenizer
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -251,6 +253,7 @@ class CentroidTokenizer(nn.Module):
             self.centroids,
             patch_size=self.patch_size,
             in_chans=self.in_chans,
+            counts=self.counts,
             facts=self.facts,
             overwrite=overwrite,
         )
@@ -273,7 +276,7 @@ class CentroidTokenizer(nn.Module):
         in_chans = in_chans or known.get("in_chans", 3)
         patch_size = patch_size or known.get("patch_size") or math.isqrt(table.shape[1] // in_chans)
         tokenizer = cls(table, patch_size, in_chans)
-        tokenizer.facts = known.get("facts", {})
+        tokenizer.counts, tokenizer.facts = known.get("counts"), known.get("facts", {})
         return tokenizer
 
     def fingerprint(self) -> str:

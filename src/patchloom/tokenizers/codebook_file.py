@@ -20,7 +20,14 @@ _FORMAT = "patchloom.centroids"
 
 
 def write_codebook(
-    path: Path, centroids: Tensor, *, patch_size: int, in_chans: int, facts: dict[str, Any], overwrite: bool
+    path: Path,
+    centroids: Tensor,
+    *,
+    patch_size: int,
+    in_chans: int,
+    counts: Tensor | None,
+    facts: dict[str, Any],
+    overwrite: bool,
 ) -> None:
     """Write centroids, whole or not at all.
 
@@ -29,6 +36,7 @@ def write_codebook(
         centroids: (K, in_chans * patch_size**2).
         patch_size: Side of a patch in pixels.
         in_chans: Channels.
+        counts: (K,) int64 points per centroid when it was fitted (safetensors only).
         facts: What else to say of the codebook, as JSON (safetensors only).
         overwrite: Replace an existing file.
 
@@ -60,14 +68,15 @@ def write_codebook(
                 "value_range": "[0, 1]",
                 "facts": json.dumps(facts),
             }
-            save_file({"centroids": table}, partial, metadata)
+            tensors = {"centroids": table} | ({} if counts is None else {"counts": counts.cpu().contiguous()})
+            save_file(tensors, partial, metadata)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def read_codebook(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read centroids and, from safetensors, `patch_size`, `in_chans` and `facts`.
+    """Read centroids and, from safetensors, `patch_size`, `in_chans`, `facts` and, where known, `counts`.
 
     Args:
         path: A file as `write_codebook` makes them, or a folder with a `codebook.safetensors`.
@@ -100,8 +109,9 @@ def read_codebook(path: Path) -> tuple[Tensor, dict[str, Any]]:
             if metadata.get("order") != "chw":
                 raise UsageError(f"{path} holds patches in order {metadata.get('order')!r}; only 'chw' is supported")
             table = _as_table(file.get_tensor("centroids").float(), path)
+            counts = file.get_tensor("counts") if "counts" in file.keys() else None  # noqa: SIM118
         known: dict[str, Any] = {name: int(metadata[name]) for name in ("patch_size", "in_chans")}
-        return table, known | {"facts": json.loads(metadata.get("facts", "{}"))}
+        return table, known | {"counts": counts, "facts": json.loads(metadata.get("facts", "{}"))}
     except (SafetensorError, KeyError, ValueError, EOFError) as error:
         if isinstance(error, UsageError):
             raise

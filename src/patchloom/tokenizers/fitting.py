@@ -7,6 +7,7 @@ fit and in a temporary file beyond.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 from patchloom.patches import patch_grid, patchify
-from patchloom.tokenizers.kmeans import KMeansResult, kmeans
+from patchloom.tokenizers.kmeans import MIN_POINTS_PER_CENTROID, KMeansResult, kmeans
 from patchloom.tokenizers.nearest import as_float
 from patchloom.tokenizers.points import Points, PointsInMemory, PointsOnDisk, Ranks, check_finite
 
@@ -38,7 +39,7 @@ _IMAGES_AT_ONCE = 64
 
 def fit_centroids(
     source: str | Path | Source | StreamSource | Tensor,
-    k: int,
+    k: int | None,
     *,
     patch_size: int,
     image_size: int | None = None,
@@ -53,12 +54,12 @@ def fit_centroids(
     memory_mb: int = 512,
     distributed: bool = False,
     progress: Progress | None = None,
-) -> tuple[Tensor, int, dict[str, Any]]:
+) -> tuple[KMeansResult, int, dict[str, Any]]:
     """Cluster the patches of images.
 
     Args:
         source: A data source or its name, or a tensor of images (B, C, H, W), uint8 or float in [0, 1].
-        k: Number of centroids.
+        k: Number of centroids; None takes as many as the patches feed, see `default_k`.
         patch_size: Side of a patch in pixels.
         image_size: Images are resized and centre-cropped to this side; None takes them at their own size, cropped
             at the centre to whole patches. Tensors are taken as they are.
@@ -75,8 +76,9 @@ def fit_centroids(
         progress: Called as the work proceeds.
 
     Returns:
-        (k, C * patch_size**2) float32 centroids, C, and facts of the fit: numbers of images, unreadable images and
-        patches, the objective of every iteration, its last value per patch value (`mse`), repaired clusters, seconds.
+        The result of k-means on (n, C * patch_size**2) patches, C, and facts of the fit: numbers of images, unreadable
+        images and patches; the objective of every iteration; of the last assignment the error per value (`mse`, and
+        `psnr` in dB), the share of centroids in use and their perplexity; repaired clusters; seconds.
 
     Raises:
         UsageError: As `kmeans`; or there is no readable image, or an image that gives no patch.
@@ -106,13 +108,17 @@ def fit_centroids(
         if skipped:
             warnings.warn(f"{skipped} images could not be read and were left out of the codebook", stacklevel=3)
         points = gathered.finish()
-        result = _cluster(points, k, iters, seed, init, backend, device, distributed, progress)
-    patches = ranks.total(points.shape[0])
+        patches = ranks.total(points.shape[0])
+        k = default_k(patches) if k is None else k
+        result = _cluster(points, patches, k, iters, seed, init, backend, device, distributed, progress)
+    mse = result.objective[-1] / (patches * points.shape[1])
+    shares = result.counts[result.counts > 0].double() / patches
     facts = {
         "source": name,
         "k": k,
         "patch_size": patch_size,
         "image_size": image_size,
+        "in_chans": in_chans,
         "images": ranks.total(read),
         "unreadable": ranks.total(skipped),
         "patches": patches,
@@ -121,15 +127,25 @@ def fit_centroids(
         "init": init if isinstance(init, str) else "given",
         "backend": backend,
         "objective": result.objective,
-        "mse": result.objective[-1] / (patches * points.shape[1]),
+        "mse": mse,
+        "psnr": -10 * math.log10(mse) if mse > 0 else None,
+        "usage": len(shares) / k,
+        "perplexity": float(torch.exp(-(shares * shares.log()).sum())),
         "repaired": result.repaired,
         "seconds": round(time.monotonic() - start, 2),
     }
-    return result.centroids.cpu(), in_chans, facts
+    return result, in_chans, facts
+
+
+def default_k(patches: int) -> int:
+    """Return the largest power of two up to 8192 (the paper's) that leaves every centroid 39 patches (faiss's rule)."""
+    fed = max(patches // MIN_POINTS_PER_CENTROID, 1)
+    return min(2 ** (fed.bit_length() - 1), 8192)
 
 
 def _cluster(
     points: Points,
+    patches: int,
     k: int,
     iters: int,
     seed: int,
@@ -139,11 +155,9 @@ def _cluster(
     distributed: bool,
     progress: Progress | None,
 ) -> KMeansResult:
-    n, d = points.shape
-
     def report(done: int, total: int, objective: float) -> None:
         if progress is not None:
-            progress("k-means", done, total, f"mean squared error {objective / (n * d):.6f}")
+            progress("k-means", done, total, f"mean squared error {objective / (patches * points.shape[1]):.6f}")
 
     if backend == "torch":
         return kmeans(

@@ -1,0 +1,251 @@
+"""`patchloom tokenize fit` and `patchloom tokenize show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchloom.errors import UsageError
+from patchloom.tokenizers.centroid import CentroidTokenizer
+from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
+
+# Seconds between two lines of progress where the output is no terminal.
+_LINE_EVERY = 10.0
+
+
+def fit_codebook(
+    data: str,
+    out: str,
+    k: int | None = None,
+    patch_size: int = 16,
+    image_size: int = 224,
+    images: int = 50_000,
+    per_class: int | None = None,
+    iters: int = 20,
+    seed: int = 1,
+    init: Literal["random", "kmeans++"] = "random",
+    max_points: int | None = None,
+    backend: Literal["torch", "faiss"] = "torch",
+    device: str = "auto",
+    memory_mb: int = 512,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Build a centroid codebook from images: k-means over their patches.
+
+    The folder `out` gets `codebook.safetensors`, `summary.json` and `codebook.png`, the centroids as pictures.
+
+    Args:
+        data: Images: a folder, shards, or a source such as photos, digits, torchvision:CIFAR10.
+        out: Folder to write to; made if missing.
+        k: Number of centroids; default: 8192 as in the paper, or the largest power of two below it that leaves
+            every centroid 39 patches when there are few images.
+        patch_size: Side of a patch in pixels; the encoder's must be the same.
+        image_size: Images are resized (shorter side to image_size / 0.875) and centre-cropped to this side in pixels.
+        images: Number of images drawn at random, at most (the paper: 50000).
+        per_class: Number of images drawn from each class instead, for labelled data (the paper: 50).
+        iters: Iterations of k-means (the paper: 20).
+        seed: Of the draw of images and of k-means.
+        init: Start of k-means: random patches, or kmeans++, slower and often a little better.
+        max_points: Number of patches to use at most, spread evenly over the images; default: all.
+        backend: torch, or faiss where it is installed (all patches in memory as float32).
+        device: Where to cluster: auto (a GPU where there is one), cpu, cuda, cuda:1, ….
+        memory_mb: Mebibytes of patches to hold in memory; more of them go to a temporary file.
+        overwrite: Replace the files of an earlier codebook in `out`.
+
+    Returns:
+        What `summary.json` holds, and where the codebook lies.
+
+    Raises:
+        UsageError: `out` holds files and `overwrite` is not set; no readable image; k larger than the number of
+            different patches; an image size that is no multiple of the patch size.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise UsageError(f"{folder} is not an empty folder; give another --out or --overwrite")
+    line = ProgressLine()
+    tokenizer = CentroidTokenizer.fit(
+        data,
+        k,
+        patch_size=patch_size,
+        image_size=image_size,
+        images=images,
+        per_class=per_class,
+        iters=iters,
+        seed=seed,
+        max_points=max_points,
+        init=init,
+        backend=backend,
+        device=_device(device),
+        memory_mb=memory_mb,
+        progress=line,
+    )
+    line.close()
+    tokenizer.save(folder / CODEBOOK_NAME, overwrite=overwrite)
+    summary = tokenizer.facts | {
+        "duplicates": tokenizer.num_duplicates(),
+        "fingerprint": tokenizer.fingerprint(),
+        "codebook": str(folder / CODEBOOK_NAME),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "codebook.png").write_bytes(_mosaic(tokenizer, "hue"))
+    return summary
+
+
+def show_codebook(
+    codebook: str,
+    out: str | None = None,
+    data: str | None = None,
+    sort: Literal["hue", "frequency"] = "hue",
+    images: int = 8,
+    image_size: int = 224,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Draw a codebook, and what images look like through it.
+
+    Args:
+        codebook: Codebook file (.safetensors, .npy, .faiss) or a folder made by `tokenize fit`.
+        out: Folder for the pictures `codebook-SORT.png` and `reconstructions.png`; default: the codebook's folder.
+        data: Images to draw beside what their nearest centroids make of them; default: none.
+        sort: Order of the centroids in the mosaic: hue, or frequency (how many patches each had when fitted, or has
+            in `data` where the file does not say).
+        images: Number of images drawn from `data`.
+        image_size: Side in pixels those images are resized and cropped to.
+        seed: Of the draw of images.
+        overwrite: Replace pictures of the same name.
+
+    Returns:
+        The files written and, with `data`, the codebook's figures on those images: usage and perplexity of the codes,
+        PSNR in dB, dead and duplicate codes.
+
+    Raises:
+        UsageError: No codebook or no image there; a picture exists; frequencies asked for and not known.
+    """
+    tokenizer = CentroidTokenizer.load(codebook)
+    place = Path(codebook)
+    folder = Path(out) if out is not None else (place if place.is_dir() else place.parent)
+    pictures = {"mosaic": folder / f"codebook-{sort}.png"}
+    if data is not None:
+        pictures["reconstructions"] = folder / "reconstructions.png"
+    for path in pictures.values():
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists; give another --out or --overwrite")
+    figures: dict[str, Any] = {}
+    originals = None
+    if data is not None:
+        originals = _draw_images(data, images, image_size, tokenizer, seed)
+        figures = tokenizer.report(originals)
+        if tokenizer.counts is None:
+            tokenizer.counts = torch.bincount(tokenizer.encode(originals).flatten(), minlength=tokenizer.num_codes)
+    if sort == "frequency" and tokenizer.counts is None:
+        raise UsageError(f"{codebook} does not say how often its centroids occur; give --data to count them on")
+    drawings = {"mosaic": _mosaic(tokenizer, sort)}
+    if originals is not None:
+        drawings["reconstructions"] = _beside(tokenizer, originals)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in pictures.items():
+        path.write_bytes(drawings[name])
+    return {name: str(path) for name, path in pictures.items()} | figures
+
+
+class ProgressLine:
+    """Progress with time left on stderr: one line that rewrites itself, or a line now and then into a log."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._stage, self._began, self._first, self._written = "", 0.0, 0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int, remark: str) -> None:
+        """Say that `done` of `total` (0: unknown) steps of a stage are over."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self.close()
+            # the first call of a stage comes after its first step, so the time left is a little short at first
+            self._stage, self._began, self._first = stage, now, done
+        if not self._live and now - self._written < _LINE_EVERY and done != total:
+            return
+        self._written = now
+        steps = done - self._first
+        left = (now - self._began) / steps * (total - done) if steps and total else None
+        clock = "" if left is None else f", {int(left) // 60}:{int(left) % 60:02d} left"
+        text = f"{stage} {done}{f'/{total}' if total else ''}{clock}, {remark}"
+        print(f"\r{text:<78}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line."""
+        if self._live and self._stage:
+            print(file=sys.stderr)
+        self._stage = ""
+
+
+def _mosaic(tokenizer: CentroidTokenizer, sort: str) -> bytes:
+    from patchloom.report.figures import codebook_mosaic
+
+    figure = codebook_mosaic(
+        tokenizer.centroids.cpu(), tokenizer.patch_size, tokenizer.in_chans, counts=tokenizer.counts, sort=sort
+    )
+    png: bytes = figure.png
+    return png
+
+
+def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
+    from patchloom.report.figures import image_grid
+
+    made = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
+    rows = {"image": _as_colour(originals.float() / 255), "its nearest centroids": _as_colour(made)}
+    png: bytes = image_grid(rows).png
+    return png
+
+
+def _as_colour(images: Tensor) -> Tensor:
+    """One channel as grey, of more than three the first three."""
+    channels = images.shape[1]
+    return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, [0, 1, min(2, channels - 1)]]
+
+
+def _draw_images(data: str, count: int, image_size: int, tokenizer: CentroidTokenizer, seed: int) -> Tensor:
+    """Return (n, C, image_size, image_size) uint8 images drawn from a source, n <= count."""
+    from patchloom.data import open_source
+    from patchloom.data.base import StreamSource, Unreadable, UnreadableImageError
+    from patchloom.data.transforms import EvalTransform
+    from patchloom.patches import patch_grid
+
+    patch_grid((image_size, image_size), tokenizer.patch_size)
+    source = open_source(data, in_chans=tokenizer.in_chans)
+    transform = EvalTransform(image_size)
+    drawn: list[Tensor] = []
+    if isinstance(source, StreamSource):
+        for sample in source.samples(epoch=0, seed=seed):
+            if len(drawn) == count:
+                break
+            if not isinstance(sample, Unreadable):
+                drawn.append(transform(sample.image)["image"])
+    else:
+        for index in np.random.default_rng(seed).permutation(len(source)):
+            if len(drawn) == count:
+                break
+            try:
+                drawn.append(transform(source.read(int(index)).image)["image"])
+            except UnreadableImageError:
+                continue
+    if not drawn:
+        raise UsageError(f"no readable image in {data!r}")
+    return torch.stack(drawn)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"no device {name!r} here; use auto, cpu or a GPU such as cuda") from error
+    return device
