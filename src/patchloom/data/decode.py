@@ -76,8 +76,7 @@ def _decode_with_pillow(encoded: bytes, in_chans: int) -> Tensor:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS:,}")
             image.load()
-            image = ImageOps.exif_transpose(image)
-            array = _eight_bit(image, "RGB" if in_chans == 3 else "L")
+            array = _eight_bit(ImageOps.exif_transpose(image), "RGB" if in_chans == 3 else "L")
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 

@@ -102,7 +102,7 @@ class PhotosSource(Source):
 
     def key(self, index: int) -> str:
         """Return the name of a crop."""
-        return f"{self.class_names[index % len(PHOTOS)]}-{self.split}-{index:05d}"
+        return f"{list(PHOTOS)[index % len(PHOTOS)]}-{self.split}-{index:05d}"
 
     def read(self, index: int) -> Sample:
         """Return crop number `index`."""

@@ -94,7 +94,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
     while stack:
         prefix, folder = stack.pop()
         try:
-            status = os.stat(folder)
+            status = Path(folder).stat()
             if (identity := (status.st_dev, status.st_ino)) in seen:
                 continue
             seen.add(identity)
