@@ -355,3 +355,21 @@ def test_positions_beyond_the_epoch_are_refused() -> None:
 def test_images_of_different_sizes_in_a_batch_are_named() -> None:
     with pytest.raises(UsageError, match=r"^'0.png' and '1.png' differ in shape"):
         batches(Numbers(4), 4, shuffle=False, transform=grown, num_workers=1)
+
+
+def test_reports_stay_tuples_after_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    loader = make_loader(Numbers(4, frozenset({1})), as_is, 4, shuffle=True, num_workers=0)
+    unpinned = loader._batches.start(0, 0)
+    report = [pin_memory(batch["skipped"]) for batch in unpinned]  # what happens to it without a GPU, too
+    monkeypatch.setattr(loader._batches, "start", lambda *_: iter([{"skipped": report[0], "key": ["a"]}]))
+    assert next(iter(loader))["skipped"] == [("1.png", "cut short")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches_are_the_same_batches() -> None:
+    pinned = batches(Numbers(10, frozenset({3})), 4, num_workers=2, pin_memory=True)
+    assert all(batch["image"].is_pinned() for batch in pinned)
+    assert equal(pinned, batches(Numbers(10, frozenset({3})), 4))

@@ -97,6 +97,8 @@ class Loader:
         for batch in batches:
             if isinstance(batch, UsageError):
                 raise batch
+            # Copying to page-locked memory turns tuples into lists.
+            batch["skipped"] = [(key, reason) for key, reason in batch["skipped"]]
             yield batch
 
     def _without_empty(self, batches: Iterator[Batch]) -> Iterator[Batch]:
