@@ -66,7 +66,7 @@ def extract(
     loader = make_loader(source, EvalTransform(side), batch_size, seed=0, shuffle=False, num_workers=num_workers)
     target = _device(device)
     vectors, labels, keys, skipped = [], [], [], []
-    with _evaluating(encoder, target):
+    with _Evaluating(encoder, target):
         shown = tqdm(loader, desc="features", disable=not (progress and sys.stderr.isatty()), leave=False)
         for batch in shown:
             skipped += batch["skipped"]
@@ -82,7 +82,7 @@ def extract(
     return Features(torch.cat(vectors), torch.cat(labels), keys, skipped)
 
 
-class _evaluating:
+class _Evaluating:
     """Puts an encoder on a device in eval mode, and back as it was."""
 
     def __init__(self, encoder: nn.Module | None, device: torch.device) -> None:
