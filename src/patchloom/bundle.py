@@ -26,53 +26,55 @@ from patchloom.errors import UsageError
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
 # Names registered here are written as an entry point timm has by itself; all that differs stands in model_args.
 TIMM_NAMES = {"ccvit_": "beit_base_patch16_224"}
+# How a model was trained, not what it is.
+REGULARISERS = {"drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"}
 
 
 def save_bundle(
-    encoder: nn.Module, path: str | Path, *, lineage: dict[str, Any] | None = None, overwrite: bool = False
+    encoder: Any, path: str | Path, *, lineage: dict[str, Any] | None = None, overwrite: bool = False
 ) -> Path:
     """Write a bundle; the folder appears whole or not at all.
 
     Args:
-        encoder: Made by `create_encoder` or `load`; with a classifier or without.
+        encoder: Made by `create_encoder`, `load` or `timm.create_model`; with a classifier or without.
         path: Folder to make.
         lineage: What made the model, and from what; kept in `patchloom.json`.
         overwrite: Replace a bundle that is there.
 
     Raises:
-        UsageError: The folder exists and is not to be replaced, or is no bundle.
+        UsageError: The folder exists and is not to be replaced, or is no bundle; or the module cannot be rebuilt from
+            an architecture and its arguments.
     """
     target = Path(path)
     if target.exists():
         if not overwrite:
             raise UsageError(f"{target} exists; choose another folder, or set overwrite to replace it")
+        if not target.is_dir():
+            raise UsageError(f"{target} is a file; a bundle is a folder")
         if any(target.iterdir()) and not (target / CONFIG).exists():
             raise UsageError(f"{target} is not empty and holds no bundle, so it is not replaced")
+    config = timm_config(encoder)
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    _check_rebuilds(config, state)
+    versions = {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    about = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, temporary / WEIGHTS)
-        _write(temporary / CONFIG, timm_config(encoder))
-        versions = {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__}
-        about = {"lineage": lineage or {}, "versions": versions, "made_from": encoder.patchloom_args}
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        _write(temporary / CONFIG, config)
         _write(temporary / LINEAGE, about)
         temporary.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.replace(old / "bundle")
-            temporary.replace(target)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(target)
+        _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
 
 
-def timm_config(encoder: nn.Module) -> dict[str, Any]:
+def timm_config(encoder: Any) -> dict[str, Any]:
     """Return the `config.json` timm reads: architecture, its arguments, how to prepare images."""
-    made = encoder.patchloom_args
+    made = made_from(encoder)
     architecture, model_args = made["architecture"], dict(made["model_args"])
     for prefix, name in TIMM_NAMES.items():
         if architecture.startswith(prefix):
@@ -82,7 +84,7 @@ def timm_config(encoder: nn.Module) -> dict[str, Any]:
     side = tuple(encoder.patch_embed.img_size)
     channels = model_args.get("in_chans", 3)
     known = dict(encoder.pretrained_cfg)
-    keep = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier")
+    keep = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "label_names")
     pretrained = {name: known[name] for name in keep if name in known}
     pretrained |= {"input_size": [channels, *side], "num_classes": num_classes, "fixed_input_size": True}
     return {
@@ -95,7 +97,30 @@ def timm_config(encoder: nn.Module) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path) -> nn.Module:
+def made_from(encoder: nn.Module) -> dict[str, Any]:
+    """Return the architecture an encoder was made from, and the arguments that rebuild it without a classifier.
+
+    Raises:
+        UsageError: The module is no ViT of timm.
+    """
+    side = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+    made = getattr(encoder, "patchloom_args", None)
+    if made is None:
+        architecture = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture")
+        made = {"architecture": architecture, "model_args": getattr(encoder, "_model_args", {})}
+    if side is None or made["architecture"] is None:
+        raise UsageError(f"a {type(encoder).__name__} cannot be saved as a bundle; make it by timm, as a ViT")
+    dropped = {*REGULARISERS, "num_classes"}
+    arguments = {name: value for name, value in made["model_args"].items() if name not in dropped}
+    # Size and channels as they are now, whatever the encoder was made with.
+    channels = int(encoder.patch_embed.proj.weight.shape[1])
+    return {
+        "architecture": made["architecture"],
+        "model_args": arguments | {"img_size": tuple(side), "in_chans": channels},
+    }
+
+
+def load(path: str | Path) -> Any:
     """Return the timm module of a bundle, or of a run (its `model/`), in eval mode.
 
     Raises:
@@ -104,28 +129,23 @@ def load(path: str | Path) -> nn.Module:
     folder = find_bundle(path)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        architecture, num_classes = config["architecture"], int(config["num_classes"])
+        arguments = {"in_chans": 3, **config.get("model_args", {})}
         state = load_file(folder / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise UsageError(f"the bundle in {folder} is damaged ({' '.join(str(error).split())[:200]})") from error
-    arguments = {"in_chans": 3, **config.get("model_args", {})}
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
-    model: nn.Module = timm.create_model(
-        config["architecture"], pretrained=False, num_classes=config["num_classes"], **arguments
-    )
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UsageError(
-            f"the bundle in {folder} does not fit {config['architecture']}: missing {missing[:4]}, "
-            f"left over {unexpected[:4]}"
-        )
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(f"the bundle in {folder} is damaged ({said}); write it again") from error
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    model = _build(architecture, num_classes, arguments, folder)
+    _check_tensors({name: tuple(value.shape) for name, value in state.items()}, model, f"the bundle in {folder}")
+    model.load_state_dict(state)
     model.pretrained_cfg = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
-    about = folder / LINEAGE
-    own = json.loads(about.read_text(encoding="utf-8")).get("made_from") if about.exists() else None
-    arguments["img_size"] = tuple(model.patch_embed.img_size)
+    # The name the user knows, where it is known here; timm's entry point otherwise.
+    own = (_about(folder).get("made_from") or {}).get("architecture")
+    name = own if own and timm.is_model(own) else architecture
     model.patchloom_args = {
-        # The name the user knows, where the arguments reproduce it; timm's entry point otherwise.
-        "architecture": own["architecture"] if own and timm.is_model(own["architecture"]) else config["architecture"],
-        "model_args": arguments,
+        "architecture": name,
+        "model_args": arguments | {"img_size": tuple(model.patch_embed.img_size)},
     }
     return model.eval()
 
@@ -146,10 +166,7 @@ def find_bundle(path: str | Path) -> Path:
 
 def read_lineage(path: str | Path) -> dict[str, Any]:
     """Return what made the model of a bundle or run; empty for a bundle of another maker."""
-    file = find_bundle(path) / LINEAGE
-    if not file.exists():
-        return {}
-    lineage: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["lineage"]
+    lineage: dict[str, Any] = _about(find_bundle(path)).get("lineage", {})
     return lineage
 
 
@@ -160,6 +177,76 @@ def bundle_fingerprint(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """Return the contents of `patchloom.json`; empty where another maker wrote none."""
+    file = folder / LINEAGE
+    if not file.exists():
+        return {}
+    try:
+        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged ({error}); delete it to open the bundle without its lineage") from error
+    return about
+
+
+def _build(architecture: str, num_classes: int, arguments: dict[str, Any], folder: Path) -> Any:
+    if not timm.is_model(architecture):
+        raise UsageError(f"the bundle in {folder} is a {architecture}, which timm {timm.__version__} does not know")
+    try:
+        model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **arguments)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise UsageError(f"the bundle in {folder} asks for a {architecture} that cannot be built: {error}") from error
+    if not hasattr(model, "patch_embed"):
+        raise UsageError(f"the bundle in {folder} is a {type(model).__name__}; encoders here are timm's ViTs")
+    return model
+
+
+def _check_rebuilds(config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Refuse a module whose description would not give it back, before anything is written."""
+    architecture, arguments = config["architecture"], config["model_args"]
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise UsageError(f"an argument {architecture} was made with cannot be stored in a bundle: {error}") from error
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        rebuilt = timm.create_model(architecture, pretrained=False, num_classes=config["num_classes"], **arguments)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    _check_tensors(shapes, rebuilt, "the encoder was changed after it was made, so a bundle could not give it back: it")
+
+
+def _check_tensors(shapes: dict[str, tuple[int, ...]], model: nn.Module, what: str) -> None:
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if shapes == own:
+        return
+    right = sum(own.get(name) == shape for name, shape in shapes.items())
+    missing = [name for name in own if name not in shapes]
+    extra = [name for name in shapes if name not in own]
+    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
+    listed = "; ".join(
+        f"{kind}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("left over", extra), ("of another shape", other))
+        if names
+    )
+    raise UsageError(f"{what} has {right} of the {len(own)} tensors of its architecture; {listed}")
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a finished folder to its place; what was there is kept until the new one stands."""
+    if not target.exists():
+        temporary.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.replace(old / "bundle")
+    try:
+        temporary.replace(target)
+    except BaseException:
+        (old / "bundle").replace(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _full_arguments(encoder: Any) -> dict[str, Any]:

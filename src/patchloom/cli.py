@@ -150,7 +150,8 @@ def _run_method(verb: str, command: Verb, method: str, rest: list[str]) -> int:
     parser = _parser(f"{verb} {method}", (listing[method].__doc__ or config_class.__doc__ or "").strip())
     parser.add_class_arguments(config_class, fail_untyped=False)
     values = _parse(parser, rest, get_type_hints(config_class))
-    _report(importlib.import_module(command.module)(method, **values))
+    run: Any = importlib.import_module(command.module)
+    _report(run(method, **values))
     return 0
 
 

@@ -76,7 +76,6 @@ def demo(
             scores[f"{protocol}_{kind}"] = result["accuracy"]
     summary = {**scores, **run.summary, "seconds": round(time.perf_counter() - start, 1)}
     _save(run.path / "summary.json", summary)
-    _add_to_report(run.report, scores)
     print(_table(scores))
     print(f"\nreport: {run.report}\nmodel:  {run.model}")
     return summary

@@ -65,7 +65,7 @@ def export(
         _need_onnx()
         if path.is_dir():
             raise UsageError(f"{out} is a folder; name a file such as {out}/model.onnx")
-    model = load(bundle)
+    model: Any = load(bundle)
     if image_size is not None:
         set_image_size(model, image_size)
         model.patchloom_args["model_args"]["img_size"] = tuple(model.patch_embed.img_size)
@@ -78,6 +78,9 @@ def export(
 
 class _Normalised(nn.Module):
     """A model that takes images in [0, 1]."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, make_mixup
-from patchloom.encoders import create_encoder, normalize
+from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method, Transform
@@ -114,7 +114,7 @@ class FinetuneMethod(Method):
             else None
         )
 
-    def build_encoder(self) -> nn.Module:
+    def build_encoder(self) -> Encoder:
         """Return the encoder with a fresh classifier."""
         encoder = super().build_encoder()
         return as_classifier(encoder, len(self.class_names), self.config.pool, self.config.init_scale)
@@ -205,7 +205,7 @@ class FinetuneMethod(Method):
         return [Section(title="Accuracy by class", text=text, table=table)]
 
 
-def as_classifier(encoder: nn.Module, num_classes: int, pool: str = "avg", init_scale: float = 0.001) -> nn.Module:
+def as_classifier(encoder: Encoder, num_classes: int, pool: str = "avg", init_scale: float = 0.001) -> Encoder:
     """Return a classifier with the encoder's weights.
 
     A `Beit` whose blocks share one relative-position table gets a table per block, each a copy; with mean pooling

@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchloom.encoders import ccvit
 from patchloom.encoders.create import create_encoder
 from patchloom.encoders.properties import (
+    Encoder,
     depth,
     embed_dim,
     grid_size,
@@ -30,6 +31,7 @@ from patchloom.encoders.stages import (
 
 __all__ = [
     "Embedded",
+    "Encoder",
     "Tokens",
     "ccvit",
     "class_attention",

@@ -49,15 +49,15 @@ BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "init_values": 0.1}
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5}
 
 
-def _create(variant: str, patch_size: int, side: int, pretrained: bool, size: dict[str, Any], **kwargs: Any) -> Beit:
+def _create(variant: str, patch: int, side: int, pretrained: bool, shape: dict[str, Any], **kwargs: Any) -> Beit:
     model_args = {
-        "patch_size": patch_size,
+        "patch_size": patch,
         "img_size": side,
         "use_abs_pos_emb": False,
         "use_shared_rel_pos_bias": True,
         "global_pool": "avg",
         "use_fc_norm": False,  # pre-training needs the norm in front of its heads, per token
-        **size,
+        **shape,
         **kwargs,
     }
     model: Beit = build_model_with_cfg(

@@ -10,8 +10,8 @@ import timm
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
+from patchloom.encoders.properties import Encoder
 from patchloom.encoders.properties import in_chans as channels_of
 from patchloom.encoders.resize import set_image_size
 from patchloom.errors import UsageError
@@ -28,7 +28,7 @@ def create_encoder(
     drop_path: float = 0.0,
     pretrained: bool = False,
     **model_args: Any,
-) -> nn.Module:
+) -> Encoder:
     """Return an encoder without head.
 
     Args:
@@ -55,9 +55,10 @@ def create_encoder(
     if image_size is not None:
         arguments["img_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         _check_size(name, arguments)
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    if not isinstance(model, FAMILIES):
-        raise UsageError(f"{name} is a {type(model).__name__}; encoders here are timm's ViT, BEiT and EVA models")
+    built = timm.create_model(name, pretrained=pretrained, **arguments)
+    if not isinstance(built, FAMILIES):
+        raise UsageError(f"{name} is a {type(built).__name__}; encoders here are timm's ViT, BEiT and EVA models")
+    model: Encoder = built
     arguments.pop("num_classes")
     arguments.pop("drop_path_rate", None)  # how it was trained, not what it is
     size = model.patch_embed.img_size
@@ -65,7 +66,7 @@ def create_encoder(
     return model
 
 
-def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, drop_path: float) -> nn.Module:
+def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, drop_path: float) -> Encoder:
     from patchloom.bundle import load
 
     saved = load(path)
@@ -98,7 +99,8 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
 
         with torch.device("meta"):
             rest = {k: v for k, v in arguments.items() if k != "img_size"}
-            patch = timm.create_model(name, pretrained=False, **rest).patch_embed.patch_size[0]
+            built: Encoder = timm.create_model(name, pretrained=False, **rest)
+            patch = built.patch_embed.patch_size[0]
     patch_grid(arguments["img_size"], int(patch))
 
 

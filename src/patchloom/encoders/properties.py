@@ -8,49 +8,54 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchloom.patches import patch_grid
 
+Encoder: TypeAlias = Any
+"""A timm `VisionTransformer`, `Beit` or `Eva`. Their attributes are not declared on `nn.Module`, hence `Any`."""
 
-def embed_dim(encoder: nn.Module) -> int:
+
+def embed_dim(encoder: Encoder) -> int:
     """Return the width D of the tokens."""
     return int(encoder.embed_dim)
 
 
-def depth(encoder: nn.Module) -> int:
+def depth(encoder: Encoder) -> int:
     """Return the number of blocks."""
     return len(encoder.blocks)
 
 
-def patch_size(encoder: nn.Module) -> int:
+def patch_size(encoder: Encoder) -> int:
     """Return the side of a patch in pixels."""
     return int(encoder.patch_embed.patch_size[0])
 
 
-def num_prefix_tokens(encoder: nn.Module) -> int:
+def num_prefix_tokens(encoder: Encoder) -> int:
     """Return the number of class and register tokens in front of the patch tokens."""
     return int(encoder.num_prefix_tokens)
 
 
-def image_size(encoder: nn.Module) -> tuple[int, int]:
+def image_size(encoder: Encoder) -> tuple[int, int]:
     """Return the (H, W) in pixels the encoder is set up for."""
     height, width = encoder.patch_embed.img_size
     return int(height), int(width)
 
 
-def grid_size(encoder: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
+def grid_size(encoder: Encoder, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Return the number of patches (down, across) of an image of `size` (default: the encoder's own)."""
     return patch_grid(size or image_size(encoder), patch_size(encoder))
 
 
-def in_chans(encoder: nn.Module) -> int:
+def in_chans(encoder: Encoder) -> int:
     """Return the number of channels of the images the encoder takes."""
     return int(encoder.patch_embed.proj.weight.shape[1])
 
 
-def normalize(images: Tensor, encoder: nn.Module) -> Tensor:
+def normalize(images: Tensor, encoder: Encoder) -> Tensor:
     """Return images in [0, 1] normalised by the encoder's own mean and standard deviation.
 
     Args:

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchloom.encoders.properties import grid_size, image_size, patch_size
+from patchloom.encoders.properties import Encoder, grid_size, image_size, patch_size
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 
 EXTRA_ROWS = 3  # class to token, token to class, class to class
 
 
-def set_image_size(encoder: nn.Module, size: int | tuple[int, int]) -> nn.Module:
+def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
     """Set the encoder up for images of another size, in place, and return it.
 
     Absolute positions are resampled as timm does; relative-position tables as in section 2.10 of the CCViT
@@ -43,7 +43,8 @@ def set_image_size(encoder: nn.Module, size: int | tuple[int, int]) -> nn.Module
         for name, table in tables.items():
             resized = resize_relative_table(table, old_grid, grid_size(encoder))
             with torch.no_grad():
-                encoder.get_submodule(name).relative_position_bias_table.copy_(resized)
+                holder: Encoder = encoder.get_submodule(name)
+                holder.relative_position_bias_table.copy_(resized)
     return encoder
 
 

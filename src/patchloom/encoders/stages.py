@@ -22,7 +22,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from patchloom.encoders.properties import depth, num_prefix_tokens
+from patchloom.encoders.properties import Encoder, depth, num_prefix_tokens
 from patchloom.errors import UsageError, unknown_name
 
 Pool = Literal["auto", "cls", "avg", "cls+avg"]
@@ -56,7 +56,7 @@ class Embedded:
 
 
 def embed(
-    encoder: nn.Module,
+    encoder: Encoder,
     images: Tensor,
     masked: Tensor | None = None,
     mask_token: Tensor | None = None,
@@ -86,7 +86,7 @@ def embed(
 
 
 def run_blocks(
-    encoder: nn.Module,
+    encoder: Encoder,
     embedded: Embedded,
     start: int = 0,
     stop: int | None = None,
@@ -114,7 +114,7 @@ def run_blocks(
     return x, kept
 
 
-def final_norm(encoder: nn.Module, x: Tensor) -> Tensor:
+def final_norm(encoder: Encoder, x: Tensor) -> Tensor:
     """Return tokens after the norm in front of heads: `norm`, or `fc_norm` where the encoder norms after pooling."""
     norm = encoder.norm
     if isinstance(norm, nn.Identity) and isinstance(getattr(encoder, "fc_norm", None), nn.Module):
@@ -123,13 +123,13 @@ def final_norm(encoder: nn.Module, x: Tensor) -> Tensor:
     return normed
 
 
-def tokens(encoder: nn.Module, images: Tensor) -> Tokens:
+def tokens(encoder: Encoder, images: Tensor) -> Tokens:
     """Return the output tokens for (B, C, H, W) normalised images, as `encoder.forward_features` has them."""
     last, _ = run_blocks(encoder, embed(encoder, images))
     return _split(encoder, encoder.norm(last))
 
 
-def pooled(encoder: nn.Module, images: Tensor, pool: Pool = "auto") -> Tensor:
+def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
     """Return one vector per image.
 
     Args:
@@ -156,7 +156,7 @@ def pooled(encoder: nn.Module, images: Tensor, pool: Pool = "auto") -> Tensor:
     return torch.cat([parts[part]() for part in pool.split("+")], dim=1)
 
 
-def intermediate_layers(encoder: nn.Module, images: Tensor, layers: Sequence[int], norm: bool = True) -> list[Tokens]:
+def intermediate_layers(encoder: Encoder, images: Tensor, layers: Sequence[int], norm: bool = True) -> list[Tokens]:
     """Return the tokens after given blocks.
 
     Args:
@@ -177,7 +177,7 @@ def intermediate_layers(encoder: nn.Module, images: Tensor, layers: Sequence[int
     return [_split(encoder, final_norm(encoder, taps[n]) if norm else taps[n]) for n in numbers]
 
 
-def new_blocks(encoder: nn.Module, count: int) -> nn.ModuleList:
+def new_blocks(encoder: Encoder, count: int) -> nn.ModuleList:
     """Return fresh blocks of the encoder's own kind and size, in PyTorch's default initialisation.
 
     They are called like the encoder's: `block(x, **embedded.block_kwargs)`.
@@ -190,7 +190,7 @@ def new_blocks(encoder: nn.Module, count: int) -> nn.ModuleList:
     return blocks
 
 
-def class_attention(encoder: nn.Module, images: Tensor, layer: int = -1) -> Tensor:
+def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor:
     """Return where the class token looks: its attention over the patches.
 
     Args:
@@ -220,7 +220,7 @@ def class_attention(encoder: nn.Module, images: Tensor, layer: int = -1) -> Tens
     return rows[:, :, prefix:]
 
 
-def _split(encoder: nn.Module, x: Tensor) -> Tokens:
+def _split(encoder: Encoder, x: Tensor) -> Tokens:
     prefix = num_prefix_tokens(encoder)
     return Tokens(x[:, :prefix], x[:, prefix:])
 
@@ -234,7 +234,7 @@ def _insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> 
     return x * (1 - hidden) + mask_token.to(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) * hidden
 
 
-def _add_positions(encoder: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+def _add_positions(encoder: Encoder, x: Tensor) -> tuple[Tensor, dict[str, Any], Tensor | None]:
     """Return tokens with prefix and positions, a block's keyword arguments, and rotary positions by block."""
     if isinstance(encoder, Beit):
         x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
@@ -250,7 +250,7 @@ def _add_positions(encoder: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Any
     return encoder._pos_embed(x), {}, None
 
 
-def _kept(encoder: nn.Module, embedded: Embedded, keep: Tensor) -> Embedded:
+def _kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
     """Drop the patches that are not kept, and their rows of position biases."""
     prefix, batch = num_prefix_tokens(encoder), len(keep)
     front = torch.arange(prefix, device=keep.device).expand(batch, -1)
@@ -258,7 +258,8 @@ def _kept(encoder: nn.Module, embedded: Embedded, keep: Tensor) -> Embedded:
     x = embedded.x.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.x.shape[-1]))
     kwargs = dict(embedded.block_kwargs)
     if isinstance(encoder, Beit):
-        if encoder.blocks[0].attn.relative_position_bias_table is not None:
+        first: Encoder = encoder.blocks[0]
+        if first.attn.relative_position_bias_table is not None:
             raise UsageError("patches cannot be dropped where every block has its own relative-position table")
         if (bias := kwargs["shared_rel_pos_bias"]) is not None:
             # (1, heads, P + N, P + N) -> (B, heads, P + n, P + n)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.encoders import create_encoder
+from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.features.extract import Features, extract
 
@@ -53,7 +53,7 @@ class EvaluationConfig:
             raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
 
 
-def resolve_encoder(config: EvaluationConfig) -> nn.Module | None:
+def resolve_encoder(config: EvaluationConfig) -> Encoder:
     """Return the encoder meant, or None for raw pixels.
 
     Raises:
@@ -103,7 +103,7 @@ def labelled_features(config: EvaluationConfig) -> tuple[Features, Features, lis
     return train, test, list(sources[0].class_names or [])
 
 
-def extract_with(config: EvaluationConfig, encoder: nn.Module | None, source: Source | StreamSource) -> Features:
+def extract_with(config: EvaluationConfig, encoder: Encoder | None, source: Source | StreamSource) -> Features:
     """Return the features of a source under the settings of an evaluation."""
     return extract(
         encoder,

@@ -7,13 +7,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from patchloom.data import EvalTransform, MemorySource, make_loader
 from patchloom.data.base import Sample, Source, StreamSource
+from patchloom.encoders import Encoder, normalize, pooled
 from patchloom.encoders import image_size as size_of
-from patchloom.encoders import normalize, pooled
 from patchloom.errors import UsageError
 
 
@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    encoder: nn.Module | None,
+    encoder: Encoder | None,
     source: Source | StreamSource,
     *,
     image_size: int | None = None,
@@ -85,7 +85,7 @@ def extract(
 class _Evaluating:
     """Puts an encoder on a device in eval mode, and back as it was."""
 
-    def __init__(self, encoder: nn.Module | None, device: torch.device) -> None:
+    def __init__(self, encoder: Encoder | None, device: torch.device) -> None:
         self.encoder = encoder
         self.device = device
 

@@ -27,6 +27,7 @@ from patchloom.pretrain.centroid_mim import (
     pixel_targets,
 )
 from patchloom.tokenizers.centroid import CentroidTokenizer
+from patchloom.tokenizers.commands import ProgressLine
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method, Transform
 
@@ -131,8 +132,6 @@ class CCViTMethod(Method):
             init_condenser=config.init_condenser,
             drop_path=config.drop_path,
         )
-        if config.grad_checkpointing:
-            self.model.grad_checkpointing = True
         self.loss = CentroidMIMLoss(config.token_weight, config.pixel_weight, config.target)
         if config.target == "pixel":
             self.model.token_head.requires_grad_(False)  # unused: it would stall processes that wait for its gradient
@@ -183,7 +182,7 @@ class CCViTMethod(Method):
                 seed=config.seed + 1,
                 images=config.codebook_images,
                 device=self.trainer.strategy.root_device,
-                progress=True,
+                progress=ProgressLine(),
             )
         self.tokenizer.save(path)
 

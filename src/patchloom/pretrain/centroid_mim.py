@@ -17,7 +17,7 @@ Vision Transformer Pre-training", arXiv 2303.04664.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from patchloom.encoders import (
+    Encoder,
     depth,
     embed,
     embed_dim,
@@ -73,7 +74,7 @@ class CentroidMIM(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Encoder,
         vocab_size: int,
         early_layers: int | None = None,
         head_layers: int = 2,
@@ -260,7 +261,7 @@ def default_early_layers(blocks: int) -> int:
     return blocks - 3 if blocks >= 6 else max(1, blocks - 1)
 
 
-def initialize_encoder(encoder: nn.Module) -> None:
+def initialize_encoder(encoder: Encoder) -> None:
     """Initialise an encoder as the published pre-training does (specification, section 2.8).
 
     Linear and convolution weights and class token: normal with σ = 0.02 cut at ±σ; biases 0; norms (1, 0); then
@@ -288,7 +289,7 @@ def _truncated(tensor: Tensor, std: float = 0.02) -> None:
     trunc_normal_(tensor, std=std, a=-std, b=std)
 
 
-def _rescale(block: nn.Module, number: int) -> None:
+def _rescale(block: Any, number: int) -> None:
     with torch.no_grad():
         block.attn.proj.weight.div_(math.sqrt(2.0 * number))
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * number))

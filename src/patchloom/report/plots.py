@@ -63,7 +63,7 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
 
     figure = Canvas(figsize=(5.0, 3.1), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left", fontweight="semibold")
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
     axes.tick_params(labelsize=8.5)

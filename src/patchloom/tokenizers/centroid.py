@@ -97,7 +97,7 @@ class CentroidTokenizer(nn.Module):
         """
         self._check_images(images)
         h, w = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
-        found = [self._nearest(patches.flatten(0, 1)).view(-1, h, w) for patches in self._patches(images)]
+        found = [self.nearest(patches.flatten(0, 1)).view(-1, h, w) for patches in self._patches(images)]
         return torch.cat(found) if found else torch.empty(0, h, w, dtype=torch.int64, device=self.centroids.device)
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class CentroidTokenizer(nn.Module):
         if marked.dtype != torch.bool:
             raise UsageError(f"a mask is of type bool, not {marked.dtype}")
         if ids is None:
-            tokens = self._nearest(patches[marked])
+            tokens = self.nearest(patches[marked])
         else:
             self._check_ids(ids)
             tokens = self._on_grid(ids, grid, len(images), "ids")[marked]
@@ -155,7 +155,7 @@ class CentroidTokenizer(nn.Module):
         total = 0.0
         for patches in self._patches(images):
             vectors = as_float(patches.flatten(0, 1).to(self.centroids.device))
-            total += float((vectors - self.centroids[self._nearest(vectors)]).square().sum(1).double().sum())
+            total += float((vectors - self.centroids[self.nearest(vectors)]).square().sum(1).double().sum())
         return total
 
     @torch.no_grad()
@@ -314,7 +314,9 @@ class CentroidTokenizer(nn.Module):
             self._search, self._search_of = NearestCentroids(table), state
         return self._search
 
-    def _nearest(self, vectors: Tensor) -> Tensor:
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Return the token of each patch vector: (n, in_chans * patch_size**2) in [0, 1] → (n,) int64."""
         return self._index().search(vectors)
 
     def _patches(self, images: Tensor) -> Iterator[Tensor]:

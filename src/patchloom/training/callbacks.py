@@ -47,7 +47,8 @@ class Progress(Callback):
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count the time spent waiting for the batch."""
-        self.waited += time.monotonic() - self.batch_ended
+        if self.images:  # the first batch waits for the workers to start
+            self.waited += time.monotonic() - self.batch_ended
 
     def on_train_batch_end(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -192,9 +193,7 @@ class ProbeData:
         from patchloom.features.knn import knn_accuracy
 
         def features(source: Source) -> Any:
-            return extract(
-                encoder, source, batch_size=batch_size, num_workers=0, device=str(device), progress=False
-            )
+            return extract(encoder, source, batch_size=batch_size, num_workers=0, device=str(device), progress=False)
 
         queries = features(self.queries)
         spread, cosine = rankme(queries.vectors), mean_pairwise_cosine(queries.vectors)

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from patchloom.data import make_loader
-from patchloom.encoders import create_encoder, depth, embed_dim, image_size
+from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
@@ -57,7 +57,7 @@ class Method(lp.LightningModule):
         self.source = source
         self.started = time.monotonic()
         self.seconds_before = 0.0
-        self.encoder = self.build_encoder()
+        self.encoder: Encoder = self.build_encoder()
         if config.grad_checkpointing:
             self.encoder.set_grad_checkpointing(True)
         self.steps_per_epoch = 1
@@ -66,7 +66,7 @@ class Method(lp.LightningModule):
         self.ema: ModelEmaV3 | None = None
         self.last_batch_keys: list[str] = []
 
-    def build_encoder(self) -> nn.Module:
+    def build_encoder(self) -> Encoder:
         """Return the encoder the settings name, with the weights of `init_from` where that is set.
 
         Raises:
@@ -124,7 +124,7 @@ class Method(lp.LightningModule):
         """Return figures for `summary.json`."""
         return {}
 
-    def bundle_model(self) -> nn.Module:
+    def bundle_model(self) -> Encoder:
         """Return what is shipped: the encoder, or its moving average."""
         return self.encoder if self.ema is None else self.ema.module
 
@@ -295,7 +295,7 @@ class TrainingStream:
                     break
 
 
-def load_weights(encoder: nn.Module, path: str) -> None:
+def load_weights(encoder: Encoder, path: str) -> None:
     """Fill an encoder with the weights of a bundle or run of the same architecture.
 
     Raises:

@@ -29,9 +29,9 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
     if config.probe_data is None:
         order = np.random.default_rng(config.seed).permutation(len(training))[: MOST_REFERENCE + MOST_QUERIES]
         share = min(MOST_QUERIES, max(1, len(order) // 3))
-        queries, rest = SubsetSource(training, order[:share]), SubsetSource(training, order[share:])
+        rest = SubsetSource(training, order[share:])
         labelled = training.labels is not None and len(rest) > 0
-        return ProbeData(rest if labelled else None, queries)
+        return ProbeData(rest if labelled else None, SubsetSource(training, order[:share]))
     held_out = _at_hand(open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed), config.seed)
     queries = _some(held_out, MOST_QUERIES, config.seed)
     if training.labels is None or held_out.labels is None:

@@ -144,8 +144,8 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         interruption,
         ContinuedMetrics(metrics),
         skipped,
-        Progress(),
         probe,
+        Progress(),
         FailureNote(run_dir),
         CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),
         Finish(run_dir, command, probe, skipped, interruption),
@@ -228,7 +228,7 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
     images = f"{count:,} images" if isinstance(count, int) else "a stream of images"
     print(
         f"{config.encoder}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, "
-        f"{config.epochs} epochs, precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × "
+        f"{f'{config.max_steps} steps' if config.max_steps else f'{config.epochs} epochs'}, precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × "
         f"{type(trainer.accelerator).__name__.removesuffix('Accelerator')}",
         file=sys.stderr,
     )
