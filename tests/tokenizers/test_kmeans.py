@@ -107,11 +107,25 @@ def test_split_halves_follow_faiss():
     centroids = torch.tensor([[1.0, 2.0, 4.0], [9.0, 9.0, 9.0]])
     counts, sums = torch.tensor([10.0, 0.0]).double(), torch.tensor([[10.0, 20.0, 40.0], [0, 0, 0]]).double()
     squares = torch.tensor([250.0, 0.0]).double()
-    generator = torch.Generator().manual_seed(0)
-    assert module._split_big_clusters(centroids, sums, counts, squares, generator) == 1
+    assert module._split_big_clusters(centroids, sums, counts, squares) == 1
     up, down = 1 + 1 / 1024, 1 - 1 / 1024
     torch.testing.assert_close(centroids[1], torch.tensor([1.0 * up, 2.0 * down, 4.0 * up]))
     torch.testing.assert_close(centroids[0], torch.tensor([1.0 * down, 2.0 * up, 4.0 * down]))
+
+
+def test_empty_clusters_are_split_as_faiss_splits_them():
+    """Thirty far-away centroids run empty: the same choices of what to split give the same centroids."""
+    faiss = pytest.importorskip("faiss")
+    points = torch.rand(4000, 32, generator=torch.Generator().manual_seed(1))
+    start = torch.cat([points[:70], torch.arange(30.0)[:, None] + torch.full((30, 32), 50.0)])
+    peer = faiss.Kmeans(32, 100, niter=1, max_points_per_centroid=10**7)
+    peer.train(points.numpy(), init_centroids=start.numpy())
+    result = kmeans(points, 100, iters=1, init=start)
+    assert result.repaired == 30
+    torch.testing.assert_close(result.centroids, torch.from_numpy(peer.centroids), rtol=1e-4, atol=1e-5)
+    peer = faiss.Kmeans(32, 100, niter=6, max_points_per_centroid=10**7)
+    peer.train(points.numpy(), init_centroids=start.numpy())
+    assert kmeans(points, 100, iters=6, init=start).objective == pytest.approx(list(peer.obj), rel=1e-3)
 
 
 def test_flat_black_patches_are_not_split_for_ever():

@@ -33,7 +33,7 @@ def test_agrees_with_float64(kind, rank, monkeypatch):
     monkeypatch.setattr("patchloom.tokenizers.nearest._WORTH_CHOOSING", 0)
     points = photographs(700, 128) if kind == "photographs" else torch.randn(700, 128)
     centroids = points[:150] + 0.01 * torch.randn(150, 128)
-    ids = NearestCentroids(centroids, rank=rank, basis=None if rank is None else torch.eye(128)).search(points)
+    ids = NearestCentroids(centroids, rank=rank, basis=torch.eye(128)).search(points)
     expected, distance = nearest64(points, centroids)
     here, best = distance.gather(1, ids[:, None])[:, 0], distance.gather(1, expected[:, None])[:, 0]
     assert (ids == expected).float().mean() > 0.99

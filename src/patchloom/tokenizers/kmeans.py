@@ -35,6 +35,8 @@ from patchloom.tokenizers.points import Points, Ranks, as_points, check_finite
 MIN_POINTS_PER_CENTROID = 39
 # faiss: the two halves of a split cluster lie this share apart, in opposite senses in even and odd dimensions.
 _SPLIT = 1 / 1024
+# Draws made at once when a cluster to split is looked for.
+_TRIALS = 512
 # Points converted to float64 at once.
 _SUM_ROWS = 4096
 
@@ -78,7 +80,7 @@ def kmeans(
             `Points`; only blocks of it are copied.
         k: Number of clusters.
         iters: Iterations; once no point changes cluster the rest is skipped, with its objective filled in.
-        seed: Of the start and of the choice of clusters to split.
+        seed: Of the start.
         init: "random": k random points, no two alike. "kmeans++": each next one drawn with probability proportional
             to its squared distance from those before, on a sample of points. Or a (k, d) tensor to start from.
         device: Where to compute; default: where the points are.
@@ -104,11 +106,9 @@ def kmeans(
     assigned = torch.full((n,), -1, dtype=torch.int32, device=where)
     rows = min(max(memory_mb * 2**20 // (16 * d), 1024), 65536)
     objective: list[float] = []
-    repaired, basis = 0, None
+    repaired, search = 0, NearestCentroids(centroids)
     for iteration in range(iters):
-        # the leading directions settle early; computing them anew at 0, 1, 2, 4, 8, … follows them
-        basis = basis if iteration & (iteration - 1) else None
-        search = NearestCentroids(centroids, basis=basis)
+        search.update(centroids)
         moved = 0
         start = 0
         for block in source.blocks(rows):
@@ -121,13 +121,12 @@ def kmeans(
             moved += state.move(batch, before, after)
             assigned[part] = after.int()
             start += len(block)
-        basis = search.basis
         sums, counts, squares = ranks.reduce(state.sums, state.counts, state.squares)
         objective.append(_objective(centroids.double(), sums, counts, squares))
         if progress is not None:
             progress(iteration + 1, iters, objective[-1])
         centroids = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids.double()).float()
-        splits = _split_big_clusters(centroids, sums, counts, squares, generator)
+        splits = _split_big_clusters(centroids, sums, counts, squares)
         repaired += splits
         if not splits and not ranks.total(moved):
             objective += objective[-1:] * (iters - len(objective))
@@ -169,36 +168,52 @@ def _objective(centroids: Tensor, sums: Tensor, counts: Tensor, squares: Tensor)
     return max(float(per_cluster.sum()), 0.0)
 
 
-def _split_big_clusters(
-    centroids: Tensor, sums: Tensor, counts: Tensor, squares: Tensor, generator: torch.Generator
-) -> int:
+def _split_big_clusters(centroids: Tensor, sums: Tensor, counts: Tensor, squares: Tensor) -> int:
     """Give every empty cluster half of another one, in place; return how many were.
 
-    As faiss: the other one is drawn with probability proportional to its size minus one, both get its centroid with
-    the dimensions scaled by 1 ± 1/1024 in opposite senses, and share its count. Unlike faiss, clusters of equal
-    points are never drawn: splitting them would leave one half empty again (flat black patches are such).
+    As faiss, draw for draw, so that both make the same choices: the clusters are gone through in turn, one of size s
+    being taken with probability (s - 1) / (n - k); both halves get its centroid with the dimensions scaled by
+    1 ± 1/1024 in opposite senses, and share its count. Unlike faiss, clusters of equal points are passed over: one
+    half of such a cluster would be empty again (flat black patches make them).
     """
     empty = (counts == 0).nonzero()[:, 0].tolist()
     if not empty:
         return 0
-    sizes = counts.cpu().clone()
+    sizes = counts.float().cpu().numpy()
     spread = (squares - sums.square().sum(1) / counts.clamp(min=1)).cpu()
-    splittable = spread > 1e-9 * squares.cpu()
+    splittable = (spread > 1e-9 * squares.cpu()).numpy()
+    rest = max(int(counts.sum()) - len(counts), 1)
     scale = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
     scale[1::2] = 1 - _SPLIT
+    draws = np.random.MT19937()
+    draws._legacy_seeding(1234)  # the stream of C++'s mt19937(1234)
     done = 0
     for cluster in empty:
-        weights = torch.where(splittable, (sizes - 1).clamp(min=0), 0)
-        if not float(weights.sum()):
+        chance = np.where(splittable, (sizes - 1) / np.float32(rest), 0).astype(np.float32)
+        if not (chance > 0).any():
             break
-        big = int(torch.multinomial(weights, 1, generator=generator))
+        big = _first_success(chance, draws)
         centroids[cluster] = centroids[big] * scale
         centroids[big] *= 2 - scale
-        sizes[cluster] = sizes[big] // 2
+        sizes[cluster] = sizes[big] / 2
         sizes[big] -= sizes[cluster]
         splittable[cluster] = True
         done += 1
     return done
+
+
+def _first_success(chance: np.ndarray, draws: np.random.MT19937) -> int:
+    """Go round trials of these chances, one draw each, until one succeeds; return its number."""
+    while True:
+        for start in range(0, len(chance), _TRIALS):
+            part = chance[start : start + _TRIALS]
+            before = draws.state
+            uniform = draws.random_raw(len(part)).astype(np.float32) / np.float32(2**32 - 1)
+            hits = np.flatnonzero(uniform < part)
+            if len(hits):
+                draws.state = before  # draws after the success belong to the next cluster
+                draws.random_raw(int(hits[0]) + 1)
+                return start + int(hits[0])
 
 
 def _start(source: Points, ranks: Ranks, total: int, k: int, init: str | Tensor, generator: torch.Generator) -> Tensor:

@@ -38,8 +38,9 @@ _ROUNDING = 4e-6
 _GROUP = 64
 # Re-comparing one pair costs as much as this many multiply-adds of the screening product, per element.
 _PAIR_COST = 24
-# Multiply-adds of full-rank search (some 20 ms) after which finding a rank to screen at is worth its cost.
-_WORTH_CHOOSING = 1e9
+# Finding a rank to screen at costs some 100 ms of work. It is done once the points searched so far amount to this many
+# multiply-adds at full rank, and again, for a table that has changed since, whenever they have grown by the factor.
+_WORTH_CHOOSING, _CHOOSE_AGAIN = 1e10, 8
 _RANKS = (32, 64, 128, 256)
 _PAIRS_AT_ONCE = 4096
 
@@ -49,9 +50,9 @@ class NearestCentroids:
 
     Args:
         centroids: (k, d) float32, finite; rows may repeat.
-        rank: Number of leading directions to screen in; None measures on the first points what is cheapest.
-        basis: (d, d) orthonormal columns by decreasing importance to use instead of the codebook's own (k-means
-            keeps one over several iterations). Any orthonormal basis gives the same answer.
+        rank: Number of leading directions to screen in; None finds out what is cheapest, once enough points came by.
+        basis: (d, d) orthonormal columns by decreasing importance; None: the codebook's principal directions. Any
+            orthonormal basis gives the same answer.
 
     Raises:
         UsageError: The centroids hold NaN or infinity, or are no matrix.
@@ -60,6 +61,19 @@ class NearestCentroids:
     def __init__(self, centroids: Tensor, *, rank: int | None = None, basis: Tensor | None = None) -> None:
         if centroids.ndim != 2 or not len(centroids):
             raise UsageError(f"centroids are a matrix (k, d), not a tensor of shape {tuple(centroids.shape)}")
+        self._basis = basis
+        self._rank = centroids.shape[1] if rank is None else min(rank, centroids.shape[1])
+        self._due = _WORTH_CHOOSING if rank is None and centroids.shape[1] >= 2 * _RANKS[0] else math.inf
+        self._searched = 0
+        self._buffers: dict[int, _Buffers] = {}
+        self.update(centroids)
+
+    def update(self, centroids: Tensor) -> None:
+        """Search other centroids of the same shape, as k-means does after every iteration; keeps what was learnt.
+
+        Raises:
+            UsageError: The centroids hold NaN or infinity.
+        """
         if not bool(torch.isfinite(centroids).all()):
             raise UsageError("the centroids hold NaN or infinite values; fit the codebook again")
         centroids = centroids.detach().float()
@@ -69,12 +83,8 @@ class NearestCentroids:
         self._mean = self._centroids.double().mean(0).float()
         self._centred = self._centroids - self._mean
         self._square = self._centred.square().sum(1)
-        self._basis = basis
-        self._rank = self.dim if rank is None else min(rank, self.dim)
-        self._undecided = rank is None and self.dim >= 2 * _RANKS[0] and len(self._centroids) > _GROUP
-        self._searched = 0
         self._screens: dict[int, _Screen] = {}
-        self._buffers: dict[int, _Buffers] = {}
+        self._changed = True
 
     @property
     def rank(self) -> int:
@@ -85,11 +95,6 @@ class NearestCentroids:
     def num_distinct(self) -> int:
         """Number of centroids that are not equal to an earlier one."""
         return len(self._centroids)
-
-    @property
-    def basis(self) -> Tensor | None:
-        """(d, d) orthonormal columns in use, None while no screening took place."""
-        return self._basis
 
     @torch.no_grad()
     def search(self, points: Tensor, guess: Tensor | None = None) -> Tensor:
@@ -110,15 +115,15 @@ class NearestCentroids:
                 chunk = as_float(points[start : start + step].to(device, non_blocking=True))
                 near = None if guess is None else guess[start : start + step].to(device)
                 self._searched += len(chunk)
-                if self._undecided and self._searched * self.num_centroids * self.dim > _WORTH_CHOOSING:
+                if self._changed and self._searched * self.num_centroids * self.dim > self._due:
                     self._choose_rank(chunk[:256], None if near is None else near[:256])
                 ids[start : start + step] = self._search_chunk(chunk, near)
         return ids
 
     def _chunk(self) -> int:
-        """Points at once: the bounds of a chunk fit the last-level cache (CPU) or a gigabyte (accelerator)."""
+        """Points at once: chunk and bounds fit the last-level cache (CPU) or a gigabyte (accelerator)."""
         budget = 2**24 if self._centroids.device.type == "cpu" else 2**30
-        return min(max(budget // (4 * len(self._centroids)), 256), 65536)
+        return min(max(budget // (4 * (len(self._centroids) + self.dim)), 256), 65536)
 
     def _search_chunk(self, points: Tensor, guess: Tensor | None) -> Tensor:
         nearest = self._nearest(points, guess, self._rank)
@@ -203,10 +208,11 @@ class NearestCentroids:
 
     def _choose_rank(self, sample: Tensor, guess: Tensor | None) -> None:
         """Take the rank of least estimated work on a few points; the answer does not depend on it."""
-        self._undecided = False
-        if self._basis is None:
-            scatter = self._centred.double().T @ self._centred.double()
-            self._basis = torch.linalg.eigh(scatter).eigenvectors.flip(1).float().contiguous()
+        self._changed = False
+        self._due *= _CHOOSE_AGAIN
+        scatter = (self._centred.T @ self._centred).double()
+        self._basis = torch.linalg.eigh(scatter).eigenvectors.flip(1).float().contiguous()
+        self._rank, self._screens = self.dim, {}
         k, best = len(self._centroids), float(self.dim) * len(self._centroids)
         for rank in (rank for rank in _RANKS if 2 * rank <= self.dim):
             counts = torch.bincount(self._candidates(sample, guess, rank)[0], minlength=len(sample))
