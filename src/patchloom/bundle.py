@@ -97,7 +97,7 @@ def timm_config(encoder: Any) -> dict[str, Any]:
     }
 
 
-def made_from(encoder: nn.Module) -> dict[str, Any]:
+def made_from(encoder: Any) -> dict[str, Any]:
     """Return the architecture an encoder was made from, and the arguments that rebuild it without a classifier.
 
     Raises:
