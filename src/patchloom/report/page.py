@@ -20,6 +20,8 @@ class Figure:
     """What it shows, for those who cannot see it."""
     caption: str = ""
     """What to look for."""
+    half: bool = False
+    """Draw it half as wide as the page, so that two stand side by side."""
 
 
 @dataclass(frozen=True)

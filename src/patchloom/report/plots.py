@@ -37,7 +37,7 @@ def curves(
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8.5)
     ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items() if len(y))
-    return Figure(_png(figure), f"{title}: {ends}")
+    return Figure(_png(figure), f"{title}: {ends}", half=True)
 
 
 def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
@@ -55,13 +55,14 @@ def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    return Figure(_png(figure), title + ": " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    spoken = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    return Figure(_png(figure), f"{title}: {spoken}", half=True)
 
 
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(5.0, 3.1), dpi=130, layout="constrained")
+    figure = Canvas(figsize=(5.0, 3.1), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel(x_label, fontsize=9)

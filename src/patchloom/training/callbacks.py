@@ -62,13 +62,13 @@ class Progress(Callback):
         step = trainer.global_step
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(self.figures(trainer, pl_module, now), refresh=False)
+            self.bar.set_postfix_str(self.figures(pl_module, now), refresh=False)
         elif now - self.said >= self.every_seconds or step == pl_module.total_steps:
             self.said = now
             rate = (step - self.first_step) / (now - self.started)
             left = (pl_module.total_steps - step) / rate if rate else 0.0
             print(
-                f"step {step}/{pl_module.total_steps}  {self.figures(trainer, pl_module, now)}  {duration(left)} left",
+                f"step {step}/{pl_module.total_steps}  {self.figures(pl_module, now)}  {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -78,12 +78,12 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
 
-    def figures(self, trainer: lp.Trainer, method: Method, now: float) -> str:
+    def figures(self, method: Method, now: float) -> str:
         """Return epoch, loss, speed and, when it matters, the share of time spent waiting for images."""
         epoch = method.batches_done / (method.steps_per_epoch * method.config.accumulate)
         parts = [f"epoch {epoch:.1f}/{method.total_steps / method.steps_per_epoch:.0f}"]
-        if (loss := trainer.callback_metrics.get("loss")) is not None:
-            parts.append(f"loss {float(loss):.3f}")
+        if (loss := method.latest.get("loss")) is not None:
+            parts.append(f"loss {loss:.3f}")
         elapsed = max(now - self.started, 1e-9)
         parts.append(f"{self.images / elapsed:.0f} images/s")
         share = self.waited / elapsed

@@ -45,6 +45,7 @@ class Method(lp.LightningModule):
         encoder: The timm module under training, without head.
         steps_per_epoch: Optimiser steps per epoch, set by the engine before training.
         total_steps: Optimiser steps of the whole run, likewise.
+        latest: The figures logged last.
     """
 
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
@@ -65,6 +66,7 @@ class Method(lp.LightningModule):
         self.batches_done = 0
         self.ema: ModelEmaV3 | None = None
         self.last_batch_keys: list[str] = []
+        self.latest: dict[str, float] = {}
 
     def build_encoder(self) -> Encoder:
         """Return the encoder the settings name, with the weights of `init_from` where that is set.
@@ -137,12 +139,28 @@ class Method(lp.LightningModule):
         loss = losses["loss"]
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._account_of_failure(float(loss)))
-        step = self.global_step
-        if step % config.log_every == 0 or step == self.total_steps - 1:
-            self.log_dict({name: value.detach() for name, value in losses.items()}, batch_size=len(batch["key"]))
-            self.log("epoch", (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate))
+        if self.logs_now():
+            self.record(losses | {"epoch": (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate)})
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
         return loss
+
+    def logs_now(self) -> bool:
+        """Return whether the present step is one that is logged: every `log_every`-th, and the last."""
+        return self.global_step % self.config.log_every == 0 or self.global_step == self.total_steps - 1
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Log figures of the present step, averaged over processes; every process has to call it."""
+        reduce = self.trainer.strategy.reduce
+        figures = {
+            name: float(
+                reduce(value.detach().float().clone(), reduce_op="mean") if isinstance(value, Tensor) else value
+            )
+            for name, value in values.items()
+        }
+        self.latest |= figures
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(figures, step=self.global_step)
 
     def _account_of_failure(self, loss: float) -> str:
         lr = max((group["lr"] for group in self.trainer.optimizers[0].param_groups), default=0.0)
@@ -182,8 +200,8 @@ class Method(lp.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         lr, weight_decay = self.rates(self.global_step)
         set_rates(optimizer, lr, weight_decay)
-        if self.global_step % self.config.log_every == 0:
-            self.log_dict({"lr": lr, "weight_decay": weight_decay})
+        if self.logs_now():
+            self.record({"lr": lr, "weight_decay": weight_decay})
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None:
             self.ema.update(self.encoder)
@@ -194,8 +212,8 @@ class Method(lp.LightningModule):
         largest = self.config.clip_grad if self.config.clip_grad is not None else float("inf")
         sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP knows the whole norm, a shard does not
         norm = sharded(largest) if sharded else nn.utils.clip_grad_norm_(self.parameters(), largest)
-        if self.global_step % self.config.log_every == 0:
-            self.log("grad_norm", norm)
+        if self.logs_now():
+            self.record({"grad_norm": norm})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Draws inside the model (drop path, dropout) depend on the step alone, so a resumed run repeats them.

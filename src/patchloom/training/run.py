@@ -162,7 +162,6 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         callbacks=callbacks,
         logger=[metrics, TensorBoardLogger(run_dir, name="", version="tensorboard")],
         plugins=[AtomicCheckpointIO()],
-        log_every_n_steps=1,  # the method itself logs every config.log_every steps
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -226,10 +225,11 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
     about = method.describe()
     count = source.describe()["images"]
     images = f"{count:,} images" if isinstance(count, int) else "a stream of images"
+    length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
+    kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     print(
-        f"{config.encoder}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, "
-        f"{f'{config.max_steps} steps' if config.max_steps else f'{config.epochs} epochs'}, precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × "
-        f"{type(trainer.accelerator).__name__.removesuffix('Accelerator')}",
+        f"{config.encoder}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, {length}, "
+        f"precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × {kind}",
         file=sys.stderr,
     )
 
