@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +19,10 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
         eps: Added to each share.
 
     Returns:
-        1 (all features are multiples of one vector) … min(n, D).
+        1 (all features are multiples of one vector) … min(n, D); NaN where a feature is not finite.
     """
+    if not bool(torch.isfinite(features).all()):
+        return float("nan")
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum().clamp(min=torch.finfo(torch.float64).tiny) + eps
     return float(torch.exp(-(shares * shares.log()).sum()))
@@ -28,7 +32,7 @@ def mean_pairwise_cosine(features: Tensor) -> float:
     """Return the mean cosine similarity between the features of different images, in [-1, 1].
 
     Args:
-        features: (n, D), n >= 2.
+        features: (n, D); 1 for a single image.
     """
     unit = F.normalize(features.double(), dim=1)
     n = len(unit)
@@ -47,6 +51,8 @@ def verdict(rank: float, cosine: float, dim: int, images: int | None = None) -> 
         images: Number of images the figures come from, where it may be below D.
     """
     most = min(dim, images or dim)
+    if not (isfinite(rank) and isfinite(cosine)):
+        return "The features are not finite: training has diverged."
     if rank < max(2.0, 0.01 * most) or cosine > 0.999:
         return "The features have collapsed: all images look the same to the encoder."
     if rank < 0.05 * most or cosine > 0.98:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 
+MOST_SIMILARITIES = 2**27
+
 
 def knn_predict(
     train: Tensor,
@@ -30,20 +32,28 @@ def knn_predict(
         k: Neighbours that vote; at most n.
         temperature: Lower lets near neighbours dominate.
         num_classes: Number of classes; default: as many as the labels name.
-        block: Test features compared at a time, which bounds memory.
+        block: Test features compared at a time, at most; fewer where their similarities would fill 512 MB.
 
     Returns:
         (m,) int64; the lowest class where votes tie.
 
     Raises:
-        UsageError: No training features, or k below 1.
+        UsageError: No training features, k below 1, a temperature not above 0, or a label outside the classes.
     """
     if len(train) == 0:
         raise UsageError("k-NN needs at least one training image")
     if k < 1:
         raise UsageError(f"k is {k}; at least one neighbour has to vote")
+    if not temperature > 0:
+        raise UsageError(f"temperature is {temperature}; it must be above 0")
     k = min(k, len(train))
     classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
+    if not 0 <= int(train_labels.min()) <= int(train_labels.max()) < classes:
+        raise UsageError(
+            f"training labels go from {int(train_labels.min())} to {int(train_labels.max())}; "
+            f"with {classes} classes they must lie in 0 … {classes - 1}"
+        )
+    block = max(1, min(block, MOST_SIMILARITIES // len(train)))
     train = F.normalize(train.float(), dim=1)
     said = []
     for part in test.split(block):
