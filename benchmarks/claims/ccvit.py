@@ -105,10 +105,10 @@ def pixels(folder: Path) -> Tensor:
 def tokenizer_claims(train: Tensor, test: Tensor) -> dict[str, Any]:
     """Claims 1 to 3: cost, reconstruction and local invariance of the tokenizer, beside a learned one."""
     start = time.perf_counter()
-    tokenizers = {512: CentroidTokenizer.fit(train, 512, patch_size=4, iters=20, seed=1, progress=False)}
+    tokenizers = {512: CentroidTokenizer.fit(train, 512, patch_size=4, iters=20, seed=1)}
     build = time.perf_counter() - start
     for k in (64, 256, 1024):
-        tokenizers[k] = CentroidTokenizer.fit(train, k, patch_size=4, iters=20, seed=1, progress=False)
+        tokenizers[k] = CentroidTokenizer.fit(train, k, patch_size=4, iters=20, seed=1)
     mse = {k: float(F.mse_loss(t.decode(t.encode(test)), test)) for k, t in sorted(tokenizers.items())}
     patches = patchify(test, 4)
     peer = VQPeer()

@@ -78,6 +78,8 @@ class CheckpointEvery(Checkpoint):
     def save(self, trainer: lp.Trainer) -> None:
         """Write the checkpoint unless this step's is written already."""
         if self.saved_at != trainer.global_step:
+            for logger in trainer.loggers:  # what was logged up to here must not be lost with the process
+                logger.save()
             trainer.save_checkpoint(self.path)
             self.saved_at = trainer.global_step
 
