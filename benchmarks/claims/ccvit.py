@@ -3,7 +3,7 @@
     python -m benchmarks.claims.ccvit --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --out scratch/claims
 
 Folders hold one sub-folder of JPEGs per class. Every run leaves its figures in `--out`, so an interrupted series
-goes on where it stopped; `--write` puts the tables into docs/systems/ccvit.md. One training run of 490 steps takes
+goes on where it stopped; `--write` puts the tables into docs/systems/ccvit.md. One training run of 350 steps takes
 two to four minutes on two cores.
 """
 
@@ -36,13 +36,13 @@ from patchloom.tokenizers.centroid import CentroidTokenizer
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "ccvit.md"
 ENCODER = "ccvit_claims_patch4_32"
 SEEDS = (0, 1, 2)
-PRETRAIN_IMAGES, STEPS = 9000, 490
+PRETRAIN_IMAGES, STEPS = 9000, 350
 RECIPE = {
     "encoder": ENCODER,
     "batch_size": 128,
     "lr": 1.5e-3,
     "max_steps": STEPS,
-    "epochs": 7,
+    "epochs": 5,
     "early_layers": 4,
     "head_layers": 1,
     "k": 512,
