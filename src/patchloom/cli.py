@@ -149,10 +149,22 @@ def _run_method(verb: str, command: Verb, method: str, rest: list[str]) -> int:
     config_class = listing[method].config_class
     parser = _parser(f"{verb} {method}", (listing[method].__doc__ or config_class.__doc__ or "").strip())
     parser.add_class_arguments(config_class, fail_untyped=False)
-    values = _parse(parser, rest, get_type_hints(config_class))
+    values = _parse(parser, _with_saved_settings(rest), get_type_hints(config_class))
     run: Any = importlib.import_module(command.module)
     _report(run(method, **values))
     return 0
+
+
+def _with_saved_settings(rest: list[str]) -> list[str]:
+    """Let `--resume --out RUN` do: what is not given anew is read from the run's own settings."""
+    options = [_underscored(argument) for argument in rest]
+    joined = " ".join(options)
+    resumes = re.search(r"--resume(?:[= ]true)?(?= --|$)", joined)
+    out = re.search(r"--out[= ](\S+)", joined)
+    if not resumes or not out or "--config" in joined:
+        return rest
+    saved = Path(out[1]) / "config.yaml"
+    return [f"--config={saved}", *rest] if saved.exists() else rest
 
 
 def _run_function(name: str, command: Command, rest: list[str]) -> int:
@@ -232,7 +244,7 @@ def _spelled_out_switches(rest: list[str], switches: set[str]) -> list[str]:
 
 def _report(result: Any) -> None:
     """Print what a command returns: figures as JSON, a run or a file by its place."""
-    if result is None:
+    if result is None or os.environ.get("LOCAL_RANK", "0") != "0":  # the first process speaks for all
         return
     if isinstance(result, (dict, list)):
         print(json.dumps(result, indent=2, default=_plain))

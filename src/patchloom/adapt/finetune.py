@@ -117,7 +117,8 @@ class FinetuneMethod(Method):
     def build_encoder(self) -> Encoder:
         """Return the encoder with a fresh classifier."""
         encoder = super().build_encoder()
-        return as_classifier(encoder, len(self.class_names), self.config.pool, self.config.init_scale)
+        config = self.config
+        return as_classifier(encoder, len(self.class_names), config.pool, config.init_scale, config.drop_path)
 
     def transform(self) -> Transform:
         """Return timm's fine-tuning augmentation."""
@@ -205,7 +206,9 @@ class FinetuneMethod(Method):
         return [Section(title="Accuracy by class", text=text, table=table)]
 
 
-def as_classifier(encoder: Encoder, num_classes: int, pool: str = "avg", init_scale: float = 0.001) -> Encoder:
+def as_classifier(
+    encoder: Encoder, num_classes: int, pool: str = "avg", init_scale: float = 0.001, drop_path: float = 0.0
+) -> Encoder:
     """Return a classifier with the encoder's weights.
 
     A `Beit` whose blocks share one relative-position table gets a table per block, each a copy; with mean pooling
@@ -216,6 +219,7 @@ def as_classifier(encoder: Encoder, num_classes: int, pool: str = "avg", init_sc
         num_classes: Outputs of the classifier.
         pool: `avg` or `cls`.
         init_scale: Factor on the classifier's initial weights.
+        drop_path: Stochastic depth rate of the last block.
     """
     made = encoder.patchloom_args
     model_args = {
@@ -228,7 +232,7 @@ def as_classifier(encoder: Encoder, num_classes: int, pool: str = "avg", init_sc
             model_args |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     size = model_args.pop("img_size", None)
     channels = model_args.pop("in_chans", 3)
-    model = create_encoder(made["architecture"], image_size=size, in_chans=channels, **model_args)
+    model = create_encoder(made["architecture"], image_size=size, in_chans=channels, drop_path=drop_path, **model_args)
     state = dict(encoder.state_dict())
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None and isinstance(encoder, Beit):

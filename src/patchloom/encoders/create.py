@@ -18,6 +18,7 @@ from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 
 FAMILIES = (VisionTransformer, Beit, Eva)
+KINDS = "timm's ViT, BEiT and EVA models"
 
 
 def create_encoder(
@@ -55,9 +56,12 @@ def create_encoder(
     if image_size is not None:
         arguments["img_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         _check_size(name, arguments)
-    built = timm.create_model(name, pretrained=pretrained, **arguments)
+    try:
+        built = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:  # an argument that this kind of model does not take
+        raise UsageError(f"{name} cannot be made as an encoder ({error}); encoders are {KINDS}") from error
     if not isinstance(built, FAMILIES):
-        raise UsageError(f"{name} is a {type(built).__name__}; encoders here are timm's ViT, BEiT and EVA models")
+        raise UsageError(f"{name} is a {type(built).__name__}; encoders here are {KINDS}")
     model: Encoder = built
     arguments.pop("num_classes")
     arguments.pop("drop_path_rate", None)  # how it was trained, not what it is
@@ -100,6 +104,8 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
         with torch.device("meta"):
             rest = {k: v for k, v in arguments.items() if k != "img_size"}
             built: Encoder = timm.create_model(name, pretrained=False, **rest)
+            if not isinstance(built, FAMILIES):
+                return  # refused by its kind, not by its size
             patch = built.patch_embed.patch_size[0]
     patch_grid(arguments["img_size"], int(patch))
 

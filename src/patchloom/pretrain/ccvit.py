@@ -134,7 +134,9 @@ class CCViTMethod(Method):
         )
         self.loss = CentroidMIMLoss(config.token_weight, config.pixel_weight, config.target)
         if config.target == "pixel":
-            self.model.token_head.requires_grad_(False)  # unused: it would stall processes that wait for its gradient
+            # Unused, they would stall processes that wait for their gradients.
+            self.model.token_head.requires_grad_(False)
+            self.encoder.norm.requires_grad_(False)
 
     def _tokenizer(self) -> CentroidTokenizer:
         """Return the codebook named in the settings, or an empty one of the size that will be fitted."""
@@ -211,14 +213,18 @@ class CCViTMethod(Method):
         output, ids, pixels = self.predict(images, clean, masked, replaced)
         losses = self.loss(output, ids, pixels, self.tokenizer.centroids)
         with torch.no_grad():
-            supervised = masked | replaced
+            supervised = self._supervised(masked, replaced)
             right = (output.token_logits.argmax(-1) == ids).float()
             hidden = masked[supervised]
             losses["token_accuracy"] = right.mean()
             losses["masked_token_accuracy"] = _mean_where(right, hidden)
             if self.num_replaced:
-                losses["replaced_token_accuracy"] = _mean_where(right, ~hidden)
+                losses["replaced_token_accuracy"] = _mean_where(right, replaced[supervised])
         return losses
+
+    def _supervised(self, masked: Tensor, replaced: Tensor) -> Tensor:
+        """Return the patches the loss is taken over: masked or replaced, or all with `soft_centroid`."""
+        return torch.ones_like(masked) if self.config.target == "soft_centroid" else masked | replaced
 
     def predict(
         self, images: Tensor, clean: Tensor, masked: Tensor, replaced: Tensor
@@ -235,8 +241,7 @@ class CCViTMethod(Method):
             Predictions for the M patches masked or replaced, their tokens (M,), their normalised pixels (M, C p²).
             With `soft_centroid` predictions and targets cover all patches.
         """
-        every = self.config.target == "soft_centroid"
-        supervised = torch.ones_like(masked) if every else masked | replaced
+        supervised = self._supervised(masked, replaced)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             # Only supervised patches need a token.
             patches = patchify(clean, self.size)[supervised]
