@@ -28,17 +28,19 @@ import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.tokenizers.nearest import NearestCentroids, as_float
+from patchloom.tokenizers.nearest import NearestCentroids, as_float, in_threads
 from patchloom.tokenizers.points import Points, Ranks, as_points, check_finite
 
 # faiss's threshold: with fewer points per centroid the codebook describes the sample rather than the images.
 MIN_POINTS_PER_CENTROID = 39
 # faiss: the two halves of a split cluster lie this share apart, in opposite senses in even and odd dimensions.
 _SPLIT = 1 / 1024
-# Draws made at once when a cluster to split is looked for.
-_TRIALS = 512
+# Draws made at once when clusters to split are looked for.
+_DRAWS_AHEAD = 100_000
 # Points converted to float64 at once.
 _SUM_ROWS = 4096
+# Dimensions one thread sums.
+_SUM_COLUMNS = 96
 
 Progress = Callable[[int, int, float], None]
 """Called after every iteration with (iterations done, iterations in all, objective)."""
@@ -138,28 +140,55 @@ def kmeans(
 
 
 class _Sums:
-    """Number, sum and squared length of the points of every cluster, in float64."""
+    """Number, sum and squared length of the points of every cluster, in float64.
+
+    Kept for blocks of dimensions, each of which one thread at a time adds to.
+    """
 
     def __init__(self, k: int, d: int, device: torch.device) -> None:
-        self.sums = torch.zeros(k, d, dtype=torch.float64, device=device)
+        self._columns = [slice(start, min(start + _SUM_COLUMNS, d)) for start in range(0, d, _SUM_COLUMNS)]
+        self._sums = [
+            torch.zeros(k, part.stop - part.start, dtype=torch.float64, device=device) for part in self._columns
+        ]
+        self._squares = torch.zeros(len(self._columns), k, dtype=torch.float64, device=device)
         self.counts = torch.zeros(k, dtype=torch.float64, device=device)
-        self.squares = torch.zeros(k, dtype=torch.float64, device=device)
+
+    @property
+    def sums(self) -> Tensor:
+        """(k, d)."""
+        return torch.cat(self._sums, 1)
+
+    @property
+    def squares(self) -> Tensor:
+        """(k,)."""
+        return self._squares.sum(0)
 
     def move(self, points: Tensor, before: Tensor, after: Tensor) -> int:
         """Move points between clusters, `before` -1 meaning from nowhere; return how many moved."""
         changed = (before != after).nonzero()[:, 0]
-        for part in changed.split(_SUM_ROWS):
-            batch = points[part].double()
-            self._add(after[part], batch, 1.0)
-            known = before[part] >= 0
-            if bool(known.any()):
-                self._add(before[part][known], batch[known], -1.0)
+        before, after = before[changed], after[changed]
+        known = (before >= 0).nonzero()[:, 0]
+        ones = torch.ones(len(changed), dtype=torch.float64, device=points.device)
+        self.counts.index_add_(0, after, ones)
+        self.counts.index_add_(0, before[known], ones[known], alpha=-1)
+
+        def work(block: int) -> None:
+            columns = points[:, self._columns[block]]
+            for start in range(0, len(changed), _SUM_ROWS):
+                part = slice(start, start + _SUM_ROWS)
+                batch = columns[changed[part]].double()
+                self._add(block, after[part], batch, 1)
+                if len(known):
+                    old = before[part] >= 0
+                    self._add(block, before[part][old], batch[old], -1)
+
+        if len(changed):
+            in_threads(work, range(len(self._columns)), points.device)
         return len(changed)
 
-    def _add(self, cluster: Tensor, points: Tensor, sign: float) -> None:
-        self.sums.index_add_(0, cluster, points, alpha=sign)
-        self.squares.index_add_(0, cluster, points.square().sum(1), alpha=sign)
-        self.counts.index_add_(0, cluster, torch.ones_like(cluster, dtype=torch.float64), alpha=sign)
+    def _add(self, block: int, cluster: Tensor, points: Tensor, sign: int) -> None:
+        self._sums[block].index_add_(0, cluster, points, alpha=sign)
+        self._squares[block].index_add_(0, cluster, points.square().sum(1), alpha=sign)
 
 
 def _objective(centroids: Tensor, sums: Tensor, counts: Tensor, squares: Tensor) -> float:
@@ -185,14 +214,12 @@ def _split_big_clusters(centroids: Tensor, sums: Tensor, counts: Tensor, squares
     rest = max(int(counts.sum()) - len(counts), 1)
     scale = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
     scale[1::2] = 1 - _SPLIT
-    draws = np.random.MT19937()
-    draws._legacy_seeding(1234)  # the stream of C++'s mt19937(1234)
-    done = 0
+    draws, done = _Draws(), 0
     for cluster in empty:
         chance = np.where(splittable, (sizes - 1) / np.float32(rest), 0).astype(np.float32)
         if not (chance > 0).any():
             break
-        big = _first_success(chance, draws)
+        big = draws.first_success(chance)
         centroids[cluster] = centroids[big] * scale
         centroids[big] *= 2 - scale
         sizes[cluster] = sizes[big] / 2
@@ -202,18 +229,25 @@ def _split_big_clusters(centroids: Tensor, sums: Tensor, counts: Tensor, squares
     return done
 
 
-def _first_success(chance: np.ndarray, draws: np.random.MT19937) -> int:
-    """Go round trials of these chances, one draw each, until one succeeds; return its number."""
-    while True:
-        for start in range(0, len(chance), _TRIALS):
-            part = chance[start : start + _TRIALS]
-            before = draws.state
-            uniform = draws.random_raw(len(part)).astype(np.float32) / np.float32(2**32 - 1)
-            hits = np.flatnonzero(uniform < part)
+class _Draws:
+    """faiss's stream of uniform draws for splitting: C++'s mt19937(1234), as float32 in [0, 1]."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.MT19937()
+        self._generator._legacy_seeding(1234)
+        self._ahead = np.empty(0, np.float32)
+
+    def first_success(self, chance: np.ndarray) -> int:
+        """Go round trials of these chances, one draw each, until one succeeds; return its number."""
+        while True:
+            if len(self._ahead) < len(chance):
+                raw = self._generator.random_raw(max(len(chance), _DRAWS_AHEAD)).astype(np.float32)
+                self._ahead = np.concatenate([self._ahead, raw / np.float32(2**32 - 1)])
+            hits = np.flatnonzero(self._ahead[: len(chance)] < chance)
+            # draws after the success belong to the next cluster
+            self._ahead = self._ahead[hits[0] + 1 if len(hits) else len(chance) :]
             if len(hits):
-                draws.state = before  # draws after the success belong to the next cluster
-                draws.random_raw(int(hits[0]) + 1)
-                return start + int(hits[0])
+                return int(hits[0])
 
 
 def _start(source: Points, ranks: Ranks, total: int, k: int, init: str | Tensor, generator: torch.Generator) -> Tensor:

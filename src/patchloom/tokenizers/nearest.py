@@ -22,7 +22,8 @@ tensor([1, 0, 0])
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ class NearestCentroids:
         self._rank = centroids.shape[1] if rank is None else min(rank, centroids.shape[1])
         self._due = _WORTH_CHOOSING if rank is None and centroids.shape[1] >= 2 * _RANKS[0] else math.inf
         self._searched = 0
-        self._buffers: dict[int, _Buffers] = {}
+        self._idle: list[_Buffers] = []
         self.update(centroids)
 
     def update(self, centroids: Tensor) -> None:
@@ -108,31 +109,47 @@ class NearestCentroids:
             (n,) int64 on the centroids' device; points with NaN get index k, which is out of range.
         """
         device = self._centroids.device
+        # an index past the end of `original` means: no candidate, the point was NaN
+        original = torch.cat([self._original, self._original.new_tensor([self.num_centroids])])
         ids = torch.empty(len(points), dtype=torch.int64, device=device)
-        step = self._chunk()
+        guess = None if guess is None else guess.to(device)
+        self._searched += len(points)
+        step = self._chunk(len(points))
+
+        def work(start: int) -> None:
+            part = slice(start, start + step)
+            with torch.no_grad(), self._spare_buffers() as buffers:
+                chunk = as_float(points[part].to(device, non_blocking=True))
+                near = None if guess is None else guess[part]
+                ids[part] = original[self._nearest(chunk, near, self._rank, buffers)]
+
         with exact_float32(device):
-            for start in range(0, len(points), step):
-                chunk = as_float(points[start : start + step].to(device, non_blocking=True))
-                near = None if guess is None else guess[start : start + step].to(device)
-                self._searched += len(chunk)
-                if self._changed and self._searched * self.num_centroids * self.dim > self._due:
-                    self._choose_rank(chunk[:256], None if near is None else near[:256])
-                ids[start : start + step] = self._search_chunk(chunk, near)
+            if self._changed and self._searched * self.num_centroids * self.dim > self._due:
+                sample = as_float(points[:256].to(device))
+                with one_thread():
+                    self._choose_rank(sample, None if guess is None else guess[:256])
+            in_threads(work, range(0, len(points), step), device)
         return ids
 
-    def _chunk(self) -> int:
-        """Points at once: chunk and bounds fit the last-level cache (CPU) or a gigabyte (accelerator)."""
-        budget = 2**24 if self._centroids.device.type == "cpu" else 2**30
-        return min(max(budget // (4 * (len(self._centroids) + self.dim)), 256), 65536)
+    def _chunk(self, points: int) -> int:
+        """Points at once: chunk and bounds stay in a core's share of the cache (CPU) or in a gigabyte (GPU)."""
+        row = 4 * (len(self._centroids) + self.dim)
+        if self._centroids.device.type != "cpu":
+            return max(2**30 // row, 256)
+        return max(min(2**23 // row, -(-points // torch.get_num_threads())), 128)
 
-    def _search_chunk(self, points: Tensor, guess: Tensor | None) -> Tensor:
-        nearest = self._nearest(points, guess, self._rank)
-        # an index past the end of `original` means: no candidate, the point was NaN
-        return torch.cat([self._original, self._original.new_tensor([self.num_centroids])])[nearest]
+    @contextmanager
+    def _spare_buffers(self) -> Iterator[_Buffers]:
+        """Lend scratch memory that no other thread is using."""
+        buffers = self._idle.pop() if self._idle else _Buffers()
+        try:
+            yield buffers
+        finally:
+            self._idle.append(buffers)
 
-    def _nearest(self, points: Tensor, guess: Tensor | None, rank: int) -> Tensor:
+    def _nearest(self, points: Tensor, guess: Tensor | None, rank: int, buffer: _Buffers) -> Tensor:
         """Return (n,) positions among the distinct centroids, screening at `rank` and above."""
-        rows, columns = self._candidates(points, guess, rank)
+        rows, columns = self._candidates(points, guess, rank, buffer)
         counts = torch.bincount(rows, minlength=len(points))
         nearest = torch.full((len(points),), len(self._centroids), device=points.device)
         nearest[rows] = columns  # right where one candidate is left; the others follow
@@ -144,25 +161,24 @@ class NearestCentroids:
             if rank == self._rank and 2 * len(crowded) > len(points):
                 self._rank = finer  # the first points were not typical of the rest
             if len(crowded):
-                nearest[crowded] = self._nearest(points[crowded], None, finer)
+                nearest[crowded] = self._nearest(points[crowded], None, finer, buffer)
             few = (counts > 1) & (counts <= limit)
         else:
             few = counts > 1
         several = few[rows]
         if bool(several.any()):
             rows, columns = rows[several], columns[several]
-            nearest[rows] = self._closest(points, rows, columns)[rows]
+            nearest[rows] = self._closest(points, rows, columns, buffer)[rows]
         return nearest
 
     def _finer(self, rank: int) -> int:
         """The rank at which points are screened again that `rank` left many candidates for."""
         return 4 * rank if 8 * rank <= self.dim else self.dim
 
-    def _candidates(self, points: Tensor, guess: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    def _candidates(self, points: Tensor, guess: Tensor | None, rank: int, buffer: _Buffers) -> tuple[Tensor, Tensor]:
         """Return (row, column) of all pairs that may be nearest, rows ascending, columns ascending in a row."""
         if rank not in self._screens:
             self._screens[rank] = self._make_screen(rank)
-        buffer = self._buffers.setdefault(rank, _Buffers())
         centred = torch.sub(points, self._mean, out=buffer("centred", points, len(points), self.dim))
         leaders = buffer("leaders", points, len(points), self.dim)
         square = torch.mul(centred, centred, out=leaders).sum(1)
@@ -184,10 +200,9 @@ class NearestCentroids:
         which, column = hits.nonzero(as_tuple=True)
         return rows[which], group[which] * _GROUP + column
 
-    def _closest(self, points: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _closest(self, points: Tensor, rows: Tensor, columns: Tensor, buffer: _Buffers) -> Tensor:
         """Return (len(points),) the column of least distance, the lowest among equals; rows without pair: k."""
         distance = torch.empty(len(rows), device=points.device)
-        buffer = self._buffers.setdefault(0, _Buffers())
         for start in range(0, len(rows), _PAIRS_AT_ONCE):
             part = slice(start, start + _PAIRS_AT_ONCE)
             shape = (len(rows[part]), self.dim)
@@ -212,10 +227,10 @@ class NearestCentroids:
         self._due *= _CHOOSE_AGAIN
         scatter = (self._centred.T @ self._centred).double()
         self._basis = torch.linalg.eigh(scatter).eigenvectors.flip(1).float().contiguous()
-        self._rank, self._screens = self.dim, {}
+        self._rank, self._screens, buffers = self.dim, {}, _Buffers()
         k, best = len(self._centroids), float(self.dim) * len(self._centroids)
         for rank in (rank for rank in _RANKS if 2 * rank <= self.dim):
-            counts = torch.bincount(self._candidates(sample, guess, rank)[0], minlength=len(sample))
+            counts = torch.bincount(self._candidates(sample, guess, rank, buffers)[0], minlength=len(sample))
             # a crowded point costs, at worst, comparisons with all centroids at the higher ranks
             pairs = (_PAIR_COST * self.dim * counts).clamp(max=2 * k * self.dim)
             work = (k + self.dim) * rank + float(pairs.float().mean())
@@ -292,6 +307,33 @@ def _first_of_equals(centroids: Tensor) -> Tensor:
     whole = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).ravel()
     _, first = np.unique(whole, return_index=True)
     return torch.from_numpy(np.sort(first)).to(centroids.device)
+
+
+def in_threads(work: Callable[[int], None], items: Sequence[int], device: torch.device) -> None:
+    """Do pieces of work, on a CPU each piece in one thread rather than every operation in all threads.
+
+    The operations of a piece are short. Run by all threads they would wait for the slowest at every one of them, which
+    on a busy machine costs many times the work.
+    """
+    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
+    if threads <= 1:
+        for item in items:
+            work(item)
+        return
+    with one_thread(), ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, items):
+            pass
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations of this thread, and of threads started meanwhile, do not spread over the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
