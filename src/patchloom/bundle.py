@@ -150,6 +150,29 @@ def load(path: str | Path) -> Any:
     return model.eval()
 
 
+def open_encoder(model: str | Path | nn.Module) -> Any:
+    """Return a trained encoder as a user names it.
+
+    Args:
+        model: Path of a bundle or run; name of a timm model, whose published weights are fetched; or a module, which
+            is returned as it is.
+
+    Raises:
+        UsageError: There is no such model, it has no published weights, or the module is no ViT of timm.
+    """
+    if isinstance(model, nn.Module):
+        made_from(model)
+        return model
+    name = str(model)
+    if Path(name).exists():
+        return load(name)
+    from patchloom.encoders import create_encoder
+
+    if timm.is_model(name) and not timm.models.is_model_pretrained(name):
+        raise UsageError(f"{name} has no published weights; give the path of a bundle or run")
+    return create_encoder(name, pretrained=True).eval()
+
+
 def find_bundle(path: str | Path) -> Path:
     """Return the bundle folder meant by the path of a bundle or of a run.
 

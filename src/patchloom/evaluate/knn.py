@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.target import EvaluationConfig, figures, labelled_features
+from patchloom.evaluate.figures import classification_figures
+from patchloom.evaluate.target import EvaluationConfig, labelled_features
 from patchloom.features.knn import knn_predict
 
 
@@ -25,7 +26,7 @@ class KNNConfig(EvaluationConfig):
         super().__post_init__()
         if self.k < 1:
             raise UsageError(f"k is {self.k}; at least one neighbour has to vote")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
 
@@ -49,5 +50,6 @@ class KNN:
             temperature=config.temperature,
             num_classes=len(class_names),
         )
-        found = figures(said, test, class_names)
-        return {**found, "k": min(config.k, len(train.labels)), "seconds": round(time.perf_counter() - start, 2)}
+        figures = classification_figures(said, train, test, class_names)
+        used = {"k": min(config.k, len(train.labels)), "temperature": config.temperature}
+        return {**figures, **used, "seconds": round(time.perf_counter() - start, 2)}

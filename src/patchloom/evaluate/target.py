@@ -1,21 +1,20 @@
-"""What is evaluated: an encoder by name, path or module, the same one untrained, or raw pixels."""
+"""What is evaluated, and on what: the settings every evaluation shares, and the features it starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.encoders import Encoder, create_encoder
-from patchloom.errors import UsageError
-from patchloom.features.extract import Features, extract
+from patchloom.encoders import Encoder, create_encoder, in_chans
+from patchloom.errors import UsageError, unknown_name
+from patchloom.features.extract import Features, Pool, Precision, extract
 
 PIXELS = "pixels"
 
@@ -25,25 +24,29 @@ class EvaluationConfig:
     """Settings every evaluation shares."""
 
     encoder: Any
-    """Bundle, run, name of a timm model, or the word pixels for raw pixels; from Python also a module"""
+    """Bundle, run, timm model with published weights, or the word pixels for raw pixels; from Python also a module"""
     train: str
     """Labelled images to learn from: a folder with a sub-folder per class, photos, torchvision:NAME …"""
     test: str
-    """Labelled images to measure on"""
+    """Labelled images to measure on; their classes are among those of train"""
     untrained: bool = False
     """Give the encoder fresh weights first: what training has to beat"""
     image_size: int | None = None
     """Side images are resized and cropped to; default: the encoder's (32 for raw pixels)"""
-    pool: Literal["auto", "cls", "avg", "cls+avg"] = "auto"
+    pool: Pool = "auto"
     """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
+    precision: Precision = "32"
+    """Number format of the encoder's arithmetic"""
     batch_size: int = 128
     """Images at a time"""
     num_workers: int = 2
     """Processes that read images"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:1"""
+    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
     seed: int = 0
     """Seed of fresh weights and of whatever is drawn"""
+    out: str | None = None
+    """Also write the figures to this JSON file; it must not exist yet"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -51,61 +54,88 @@ class EvaluationConfig:
             raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_workers < 0:
             raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
+        if self.image_size is not None and self.image_size < 1:
+            raise UsageError(f"image_size is {self.image_size}; it must be at least 1")
+        for kind, value, known in (("pool", self.pool, Pool), ("precision", self.precision, Precision)):
+            if value not in get_args(known):
+                raise unknown_name(kind, value, get_args(known))
+        if self.out is not None and Path(self.out).exists():
+            raise UsageError(f"{self.out} exists; choose another out")
+        if self.untrained and not isinstance(self.encoder, nn.Module) and str(self.encoder) == PIXELS:
+            raise UsageError("raw pixels have no weights to leave untrained; drop untrained")
 
 
-def resolve_encoder(config: EvaluationConfig) -> Encoder:
+def resolve_encoder(config: EvaluationConfig) -> Encoder | None:
     """Return the encoder meant, or None for raw pixels.
 
     Raises:
-        UsageError: There is no such encoder.
+        UsageError: There is no such encoder, or it has no trained weights and `untrained` is not set.
     """
-    if isinstance(config.encoder, nn.Module):
-        return config.encoder
-    name = str(config.encoder)
-    if name == PIXELS:
-        if config.untrained:
-            raise UsageError("raw pixels have no weights to leave untrained; drop untrained")
+    if not isinstance(config.encoder, nn.Module) and str(config.encoder) == PIXELS:
         return None
+    if not config.untrained:
+        return open_encoder(config.encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if not Path(name).exists():
-            return create_encoder(name, image_size=config.image_size)
-        from patchloom.bundle import load
-
-        saved = load(name)
-        if not config.untrained:
-            return saved
-        made = saved.patchloom_args
-        arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
-        size = tuple(saved.patch_embed.img_size)
-        channels = made["model_args"].get("in_chans", 3)
-        return create_encoder(made["architecture"], image_size=size, in_chans=channels, **arguments)
+        if not isinstance(config.encoder, nn.Module) and not Path(str(config.encoder)).exists():
+            return create_encoder(str(config.encoder), image_size=config.image_size)
+        return _fresh(open_encoder(config.encoder), config.image_size)
 
 
 def labelled_features(config: EvaluationConfig) -> tuple[Features, Features, list[str]]:
-    """Return training features, test features and the names of the classes.
+    """Return training features, test features and the names of the classes; images without label are left out.
 
     Raises:
-        UsageError: A source without labels, or two with different classes.
+        UsageError: A source without labels, or a test class that training does not know.
     """
     encoder = resolve_encoder(config)
-    channels = 3 if encoder is None else int(encoder.patch_embed.proj.weight.shape[1])
-    sources = [open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test)]
-    for source in sources:
-        if source.class_names is None:
+    channels = 3 if encoder is None else in_chans(encoder)
+    train, test = (open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test))
+    for source in (train, test):
+        # The labels of a stream come with its images.
+        if isinstance(source, Source) and source.labels is None:
             raise UsageError(f"{source.name} has no labels; put each class in a folder of its own")
-    if sources[0].class_names != sources[1].class_names:
+    if train.fingerprint() == test.fingerprint():
         raise UsageError(
-            f"{config.train} and {config.test} have different classes: "
-            f"{sources[0].class_names} and {sources[1].class_names}"
+            f"train {config.train} and test {config.test} are the same images; measure on images apart from them"
         )
-    train, test = (_known(extract_with(config, encoder, source), source) for source in sources)
-    return train, test, list(sources[0].class_names or [])
+    numbers = _common_classes(train, test)
+    learnt, measured = (_labelled(config, encoder, source) for source in (train, test))
+    if numbers is not None:
+        measured = measured._replace(labels=numbers[measured.labels])
+    highest = int(torch.cat([learnt.labels, measured.labels]).max())
+    class_names = train.class_names or test.class_names or [str(number) for number in range(highest + 1)]
+    return learnt, measured, list(class_names)
 
 
-def extract_with(config: EvaluationConfig, encoder: Encoder | None, source: Source | StreamSource) -> Features:
-    """Return the features of a source under the settings of an evaluation."""
-    return extract(
+def _fresh(trained: Encoder, image_size: int | None) -> Encoder:
+    """Return an encoder like another, with new weights."""
+    made = made_from(trained)
+    arguments = dict(made["model_args"])
+    size, channels = arguments.pop("img_size"), arguments.pop("in_chans")
+    fresh = create_encoder(made["architecture"], image_size=image_size or size, in_chans=channels, **arguments)
+    fresh.pretrained_cfg = trained.pretrained_cfg
+    return fresh
+
+
+def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -> torch.Tensor | None:
+    """Return the number among the training classes of each test class, or None where numbers are all there is."""
+    if train.class_names is None or test.class_names is None:
+        return None
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    unknown = [name for name in test.class_names if name not in numbers]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UsageError(
+            f"{test.name} has classes that {train.name} does not have: {', '.join(unknown[:3])}{more}; "
+            f"name the folders of both alike"
+        )
+    return torch.tensor([numbers[name] for name in test.class_names])
+
+
+def _labelled(config: EvaluationConfig, encoder: Encoder | None, source: Source | StreamSource) -> Features:
+    """Return the features of the labelled images of a source."""
+    features = extract(
         encoder,
         source,
         image_size=config.image_size,
@@ -113,45 +143,8 @@ def extract_with(config: EvaluationConfig, encoder: Encoder | None, source: Sour
         num_workers=config.num_workers,
         device=config.device,
         pool=config.pool,
+        precision=config.precision,
     )
-
-
-def figures(said: Tensor, test: Features, class_names: list[str]) -> dict[str, Any]:
-    """Return accuracy with its 95 % interval, balanced and per-class accuracy.
-
-    Args:
-        said: (n,) predicted classes.
-        test: The features they were made from, with the true classes.
-        class_names: Names by class.
-    """
-    right = (said == test.labels).double()
-    n, share = len(right), float(right.mean())
-    per_class = {
-        name: float(right[test.labels == number].mean())
-        for number, name in enumerate(class_names)
-        if bool((test.labels == number).any())
-    }
-    return {
-        "accuracy": share,
-        "interval": wilson(share, n),
-        "balanced_accuracy": float(np.mean(list(per_class.values()))),
-        "per_class_accuracy": per_class,
-        "test_images": n,
-        "dim": int(test.vectors.shape[1]),
-        "unreadable_images": len(test.skipped),
-    }
-
-
-def wilson(share: float, n: int) -> list[float]:
-    """Return Wilson's 95 % interval of a share measured on n images."""
-    z = 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
-
-
-def _known(features: Features, source: Source | StreamSource) -> Features:
-    """Drop images without a label."""
     known = features.labels >= 0
     if not bool(known.any()):
         raise UsageError(f"{source.name} has no labelled image")

@@ -84,7 +84,7 @@ def extract(
     if encoder is not None:
         encoder = _at_size(encoder, image_size)
     side = size_of(encoder)[0] if encoder is not None else image_size or PIXELS_SIDE
-    target = _device(device)
+    target = torch_device(device)
     loader = make_loader(
         source,
         EvalTransform(side),
@@ -156,7 +156,12 @@ def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextMa
     return torch.autocast(device.type, dtype=TYPES[precision], enabled=precision != "32")
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """Return the device named: `auto` is a GPU where there is one.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
