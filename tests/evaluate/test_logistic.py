@@ -24,9 +24,10 @@ def clouds(n: int = 150, dim: int = 8, classes: int = 3, seed: int = 0):
 
 @pytest.mark.parametrize("c", [1e-3, 0.1, 10.0])
 @pytest.mark.parametrize("widest", [0, 4096], ids=["as they are", "in better coordinates"])
-def test_it_is_scikit_learns_minimum(c, widest, monkeypatch):
+@pytest.mark.parametrize(("n", "dim"), [(150, 8), (30, 45)], ids=["more images", "more features"])
+def test_it_is_scikit_learns_minimum(n, dim, c, widest, monkeypatch):
     monkeypatch.setattr(logistic, "WIDEST", widest)
-    x, y = clouds()
+    x, y = clouds(n, dim)
     found = fit_logistic(x, y, 3, c=c, tolerance=1e-9, max_iter=2000)
     scaled = StandardScaler().fit_transform(x.numpy())
     reference = LogisticRegression(C=c, tol=1e-10, max_iter=5000).fit(scaled, y.numpy())

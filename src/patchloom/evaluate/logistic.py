@@ -69,11 +69,15 @@ def fit_logistic(
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 0, deviation, 1)
     x = (x - mean) / scale
-    n, dim = x.shape
+    n = len(x)
     penalty = 1 / (c * n)
+    # The best weights are combinations of images: with fewer images than features, search among those only.
+    span = torch.linalg.qr(x.T)[0] if n < x.shape[1] else None
+    x = x if span is None else x @ span
     factor = _curvature_factor(x, num_classes, penalty)
-    weight, bias = (start.weight, start.bias) if start is not None else (x.new_zeros(num_classes, dim), None)
-    bias = x.new_zeros(num_classes) if bias is None else bias
+    weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
+    if start is not None:
+        weight, bias = start.weight if span is None else start.weight @ span, start.bias
     # One parameter: the weights in the new coordinates, and the bias as last column.
     parameter = torch.cat([weight @ factor if factor is not None else weight, bias[:, None]], 1).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -98,7 +102,9 @@ def fit_logistic(
     optimizer.step(closure)
     steps = int(optimizer.state[parameter]["n_iter"])
     found = parameter.detach()
-    return LogisticModel(_to_weight(found[:, :-1], factor), found[:, -1], mean, scale, steps, steps < max_iter)
+    weight = _to_weight(found[:, :-1], factor)
+    weight = weight if span is None else weight @ span.T
+    return LogisticModel(weight, found[:, -1], mean, scale, steps, steps < max_iter)
 
 
 def _curvature_factor(x: Tensor, num_classes: int, penalty: float) -> Tensor | None:

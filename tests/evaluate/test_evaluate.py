@@ -1,0 +1,276 @@
+"""Evaluations end to end on small images; what they refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
+
+import patchloom as pl
+from patchloom.bundle import load, save_bundle
+from patchloom.encoders import create_encoder
+from patchloom.errors import UsageError
+from patchloom.evaluate import EVALUATIONS
+from patchloom.evaluate.figures import classification_figures, wilson
+from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
+from patchloom.features.extract import Features
+from patchloom.features.knn import knn_predict
+
+TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+QUICK = {"num_workers": 0, "device": "cpu"}
+
+
+def write_images(
+    folder: Path, per_class: int, classes: tuple[str, ...] = ("blue", "green", "red"), seed: int = 0
+) -> Path:
+    """Write noisy images that lean towards the colour their folder is named after."""
+    rng = np.random.default_rng(seed)
+    channel = {"red": 0, "green": 1, "blue": 2}
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = rng.integers(0, 200, (16, 16, 3))
+            pixels[..., channel[name]] += rng.integers(0, 55)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("data")
+    return {
+        "train": str(write_images(root / "train", 12)),
+        "test": str(write_images(root / "test", 8, seed=1)),
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    encoder = create_encoder("ccvit_tiny_patch4_32", image_size=16, **TINY)
+    with torch.no_grad():
+        encoder.norm.weight.fill_(0.5)  # tells these weights from fresh ones
+    return str(save_bundle(encoder, tmp_path_factory.mktemp("bundles") / "b"))
+
+
+@pytest.mark.parametrize("protocol", EVALUATIONS)
+@pytest.mark.parametrize("kind", ["bundle", "pixels", "untrained"])
+def test_every_protocol_measures_every_kind_of_encoder(protocol, kind, bundle, data):
+    encoder = {"bundle": bundle, "pixels": "pixels", "untrained": bundle}[kind]
+    result = pl.evaluate(protocol, encoder=encoder, untrained=kind == "untrained", **data, **QUICK)
+    assert 0.34 < result["accuracy"] <= 1
+    assert result["n"] == 24
+    assert result["train_images"] == 36
+    assert result["dim"] == (3 * 32 * 32 if kind == "pixels" else 48)
+    low, high = result["interval"]
+    assert 0 <= low < result["accuracy"] <= high + 1e-9 <= 1 + 1e-9
+    assert list(result["per_class_accuracy"]) == ["blue", "green", "red"]
+    assert result["balanced_accuracy"] == pytest.approx(np.mean(list(result["per_class_accuracy"].values())))
+    assert result["skipped"] == []
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("protocol", EVALUATIONS)
+def test_the_same_request_gives_the_same_figures(protocol, bundle, data):
+    first, second = (pl.evaluate(protocol, encoder=bundle, untrained=True, **data, **QUICK) for _ in range(2))
+    del first["seconds"], second["seconds"]
+    assert first == second
+
+
+def test_knn_is_the_vote_over_these_features(bundle, data):
+    train, test, _ = labelled_features(EvaluationConfig(encoder=bundle, **data, **QUICK))
+    said = knn_predict(train.vectors, train.labels, test.vectors, k=3, temperature=0.1, num_classes=3)
+    result = pl.evaluate("knn", encoder=bundle, k=3, temperature=0.1, **data, **QUICK)
+    assert result["accuracy"] == pytest.approx(float((said == test.labels).double().mean()))
+    assert pl.evaluate("knn", encoder=bundle, k=1000, **data, **QUICK)["k"] == 36
+
+
+def test_the_linear_probe_never_chooses_its_penalty_on_the_test_images(bundle, data, tmp_path):
+    other = str(write_images(tmp_path / "other", 5, seed=7))
+    choices = {
+        pl.evaluate("linear", encoder=bundle, train=data["train"], test=test, **QUICK)["c"]
+        for test in (data["test"], other)
+    }
+    assert len(choices) == 1
+    assert pl.evaluate("linear", encoder=bundle, c=0.03, **data, **QUICK)["c"] == 0.03
+
+
+def test_an_encoder_may_be_a_module(bundle, data):
+    module = load(bundle).train()
+    by_path, by_module = (pl.evaluate("knn", encoder=encoder, **data, **QUICK) for encoder in (Path(bundle), module))
+    assert by_path["accuracy"] == by_module["accuracy"]
+    assert module.training
+
+
+def test_untrained_means_fresh_weights_of_the_same_shape(bundle):
+    trained = load(bundle)
+    for named in (bundle, trained):
+        fresh, again, other = (
+            resolve_encoder(EvaluationConfig(encoder=named, train="a", test="b", untrained=True, seed=seed))
+            for seed in (0, 0, 1)
+        )
+        assert {k: v.shape for k, v in fresh.state_dict().items()} == {
+            k: v.shape for k, v in trained.state_dict().items()
+        }
+        assert float(fresh.norm.weight.detach()[0]) == 1.0
+        weights = [encoder.blocks[0].attn.qkv.weight for encoder in (fresh, again, other)]
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2])
+    assert float(trained.norm.weight.detach()[0]) == 0.5
+
+
+def test_drawing_fresh_weights_leaves_the_callers_randomness_alone(bundle):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    resolve_encoder(EvaluationConfig(encoder=bundle, train="a", test="b", untrained=True))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_name_without_published_weights_is_not_measured_as_if_it_had_some(data):
+    with pytest.raises(UsageError, match="ccvit_tiny_patch4_32 has no published weights"):
+        pl.evaluate("knn", encoder="ccvit_tiny_patch4_32", **data, **QUICK)
+    name = EvaluationConfig(encoder="ccvit_tiny_patch4_32", untrained=True, image_size=16, train="a", test="b")
+    assert resolve_encoder(name).patch_embed.img_size == (16, 16)
+
+
+def test_a_timm_name_means_its_published_weights(monkeypatch):
+    asked = {}
+
+    def create(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return create_encoder(name, image_size=32, **TINY)
+
+    monkeypatch.setattr("patchloom.encoders.create_encoder", create)
+    resolve_encoder(EvaluationConfig(encoder="vit_tiny_patch16_224", train="a", test="b"))
+    assert asked == {"name": "vit_tiny_patch16_224", "pretrained": True}
+
+
+def test_another_image_size_is_taken(bundle, data):
+    result = pl.evaluate("knn", encoder=bundle, image_size=24, **data, **QUICK)
+    assert result["dim"] == 48
+    with pytest.raises(UsageError, match="not divisible by patch size 4"):
+        pl.evaluate("knn", encoder=bundle, image_size=18, **data, **QUICK)
+
+
+def test_grey_encoders_get_grey_images(tmp_path, data):
+    encoder = create_encoder("ccvit_tiny_patch4_32", image_size=16, in_chans=1, **TINY)
+    save_bundle(encoder, tmp_path / "grey")
+    assert pl.evaluate("knn", encoder=str(tmp_path / "grey"), **data, **QUICK)["n"] == 24
+
+
+def test_test_images_may_lack_a_class(bundle, data, tmp_path):
+    some = str(write_images(tmp_path / "some", 8, classes=("green", "red"), seed=1))
+    result = pl.evaluate("knn", encoder="pixels", train=data["train"], test=some, **QUICK)
+    assert list(result["per_class_accuracy"]) == ["green", "red"]
+    assert result["accuracy"] > 0.34  # labels are matched by name, not by number
+
+
+def test_a_broken_image_is_left_out_and_listed(data, tmp_path):
+    folder = write_images(tmp_path / "t", 4, seed=3)
+    (folder / "red" / "broken.png").write_bytes(b"not an image")
+    result = pl.evaluate("knn", encoder="pixels", train=data["train"], test=str(folder), **QUICK)
+    assert result["n"] == 12
+    assert result["unreadable_images"] == 1
+    assert result["skipped"][0]["file"] == "red/broken.png"
+
+
+def test_figures_are_written_when_asked_for(bundle, data, tmp_path):
+    out = tmp_path / "deep" / "figures.json"
+    result = pl.evaluate("knn", encoder=bundle, out=str(out), **data, **QUICK)
+    assert json.loads(out.read_text()) == result
+    with pytest.raises(UsageError, match="exists; choose another out"):
+        pl.evaluate("knn", encoder=bundle, out=str(out), **data, **QUICK)
+
+
+def test_figures_are_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    truth, said = (torch.randint(0, 4, (50,), generator=generator) for _ in range(2))
+    truth[truth == 2] = 1  # a class that does not occur
+    features = Features(torch.zeros(50, 2), truth, [""] * 50, [("x", "y")])
+    found = classification_figures(said, features, features, list("abcd"))
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, said))
+    present = [0, 1, 3]
+    recall = recall_score(truth, said, labels=present, average=None, zero_division=0)
+    assert list(found["per_class_accuracy"].values()) == pytest.approx(list(recall))
+    assert list(found["per_class_accuracy"]) == ["a", "b", "d"]
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, said))
+    assert found["unreadable_images"] == 2
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (90, 100), (5, 5)])
+def test_the_interval_is_wilsons(right, n):
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson(right / n, n) == pytest.approx([interval.low, interval.high], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kk": 3}, "unknown setting 'kk'; did you mean k"),
+        ({"k": 0}, "k is 0"),
+        ({"k": "many"}, "k is 'many'; expected int"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"pool": "average"}, "unknown pool 'average'; did you mean avg"),
+        ({"precision": "8"}, "unknown precision '8'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"untrained": True}, "raw pixels have no weights"),
+        ({"encoder": "vit_tinny_patch16_224"}, "unknown encoder .* did you mean vit_tiny_patch16_224"),
+        ({"encoder": torch.nn.Linear(2, 2)}, "a Linear cannot"),
+        ({"device": "gpu"}, "there is no device 'gpu'"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, message, data):
+    with pytest.raises(UsageError, match=message):
+        pl.evaluate("knn", **({"encoder": "pixels"} | data | QUICK | settings))
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"c": 0.0}, "c is 0.0"), ({"max_iter": 0}, "max_iter is 0")])
+def test_the_linear_probe_refuses_what_cannot_be(settings, message, data):
+    with pytest.raises(UsageError, match=message):
+        pl.evaluate("linear", encoder="pixels", **data, **settings)
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(UsageError, match="missing train and test"):
+        pl.evaluate("linear", encoder="pixels")
+
+
+def test_data_that_cannot_be_used_is_refused(data, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (16, 16)).save(flat / "a.png")
+    with pytest.raises(UsageError, match="flat has no labels; put each class in a folder of its own"):
+        pl.evaluate("knn", encoder="pixels", train=str(flat), test=data["test"], **QUICK)
+    with pytest.raises(UsageError, match="are the same images"):
+        pl.evaluate("knn", encoder="pixels", train=data["train"], test=data["train"], **QUICK)
+    few = str(write_images(tmp_path / "few", 3, classes=("green", "red")))
+    with pytest.raises(UsageError, match=r"classes that .*few does not have: blue"):
+        pl.evaluate("knn", encoder="pixels", train=few, test=data["test"], **QUICK)
+
+
+@pytest.mark.parametrize("protocol", EVALUATIONS)
+def test_every_setting_has_its_meaning_beside_it(protocol):
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser()
+    parser.add_class_arguments(EVALUATIONS[protocol].config_class, fail_untyped=False)
+    meanings = {action.dest: action.help for action in parser._actions}
+    for field in fields(EVALUATIONS[protocol].config_class):
+        assert len(str(meanings[field.name]).split()) > 2, field.name
+
+
+def test_our_names_are_timms_too():
+    assert not timm.models.is_model_pretrained("ccvit_tiny_patch4_32")
