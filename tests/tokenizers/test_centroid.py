@@ -144,6 +144,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, suffix: str):
 def test_loading_refuses_what_is_no_codebook(tmp_path: Path):
     with pytest.raises(UsageError, match="no codebook at"):
         CentroidTokenizer.load(tmp_path)
+    (tmp_path / "book.pt").write_bytes(b"pickled")
     with pytest.raises(UsageError, match=r"ends in \.safetensors"):
         CentroidTokenizer.load(tmp_path / "book.pt")
     (tmp_path / "a.safetensors").write_bytes(b"garbage")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from patchloom.errors import MissingExtraError, UsageError
@@ -69,7 +69,7 @@ def write_codebook(
                 "facts": json.dumps(facts),
             }
             tensors = {"centroids": table} | ({} if counts is None else {"counts": counts.cpu().contiguous()})
-            save_file(tensors, partial, metadata)
+            partial.write_bytes(save(tensors, metadata))  # save_file would deny it to other users
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -90,9 +90,9 @@ def read_codebook(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """
     if path.is_dir():
         path = path / CODEBOOK_NAME
-    _check_suffix(path)
     if not path.is_file():
         raise UsageError(f"no codebook at {path}; make one with: patchloom tokenize fit")
+    _check_suffix(path)
     if path.suffix == ".faiss":
         faiss = _faiss()
         index = faiss.read_index(str(path))

@@ -251,7 +251,10 @@ def _of_map(
     # threads: decoding and resizing release the interpreter lock, and nothing has to be sent between processes
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(indices), _IMAGES_AT_ONCE):
-            for image in pool.map(read, indices[start : start + _IMAGES_AT_ONCE].tolist()):
+            # decoders silence warnings each for itself, which threads undo in the wrong order; this restores them
+            with warnings.catch_warnings():
+                batch = list(pool.map(read, indices[start : start + _IMAGES_AT_ONCE].tolist()))
+            for image in batch:
                 yield image, len(indices)
 
 
