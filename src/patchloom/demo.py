@@ -16,12 +16,12 @@ from patchloom._lazy import make_callable
 
 # Small enough for minutes on two cores. Chosen by k-NN accuracy on held-out parts of the training crops.
 ENCODER = "ccvit_tiny_patch8_64"
-RECIPE: dict[str, Any] = {"batch_size": 64, "k": 512, "codebook_images": 1500, "probe_every": 5, "log_every": 5}
+RECIPE: dict[str, Any] = {"batch_size": 64, "k": 512, "codebook_images": 1000, "probe_every": 1, "log_every": 2}
 KINDS = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrained", "pixels": "raw pixels"}
 
 
 def demo(
-    out: str = "runs/demo", epochs: int = 20, seed: int = 0, num_workers: int = 1, overwrite: bool = False
+    out: str = "runs/demo", epochs: int = 4, seed: int = 0, num_workers: int = 1, overwrite: bool = False
 ) -> dict[str, Any]:
     """Pre-train a tiny CCViT on the embedded photographs and show what it learned.
 

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +26,22 @@ def embed(
     num_workers: int = 2,
     device: str = "auto",
     pool: Literal["auto", "cls", "avg", "cls+avg"] = "auto",
+    precision: Literal["32", "bf16", "16"] = "32",
     overwrite: bool = False,
 ) -> str:
     """Write the feature vector of every image to a file.
 
     Args:
-        model: Bundle, run folder, or name of a timm model.
+        model: Bundle, run folder, or name of a timm model, whose published weights are fetched.
         data: Images: a folder, photos, shards, torchvision:NAME, hf:NAME.
-        out: File to write: .parquet (columns file, label, vector) or .npz (arrays files, labels, vectors).
+        out: File to write: .parquet (columns file, label, vector) or .npz (arrays files, labels, vectors). Labels
+            are class numbers, -1 where unknown; data without any has no label column.
         image_size: Side images are resized and cropped to; default: the encoder's.
         batch_size: Images at a time.
         num_workers: Processes that read images.
         device: auto, cpu, cuda or cuda:1.
         pool: How tokens become one vector: as the encoder does, class token, mean over patches, or both.
+        precision: Number format of the encoder's arithmetic; vectors are float32 in any case.
         overwrite: Replace the file if it is there.
 
     Returns:
@@ -46,20 +51,21 @@ def embed(
         UsageError: Another kind of file, one that exists, or no such model or data.
         MissingExtraError: Parquet without pyarrow.
     """
-    import sys
-
+    from patchloom.bundle import open_encoder
     from patchloom.data import open_source
-    from patchloom.encoders import create_encoder, in_chans
+    from patchloom.encoders import in_chans
     from patchloom.features.extract import extract
 
     path = Path(out)
+    if path.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it, such as {out}/vectors.parquet")
     if path.suffix not in (".parquet", ".npz"):
         raise UsageError(f"out is {out}; name a file that ends in .parquet or .npz")
     if path.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another file, or set overwrite to replace it")
     if path.suffix == ".parquet":
         _need_pyarrow()
-    encoder = _load(model) if Path(model).exists() else create_encoder(model, image_size=image_size)
+    encoder = open_encoder(model)
     source = open_source(data, in_chans=in_chans(encoder))
     features = extract(
         encoder,
@@ -69,25 +75,121 @@ def embed(
         num_workers=num_workers,
         device=device,
         pool=pool,
+        precision=precision,
     )
     for key, reason in features.skipped:
         print(f"left out {key}: {reason}", file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     vectors, labels = features.vectors.numpy(), features.labels.numpy()
-    if path.suffix == ".npz":
-        # Plain text arrays: readable without pickle.
-        np.savez(temporary, files=np.array(features.keys, dtype=np.str_), vectors=vectors, labels=labels)
-    else:
-        _write_parquet(temporary, features.keys, labels, vectors)
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written in a folder of its own beside its place, so that the file appears whole or not at all.
+    with tempfile.TemporaryDirectory(prefix=".embed.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        if path.suffix == ".npz":
+            # Plain text arrays: readable without pickle.
+            np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors)
+        else:
+            _write_parquet(temporary, features.keys, labels, vectors)
+        temporary.replace(path)
     return str(path)
 
 
-def _load(model: str) -> Any:
-    from patchloom.bundle import load
+def _need_pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "parquet", "writing .parquet") from error
+    return pyarrow
 
-    return load(model)
+
+def _write_parquet(path: Path, keys: list[str], labels: np.ndarray, vectors: np.ndarray) -> None:
+    pyarrow = _need_pyarrow()
+    flat = pyarrow.array(vectors.reshape(-1), type=pyarrow.float32())
+    columns = {"file": pyarrow.array(keys)}
+    if (labels >= 0).any():
+        columns["label"] = pyarrow.array(labels)
+    columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+make_callable
+from patchloom.errors import MissingExtraError, UsageError
+
+
+def embed(
+    model: str,
+    data: str,
+    out: str,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    device: str = "auto",
+    pool: Literal["auto", "cls", "avg", "cls+avg"] = "auto",
+    precision: Literal["32", "bf16", "16"] = "32",
+    overwrite: bool = False,
+) -> str:
+    """Write the feature vector of every image to a file.
+
+    Args:
+        model: Bundle, run folder, or name of a timm model, whose published weights are fetched.
+        data: Images: a folder, photos, shards, torchvision:NAME, hf:NAME.
+        out: File to write: .parquet (columns file, label, vector) or .npz (arrays files, labels, vectors). Labels
+            are class numbers, -1 where unknown; data without any has no label column.
+        image_size: Side images are resized and cropped to; default: the encoder's.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        device: auto, cpu, cuda or cuda:1.
+        pool: How tokens become one vector: as the encoder does, class token, mean over patches, or both.
+        precision: Number format of the encoder's arithmetic; vectors are float32 in any case.
+        overwrite: Replace the file if it is there.
+
+    Returns:
+        The path of the file. Images that could not be read are left out and named on the error stream.
+
+    Raises:
+        UsageError: Another kind of file, one that exists, or no such model or data.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    from patchloom.bundle import open_encoder
+    from patchloom.data import open_source
+    from patchloom.encoders import in_chans
+    from patchloom.features.extract import extract
+
+    path = Path(out)
+    if path.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it, such as {out}/vectors.parquet")
+    if path.suffix not in (".parquet", ".npz"):
+        raise UsageError(f"out is {out}; name a file that ends in .parquet or .npz")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another file, or set overwrite to replace it")
+    if path.suffix == ".parquet":
+        _need_pyarrow()
+    encoder = open_encoder(model)
+    source = open_source(data, in_chans=in_chans(encoder))
+    features = extract(
+        encoder,
+        source,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        pool=pool,
+        precision=precision,
+    )
+    for key, reason in features.skipped:
+        print(f"left out {key}: {reason}", file=sys.stderr)
+    vectors, labels = features.vectors.numpy(), features.labels.numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written in a folder of its own beside its place, so that the file appears whole or not at all.
+    with tempfile.TemporaryDirectory(prefix=".embed.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        if path.suffix == ".npz":
+            # Plain text arrays: readable without pickle.
+            np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors)
+        else:
+            _write_parquet(temporary, features.keys, labels, vectors)
+        temporary.replace(path)
+    return str(path)
 
 
 def _need_pyarrow() -> Any:

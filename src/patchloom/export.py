@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from patchloom._lazy import make_callable
-from patchloom.errors import MissingExtraError, UsageError
+from patchloom.errors import MissingExtraError, UsageError, unknown_name
 
 TOLERANCE = 1e-4
 
@@ -51,24 +51,25 @@ def export(
         (batch, width), or to `logits` where the bundle has a classifier.
 
     Raises:
-        UsageError: There is no such bundle, or `out` exists.
+        UsageError: There is no such bundle, `out` exists, or the encoder cannot take images of that size.
         MissingExtraError: ONNX packages are not installed.
         ExportMismatchError: onnxruntime disagrees with torch by more than 1e-4.
     """
     from patchloom.bundle import load, read_lineage, save_bundle
     from patchloom.encoders import set_image_size
 
+    if format not in ("onnx", "timm"):
+        raise unknown_name("format", format, ("onnx", "timm"))
     path = Path(out)
     if path.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another place, or set overwrite to replace it")
     if format == "onnx":
         _need_onnx()
-        if path.is_dir():
-            raise UsageError(f"{out} is a folder; name a file such as {out}/model.onnx")
+        if path.is_dir() or not path.suffix:
+            raise UsageError(f"{out} is no name of a file; write one such as {out}/model.onnx")
     model: Any = load(bundle)
     if image_size is not None:
         set_image_size(model, image_size)
-        model.patchloom_args["model_args"]["img_size"] = tuple(model.patch_embed.img_size)
     if format == "timm":
         save_bundle(model, path, lineage=read_lineage(bundle), overwrite=overwrite)
         return str(path)
@@ -79,18 +80,14 @@ def export(
 class _Normalised(nn.Module):
     """A model that takes images in [0, 1]."""
 
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        config: Any = model.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.model((images - self.mean) / self.std)
+        from patchloom.encoders import normalize
+
+        features: torch.Tensor = self.model(normalize(images, self.model))
         return features
 
 

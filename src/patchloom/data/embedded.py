@@ -41,7 +41,7 @@ PHOTOS = {
 }
 TEST_BAND = 0.25
 """Share of each photograph's width, at its right edge, that test crops come from."""
-DEFAULT_CROPS = {"train": 3600, "test": 900}
+DEFAULT_CROPS = {"train": 2700, "test": 720}
 
 
 class PhotosSource(Source):
@@ -52,7 +52,7 @@ class PhotosSource(Source):
     Args:
         split: `train` or `test`.
         crop_size: Side of a crop in pixels.
-        crops: How many; default 3600 for training and 900 for testing.
+        crops: How many; default 2700 for training and 720 for testing.
         seed: Seed of the places.
         in_chans: 3, or 1 for grey.
 

@@ -13,7 +13,7 @@ from patchloom.errors import UsageError
 from patchloom.training.callbacks import ProbeData
 from patchloom.training.config import TrainConfig
 
-MOST_REFERENCE, MOST_QUERIES, MOST_STREAMED = 2000, 1000, 256
+MOST_REFERENCE, MOST_QUERIES, MOST_STREAMED = 1000, 500, 256
 
 
 def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> ProbeData:
