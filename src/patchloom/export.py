@@ -10,6 +10,8 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,11 +112,7 @@ def _export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None
     folder = Path(tempfile.mkdtemp(prefix=".onnx.", dir=path.parent))
     try:
         file = folder / path.name
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet(), _attention_spelled_out(encoder):
             torch.onnx.export(
                 model,
                 (example,),
@@ -127,11 +125,36 @@ def _export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None
                 external_data=False,
                 verbose=False,
             )
-        logger.setLevel(level)
         _check(model, file, (channels, height, width))
         file.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _attention_spelled_out(encoder: nn.Module) -> Iterator[None]:
+    """Compute attention in plain operations: the fused one of a `Beit` with a bias per block does not translate."""
+    fused: list[Any] = [module for module in encoder.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to its developers off the terminal; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @torch.no_grad()
