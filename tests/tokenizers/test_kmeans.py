@@ -158,6 +158,21 @@ def test_points_on_disk_reads_blocks_and_rows(tmp_path: Path):
     assert torch.equal(PointsInMemory(points).take(wanted), points[wanted])
 
 
+def test_threads_and_inference_mode_change_nothing():
+    points = blobs(n=2000, d=100)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode(threads == 3):
+                found.append(kmeans(points, 40, iters=4))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].centroids, found[1].centroids)
+    assert found[0].objective == found[1].objective
+
+
 def test_stops_when_nothing_moves():
     points = blobs(n=300, d=4, centres=3)
     calls: list[int] = []

@@ -117,3 +117,18 @@ def test_a_point_with_nan_is_out_of_range():
 def test_refuses_unusable_centroids(bad):
     with pytest.raises(UsageError, match="centroids"):
         NearestCentroids(bad)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_mode_comes_and_goes(threads):
+    points = photographs(600, 64)
+    search = NearestCentroids(points[:100])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            inside = search.search(points * 1)
+        assert torch.equal(search.search(points), inside)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

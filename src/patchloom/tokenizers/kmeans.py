@@ -60,6 +60,8 @@ class KMeansResult:
     """Empty clusters that were given half of another one, over all iterations."""
 
 
+@torch.inference_mode(False)  # threads, which add to the sums, do not inherit the caller's mode
+@torch.no_grad()
 def kmeans(
     points: Tensor | np.ndarray | str | Path | Points,
     k: int,

@@ -69,6 +69,8 @@ class NearestCentroids:
         self._idle: list[_Buffers] = []
         self.update(centroids)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def update(self, centroids: Tensor) -> None:
         """Search other centroids of the same shape, as k-means does after every iteration; keeps what was learnt.
 
@@ -97,6 +99,8 @@ class NearestCentroids:
         """Number of centroids that are not equal to an earlier one."""
         return len(self._centroids)
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)  # scratch memory outlives the caller's mode, and threads do not inherit it
     @torch.no_grad()
     def search(self, points: Tensor, guess: Tensor | None = None) -> Tensor:
         """Return the index of the nearest centroid of every point.
