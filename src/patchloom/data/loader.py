@@ -12,6 +12,7 @@ equal to an uninterrupted one.
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -267,7 +268,7 @@ def _data_loader(dataset: Any, num_workers: int, pin_memory: bool, **batching: A
         collate_fn=_as_is,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_settle_worker,
         # Its own generator: starting an iteration must not move the global one.
         generator=torch.Generator(),
         **batching,
@@ -299,6 +300,12 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """Keep workers from fighting over the cores: they are the parallelism."""
+def _settle_worker(worker: int) -> None:
+    """Keep workers from fighting over the cores (they are the parallelism), and leave signals to the main process.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole group; workers that died of them would take the batch away from
+    a run that is about to end in order. They end when the main process does.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
