@@ -262,8 +262,8 @@ def _kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
         if first.attn.relative_position_bias_table is not None:
             raise UsageError("patches cannot be dropped where every block has its own relative-position table")
         if (bias := kwargs["shared_rel_pos_bias"]) is not None:
-            # (1, heads, P + N, P + N) -> (B, heads, P + n, P + n)
-            kwargs["shared_rel_pos_bias"] = bias[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
+            # (heads, P + N, P + N) -> (B, heads, P + n, P + n)
+            kwargs["shared_rel_pos_bias"] = bias[:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
     by_block = embedded.rope_by_block
     if by_block is not None:  # (blocks, heads, N, d) -> (blocks, B, heads, n, d)
         by_block = by_block[:, :, keep].transpose(1, 2)

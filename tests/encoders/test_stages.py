@@ -1,0 +1,232 @@
+"""The staged forward pass equals timm's own, for every family; masks, dropped patches, fresh blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from patchloom.encoders import (
+    class_attention,
+    create_encoder,
+    depth,
+    embed,
+    embed_dim,
+    final_norm,
+    grid_size,
+    image_size,
+    in_chans,
+    intermediate_layers,
+    new_blocks,
+    normalize,
+    num_prefix_tokens,
+    patch_size,
+    pooled,
+    run_blocks,
+    tokens,
+)
+from patchloom.errors import UsageError
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"depth": 3},
+    "vit_small_patch14_reg4_dinov2": {"depth": 2},
+    "deit3_small_patch16_224": {"depth": 2},
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    "ccvit_tiny_patch16_224": {"depth": 3},
+    "eva02_tiny_patch14_224": {"depth": 2},
+    "vit_small_patch16_rope_mixed_224": {"depth": 2},
+}
+
+
+def randomised(name: str, size: int | tuple[int, int] | None = None) -> Any:
+    encoder = create_encoder(name, image_size=size, **FAMILIES[name])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return encoder.eval()
+
+
+def images_for(encoder: Any, count: int = 2) -> torch.Tensor:
+    height, width = image_size(encoder)
+    return torch.randn(count, in_chans(encoder), height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stages_add_up_to_timms_forward(name):
+    encoder = randomised(name, 56 if "14" in name else 64)
+    images = images_for(encoder)
+    prefix, patches = tokens(encoder, images)
+    h, w = grid_size(encoder)
+    assert prefix.shape == (2, num_prefix_tokens(encoder), embed_dim(encoder))
+    assert patches.shape == (2, h * w, embed_dim(encoder))
+    torch.testing.assert_close(torch.cat([prefix, patches], 1), encoder.forward_features(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pooled(encoder, images), encoder(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_patches_are_the_mask_token_before_positions(name):
+    encoder = randomised(name, 56 if "14" in name else 64)
+    images = images_for(encoder)
+    count = grid_size(encoder)[0] * grid_size(encoder)[1]
+    masked = torch.rand(2, count, generator=torch.Generator().manual_seed(2)) < 0.5
+    token = torch.randn(1, 1, embed_dim(encoder))
+    seen = {}
+
+    def replace(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """The same by hand, on the output of the patch embedding."""
+        seen["shape"] = output.shape
+        flat = output.reshape(2, count, -1).clone()
+        flat[masked] = token[0, 0]
+        return flat.reshape(output.shape)
+
+    hook = encoder.patch_embed.register_forward_hook(replace)
+    expected = encoder.forward_features(images)
+    hook.remove()
+    last, _ = run_blocks(encoder, embed(encoder, images, masked=masked, mask_token=token))
+    torch.testing.assert_close(encoder.norm(last), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "beit_base_patch16_224"])
+def test_dropped_patches_leave_the_rest_as_if_they_had_never_been(name):
+    """Keeping all patches in another order permutes the output; keeping some depends on those alone."""
+    encoder = randomised(name, 56 if "14" in name else 64)
+    images = images_for(encoder)
+    count, prefix = grid_size(encoder)[0] * grid_size(encoder)[1], num_prefix_tokens(encoder)
+    order = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
+    whole, _ = run_blocks(encoder, embed(encoder, images))
+    permuted, _ = run_blocks(encoder, embed(encoder, images, keep=order))
+    expected = whole[:, prefix:].gather(1, order.unsqueeze(-1).expand(-1, -1, whole.shape[-1]))
+    torch.testing.assert_close(permuted[:, prefix:], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(permuted[:, :prefix], whole[:, :prefix], atol=1e-4, rtol=1e-4)
+    some = order[:, : count // 2]
+    kept, _ = run_blocks(encoder, embed(encoder, images, keep=some))
+    assert kept.shape[1] == prefix + count // 2
+
+
+def test_dropping_patches_is_refused_where_every_block_has_its_own_table():
+    encoder = randomised("beit_base_patch16_224", 64)
+    with pytest.raises(UsageError, match="its own relative-position table"):
+        embed(encoder, images_for(encoder), keep=torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_masks_without_token_or_of_another_grid_are_refused():
+    encoder = randomised("ccvit_tiny_patch16_224", 64)
+    images = images_for(encoder)
+    with pytest.raises(UsageError, match="need a mask_token"):
+        embed(encoder, images, masked=torch.zeros(2, 16, dtype=torch.bool))
+    with pytest.raises(UsageError, match="the mask has shape"):
+        embed(encoder, images, masked=torch.zeros(2, 9, dtype=torch.bool), mask_token=torch.zeros(1, 1, 192))
+
+
+def test_taps_are_block_outputs_counted_from_one():
+    encoder = randomised("vit_tiny_patch16_224", 64)
+    images = images_for(encoder)
+    _, taps = run_blocks(encoder, embed(encoder, images), taps=(1, 3))
+    expected = encoder.forward_intermediates(images, norm=False, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(taps[1][:, 1:], expected[0])
+    torch.testing.assert_close(taps[3][:, 1:], expected[2])
+    layers = intermediate_layers(encoder, images, [-1, 0])
+    torch.testing.assert_close(layers[0].patches, tokens(encoder, images).patches)
+    torch.testing.assert_close(layers[1].patches, final_norm(encoder, taps[1])[:, 1:])
+    with pytest.raises(UsageError, match="no block 3; the encoder has blocks 0 to 2"):
+        intermediate_layers(encoder, images, [3])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fresh_blocks_are_like_the_encoders_and_run(name):
+    encoder = randomised(name, 56 if "14" in name else 64)
+    blocks = new_blocks(encoder, 2)
+    embedded = embed(encoder, images_for(encoder))
+    x = embedded.x
+    for block in blocks:
+        x = block(x, **embedded.block_kwargs)
+    assert x.shape == embedded.x.shape
+    own, new = dict(encoder.blocks[-1].named_parameters()), dict(blocks[0].named_parameters())
+    assert {n: p.shape for n, p in own.items()} == {n: p.shape for n, p in new.items()}
+    assert not torch.equal(own["attn.proj.weight"], new["attn.proj.weight"])
+    assert not torch.equal(blocks[0].attn.proj.weight, blocks[1].attn.proj.weight)
+
+
+def test_checkpointing_changes_no_gradient():
+    encoder = randomised("ccvit_tiny_patch16_224", 64).train()
+    images = images_for(encoder)
+    gradients = []
+    for switch in (False, True):
+        encoder.set_grad_checkpointing(switch)
+        encoder.zero_grad()
+        run_blocks(encoder, embed(encoder, images))[0].square().sum().backward()
+        gradients.append(encoder.blocks[0].attn.qkv.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_class_attention_is_a_share(name):
+    encoder = randomised(name, 56 if "14" in name else 64)
+    attention = class_attention(encoder, images_for(encoder))
+    heads = encoder.blocks[-1].attn.num_heads
+    assert attention.shape == (2, heads, grid_size(encoder)[0] * grid_size(encoder)[1])
+    assert (attention >= 0).all()
+    assert (attention.sum(-1) <= 1 + 1e-5).all()
+    assert encoder.blocks[-1].attn.fused_attn == encoder.blocks[0].attn.fused_attn
+
+
+def test_poolings():
+    encoder = randomised("vit_tiny_patch16_224", 64)
+    images = images_for(encoder)
+    prefix, patches = tokens(encoder, images)
+    torch.testing.assert_close(pooled(encoder, images, "cls"), prefix[:, 0])
+    torch.testing.assert_close(pooled(encoder, images, "avg"), patches.mean(1))
+    torch.testing.assert_close(pooled(encoder, images, "cls+avg"), torch.cat([prefix[:, 0], patches.mean(1)], 1))
+    with pytest.raises(UsageError, match="unknown pooling"):
+        pooled(encoder, images, "max")  # type: ignore[arg-type]
+
+
+def test_normalisation_is_the_encoders_own():
+    encoder = create_encoder("vit_tiny_patch16_224", depth=1)
+    images = torch.rand(1, 3, 2, 2)
+    torch.testing.assert_close(normalize(images, encoder), (images - 0.5) / 0.5)
+    grey = create_encoder("ccvit_tiny_patch4_32", in_chans=1, depth=1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).mean(), torch.tensor([0.229, 0.224, 0.225]).mean()
+    torch.testing.assert_close(normalize(images[:, :1], grey), (images[:, :1] - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("ccvit_bas_patch16_224", None, "did you mean ccvit_base_patch16_224"),
+        ("resnet50", None, "encoders here are timm's ViT"),
+        ("resnet50", 64, "timm's ViT, BEiT and EVA"),
+        ("ccvit_tiny_patch16_224", 225, "image size 225 is not divisible by patch size 16; use 224 or 240"),
+        ("vit_small_patch14_dinov2", (28, 30), "image size 30 is not divisible by patch size 14"),
+    ],
+)
+def test_what_is_no_encoder_is_refused(name, size, message):
+    with pytest.raises(UsageError, match=message):
+        create_encoder(name, image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "blocks", "patch", "side"),
+    [
+        ("ccvit_tiny_patch4_32", 192, 12, 4, 32),
+        ("ccvit_small_patch4_32", 384, 12, 4, 32),
+        ("ccvit_tiny_patch8_64", 192, 12, 8, 64),
+        ("ccvit_small_patch8_64", 384, 12, 8, 64),
+        ("ccvit_tiny_patch16_224", 192, 12, 16, 224),
+        ("ccvit_small_patch16_224", 384, 12, 16, 224),
+        ("ccvit_base_patch16_224", 768, 12, 16, 224),
+        ("ccvit_large_patch16_224", 1024, 24, 16, 224),
+    ],
+)
+def test_registered_encoders_have_their_sizes(name, width, blocks, patch, side):
+    with torch.device("meta"):
+        encoder = timm.create_model(name, num_classes=0)
+    assert (embed_dim(encoder), depth(encoder), patch_size(encoder)) == (width, blocks, patch)
+    assert image_size(encoder) == (side, side)
+    h, w = grid_size(encoder)
+    assert encoder.rel_pos_bias.relative_position_bias_table.shape[0] == (2 * h - 1) * (2 * w - 1) + 3
+    assert encoder.pos_embed is None
+    assert encoder.norm.eps == 1e-6
