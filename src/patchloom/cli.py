@@ -33,6 +33,7 @@ class Command(NamedTuple):
     function: str
     settings: str = ""
     positional: tuple[str, ...] = ()
+    speaks: bool = False  # prints what there is to say by itself
 
 
 class Verb(NamedTuple):
@@ -44,7 +45,7 @@ class Verb(NamedTuple):
 
 
 COMMANDS: dict[str, Command | Verb] = {
-    "demo": Command("from embedded photographs to a trained encoder and a report", "patchloom.demo:demo"),
+    "demo": Command("from embedded photographs to a trained encoder and a report", "patchloom.demo:demo", speaks=True),
     "tokenize fit": Command("build a centroid codebook from images", "patchloom.tokenizers:fit_codebook"),
     "tokenize show": Command(
         "draw a codebook and what images look like through it",
@@ -172,7 +173,9 @@ def _run_function(name: str, command: Command, rest: list[str]) -> int:
     parser = _parser(name, (function.__doc__ or "").strip())
     parser.add_function_arguments(function, fail_untyped=False)
     rest = _with_positionals(command.positional, rest)
-    _report(function(**_parse(parser, rest, get_type_hints(function))))
+    result = function(**_parse(parser, rest, get_type_hints(function)))
+    if not command.speaks:
+        _report(result)
     return 0
 
 

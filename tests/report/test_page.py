@@ -6,9 +6,11 @@ import base64
 import io
 import re
 
+import pytest
 from PIL import Image
 
-from patchloom.report import Figure, Section, write_report
+from patchloom.errors import UsageError
+from patchloom.report import Figure, Section, add_section, write_report
 
 
 def picture(colour: str = "red") -> bytes:
@@ -74,3 +76,13 @@ def test_a_report_is_replaced_whole(tmp_path):
     write(tmp_path, title="second")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
     assert "second" in (tmp_path / "deep" / "report.html").read_text()
+
+
+def test_a_section_is_added_in_front(tmp_path):
+    path = add_section(write(tmp_path), Section("First of all", "Read <this>."))
+    page = path.read_text()
+    assert page.index('id="first-of-all"') < page.index('id="codebook"')
+    assert "Read &lt;this&gt;." in page
+    (tmp_path / "other.html").write_text("<p>not ours</p>")
+    with pytest.raises(UsageError, match="is not a report"):
+        add_section(tmp_path / "other.html", Section("x"))

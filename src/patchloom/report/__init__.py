@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from patchloom.report.figures import attention_maps, codebook_mosaic, image_grid, nearest_neighbours, pca_features
-from patchloom.report.page import Figure, Section, write_report
+from patchloom.report.page import Figure, Section, add_section, write_report
 from patchloom.report.plots import bars, curves
 
 __all__ = [
     "Figure",
     "Section",
+    "add_section",
     "attention_maps",
     "bars",
     "codebook_mosaic",

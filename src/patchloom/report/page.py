@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from patchloom.errors import UsageError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+SECTIONS_BEGIN = "<!-- sections -->"
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,7 @@ def write_report(
     Returns:
         The path.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["value"] = format_value
-    environment.filters["data_uri"] = _data_uri
-    environment.filters["anchor"] = _anchor
-    here = files("patchloom.report")
-    template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
-    html = template.render(
+    html = _template("page.html").render(
         title=title,
         subtitle=subtitle,
         facts=facts,
@@ -75,14 +74,22 @@ def write_report(
         command=command,
         verdict=verdict,
         alarm=any(word in verdict for word in ("collapsed", "collapsing")),
-        css=(here / "page.css").read_text(encoding="utf-8"),
+        css=(files("patchloom.report") / "page.css").read_text(encoding="utf-8"),
     )
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(target)
-    return target
+    return _write(Path(path), html)
+
+
+def add_section(path: str | Path, section: Section) -> Path:
+    """Put a section in front of the others of a report that is there.
+
+    Raises:
+        UsageError: The file is no report of ours.
+    """
+    html = Path(path).read_text(encoding="utf-8")
+    if SECTIONS_BEGIN not in html:
+        raise UsageError(f"{path} is not a report that a section can be added to")
+    added = _template("section.html").render(section=section)
+    return _write(Path(path), html.replace(SECTIONS_BEGIN, f"{SECTIONS_BEGIN}\n{added}", 1))
 
 
 def format_value(value: Any) -> str:
@@ -96,6 +103,25 @@ def format_value(value: Any) -> str:
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e9):
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _template(name: str) -> Template:
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("patchloom.report", package_path="")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["value"] = format_value
+    environment.filters["data_uri"] = _data_uri
+    environment.filters["anchor"] = _anchor
+    return environment.get_template(name)
+
+
+def _write(target: Path, html: str) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(target)
+    return target
 
 
 def _data_uri(png: bytes) -> str:
