@@ -211,7 +211,9 @@ class CentroidTokenizer(nn.Module):
         distributed: bool = False,
         progress: Progress | None = None,
     ) -> CentroidTokenizer:
-        """Make a codebook by k-means over the patches of images; see `fitting.fit_centroids` for the arguments.
+        """Make a codebook, on the CPU, by k-means over the patches of images.
+
+        The arguments are those of `fitting.fit_centroids`.
 
         >>> images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
         >>> CentroidTokenizer.fit(images, 8, patch_size=4, iters=2)
@@ -236,7 +238,7 @@ class CentroidTokenizer(nn.Module):
             distributed=distributed,
             progress=progress,
         )
-        tokenizer = cls(result.centroids, patch_size, in_chans)
+        tokenizer = cls(result.centroids.cpu(), patch_size, in_chans)
         tokenizer.counts, tokenizer.facts = result.counts.cpu(), facts
         return tokenizer
 

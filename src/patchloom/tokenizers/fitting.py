@@ -95,11 +95,12 @@ def fit_centroids(
             name, in_chans, stream = _of_source(source, image_size, patch_size, images, per_class, seed, ranks)
         gathered = _Gathered(in_chans * patch_size**2, memory_mb * 2**20, stack)
         read, skipped, total = 0, 0, 0
+        limit = None if max_points is None else ranks.share(max_points)
         for item, total in stream:
             if item is None:
                 skipped += 1
             else:
-                gathered.add(_patches_of(item, patch_size, _quota(max_points, read, total), seed + read))
+                gathered.add(_patches_of(item, patch_size, _quota(limit, read, total), seed + read))
                 read += 1
             if progress is not None and (read + skipped) % _IMAGES_AT_ONCE == 0:
                 progress("reading images", read + skipped, total, f"{gathered.count} patches")

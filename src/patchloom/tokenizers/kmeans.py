@@ -125,7 +125,8 @@ def kmeans(
             moved += state.move(batch, before, after)
             assigned[part] = after.int()
             start += len(block)
-        sums, counts, squares = ranks.reduce(state.sums, state.counts, state.squares)
+        sums, counts, squares = state.sums, state.counts.clone(), state.squares
+        ranks.reduce(sums, counts, squares)
         objective.append(_objective(centroids.double(), sums, counts, squares))
         if progress is not None:
             progress(iteration + 1, iters, objective[-1])
@@ -157,12 +158,12 @@ class _Sums:
 
     @property
     def sums(self) -> Tensor:
-        """(k, d)."""
+        """(k, d), a new tensor."""
         return torch.cat(self._sums, 1)
 
     @property
     def squares(self) -> Tensor:
-        """(k,)."""
+        """(k,), a new tensor."""
         return self._squares.sum(0)
 
     def move(self, points: Tensor, before: Tensor, after: Tensor) -> int:

@@ -124,13 +124,15 @@ class Ranks:
         self.world = dist.get_world_size() if together else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
 
-    def reduce(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the sums of the tensors over ranks, as new tensors."""
-        copies = [tensor.clone() for tensor in tensors]
+    def reduce(self, *tensors: Tensor) -> None:
+        """Replace the tensors by their sums over ranks."""
         if self.world > 1:
-            for copy in copies:
-                dist.all_reduce(copy)
-        return copies
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share(self, number: int) -> int:
+        """Return this rank's part of a number, the parts of all ranks adding up to it."""
+        return (self.rank + 1) * number // self.world - self.rank * number // self.world
 
     def total(self, number: int) -> int:
         """Return the sum of a number over ranks."""
