@@ -1,7 +1,7 @@
 """A model on disk: timm's own hub layout, plus where it comes from.
 
-`model.safetensors` and `config.json` are what `timm.create_model("local-dir:PATH")` reads, with no Patchloom
-installed; `patchloom.json` holds the lineage.
+`model.safetensors` and `config.json` are what `timm.create_model("local-dir:PATH", pretrained=True)` reads, with no
+Patchloom installed (timm leaves the weights out without `pretrained=True`); `patchloom.json` holds the lineage.
 """
 
 from __future__ import annotations
