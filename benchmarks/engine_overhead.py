@@ -141,7 +141,8 @@ def main() -> None:
         ["bare torch loop", mean_and_deviation([1000 * s for s in loop], 1), ""],
     ]
     header = ["CCViT-Ti/8 at 64 px, batch 16", "ms per step", "overhead"]
-    text = f"{machine()}\n\n{markdown_table(header, rows)}\n\nTarget: at most 3 %. {options.rounds} rounds in turn, median."
+    note = f"Target: at most 3 %. {options.rounds} rounds in turn, median."
+    text = f"{machine()}\n\n{markdown_table(header, rows)}\n\n{note}"
     print(text)
     if options.write:
         rewrite(PAGE, "engine_overhead", text)

@@ -80,7 +80,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         "parameters": f"{summary['parameters'] / 1e6:.1f} M",
         "images/s": summary["images_per_second"],
         "time": summary["duration"],
-        "unreadable images": summary["unreadable_images"],
+        "unreadable": summary["unreadable_images"],
     }
     percent = ("k-NN accuracy", "accuracy")
     return {name: f"{v:.1%}" if name in percent else v for name, v in names.items() if v is not None}
