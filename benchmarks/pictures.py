@@ -31,7 +31,7 @@ def main() -> None:
             raise ValueError(f"the section {title} of {run}/report.html has no picture")
         (ROOT / "docs" / "pictures" / f"{name}.png").write_bytes(base64.b64decode(found[1]))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    kinds = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrained", "pixels": "raw pixels"}
+    kinds = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrained", "pixels": "raw pixels, 16x16"}
     rows = [[n, *(f"{summary[f'{p}_{kind}']:.1%}" for p in ("knn", "linear"))] for kind, n in kinds.items()]
     table = markdown_table(["which photograph is this crop from?", "k-NN", "linear probe"], rows)
     rewrite(ROOT / "README.md", "demo", f"{table}\n\n{summary['seconds']:.0f} seconds. {machine()}.")

@@ -64,7 +64,9 @@ COMMANDS: dict[str, Command | Verb] = {
         "patchloom.reference:import_reference",
         positional=("system", "checkpoint"),
     ),
-    "list": Command("list the methods, data sources and published systems", "patchloom.cli:list_everything"),
+    "list": Command(
+        "list the methods, data sources and published systems", "patchloom.cli:list_everything", positional=("verb",)
+    ),
 }
 
 

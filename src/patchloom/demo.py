@@ -20,7 +20,7 @@ from patchloom.report import Section, add_section, bars
 ENCODER = "ccvit_tiny_patch8_64"
 RECIPE: dict[str, Any] = {"batch_size": 32, "k": 512, "codebook_images": 1000, "probe_every": 1, "log_every": 4}
 LABELS = {"knn": "k-NN", "linear": "linear probe"}
-KINDS = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrained", "pixels": "raw pixels"}
+KINDS = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrained", "pixels": "raw pixels, 16x16"}
 
 
 def demo(
@@ -72,7 +72,7 @@ def demo(
                 untrained=kind == "untrained",
                 train="photos",
                 test="photos:test",
-                image_size=None,
+                image_size=16 if kind == "pixels" else None,
                 num_workers=num_workers,
                 seed=seed,
             )
