@@ -24,7 +24,7 @@ KINDS = {"trained": "CCViT, pre-trained", "untrained": "the same encoder, untrai
 
 
 def demo(
-    out: str = "runs/demo", epochs: int = 3, seed: int = 0, num_workers: int = 1, overwrite: bool = False
+    out: str = "runs/demo", epochs: int = 2, seed: int = 0, num_workers: int = 1, overwrite: bool = False
 ) -> dict[str, Any]:
     """Pre-train a tiny CCViT on the embedded photographs and show what it learned.
 

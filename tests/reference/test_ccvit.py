@@ -76,6 +76,9 @@ def test_unknown_settings_and_systems_are_refused():
     state = pretraining_layout(depth=2, width=24, heads=3, grid=3, patch=4, vocab=5, condenser=1)
     with pytest.raises(UsageError, match="did you mean early_layers"):
         pl.load_reference("ccvit", state, early_layer=1)
+    assert pl.load_reference("ccvit", state, early_layers=1, depth=2, vocab_size=5, shared_lm_head=False)
+    with pytest.raises(UsageError, match="depth=3, but the checkpoint's tensors say 2"):
+        pl.load_reference("ccvit", state, early_layers=1, depth=3)
     with pytest.raises(UsageError, match="did you mean ccvit"):
         pl.load_reference("cvit", state)
     with pytest.raises(UsageError, match="no tensors"):

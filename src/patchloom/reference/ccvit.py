@@ -14,17 +14,8 @@ from patchloom.errors import UsageError
 from patchloom.pretrain.centroid_mim import CentroidMIM
 from patchloom.reference.state import check_settings, fill
 
-SETTINGS = (
-    "early_layers",
-    "head_layers",
-    "shared_lm_head",
-    "num_heads",
-    "image_size",
-    "img_size",
-    "input_size",
-    "drop_path",
-    "vocab_size",
-)
+# What shapes do not tell, and what they do: the latter may be given all the same, and has to agree.
+SETTINGS = ("early_layers", "num_heads", "image_size", "img_size", "input_size", "drop_path")
 RENAMED = {
     "mask_token": "mask_token",
     "cls_pt_layers.": "condenser.",
@@ -48,13 +39,36 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: Unknown setting, or tensors missing or left over.
     """
-    check_settings(config, SETTINGS)
     state = {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
     if "patch_embed.proj.weight" not in state:
         raise UsageError("the checkpoint has no patch_embed.proj.weight, so it is no CCViT encoder")
+    told = _told_by_shapes(state)
+    check_settings(config, (*SETTINGS, *told))
+    for name, value in told.items():
+        if config.get(name, value) != value:
+            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
     if "lm_head.weight" in state or "mask_token" in state:
         return _pretrained(state, config)
     return _finetuned(state, config)
+
+
+def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the published settings that the tensors themselves tell."""
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    return {
+        "embed_dim": width,
+        "in_chans": channels,
+        "patch_size": patch,
+        "depth": _count(state, "blocks"),
+        "head_layers": _count(state, "cls_pt_layers"),
+        "vocab_size": len(state["lm_head.weight"]) if "lm_head.weight" in state else None,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else None,
+        "shared_lm_head": "cls_pt_lm_head.weight" not in state,
+        "use_shared_rel_pos_bias": "rel_pos_bias.relative_position_bias_table" in state,
+        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in state,
+        "use_abs_pos_emb": "pos_embed" in state,
+        "use_mean_pooling": "fc_norm.weight" in state,
+    }
 
 
 def _pretrained(state: dict[str, Tensor], config: Mapping[str, Any]) -> CentroidMIM:
