@@ -18,6 +18,8 @@ from patchloom.report import (
     image_grid,
     nearest_neighbours,
     pca_features,
+    plots,
+    tiles,
 )
 from patchloom.report.page import Figure
 
@@ -102,3 +104,127 @@ def test_charts_say_in_words_where_they_end():
     assert figure.half
     assert drawn(figure).shape[1] > 400
     assert "a 0.5" in bars({"a": 0.5, "b": 0.25}, y_label="share", title="Bars").alt
+
+
+def raw(figure: Figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(figure.png)))
+
+
+def test_pictures_are_opaque_on_a_transparent_ground():
+    pixels = raw(image_grid({"one": torch.zeros(1, 3, 4, 4), "other": torch.ones(1, 3, 4, 4)}, tile=40))
+    opacity = pixels[..., 3]
+    assert (opacity[20:60, :40] == 255).all()
+    assert (opacity[60:64] == 0).all()  # between the rows
+    assert opacity[:20].any()  # the label
+    corner = raw(curves({"loss": ([0, 1], [1, 2])}, x_label="step", y_label="loss", title="Training"))[0, 0]
+    assert corner[3] == 0
+
+
+def test_labels_and_chart_text_can_be_read_on_white_and_on_dark():
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a, b):
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    text = tuple(int(plots.TEXT[i : i + 2], 16) for i in (1, 3, 5))
+    lines = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in plots.COLOURS]
+    for ground in ((255, 255, 255), (0x1E, 0x21, 0x25)):
+        assert min(contrast(ink, ground) for ink in (text, tiles.INK)) > 3.5
+        assert min(contrast(line, ground) for line in lines) > 3
+
+
+def test_long_labels_do_not_push_pictures_apart():
+    names = ["a class with a very long name indeed", "b"]
+    queries, found = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 3, 16, 16)
+    long = raw(nearest_neighbours(queries, found, torch.rand(2, 3), names))
+    assert long.shape == raw(nearest_neighbours(queries, found, torch.rand(2, 3), ["a", "b"])).shape
+
+
+def test_grids_fit_the_page():
+    for count, side in ((8, 64), (8, 224), (1, 512), (6, 32), (16, 96)):
+        assert raw(image_grid({"row": torch.rand(count, 3, side, side)})).shape[1] <= tiles.WIDEST
+    assert raw(codebook_mosaic(torch.rand(3000, 768), 16)).shape[1] <= tiles.WIDEST
+
+
+def test_images_of_one_two_or_four_channels_are_drawn():
+    for channels in (1, 2, 4):
+        images = torch.full((2, channels, 16, 16), 0.5)
+        pixels = raw(attention_maps(images, torch.rand(2, 2, 16), (4, 4)))
+        assert np.abs(pixels[22:60, 2:60, :3].astype(int) - 128).max() <= 1
+    assert raw(codebook_mosaic(torch.rand(6, 4), 2, in_chans=1)).shape[2] == 4
+
+
+def test_a_large_codebook_is_drawn_in_part_and_says_so():
+    centroids = torch.linspace(0, 1, 100)[:, None].expand(100, 12)
+    figure = codebook_mosaic(centroids, 2, max_codes=10)
+    assert "10 evenly chosen of 100" in figure.caption
+    assert figure.alt.startswith("Mosaic of 10 centroids")
+    commonest = codebook_mosaic(centroids, 2, counts=torch.arange(100), sort="frequency", max_codes=10)
+    assert raw(commonest)[0, 0, 0] == 255  # number 99, the brightest, is the commonest
+    assert "10 commonest of 100" in commonest.caption
+    assert codebook_mosaic(centroids, 2).caption == ""
+
+
+def test_impossible_requests_are_refused():
+    images = torch.rand(1, 3, 8, 8)
+    with pytest.raises(UsageError, match="grid of 3 x 3 does not hold 16 patches"):
+        attention_maps(images, torch.rand(1, 2, 16), (3, 3))
+    with pytest.raises(UsageError, match="grid of 3 x 3 does not hold 16 patches"):
+        pca_features(images, torch.rand(1, 16, 8), (3, 3))
+    with pytest.raises(UsageError, match="no patches of 3 x 4 x 4"):
+        codebook_mosaic(torch.rand(5, 12), 4)
+    with pytest.raises(UsageError, match="2 counts do not belong to 5"):
+        codebook_mosaic(torch.rand(5, 12), 2, counts=torch.ones(2), sort="frequency")
+    with pytest.raises(UsageError, match="at least one series"):
+        curves({}, x_label="", y_label="", title="")
+    with pytest.raises(UsageError, match="at least one bar"):
+        bars({}, y_label="", title="")
+
+
+def test_features_of_known_components_get_the_colours_of_their_scores():
+    # Three orthogonal directions of falling variance: red follows the first, green the second, blue the third.
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 64, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
+    axes, _ = torch.linalg.qr(torch.randn(10, 3, generator=generator))
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    figure = pca_features(torch.zeros(2, 3, 8, 8), scores @ axes.T + 5, (8, 8))
+    pixels = raw(figure).astype(float)
+    side = (pixels.shape[1] - tiles.GAP) // 2
+    top = tiles.LABEL_HEIGHT * 2 + side + tiles.GAP
+    middle = side // 16
+    for image, left in enumerate((0, side + tiles.GAP)):
+        painted = pixels[top + middle : top + side : side // 8, left + middle : left + side : side // 8, :3]
+        for channel in range(3):
+            drawn_scores, given = painted[..., channel].ravel(), scores[image, :, channel].numpy()
+            assert np.corrcoef(drawn_scores, given)[0, 1] > 0.9
+
+
+def test_features_that_are_all_alike_are_grey_not_noise():
+    features = torch.ones(1, 16, 8) * 3 + 1e-6 * torch.rand(1, 16, 8)
+    pixels = raw(pca_features(torch.zeros(1, 3, 32, 32), features, (4, 4)))
+    assert np.abs(pixels[-20:, :20, :3].astype(int) - 128).max() <= 12
+
+
+def test_a_diverged_run_still_gets_its_pictures():
+    nan = torch.full((1, 16, 8), float("nan"))
+    images = torch.rand(1, 3, 32, 32)
+    assert raw(pca_features(images, nan, (4, 4))).size
+    assert raw(attention_maps(images, nan[..., :4].transpose(1, 2), (4, 4))).size
+    assert raw(image_grid({"predicted": images * float("nan")})).size
+    losses = curves({"loss": ([0, 1, 2], [3.0, 2.0, float("nan")])}, x_label="step", y_label="loss", title="Losses")
+    assert losses.alt == "Losses: loss ends at nan"
+
+
+def test_the_same_tensors_give_the_same_bytes():
+    generator = torch.Generator().manual_seed(1)
+    images, codes = torch.rand(3, 3, 16, 16, generator=generator), torch.rand(20, 12, generator=generator)
+    for draw in (
+        lambda: image_grid({"row": images}),
+        lambda: codebook_mosaic(codes, 2),
+        lambda: curves({"loss": ([0, 1], [1.0, 0.5])}, x_label="step", y_label="loss", title="Training", log_y=True),
+        lambda: bars({"a": 1.0}, y_label="share", title="Bars"),
+    ):
+        assert draw().png == draw().png

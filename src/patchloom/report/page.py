@@ -27,7 +27,7 @@ COMMAND_TITLE = "Repeat this run"
 ALARMS = ("collapsed", "collapsing", "diverged", "not finite")
 """Words that turn the banner of a verdict into a warning."""
 
-MOST_COLUMNS = 8
+MOST_COLUMNS = 7
 """Most tiles of key figures side by side on a wide screen."""
 
 

@@ -1,4 +1,7 @@
-"""Curves and bars, drawn with matplotlib and no state of its own."""
+"""Curves and bars, drawn with matplotlib's objects: no pyplot, no window, no state shared between charts.
+
+Grounds are transparent; text and lines are of a middling brightness, to be read on light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from patchloom.errors import UsageError
 from patchloom.report.page import Figure
 
-COLOURS = ("#1f6f5c", "#c2571a", "#4a5fc1", "#a0356e", "#7a6a12", "#2b8cbe")
+COLOURS = ("#259079", "#d9702b", "#6f7fe0", "#c7588f", "#9c8719", "#3596c4")
+TEXT, FRAME, GRID = "#7d838d", "#9aa0a9", "#8a909a"
 
 
 def curves(
@@ -27,7 +32,12 @@ def curves(
         y_label: What y is, with its unit.
         title: What the chart shows.
         log_y: Logarithmic y.
+
+    Raises:
+        UsageError: There is nothing to draw.
     """
+    if not series:
+        raise UsageError("a chart needs at least one series")
     figure, axes = _axes(title, x_label, y_label)
     for number, (name, (x, y)) in enumerate(series.items()):
         marker = "o" if len(x) < 25 else None
@@ -35,7 +45,7 @@ def curves(
     if log_y:
         axes.set_yscale("log")
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8.5)
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=TEXT)
     ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items() if len(y))
     return Figure(_png(figure), f"{title}: {ends}", half=True)
 
@@ -47,11 +57,17 @@ def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
         values: Name to value.
         y_label: What the values are.
         title: What the chart shows.
+
+    Raises:
+        UsageError: There is nothing to draw.
     """
+    if not values:
+        raise UsageError("a bar chart needs at least one bar")
     figure, axes = _axes(title, y_label, "")
     names = list(values)
     drawn = axes.barh(range(len(names)), list(values.values()), color=COLOURS[0], height=0.6)
-    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8.5)
+    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8.5, color=TEXT)
+    axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -64,17 +80,18 @@ def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
 
     figure = Canvas(figsize=(5.0, 3.1), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel(x_label, fontsize=9)
-    axes.set_ylabel(y_label, fontsize=9)
-    axes.tick_params(labelsize=8.5)
-    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold", color=TEXT)
+    axes.set_xlabel(x_label, fontsize=9, color=TEXT)
+    axes.set_ylabel(y_label, fontsize=9, color=TEXT)
+    axes.tick_params(which="both", labelsize=8.5, color=FRAME, labelcolor=TEXT)
+    axes.grid(True, color=GRID, alpha=0.28, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FRAME)
     return figure, axes
 
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", transparent=True)
     return buffer.getvalue()
