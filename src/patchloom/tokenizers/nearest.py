@@ -43,7 +43,7 @@ _PAIR_COST = 24
 # multiply-adds at full rank, and again, for a table that has changed since, whenever they have grown by the factor.
 _WORTH_CHOOSING, _CHOOSE_AGAIN = 1e10, 8
 _RANKS = (32, 64, 128, 256)
-_PAIRS_AT_ONCE = 4096
+_PAIRS_AT_ONCE = 1024
 
 
 class NearestCentroids:
@@ -99,7 +99,6 @@ class NearestCentroids:
         """Number of centroids that are not equal to an earlier one."""
         return len(self._centroids)
 
-    @torch.compiler.disable
     @torch.inference_mode(False)  # scratch memory outlives the caller's mode, and threads do not inherit it
     @torch.no_grad()
     def search(self, points: Tensor, guess: Tensor | None = None) -> Tensor:
