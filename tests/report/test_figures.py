@@ -146,7 +146,11 @@ def test_long_labels_do_not_push_pictures_apart():
 def test_grids_fit_the_page():
     for count, side in ((8, 64), (8, 224), (1, 512), (6, 32), (16, 96)):
         assert raw(image_grid({"row": torch.rand(count, 3, side, side)})).shape[1] <= tiles.WIDEST
-    assert raw(codebook_mosaic(torch.rand(3000, 768), 16)).shape[1] <= tiles.WIDEST
+    for count, patch_size in ((3000, 16), (2048, 8), (512, 8), (5, 4), (1, 32)):
+        height, width, _ = raw(codebook_mosaic(torch.rand(count, 3 * patch_size**2), patch_size)).shape
+        assert height <= width * 1.05
+        assert width <= tiles.WIDEST
+        assert width > 0.75 * tiles.WIDEST or count < 500
 
 
 def test_images_of_one_two_or_four_channels_are_drawn():

@@ -86,9 +86,7 @@ def codebook_mosaic(
         order = [order[place] for place in chosen]
         which = "commonest" if sort == "frequency" else "evenly chosen"
         caption = f"{caption} {len(order):,} {which} of {len(patches):,} centroids.".strip()
-    # Twice as wide as high, unless that were wider than the page.
-    columns = max(1, min(math.ceil(math.sqrt(len(order) * 2)), (WIDEST + 1) // (patch_size + 1)))
-    scale = max(1, min(4, (WIDEST - columns) // (columns * patch_size)))
+    columns, scale = _mosaic_layout(len(order), patch_size)
     cell = patch_size * scale + 1
     lines = math.ceil(len(order) / columns)
     canvas = ground(lines * cell - 1, columns * cell - 1)
@@ -220,6 +218,16 @@ def _order(patches: Tensor, counts: Tensor | None, sort: str) -> list[int]:
         return (0, value, 0.0) if colourless else (1, round(hue * 24) / 24, value)
 
     return sorted(range(len(patches)), key=key)
+
+
+def _mosaic_layout(count: int, patch_size: int) -> tuple[int, int]:
+    """Return columns and enlargement: as large as the page allows, and between square and twice as wide as high."""
+    wanted = math.ceil(math.sqrt(2 * count))
+    for scale in (4, 3, 2):
+        room = (WIDEST + 1) // (patch_size * scale + 1)
+        if room >= math.sqrt(count):
+            return min(wanted, room), scale
+    return max(1, min(wanted, (WIDEST + 1) // (patch_size + 1))), 1
 
 
 def _check_grid(count: int, grid: tuple[int, int]) -> None:

@@ -78,7 +78,7 @@ def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(5.0, 3.1), dpi=200, layout="constrained")
+    figure = Canvas(figsize=(4.4, 2.85), dpi=230, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold", color=TEXT)
     axes.set_xlabel(x_label, fontsize=9, color=TEXT)
