@@ -118,7 +118,9 @@ class FinetuneMethod(Method):
         """Return the encoder with a fresh classifier."""
         encoder = super().build_encoder()
         config = self.config
-        return as_classifier(encoder, len(self.class_names), config.pool, config.init_scale, config.drop_path)
+        model = as_classifier(encoder, len(self.class_names), config.pool, config.init_scale, config.drop_path)
+        model.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": self.class_names}  # timm's own place for them
+        return model
 
     def transform(self) -> Transform:
         """Return timm's fine-tuning augmentation."""

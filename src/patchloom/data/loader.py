@@ -12,7 +12,7 @@ equal to an uninterrupted one.
 
 from __future__ import annotations
 
-import signal
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -301,11 +301,11 @@ def _as_is(batch: Any) -> Any:
 
 
 def _settle_worker(worker: int) -> None:
-    """Keep workers from fighting over the cores (they are the parallelism), and leave signals to the main process.
+    """Keep workers from fighting over the cores (they are the parallelism), and out of the way of Ctrl-C.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole group; workers that died of them would take the batch away from
-    a run that is about to end in order. They end when the main process does.
+    Ctrl-C reaches the whole process group; workers that died of it would take the batch away from a run that is about
+    to end in order. In a group of their own they hear of the main process alone, and end when it does.
     """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
