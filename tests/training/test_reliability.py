@@ -133,6 +133,7 @@ def test_killed_and_resumed_equals_never_killed(images, uninterrupted, tmp_path)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     curves = [series(read_metrics(run / "metrics.csv"), "loss") for run in (uninterrupted, out)]
     assert curves[0] == curves[1]
+    assert "broken.png" in (out / "skipped.csv").read_text()
     assert len(curves[0][0]) == 8
 
 

@@ -108,7 +108,7 @@ class SkippedImages(Callback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "skipped.csv"
-        self.seen: dict[str, str] = {}
+        self.seen = read_skipped(self.path)  # of the run that is being resumed
 
     def on_train_batch_end(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -279,6 +279,16 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def read_skipped(path: Path) -> dict[str, str]:
+    """Return the unreadable images listed so far: file to reason."""
+    import csv
+
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["file"]: row["reason"] for row in csv.DictReader(file)}
 
 
 def write_skipped(path: Path, skipped: dict[str, str]) -> None:
