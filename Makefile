@@ -25,7 +25,7 @@ demo: $(READY)  ## a Vision Transformer from the embedded photographs, with a re
 	$(BIN)/patchloom demo --out runs/demo --overwrite
 
 test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
