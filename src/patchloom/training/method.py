@@ -181,7 +181,7 @@ class Method(lp.LightningModule):
             depth=depth(self.encoder),
             decay=self.decays,
         )
-        return adamw(groups, betas=config.betas, eps=config.eps)
+        return adamw(groups, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return the learning rate and weight decay of an optimiser step."""

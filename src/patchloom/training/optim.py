@@ -66,9 +66,17 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> AdamW:
-    """Return AdamW over the groups; learning rate and weight decay are set at every step by `set_rates`."""
-    return AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0)
+def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, fused: bool = True) -> AdamW:
+    """Return AdamW over the groups; learning rate and weight decay are set at every step by `set_rates`.
+
+    Args:
+        groups: See `parameter_groups`.
+        betas: Decay of the first and second moment.
+        eps: Added to the denominator.
+        fused: One pass over memory instead of several. Not with a loss scaler: a fused optimiser undoes the scaling
+            itself, after the gradient was clipped.
+    """
+    return AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
 
 
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
