@@ -60,7 +60,7 @@ def batch(made: CCViTMethod, count: int = 3) -> dict[str, torch.Tensor]:
         ({"k": 1}, "at least 2 centroids"),
         ({"k": 10**9}, "lower k"),
         ({"encoder": "ccvit_tiny_patch4_23"}, "did you mean ccvit_tiny_patch4_32"),
-        ({"encoder": "resnet50"}, "encoders here are timm's ViT, BEiT and EVA"),
+        ({"encoder": "resnet50"}, "timm's ViT, BEiT and EVA"),
         ({"image_size": 30}, "image size 30 is not divisible by patch size 4; use 28 or 32"),
         ({"early_layers": 13}, "early_layers is 13; it must be 1 to 12"),
         ({"data": "no/such/folder"}, "the image folder no/such/folder does not exist"),

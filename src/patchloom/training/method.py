@@ -138,7 +138,7 @@ class Method(lp.LightningModule):
         losses = self.training_loss(batch)
         loss = losses["loss"]
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._account_of_failure(float(loss)))
+            raise NonFiniteLossError(self._account_of_failure(float(loss.detach())))
         if self.logs_now():
             self.record(losses | {"epoch": (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate)})
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
