@@ -69,6 +69,7 @@ def test_replacements_are_uniform_over_the_visible():
         (lambda: BlockMaskGenerator((4, 4), 17), "num_masked is 17; a 4x4 grid has 0 to 16"),
         (lambda: BlockMaskGenerator((4, 4), 4, min_aspect=0), "min_aspect is 0"),
         (lambda: BlockMaskGenerator((4, 4), 4, min_block=0), "min_block is 0"),
+        (lambda: random_mask((4, 4), 17, torch.Generator()), "num_masked is 17; a 4x4 grid has 0 to 16"),
         (lambda: ReplacementSampler(-1), "num_replaced is -1"),
         (lambda: ReplacementSampler(3)(torch.ones(2, 2, dtype=torch.bool), torch.Generator()), "only 0 are visible"),
     ],

@@ -46,9 +46,7 @@ class BlockMaskGenerator:
         max_block: int | None = None,
         min_aspect: float = 0.3,
     ) -> None:
-        height, width = grid
-        if not 0 <= num_masked <= height * width:
-            raise UsageError(f"num_masked is {num_masked}; a {height}x{width} grid has 0 to {height * width} to hide")
+        _check_count(grid, num_masked)
         if not 0 < min_aspect <= 1:
             raise UsageError(f"min_aspect is {min_aspect}; it must be above 0 and at most 1")
         if min_block < 1 or (max_block is not None and max_block < 1):
@@ -124,9 +122,16 @@ def random_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generat
     """Return a mask (h, w) bool with `num_masked` uniformly random patches hidden.
 
     Raises:
-        UsageError: More patches than there are.
+        UsageError: A negative number, or more patches than there are.
     """
+    _check_count(grid, num_masked)
     return ReplacementSampler(num_masked)(torch.zeros(grid, dtype=torch.bool), generator)
+
+
+def _check_count(grid: tuple[int, int], num_masked: int) -> None:
+    height, width = grid
+    if not 0 <= num_masked <= height * width:
+        raise UsageError(f"num_masked is {num_masked}; a {height}x{width} grid has 0 to {height * width} to hide")
 
 
 def _correct(mask: Tensor, wanted: int, generator: torch.Generator) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+import timm
 import torch
 from scipy.interpolate import RectBivariateSpline
 
@@ -59,6 +62,18 @@ def test_an_encoder_works_at_its_new_size(name):
     assert tokens(encoder, torch.randn(1, 3, 6 * patch, 6 * patch)).patches.shape[1] == 36
     with pytest.raises(UsageError, match="is not divisible"):
         set_image_size(encoder, 6 * patch + 1)
+
+
+def test_a_resized_encoder_can_be_rebuilt_from_what_it_says_it_was_made_from():
+    encoder = create_encoder("ccvit_tiny_patch4_32", depth=1).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a square grid gives no warning, timm's own included
+        set_image_size(encoder, 64)
+    made = encoder.patchloom_args
+    again = timm.create_model(made["architecture"], num_classes=0, **made["model_args"])
+    again.load_state_dict(encoder.state_dict())
+    assert image_size(again) == (64, 64)
+    assert not encoder.rel_pos_bias.relative_position_bias_table.requires_grad
 
 
 def test_smooth_biases_stay_what_they_mean():

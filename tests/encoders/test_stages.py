@@ -106,6 +106,30 @@ def test_dropped_patches_leave_the_rest_as_if_they_had_never_been(name):
     assert kept.shape[1] == prefix + count // 2
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "beit_base_patch16_224"])
+def test_dropped_patches_equal_patches_nobody_attends_to(name):
+    """The other way to the same numbers: all patches run, but the attention to dropped ones is cut."""
+    encoder = randomised(name, 56 if "14" in name else 64)
+    images = images_for(encoder)
+    count, prefix = grid_size(encoder)[0] * grid_size(encoder)[1], num_prefix_tokens(encoder)
+    keep = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in (5, 6)])[:, :5]
+    seen = torch.zeros(2, 1, 1, prefix + count).index_fill_(3, torch.arange(prefix), 1.0)
+    seen[:, 0, 0].scatter_(1, keep + prefix, 1.0)
+    cut = seen.log()  # 0 where seen, -inf where dropped
+    whole = embed(encoder, images)
+    x = whole.x
+    for number, block in enumerate(encoder.blocks):
+        kwargs = dict(whole.kwargs_of(number))
+        if (bias := kwargs.pop("shared_rel_pos_bias", None)) is not None:
+            x = block(x, shared_rel_pos_bias=bias + cut)
+        else:
+            x = block(x, attn_mask=cut.expand(-1, -1, x.shape[1], -1), **kwargs)
+    kept, _ = run_blocks(encoder, embed(encoder, images, keep=keep))
+    torch.testing.assert_close(kept[:, :prefix], x[:, :prefix], atol=1e-4, rtol=1e-4)
+    expected = x[:, prefix:].gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    torch.testing.assert_close(kept[:, prefix:], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_dropping_patches_is_refused_where_every_block_has_its_own_table():
     encoder = randomised("beit_base_patch16_224", 64)
     with pytest.raises(UsageError, match="its own relative-position table"):
@@ -117,8 +141,9 @@ def test_masks_without_token_or_of_another_grid_are_refused():
     images = images_for(encoder)
     with pytest.raises(UsageError, match="need a mask_token"):
         embed(encoder, images, masked=torch.zeros(2, 16, dtype=torch.bool))
-    with pytest.raises(UsageError, match="the mask has shape"):
-        embed(encoder, images, masked=torch.zeros(2, 9, dtype=torch.bool), mask_token=torch.zeros(1, 1, 192))
+    for shape in [(2, 9), (16, 2), (1, 32)]:
+        with pytest.raises(UsageError, match="the mask has shape"):
+            embed(encoder, images, masked=torch.zeros(shape, dtype=torch.bool), mask_token=torch.zeros(1, 1, 192))
 
 
 def test_taps_are_block_outputs_counted_from_one():
@@ -133,6 +158,12 @@ def test_taps_are_block_outputs_counted_from_one():
     torch.testing.assert_close(layers[1].patches, final_norm(encoder, taps[1])[:, 1:])
     with pytest.raises(UsageError, match="no block 3; the encoder has blocks 0 to 2"):
         intermediate_layers(encoder, images, [3])
+    with pytest.raises(UsageError, match="no block 3; the encoder has blocks 0 to 2"):
+        class_attention(encoder, images, layer=3)
+    with pytest.raises(UsageError, match="tap 2 is on a block that is not run; taps here are 1 to 1"):
+        run_blocks(encoder, embed(encoder, images), stop=1, taps=(2,))
+    with pytest.raises(UsageError, match="start 0 and stop 4 fit no blocks"):
+        run_blocks(encoder, embed(encoder, images), stop=4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -148,6 +179,45 @@ def test_fresh_blocks_are_like_the_encoders_and_run(name):
     assert {n: p.shape for n, p in own.items()} == {n: p.shape for n, p in new.items()}
     assert not torch.equal(own["attn.proj.weight"], new["attn.proj.weight"])
     assert not torch.equal(blocks[0].attn.proj.weight, blocks[1].attn.proj.weight)
+
+
+def test_fresh_blocks_of_a_frozen_encoder_are_trainable_and_have_their_own_drop_path():
+    encoder = create_encoder("ccvit_tiny_patch4_32", depth=2, drop_path=0.3).eval().requires_grad_(False)
+    block = new_blocks(encoder, 1)[0]
+    assert block.training
+    assert all(parameter.requires_grad for parameter in block.parameters())
+    assert block.drop_path1.drop_prob == pytest.approx(0.3)
+    assert new_blocks(encoder, 1, drop_path=0.1)[0].drop_path2.drop_prob == pytest.approx(0.1)
+    assert isinstance(new_blocks(encoder, 1, drop_path=0.0)[0].drop_path1, torch.nn.Identity)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    with pytest.raises(UsageError, match="drop_path is 1"):
+        new_blocks(encoder, 1, drop_path=1.0)
+
+
+def test_the_shared_bias_is_made_once_per_forward_pass():
+    encoder = create_encoder("ccvit_tiny_patch4_32", depth=3)
+    calls = []
+    encoder.rel_pos_bias.register_forward_hook(lambda *_: calls.append(1))
+    run_blocks(encoder, embed(encoder, images_for(encoder)))
+    assert len(calls) == 1
+
+
+def test_a_grid_that_is_not_square_has_its_biases_row_major():
+    """Table rows count Δrow · (2w - 1) + Δcol, query minus key, on a grid of 2 rows and 3 columns."""
+    bias = create_encoder("ccvit_tiny_patch4_32", image_size=(8, 12), depth=1).rel_pos_bias
+    assert bias.relative_position_bias_table.shape[0] == 3 * 5 + 3
+    for query in range(6):
+        for key in range(6):
+            down, across = query // 3 - key // 3, query % 3 - key % 3
+            assert bias.relative_position_index[query + 1, key + 1] == (down + 1) * 5 + across + 2
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_xp_224", "vit_base_r50_s16_224"])
+def test_side_by_side_blocks_and_convolutional_stems(name):
+    encoder = create_encoder(name, depth=1).eval()
+    assert (patch_size(encoder), in_chans(encoder), grid_size(encoder)) == (16, 3, (14, 14))
+    with torch.no_grad():
+        assert class_attention(encoder, images_for(encoder, 1)).shape == (1, 12, 196)
 
 
 def test_checkpointing_changes_no_gradient():
@@ -197,6 +267,8 @@ def test_normalisation_is_the_encoders_own():
     ("name", "size", "message"),
     [
         ("ccvit_bas_patch16_224", None, "did you mean ccvit_base_patch16_224"),
+        ("ccvit_tiny", None, "did you mean ccvit_tiny_patch"),
+        ("vit_base", None, "did you mean vit_base_"),
         ("resnet50", None, "encoders here are timm's ViT"),
         ("resnet50", 64, "timm's ViT, BEiT and EVA"),
         ("ccvit_tiny_patch16_224", 225, "image size 225 is not divisible by patch size 16; use 224 or 240"),
@@ -206,6 +278,21 @@ def test_normalisation_is_the_encoders_own():
 def test_what_is_no_encoder_is_refused(name, size, message):
     with pytest.raises(UsageError, match=message):
         create_encoder(name, image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"img_size": 33}, "image size 33 is not divisible by patch size 4; use 32 or 36"),
+        ({"patch_size": (4, 8), "image_size": 32}, "patches here are square"),
+        ({"drop_path": 1.5}, "drop_path is 1.5"),
+        ({"embed_dim": 100}, "embed_dim 100 is not divisible by num_heads 3"),
+        ({"dept": 2}, "unexpected keyword argument 'dept'"),
+    ],
+)
+def test_arguments_that_fit_no_encoder_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        create_encoder("ccvit_tiny_patch4_32", **arguments)
 
 
 @pytest.mark.parametrize(

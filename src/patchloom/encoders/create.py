@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from patchloom.encoders.properties import Encoder
+from patchloom.encoders.properties import Encoder, patch_size
 from patchloom.encoders.properties import in_chans as channels_of
 from patchloom.encoders.resize import set_image_size
 from patchloom.errors import UsageError
@@ -19,6 +19,8 @@ from patchloom.patches import patch_grid
 
 FAMILIES = (VisionTransformer, Beit, Eva)
 KINDS = "timm's ViT, BEiT and EVA models"
+# Where timm and this package keep them, for hints that lead to an encoder.
+MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva")
 
 
 def create_encoder(
@@ -44,25 +46,33 @@ def create_encoder(
         The module; its attribute `patchloom_args` holds what it was made from.
 
     Raises:
-        UsageError: Unknown name (with the nearest), a model of another kind, or a size that does not fit.
+        UsageError: Unknown name (with the nearest), a model of another kind, or a size, width or rate that does not
+            fit.
     """
     if Path(name).exists():
         return _from_bundle(name, image_size, in_chans, drop_path)
     if not timm.is_model(name):
         raise _unknown(name)
+    if not 0 <= drop_path < 1:
+        raise UsageError(f"drop_path is {drop_path}; it must be in [0, 1)")
     arguments = {"num_classes": 0, **model_args, "in_chans": in_chans}
     if drop_path:
         arguments["drop_path_rate"] = drop_path
     if image_size is not None:
-        arguments["img_size"] = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        arguments["img_size"] = image_size
+    if (size := arguments.get("img_size")) is not None:
+        arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
         _check_size(name, arguments)
     try:
         built = timm.create_model(name, pretrained=pretrained, **arguments)
-    except TypeError as error:  # an argument that this kind of model does not take
+    except (TypeError, AssertionError) as error:  # an argument this kind of model does not take, or not with others
         raise UsageError(f"{name} cannot be made as an encoder ({error}); encoders are {KINDS}") from error
     if not isinstance(built, FAMILIES):
         raise UsageError(f"{name} is a {type(built).__name__}; encoders here are {KINDS}")
     model: Encoder = built
+    heads = getattr(model.blocks[0], "attn", model.blocks[0]).num_heads
+    if model.embed_dim % heads:  # `Beit` builds it all the same, and fails in its first forward pass
+        raise UsageError(f"embed_dim {model.embed_dim} is not divisible by num_heads {heads}; change one of them")
     arguments.pop("num_classes")
     arguments.pop("drop_path_rate", None)  # how it was trained, not what it is
     size = model.patch_embed.img_size
@@ -90,7 +100,6 @@ def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, d
     encoder.load_state_dict(saved.state_dict())
     if size is not None:
         set_image_size(encoder, size)
-        encoder.patchloom_args["model_args"]["img_size"] = tuple(encoder.patch_embed.img_size)
     return encoder
 
 
@@ -106,11 +115,16 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
             built: Encoder = timm.create_model(name, pretrained=False, **rest)
             if not isinstance(built, FAMILIES):
                 return  # refused by its kind, not by its size
-            patch = built.patch_embed.patch_size[0]
-    patch_grid(arguments["img_size"], int(patch))
+            patch = patch_size(built)
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    if height != width:
+        raise UsageError(f"patch_size is {(height, width)}; patches here are square")
+    patch_grid(arguments["img_size"], int(height))
 
 
 def _unknown(name: str) -> UsageError:
-    near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
+    known = [model for module in MODULES for model in timm.list_models(module=module)]
+    begun = [model for model in known if model.startswith(name.lower())]
+    near = get_close_matches(name.lower(), begun or known, n=3, cutoff=0.0 if begun else 0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UsageError(f"unknown encoder {name!r}{hint} (a timm model, or the path of a bundle or run)")

@@ -31,7 +31,7 @@ def depth(encoder: Encoder) -> int:
 
 def patch_size(encoder: Encoder) -> int:
     """Return the side of a patch in pixels."""
-    return int(encoder.patch_embed.patch_size[0])
+    return int(encoder.patch_embed.feat_ratio())  # behind a convolutional stem, its strides count too
 
 
 def num_prefix_tokens(encoder: Encoder) -> int:
@@ -52,7 +52,8 @@ def grid_size(encoder: Encoder, size: tuple[int, int] | None = None) -> tuple[in
 
 def in_chans(encoder: Encoder) -> int:
     """Return the number of channels of the images the encoder takes."""
-    return int(encoder.patch_embed.proj.weight.shape[1])
+    # Behind a convolutional stem, `proj` takes the stem's channels.
+    return int(getattr(encoder, "in_chans", encoder.patch_embed.proj.weight.shape[1]))
 
 
 def normalize(images: Tensor, encoder: Encoder) -> Tensor:

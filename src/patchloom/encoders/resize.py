@@ -21,12 +21,12 @@ def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
     """Set the encoder up for images of another size, in place, and return it.
 
     Absolute positions are resampled as timm does; relative-position tables as in section 2.10 of the CCViT
-    specification (bicubic, with a warning, where a grid is not square).
+    specification (bicubic, with a warning, where a grid is not square). `patchloom_args` follow.
 
     Raises:
         UsageError: A side is not divisible by the patch size, or the encoder's size is fixed.
     """
-    new = (size, size) if isinstance(size, int) else size
+    new = (size, size) if isinstance(size, int) else (size[0], size[1])
     if new == image_size(encoder):
         return encoder
     patch_grid(new, patch_size(encoder))
@@ -38,13 +38,17 @@ def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
         for name, module in encoder.named_modules()
         if isinstance(getattr(module, "relative_position_bias_table", None), Tensor)
     }
-    encoder.set_input_size(img_size=new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from timm's own resampling of the tables, which ours replaces
+        encoder.set_input_size(img_size=new)
     if isinstance(encoder, Beit):
         for name, table in tables.items():
             resized = resize_relative_table(table, old_grid, grid_size(encoder))
             with torch.no_grad():
                 holder: Encoder = encoder.get_submodule(name)
                 holder.relative_position_bias_table.copy_(resized)
+    if (made := getattr(encoder, "patchloom_args", None)) is not None:
+        encoder.patchloom_args = {**made, "model_args": {**made["model_args"], "img_size": new}}
     return encoder
 
 

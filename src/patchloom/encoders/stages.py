@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from timm.layers import DropPath
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -103,10 +104,18 @@ def run_blocks(
 
     Returns:
         The output of the last block run, (B, P + N, D), and the tapped outputs by number; none is normed.
+
+    Raises:
+        UsageError: Blocks the encoder does not have, or a tap on a block that is not run.
     """
+    stop = depth(encoder) if stop is None else stop
+    if not 0 <= start <= stop <= depth(encoder):
+        raise UsageError(f"start {start} and stop {stop} fit no blocks; 0 <= start <= stop <= {depth(encoder)} does")
+    if missed := [tap for tap in taps if not start < tap <= stop]:
+        raise UsageError(f"tap {missed[0]} is on a block that is not run; taps here are {start + 1} to {stop}")
     x, kept = embedded.x, {}
     recompute = bool(getattr(encoder, "grad_checkpointing", False)) and torch.is_grad_enabled()
-    for number in range(start, depth(encoder) if stop is None else stop):
+    for number in range(start, stop):
         block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         if number + 1 in taps:
@@ -168,25 +177,35 @@ def intermediate_layers(encoder: Encoder, images: Tensor, layers: Sequence[int],
     Raises:
         UsageError: A block the encoder does not have.
     """
-    count = depth(encoder)
-    wrong = [layer for layer in layers if not -count <= layer < count]
-    if wrong:
-        raise UsageError(f"there is no block {wrong[0]}; the encoder has blocks 0 to {count - 1}")
-    numbers = [layer % count + 1 for layer in layers]
-    _, taps = run_blocks(encoder, embed(encoder, images), stop=max(numbers), taps=numbers)
+    numbers = [_block_number(encoder, layer) + 1 for layer in layers]
+    _, taps = run_blocks(encoder, embed(encoder, images), stop=max(numbers, default=0), taps=numbers)
     return [_split(encoder, final_norm(encoder, taps[n]) if norm else taps[n]) for n in numbers]
 
 
-def new_blocks(encoder: Encoder, count: int) -> nn.ModuleList:
+def new_blocks(encoder: Encoder, count: int, drop_path: float | None = None) -> nn.ModuleList:
     """Return fresh blocks of the encoder's own kind and size, in PyTorch's default initialisation.
 
-    They are called like the encoder's: `block(x, **embedded.block_kwargs)`.
+    They are called like the encoder's: `block(x, **embedded.block_kwargs)`. They are trainable and in training mode
+    even where the encoder is frozen.
+
+    Args:
+        encoder: The encoder.
+        count: Number of blocks.
+        drop_path: Stochastic depth rate of each, in [0, 1); default: that of the encoder's last block.
+
+    Raises:
+        UsageError: `drop_path` outside its range.
     """
-    blocks = nn.ModuleList(copy.deepcopy(encoder.blocks[-1]) for _ in range(count))
+    if drop_path is not None and not 0 <= drop_path < 1:
+        raise UsageError(f"drop_path is {drop_path}; it must be in [0, 1)")
+    blocks = nn.ModuleList(copy.deepcopy(encoder.blocks[-1]) for _ in range(count)).requires_grad_(True).train()
     for block in blocks:
         for module in block.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+        for name in ("drop_path", "drop_path1", "drop_path2"):
+            if drop_path is not None and hasattr(block, name):
+                setattr(block, name, DropPath(drop_path) if drop_path else nn.Identity())
     return blocks
 
 
@@ -200,11 +219,15 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
 
     Returns:
         (B, heads, N), non-negative; what prefix tokens receive is left out, so a row sums to at most 1.
+
+    Raises:
+        UsageError: A block the encoder does not have.
     """
-    number = layer % depth(encoder)
+    number = _block_number(encoder, layer)
     embedded = embed(encoder, images)
     x, _ = run_blocks(encoder, embedded, stop=number)
-    attention = encoder.blocks[number].attn
+    block = encoder.blocks[number]
+    attention = getattr(block, "attn", block)  # blocks with attention and MLP side by side attend by themselves
     seen: list[Tensor] = []
     fused = attention.fused_attn
     # Unfused, every attention of timm passes its softmax through this dropout.
@@ -220,6 +243,14 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
     return rows[:, :, prefix:]
 
 
+def _block_number(encoder: Encoder, layer: int) -> int:
+    """Return the 0-based number of a block that may be counted from the end."""
+    count = depth(encoder)
+    if not -count <= layer < count:
+        raise UsageError(f"there is no block {layer}; the encoder has blocks 0 to {count - 1}")
+    return layer % count
+
+
 def _split(encoder: Encoder, x: Tensor) -> Tokens:
     prefix = num_prefix_tokens(encoder)
     return Tokens(x[:, :prefix], x[:, prefix:])
@@ -228,7 +259,7 @@ def _split(encoder: Encoder, x: Tensor) -> Tokens:
 def _insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
     if mask_token is None:
         raise UsageError("masked patches need a mask_token to stand in for them")
-    if masked.numel() != x[..., 0].numel():
+    if masked.flatten(1).shape != x[..., 0].flatten(1).shape:
         raise UsageError(f"the mask has shape {tuple(masked.shape)}; the patches have {tuple(x.shape[:-1])}")
     hidden = masked.reshape(x.shape[:-1]).unsqueeze(-1).to(x.dtype)
     return x * (1 - hidden) + mask_token.to(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) * hidden
