@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,20 @@ class Prepared(CCViTMethod):
         """Return the prepared batches."""
         self.total_steps = len(self.batches)
         self.steps_per_epoch = len(self.batches) + 1
-        return self.batches
+        return InMemory(self.batches)
+
+
+class InMemory:
+    """Batches as a loader; a plain list would be taken for one loader per entry."""
+
+    def __init__(self, batches: list[dict[str, Any]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.batches)
 
 
 class Clock(Callback):
