@@ -1,7 +1,7 @@
 """CCViT as a training method: settings, views and masks, tokens inside the step, pictures.
 
 The algorithm itself is in `centroid_mim`. Paper: "Centroid-centered Modeling for Efficient Vision Transformer
-Pre-training", arXiv 2303.04664; section numbers below are those of the specification in `docs/systems/ccvit.md`.
+Pre-training", arXiv 2303.04664.
 """
 
 from __future__ import annotations
