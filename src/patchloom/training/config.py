@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -257,9 +258,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if int in plain and hasattr(value, "__index__") and not isinstance(value, bool):
         return int(value)
     if float in plain and isinstance(value, str):
-        try:
+        with suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     expected = " or ".join(kind.__name__ for kind in plain)
     raise UsageError(f"{name} is {value!r}; expected {expected}")
