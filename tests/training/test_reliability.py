@@ -161,6 +161,13 @@ def test_an_existing_run_is_not_overwritten_unasked(images, uninterrupted):
         pl.pretrain("ccvit", **{**TINY, "data": str(images), "out": str(uninterrupted)})
 
 
+def test_a_request_that_fails_at_the_start_leaves_no_folder(images, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(pl.UsageError, match=r"accumulate=1000 needs 1000 batches per epoch, and .* gives 6"):
+        pl.pretrain("ccvit", **{**TINY, "data": str(images), "out": str(out), "accumulate": 1000})
+    assert not out.exists()
+
+
 def test_overwrite_deletes_runs_only(images, tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
     with pytest.raises(pl.UsageError, match="holds no run, so overwrite will not delete it"):

@@ -92,6 +92,7 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         raise UsageError(f"{command} needs labels and {config.data} has none; put each class in a folder of its own")
     method = method_class(config, source)
     run_dir = Path(config.out)
+    is_new = not run_dir.exists()
     if _is_first_process():
         _claim(run_dir, config)
         write_config(config, run_dir / "config.yaml", command)
@@ -104,7 +105,12 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         trainer = _trainer(method, source, run_dir, command)
         if _is_first_process():
             _announce(method, source, trainer)
-        trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+        try:
+            trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+        except UsageError:
+            if is_new and not checkpoint.exists():  # nothing was done; the corrected command may use the name
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
     if not trainer.is_global_zero:
         return Run(run_dir, run_dir / "model", run_dir / "report.html", {})
     run = read_run(run_dir)
