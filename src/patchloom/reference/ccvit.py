@@ -16,6 +16,8 @@ from patchloom.reference.state import check_settings, fill
 
 # What shapes do not tell, and what they do: the latter may be given all the same, and has to agree.
 SETTINGS = ("early_layers", "num_heads", "image_size", "img_size", "input_size", "drop_path")
+# Settings of the published scripts that change training or initial values, not what a trained model computes.
+WITHOUT_EFFECT = ("drop_path_rate", "drop_rate", "attn_drop_rate", "init_values", "init_std", "init_scale")
 RENAMED = {
     "mask_token": "mask_token",
     "cls_pt_layers.": "condenser.",
@@ -40,10 +42,11 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         UsageError: Unknown setting, or tensors missing or left over.
     """
     state = {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
-    if "patch_embed.proj.weight" not in state:
-        raise UsageError("the checkpoint has no patch_embed.proj.weight, so it is no CCViT encoder")
+    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in state:
+            raise UsageError(f"the checkpoint has no {name}, so it is no CCViT encoder")
     told = _told_by_shapes(state)
-    check_settings(config, (*SETTINGS, *told))
+    check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
     for name, value in told.items():
         if config.get(name, value) != value:
             raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
@@ -59,6 +62,8 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "embed_dim": width,
         "in_chans": channels,
         "patch_size": patch,
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "qkv_bias": "blocks.0.attn.q_bias" in state,
         "depth": _count(state, "blocks"),
         "head_layers": _count(state, "cls_pt_layers"),
         "vocab_size": len(state["lm_head.weight"]) if "lm_head.weight" in state else None,
