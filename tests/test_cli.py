@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -157,3 +157,18 @@ def test_installed_command_answers():
         [sys.executable, "-m", "patchloom.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("patchloom 0.")
+
+
+@pytest.mark.parametrize("spelling", [["--preset", "big"], ["--preset=big"], ["--config", "settings.yaml"]])
+def test_a_preset_changes_the_defaults_of_a_command(spelling, monkeypatch, tmp_path):
+    from patchloom import pretrain
+    from patchloom.pretrain.ccvit import CCViTConfig, CCViTMethod
+
+    seen = {}
+    monkeypatch.setattr(pretrain, "METHODS", {"made_up": CCViTMethod})
+    monkeypatch.setattr(pretrain, "fit", lambda command, method, config: seen.update(asdict(config)))
+    monkeypatch.setattr(CCViTConfig, "PRESETS", {"big": {"batch_size": 77, "epochs": 5}})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("preset: big\n")
+    assert cli.main(["pretrain", "made_up", "--data", "photos", "--out", "x", "--epochs", "9", *spelling]) == 0
+    assert (seen["batch_size"], seen["epochs"], seen["preset"]) == (77, 9, "big")

@@ -150,9 +150,13 @@ def _run_method(verb: str, command: Verb, method: str, rest: list[str]) -> int:
     if method not in listing:
         raise unknown_name(f"{verb} method", method, listing)
     config_class = listing[method].config_class
+    from patchloom.training.config import preset_values
+
     parser = _parser(f"{verb} {method}", (listing[method].__doc__ or config_class.__doc__ or "").strip())
     parser.add_class_arguments(config_class, fail_untyped=False)
-    values = _parse(parser, _with_saved_settings(rest), get_type_hints(config_class))
+    rest = _with_saved_settings(rest)
+    parser.set_defaults(dict(preset_values(config_class, _named_preset(rest))))
+    values = _parse(parser, rest, get_type_hints(config_class))
     run: Any = importlib.import_module(command.module)
     _report(run(method, **values))
     return 0
@@ -168,6 +172,27 @@ def _with_saved_settings(rest: list[str]) -> list[str]:
         return rest
     saved = Path(out[1]) / "config.yaml"
     return [f"--config={saved}", *rest] if saved.exists() else rest
+
+
+def _named_preset(rest: list[str]) -> str | None:
+    """Return the preset the options name, directly or in a file of settings: it changes the defaults of the rest."""
+    from patchloom.training.config import read_config
+
+    given = {name: _option(rest, name) for name in ("preset", "config")}
+    if given["preset"] is None and given["config"] is not None and Path(given["config"]).is_file():
+        return read_config(Path(given["config"])).get("preset")
+    return given["preset"]
+
+
+def _option(rest: list[str], name: str) -> str | None:
+    """Return the value of an option as it was typed; the last one counts."""
+    value = None
+    for argument, following in zip(rest, [*rest[1:], None], strict=True):
+        if argument == f"--{name}":
+            value = following
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
 
 
 def _run_function(name: str, command: Command, rest: list[str]) -> int:
@@ -211,7 +236,7 @@ def _parse(parser: ArgumentParser, rest: list[str], hints: dict[str, Any]) -> di
     rest = [_underscored(argument) for argument in rest]
     for argument in rest:
         name = argument.removeprefix("--").split("=")[0]
-        if argument.startswith("--") and name.removeprefix("no_") not in known | {"config", "help"}:
+        if argument.startswith("--") and name.split(".")[0].removeprefix("no_") not in known | {"config", "help"}:
             near = get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
             raise UsageError(f"{parser.prog} has no option --{name}{hint} (--help lists them)")

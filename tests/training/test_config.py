@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -91,3 +92,22 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
     refuse_changes(saved, TrainConfig(**NEEDED, num_workers=5, log_every=3))
     with pytest.raises(UsageError, match=r"has lr=0.0015, not 0.1"):
         refuse_changes(saved, TrainConfig(**NEEDED, lr=0.1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithPresets(TrainConfig):
+    """Made up."""
+
+    PRESETS: ClassVar = {"long": {"epochs": 800, "lr": 1e-4}, "short": {"epochs": 2}}
+
+
+def test_a_preset_replaces_defaults_and_gives_way_to_what_is_said():
+    config = config_from_mapping(WithPresets, {**NEEDED, "preset": "long", "lr": 3e-3})
+    assert (config.epochs, config.lr, config.preset) == (800, 3e-3, "long")
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(UsageError, match=r"unknown preset 'lon'.*long"):
+        config_from_mapping(WithPresets, {**NEEDED, "preset": "lon"})
+    with pytest.raises(UsageError, match="this method has none"):
+        config_from_mapping(TrainConfig, {**NEEDED, "preset": "long"})

@@ -45,20 +45,17 @@ def import_reference(
     system: str,
     checkpoint: str,
     out: str,
-    early_layers: int | None = None,
-    num_heads: int | None = None,
-    image_size: int | None = None,
+    settings: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Turn a published checkpoint into a bundle that timm and every command here can open.
 
     Args:
-        system: Name of the system: ccvit.
+        system: Name of the system; `patchloom list references` shows them.
         checkpoint: File of the published checkpoint.
         out: Folder of the bundle.
-        early_layers: Block whose tokens the condenser takes; default: the paper's for the depth.
-        num_heads: Attention heads, where no relative-position table tells.
-        image_size: Side of the images in pixels, where no position table tells.
+        settings: What the tensors do not tell, under the names of the system's docs page, such as
+            --settings.num_heads 12.
         overwrite: Replace a bundle already there.
 
     Returns:
@@ -71,10 +68,11 @@ def import_reference(
 
     if Path(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
-    given = {"early_layers": early_layers, "num_heads": num_heads, "image_size": image_size}
-    config = {name: value for name, value in given.items() if value is not None}
+    config = settings or {}
     module = load_reference(system, checkpoint, **config)
     encoder = getattr(module, "encoder", module)
+    if not hasattr(encoder, "pretrained_cfg"):
+        raise UsageError(f"a {system} checkpoint holds no encoder that could be saved as a bundle")
     lineage = {"made_by": f"import {system}", "checkpoint": Path(checkpoint).name, "settings": config, "from": None}
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
     return out

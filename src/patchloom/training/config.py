@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -30,12 +30,20 @@ FREE_ON_RESUME = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of the engine."""
+    """Settings of the engine.
+
+    Attributes:
+        PRESETS: Named recipes of a method: for each, the fields whose defaults it replaces.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     data: str
     """Images to train on: a folder, shards (train-{000000..000099}.tar), photos, digits, torchvision:NAME or hf:NAME"""
     out: str
     """Run folder; must be empty or absent unless resume or overwrite is set"""
+    preset: str | None = None
+    """Named recipe of the method that replaces the defaults below; what is given beside it wins"""
     encoder: str = "ccvit_base_patch16_224"
     """Name of a timm model, or the path of a bundle or run to start from"""
     image_size: int | None = None
@@ -155,12 +163,29 @@ class TrainConfig:
 Config = TypeVar("Config", bound=TrainConfig)
 
 
+def preset_values(config_class: type, name: str | None) -> Mapping[str, Any]:
+    """Return the fields a preset of a settings class replaces; none without a name.
+
+    Raises:
+        UsageError: The class has no such preset; names those it has.
+    """
+    if name is None:
+        return {}
+    presets: Mapping[str, Mapping[str, Any]] = getattr(config_class, "PRESETS", {})
+    if not presets:
+        raise UsageError(f"preset is {name!r}, but this method has none; leave it out")
+    if name not in presets:
+        raise unknown_name("preset", name, presets)
+    return presets[name]
+
+
 def config_from_mapping(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Return settings from names and values.
+    """Return settings from names and values; where they name a preset, it stands in for what they leave out.
 
     Raises:
         UsageError: An unknown name (with the nearest), a missing one, or a value of the wrong kind.
     """
+    values = {**preset_values(config_class, values.get("preset")), **values}
     known = {field.name: field for field in dataclasses.fields(config_class)}
     for name in values:
         if name not in known:
