@@ -106,7 +106,10 @@ def _write_parquet(path: Path, keys: list[str], labels: np.ndarray, vectors: np.
     pyarrow = _need_pyarrow()
     flat = pyarrow.array(vectors.reshape(-1), type=pyarrow.float32())
     columns = {"file": pyarrow.array(keys)}
-    if (labels >= 0).any():
+    if labels.ndim == 2:  # several labels per image; NaN where unknown
+        values = pyarrow.array(labels.reshape(-1), type=pyarrow.float32())
+        columns["labels"] = pyarrow.FixedSizeListArray.from_arrays(values, labels.shape[1])
+    elif (labels >= 0).any():
         columns["label"] = pyarrow.array(labels)
     columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     pyarrow.parquet.write_table(pyarrow.table(columns), path)

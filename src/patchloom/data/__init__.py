@@ -51,6 +51,10 @@ def list_sources() -> dict[str, str]:
         "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
         "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
         "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
+        "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
+        "chexpert:FOLDER": "CheXpert, 5 labels; …:train, :val, :test, and :ones, :zeros, :ignore for uncertain",
+        "mimic-cxr:FOLDER": "MIMIC-CXR, 5 labels; …:train, :val, :test",
+        "covidx:FOLDER": "COVIDx, 3 classes; …:train, :val, :test",
     }
 
 
@@ -84,12 +88,17 @@ def open_source(
         hub: type[HuggingFaceSource] | type[TorchvisionSource]
         hub = HuggingFaceSource if word == "hf" else TorchvisionSource
         return hub(dataset, split or "train", in_chans=in_chans, **options)
+    if word in ("chestxray14", "chexpert", "covidx", "mimic-cxr") and rest:
+        from patchloom.data.medical import open_medical
+
+        return open_medical(word, rest, in_chans=in_chans, **options)
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         from patchloom.data.shards import ShardSource
 
         return ShardSource(name, in_chans=in_chans, **options)
     if not Path(name).exists() and "/" not in name:
-        near = get_close_matches(word, ["photos", "digits", "torchvision", "hf"], n=1, cutoff=0.6)
+        words = [known.partition(":")[0] for known in list_sources() if known[0].islower()]
+        near = get_close_matches(word, words, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"there is no image folder {name!r} here, nor a data source of that name{hint} "
@@ -116,6 +125,8 @@ def sample_indices(source: Source, count: int, *, seed: int = 1, per_class: int 
     else:
         if source.labels is None:
             raise UsageError(f"per_class={per_class} needs labels and {source.name} has none")
+        if source.multilabel:
+            raise UsageError(f"per_class={per_class} needs one class per image; {source.name} has several labels each")
         parts = [
             generator.permutation(np.flatnonzero(source.labels == label))[:per_class]
             for label in np.unique(source.labels)

@@ -19,8 +19,8 @@ class Sample(NamedTuple):
 
     image: Tensor
     """(C, H, W) uint8."""
-    label: int
-    """Class index, -1 when unknown."""
+    label: int | np.ndarray
+    """Class index, -1 when unknown; of a multi-label source (L,) float32 in [0, 1], NaN where unknown."""
     key: str
     """Name of the image within its source: a relative path or a stable id."""
 
@@ -49,8 +49,10 @@ class Source(ABC):
 
     Attributes:
         name: The source as the user named it.
-        class_names: Names of the classes, or None when the images are unlabelled.
-        labels: (n,) int64, -1 where unknown; or None when the images are unlabelled.
+        class_names: Names of the classes or, where an image may have several, of the labels; None when the images
+            are unlabelled.
+        labels: (n,) int64, -1 where unknown; (n, L) float32 in [0, 1], NaN where unknown, for a multi-label source;
+            or None when the images are unlabelled.
         in_chans: Channels of the images `read` returns.
     """
 
@@ -58,6 +60,11 @@ class Source(ABC):
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
     in_chans: int = 3
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels: then labels are vectors, not class numbers."""
+        return self.labels is not None and self.labels.ndim == 2
 
     @abstractmethod
     def __len__(self) -> int:
@@ -99,6 +106,7 @@ class StreamSource(ABC):
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
         num_samples: Images per epoch where known, else None.
+        multilabel: Whether an image may have several labels.
     """
 
     name: str
@@ -106,6 +114,7 @@ class StreamSource(ABC):
     labels: None = None
     in_chans: int = 3
     num_samples: int | None = None
+    multilabel: bool = False
 
     @abstractmethod
     def samples(

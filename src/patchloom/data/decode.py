@@ -1,6 +1,6 @@
 """From the bytes of an image file to a uint8 tensor, whatever the file holds.
 
-Grey, palette, RGBA, CMYK and 16-bit images, EXIF rotation, the first frame of animations. Broken files raise
+Grey, palette, RGBA, CMYK and 16-bit images, EXIF rotation, the first frame of animations, DICOM. Broken files raise
 `UnreadableImageError`, which a training run survives.
 """
 
@@ -17,22 +17,25 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from patchloom.data.base import UnreadableImageError
+from patchloom.data.dicom import Monochrome1, decode_dicom, is_dicom
 from patchloom.errors import UsageError
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".dcm", ".dicom"}
 )
 MOST_PIXELS = 300_000_000
 """Larger images are refused as unreadable: a small file can claim to be an image that fills the memory."""
 
 
-def decode_image(data: bytes | Path, key: str, in_chans: int = 3) -> Tensor:
+def decode_image(data: bytes | Path, key: str, in_chans: int = 3, monochrome1: Monochrome1 = "invert") -> Tensor:
     """Return an image as (in_chans, H, W) uint8.
 
     Args:
         data: The encoded image, or the path of its file.
         key: Name of the image, for the error.
         in_chans: 3 for RGB (grey is repeated, transparency is laid on white) or 1 for grey.
+        monochrome1: What becomes of a DICOM image whose zero is white.
 
     Raises:
         UnreadableImageError: Empty, truncated, not an image, or too large.
@@ -49,6 +52,8 @@ def decode_image(data: bytes | Path, key: str, in_chans: int = 3) -> Tensor:
     if encoded[:3] == b"\xff\xd8\xff" and (fast := _fast_jpeg(encoded, in_chans)) is not None:
         return fast
     try:
+        if is_dicom(encoded, key):
+            return _channels(Image.fromarray(decode_dicom(encoded, monochrome1)), in_chans)
         return _decode_with_pillow(encoded, in_chans)
     except UnreadableImageError:
         raise
@@ -76,7 +81,12 @@ def _decode_with_pillow(encoded: bytes, in_chans: int) -> Tensor:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_PIXELS:,}")
             image.load()
-            array = _eight_bit(ImageOps.exif_transpose(image), "RGB" if in_chans == 3 else "L")
+            return _channels(ImageOps.exif_transpose(image), in_chans)
+
+
+def _channels(image: Image.Image, in_chans: int) -> Tensor:
+    """Return a Pillow image as (in_chans, H, W) uint8."""
+    array = _eight_bit(image, "RGB" if in_chans == 3 else "L")
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 

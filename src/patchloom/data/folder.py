@@ -45,7 +45,7 @@ class FolderSource(Source):
         if not self.root.is_dir():
             kind = "is a file" if self.root.exists() else "does not exist"
             raise UsageError(f"the image folder {path} {kind}; give the folder that holds the images")
-        found = sorted(_walk(self.root))
+        found = sorted(walk_images(self.root))
         if not found:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known})")
@@ -87,7 +87,7 @@ class FolderSource(Source):
         return self._stamp
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
+def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
     """Yield (path below root, size, time) of image files; folders reached twice through links are entered once."""
     seen: set[tuple[int, int]] = set()
     stack = [("", str(root))]

@@ -85,7 +85,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Start an iteration.
 
-        Each batch is a dict: what the transform returned, stacked; "label" (B,) int64; "index" (B,) int64;
+        Each batch is a dict: what the transform returned, stacked; "label" (B,) int64, or (B, L)
+        float32 from a multi-label source (NaN where unknown); "index" (B,) int64;
         "key": list of B names; "skipped": list of (key, reason) of images that could not be read.
 
         Raises:

@@ -46,8 +46,11 @@ class MemorySource(Source):
         self.name = name
         self.samples = list(samples)
         self.class_names = class_names
-        labels = np.array([sample.label for sample in self.samples], dtype=np.int64)
-        self.labels = labels if len(labels) and (labels >= 0).all() else None
+        labels = np.array([sample.label for sample in self.samples])
+        if labels.ndim == 2:
+            self.labels = labels.astype(np.float32)
+        else:
+            self.labels = labels.astype(np.int64) if len(labels) and (labels >= 0).all() else None
         self.in_chans = self.samples[0].image.shape[0] if self.samples else 3
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
@@ -231,7 +232,7 @@ class _Assembly:
 
     def __init__(self) -> None:
         self.views: list[dict[str, Tensor]] = []
-        self.labels: list[int] = []
+        self.labels: list[int | np.ndarray] = []
         self.indices: list[int] = []
         self.keys: list[str] = []
         self.skipped: Skipped = []
@@ -246,11 +247,17 @@ class _Assembly:
         names = self.views[0] if self.views else ()
         batch: Batch = {name: self._stack(name) for name in names}
         return batch | {
-            "label": torch.tensor(self.labels, dtype=torch.int64),
+            "label": self._stacked_labels(),
             "index": torch.tensor(self.indices, dtype=torch.int64),
             "key": self.keys,
             "skipped": self.skipped,
         }
+
+    def _stacked_labels(self) -> Tensor:
+        """Return class numbers (B,) int64, or the vectors of a multi-label source (B, L) float32."""
+        if self.labels and isinstance(self.labels[0], np.ndarray):
+            return torch.from_numpy(np.stack(self.labels).astype(np.float32))
+        return torch.tensor(self.labels, dtype=torch.int64)
 
     def _stack(self, name: str) -> Tensor:
         tensors = [views[name] for views in self.views]

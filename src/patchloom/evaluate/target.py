@@ -95,6 +95,11 @@ def labelled_features(config: EvaluationConfig) -> tuple[Features, Features, lis
         # The labels of a stream come with its images.
         if isinstance(source, Source) and source.labels is None:
             raise UsageError(f"{source.name} has no labels; put each class in a folder of its own")
+        if source.multilabel:
+            raise UsageError(
+                f"{source.name} has several labels per image and this evaluation compares classes; "
+                f"adapt finetune measures the mean AUROC of labels"
+            )
     if train.fingerprint() == test.fingerprint():
         raise UsageError(
             f"train {config.train} and test {config.test} are the same images; measure on images apart from them"

@@ -37,7 +37,7 @@ class Features(NamedTuple):
     vectors: Tensor
     """(n, D) float32, on the CPU."""
     labels: Tensor
-    """(n,) int64, -1 where unknown."""
+    """(n,) int64, -1 where unknown; (n, L) float32, NaN where unknown, from a multi-label source."""
     keys: list[str]
     """Names of the n images."""
     skipped: list[tuple[str, str]]

@@ -20,7 +20,7 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
     """Return the reference and query images of a run's probe.
 
     With `probe_data`, queries come from there and references from the training images. Without, both come from
-    the training images (no image is in both). Without labels there are queries only.
+    the training images (no image is in both). Without labels, or with several per image, there are queries only.
 
     Raises:
         UsageError: `probe_data` cannot be opened, or its classes are not those of the training images.
@@ -30,11 +30,11 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
         order = np.random.default_rng(config.seed).permutation(len(training))[: MOST_REFERENCE + MOST_QUERIES]
         share = min(MOST_QUERIES, max(1, len(order) // 3))
         rest = SubsetSource(training, order[share:])
-        labelled = training.labels is not None and len(rest) > 0
+        labelled = _in_classes(training) and len(rest) > 0
         return ProbeData(rest if labelled else None, SubsetSource(training, order[:share]))
     held_out = _at_hand(open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed), config.seed)
     queries = _some(held_out, MOST_QUERIES, config.seed)
-    if training.labels is None or held_out.labels is None:
+    if not _in_classes(training) or not _in_classes(held_out):
         return ProbeData(None, queries)
     if training.class_names != held_out.class_names:
         raise UsageError(
@@ -53,6 +53,11 @@ def _at_hand(source: Source | StreamSource, seed: int) -> Source:
     if not samples:
         raise UsageError(f"{source.name} holds no readable image")
     return MemorySource(source.name, samples[:MOST_STREAMED], source.class_names)
+
+
+def _in_classes(source: Source) -> bool:
+    """Return whether every image has one label, as the k-NN probe needs."""
+    return source.labels is not None and not source.multilabel
 
 
 def _some(source: Source, most: int, seed: int) -> Source:

@@ -1,0 +1,93 @@
+"""DICOM files to grey or RGB tensors, by what the file says of itself (extra `medical`).
+
+Rescale slope and intercept, window or lookup table and the photometric interpretation are applied by pydicom; the
+result is spread over the range those settings allow, so no image is stretched by its own darkest and lightest pixel.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from patchloom.errors import MissingExtraError, unknown_name
+
+Monochrome1 = Literal["invert", "keep", "refuse"]
+"""What becomes of images stored with white as zero: inverted as viewers do, kept as stored, or unreadable."""
+
+
+def is_dicom(encoded: bytes, key: str) -> bool:
+    """Return whether a file is DICOM: by its magic word or, where old files lack that, by its name."""
+    return encoded[128:132] == b"DICM" or key.lower().endswith((".dcm", ".dicom"))
+
+
+def check_monochrome1(value: str) -> None:
+    """Refuse an unknown way to treat inverted images.
+
+    Raises:
+        UsageError: Names the known ones.
+    """
+    if value not in get_args(Monochrome1):
+        raise unknown_name("monochrome1", value, get_args(Monochrome1))
+
+
+def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndarray:
+    """Return the pixels of a DICOM file, of the first frame where there are several.
+
+    Args:
+        encoded: The file.
+        monochrome1: What becomes of an image whose zero is white.
+
+    Returns:
+        (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        ValueError: The file is inverted and `monochrome1` is `refuse`; pydicom raises others of its own where it
+            cannot read the file.
+        MissingExtraError: pydicom is not installed.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+    except ImportError as error:
+        raise MissingExtraError("pydicom", "medical", "reading DICOM") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about details of the standard that writers get wrong
+        file = pydicom.dcmread(io.BytesIO(encoded), force=True)
+        kind = str(file.get("PhotometricInterpretation", "MONOCHROME2"))
+        if kind == "MONOCHROME1" and monochrome1 == "refuse":
+            raise ValueError("it is inverted (MONOCHROME1); set monochrome1=invert to turn it, or keep")
+        several = int(file.get("NumberOfFrames", 1) or 1) > 1
+        pixels = pixel_array(file, index=0) if several else pixel_array(file)
+        if kind == "PALETTE COLOR":
+            return _to_bytes(
+                apply_color_lut(pixels, file), 0, 2 ** int(file.RedPaletteColorLookupTableDescriptor[2]) - 1
+            )
+        if pixels.ndim == 3:  # pydicom has turned other colour spaces into RGB
+            return _to_bytes(pixels, 0, 2 ** int(file.BitsStored) - 1)
+        values = apply_modality_lut(pixels, file)
+        limits = apply_modality_lut(_storable(file), file)
+        if file.get("VOILUTSequence"):
+            values = apply_voi_lut(values.astype(np.int64), file)
+            limits = np.array([0, 2 ** int(file.VOILUTSequence[0].LUTDescriptor[2]) - 1])
+        elif "WindowCenter" in file:
+            # What the window makes of values far below and far above it is its whole range.
+            values = apply_voi_lut(values.astype(np.float64), file)
+            limits = apply_voi_lut(np.array([-1e9, 1e9]), file)
+        grey = _to_bytes(values, float(limits.min()), float(limits.max()))
+    return 255 - grey if kind == "MONOCHROME1" and monochrome1 == "invert" else grey
+
+
+def _storable(file: Any) -> np.ndarray:
+    """Return the least and the greatest value that can be stored."""
+    bits, signed = int(file.BitsStored), bool(file.get("PixelRepresentation", 0))
+    return np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
+
+
+def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    if not high > low:
+        raise ValueError(f"its values run from {low:g} to {high:g}, which is no range")
+    scaled = (np.asarray(values, dtype=np.float64) - low) * (255 / (high - low))
+    return np.round(scaled.clip(0, 255)).astype(np.uint8)

@@ -1,0 +1,100 @@
+"""Images named by a list, with a class each or with several labels, below one folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from patchloom.data.base import Sample, Source
+from patchloom.data.decode import decode_image
+from patchloom.data.dicom import Monochrome1, check_monochrome1
+from patchloom.data.folder import walk_images
+from patchloom.errors import UsageError
+
+SHOWN = 10
+
+
+class ListedSource(Source):
+    """The images of a list, in its order.
+
+    Args:
+        name: The source as the user named it.
+        root: Folder that holds the images, at any depth.
+        files: Path below the root of every image, or its file name where that is unique below the root.
+        labels: (n,) int64 class numbers, or (n, L) float32 in [0, 1] with NaN where unknown.
+        class_names: Names of the classes or labels.
+        in_chans: Channels the images are read as, 3 or 1.
+        monochrome1: What becomes of DICOM images whose zero is white.
+
+    Raises:
+        UsageError: Files missing (the first ten are named), or a file name that several folders hold.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        files: Sequence[str],
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        in_chans: int = 3,
+        monochrome1: Monochrome1 = "invert",
+    ) -> None:
+        check_monochrome1(monochrome1)
+        self.name = name
+        self.root = root
+        self.labels = labels
+        self.class_names = list(class_names)
+        self.in_chans = in_chans
+        self.monochrome1 = monochrome1
+        self.files, stamps = _located(name, root, files)
+        digest = hashlib.sha256("\0".join([*self.files, *self.class_names]).encode(errors="surrogateescape"))
+        digest.update(stamps.tobytes() + labels.tobytes())
+        self._stamp = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Return the number of images listed."""
+        return len(self.files)
+
+    def key(self, index: int) -> str:
+        """Return the path of image number `index` below the root."""
+        return self.files[index]
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index` with its class number or its vector of labels."""
+        key = self.key(index)
+        assert self.labels is not None
+        image = decode_image(self.root / key, key, self.in_chans, self.monochrome1)
+        return Sample(image, self.labels[index] if self.multilabel else int(self.labels[index]), key)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of names, sizes, times and labels."""
+        return self._stamp
+
+
+def _located(name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Return the paths of the files below the root, and their sizes and times (n, 2) int64."""
+    if not root.is_dir():
+        raise UsageError(f"{name}: there is no folder {root}")
+    found: dict[str, tuple[int, int]] = {}
+    by_name: dict[str, str] = {}
+    several: set[str] = set()
+    for path, size, changed in walk_images(root):
+        found[path] = size, changed
+        short = path.rpartition("/")[2]
+        several |= {short} if short in by_name else set()
+        by_name[short] = path
+    # Only a bare name is looked for elsewhere: in another folder the same name may be another patient.
+    paths = [file if file in found else by_name.get(file, "") for file in files]
+    if missing := [file for file, path in zip(files, paths, strict=True) if not path]:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise UsageError(
+            f"{name}: {len(missing)} of {len(files)} images listed are not below {root}: "
+            f"{', '.join(missing[:SHOWN])}{more}"
+        )
+    if unclear := [file for file in files if file not in found and file in several]:
+        raise UsageError(f"{name}: several folders below {root} hold a {unclear[0]}; list it by its path")
+    return paths, np.array([found[path] for path in paths], dtype=np.int64).reshape(-1, 2)
