@@ -1,0 +1,1 @@
+"""Slide level: one label for a gigapixel image, learnt from the features of its tiles."""

@@ -1,0 +1,226 @@
+"""Published slide-level heads of Phikon-v2's group: plain state dicts (specification, sections 2.4 and 4).
+
+The names of the tensors tell which head it is, their shapes nearly all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.slides.mil import HEADS
+from patchloom.reference.state import check_settings, fill
+
+# A tensor that only this head has. A mean pool has nothing but its classifier.
+TELLS = {
+    "abmil": "attention_layer.att.weight",
+    "dsmil": "tiles_queries.hidden_layers.0.weight",
+    "chowder": "score_model.hidden_layers.0.weight",
+    "transmil": "cor.norm1.weight",
+    "hiptmil": "gat.attention_c.weight",
+    "meanpool": "mlp.0.weight",
+}
+# Names the head itself may go by.
+SPELLINGS = {"mean_pool": "meanpool", "hipt": "hiptmil", "hipt_mil": "hiptmil", "trans_mil": "transmil"}
+# What shapes do not tell.
+UNTOLD = {
+    "abmil": ("temperature", "mlp_activation", "mlp_dropout"),
+    "dsmil": ("passing_values", "out_logits", "mlp_activation", "mlp_dropout"),
+    "chowder": ("n_top", "n_bottom", "mlp_activation", "mlp_dropout"),
+    "transmil": ("num_heads", "num_landmarks", "attn_dropout", "proj_dropout", "block_dropout"),
+    "hiptmil": (),
+    "meanpool": ("activation", "dropout"),
+}
+# Spellings of the published blocks' settings.
+BLOCK_NAMES = {"num_attention_heads": "num_heads", "proj_dropout": "block_dropout"}
+
+
+def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) -> nn.Module:
+    """Return a multiple-instance head with a published state dict in it.
+
+    Args:
+        state: Tensors under the published names.
+        head: Name of the head; default: what the names of the tensors say.
+        **config: Arguments of the head under their published names; those that shapes tell may be given, and have to
+            agree. What they do not tell is the specification's default: `temperature` 1 (ABMIL), `n_top` half of the
+            scores (Chowder), `passing_values` as far as the classifier's width tells and `out_logits` mean (DSMIL),
+            `num_heads` 8 (TransMIL), and the activation of the classifier (ReLU for ABMIL, otherwise sigmoid).
+            `metadata_cols` (3): bags may come with so many columns in front of their features, or without.
+
+    Returns:
+        The head: `forward(bags, mask)` gives logits.
+
+    Raises:
+        UsageError: Unknown head or setting, one that contradicts the tensors, or tensors missing or left over.
+    """
+    found = next((name for name, tensor in TELLS.items() if tensor in state), None)
+    if found is None and "mlp.0.0.weight" in state:
+        found = "meanpool"
+    if head is not None:
+        head = SPELLINGS.get(head.lower(), head.lower())
+        if head not in HEADS:
+            raise unknown_name("head", head, HEADS)
+        if found is not None and head != found:
+            raise UsageError(f"the checkpoint's tensors are those of {found}, not of {head}")
+    if found is None:
+        raise UsageError(f"the checkpoint has no tensor of a known head ({', '.join(HEADS)}); it has {list(state)[:4]}")
+    told = _told_by_shapes(found, state)
+    config = _spelled_as_ours(found, config)
+    check_settings(config, ("metadata_cols", *UNTOLD[found], *told))
+    for name, value in told.items():
+        if name in config and _plain(config[name]) != _plain(value):
+            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    arguments = {"metadata_cols": 3, **told, **config}
+    if found == "chowder":
+        arguments |= _extremes(arguments, state)
+    if found == "dsmil":
+        arguments["passing_values"] = _passes_values(arguments, state)
+    return fill(HEADS[found](**arguments), state).eval()
+
+
+LOADERS = {name: partial(load, head=name) for name in HEADS}
+"""A loader for each head by its own name."""
+
+
+def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of a head that its tensors tell."""
+    if head == "meanpool":
+        widths = _mlp_widths(state)
+        return {"in_features": widths[0], "hidden": widths[1:-1], "out_features": widths[-1]}
+    if head == "abmil":
+        tiles, mlp = _tile_widths(state, "tiles_emb"), _mlp_widths(state)
+        return {
+            "in_features": tiles[0],
+            "tiles_mlp_hidden": tiles[1:-1],
+            "d_model_attention": tiles[-1],
+            "mlp_hidden": mlp[1:-1],
+            "out_features": mlp[-1],
+            "bias": "tiles_emb.hidden_layers.0.bias" in state,
+        }
+    if head == "chowder":
+        tiles = _tile_widths(state, "score_model")
+        return {
+            "in_features": tiles[0],
+            "tiles_mlp_hidden": tiles[1:-1],
+            "out_features": tiles[-1],
+            "mlp_hidden": _mlp_widths(state)[1:-1],
+            "bias": "score_model.hidden_layers.0.bias" in state,
+        }
+    if head == "dsmil":
+        scores, values, queries = (_tile_widths(state, f"tiles_{name}") for name in ("scores", "values", "queries"))
+        return {
+            "in_features": scores[0],
+            "out_features": scores[-1],
+            "d_tiles_values": values[-1],
+            "d_tiles_queries": queries[-1],
+            "tiles_scores_mlp_hidden": scores[1:-1],
+            "tiles_values_mlp_hidden": values[1:-1],
+            "tiles_queries_mlp_hidden": queries[1:-1],
+            "mlp_hidden": _mlp_widths(state)[1:-1],
+            "bias": "tiles_scores.hidden_layers.0.bias" in state,
+        }
+    if head == "transmil":
+        return _transmil(state)
+    return {"in_features": _width_in(state, "phi.0.weight"), "out_features": len(state["classifier.weight"])}
+
+
+def _transmil(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    projected = "proj.0.weight" in state
+    width = len(state["cor.norm1.weight"])
+    told: dict[str, Any] = {
+        "in_features": _width_in(state, "proj.0.weight") if projected else width,
+        "proj_dim": width if projected else None,
+        "out_features": len(_tensor(state, "head.weight")),
+        "attention_type": "nystrom" if "cor.attn.to_qkv.weight" in state else "original",
+        "depthwise": _tensor(state, "pos_enc.group_conv1.weight").shape[1] == 1 < width,
+    }
+    if told["attention_type"] == "original":
+        return told | {"qkv_bias": "cor.attn.qkv.bias" in state}
+    kernel = _tensor(state, "cor.attn.res_conv.weight")
+    return told | {
+        "qkv_bias": "cor.attn.to_qkv.bias" in state,
+        "num_heads": len(kernel),
+        "residual_kernel_size": kernel.shape[2],
+    }
+
+
+def _extremes(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return how many top and bottom scores there are; together they are the width of the classifier."""
+    both = _mlp_widths(state)[0]
+    top, bottom = arguments.get("n_top"), arguments.get("n_bottom")
+    if top is None and bottom is None and both % 2:
+        raise UsageError(f"the classifier takes {both} scores; give n_top or n_bottom")
+    if top is None:
+        top = both // 2 if bottom is None else both - bottom
+    if bottom is None:
+        bottom = both - top
+    if top + bottom != both:
+        raise UsageError(f"n_top={top} and n_bottom={bottom}, but the checkpoint's classifier takes {both} scores")
+    return {"n_top": top, "n_bottom": bottom}
+
+
+def _passes_values(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+    """Return whether learnt values are pooled: the classifier's width tells, where it can."""
+    width = _mlp_widths(state)[0]
+    possible = {
+        passing
+        for passing, fits in ((True, arguments["d_tiles_values"]), (False, arguments["in_features"]))
+        if fits == width
+    }
+    asked = arguments.get("passing_values")
+    if asked is not None and asked not in possible:
+        raise UsageError(f"passing_values={asked}, but the checkpoint's classifier takes {width} values; leave it out")
+    return bool(asked) if asked is not None else possible == {True}
+
+
+def _spelled_as_ours(head: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the published groups of TransMIL's blocks taken apart, and `n_extreme` resolved."""
+    config = dict(config)
+    config.pop("position_encoding", None)  # there is one only
+    if head == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
+        config |= {"n_top": extreme, "n_bottom": extreme}
+    groups = [config.pop(name, None) for name in ("kw_cor", "kw_agg")] if head == "transmil" else []
+    blocks = [
+        {BLOCK_NAMES.get(name, name): value for name, value in (group or {}).items() if not name.startswith("mlp_")}
+        for group in groups
+    ]
+    if blocks and blocks[0] != blocks[1]:
+        raise UsageError(f"kw_cor={groups[0]} and kw_agg={groups[1]} differ; blocks of one kind are supported here")
+    return config | (blocks[0] if blocks else {})
+
+
+def _mlp_widths(state: Mapping[str, Tensor]) -> list[int]:
+    """Return the widths from the input to the output of `mlp`."""
+    last = max((int(name.split(".")[1]) for name in state if name.startswith("mlp.")), default=0)
+    names = [f"mlp.{number}.0.weight" for number in range(last)] + [f"mlp.{last}.weight"]
+    return _widths([_tensor(state, name) for name in names])
+
+
+def _tile_widths(state: Mapping[str, Tensor], name: str) -> list[int]:
+    """Return the widths from the input to the output of a network on tiles, whose activations count as layers."""
+    prefix = f"{name}.hidden_layers."
+    numbers = sorted({int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)})
+    return _widths([_tensor(state, f"{prefix}{number}.weight") for number in numbers or [0]])
+
+
+def _widths(weights: list[Tensor]) -> list[int]:
+    return [weights[0].shape[1], *(len(weight) for weight in weights)]
+
+
+def _width_in(state: Mapping[str, Tensor], name: str) -> int:
+    return int(_tensor(state, name).shape[1])
+
+
+def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise UsageError(f"the checkpoint has no {name}; missing: {name}")
+    return state[name]
+
+
+def _plain(value: Any) -> Any:
+    """Return a list for any sequence or None, so that none and no hidden layers are equal."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else value
