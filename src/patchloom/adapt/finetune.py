@@ -7,33 +7,25 @@ pooling over patches. CCViT specification, section 3.2.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
-from patchloom.data import make_loader, open_source
+from patchloom.adapt.labelled import LabelledConfig, LabelledMethod
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.transforms import EvalTransform, FinetuneTransform, make_mixup
-from patchloom.encoders import Encoder, create_encoder, normalize
+from patchloom.data.transforms import FinetuneTransform, make_mixup
+from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
-from patchloom.training.config import TrainConfig
-from patchloom.training.method import Method, Transform
-
-if TYPE_CHECKING:
-    from patchloom.report import Section
+from patchloom.training.method import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(LabelledConfig):
     """Settings of fine-tuning; the defaults are the paper's for a base encoder on ImageNet-1K."""
 
-    test: str | None = None
-    """Labelled images to measure accuracy on; default: none are held out"""
     epochs: int = 100
     """Passes over the images; paper: 100 for base, 50 for large"""
     lr: float = 2e-3
@@ -78,30 +70,21 @@ class FinetuneConfig(TrainConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        for name in ("label_smoothing", "erasing", "switch_prob"):
+        for name in ("erasing", "switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
 
 
-class FinetuneMethod(Method):
+class FinetuneMethod(LabelledMethod):
     """End-to-end fine-tuning of all weights for classification."""
 
     config_class = FinetuneConfig
-    needs_labels = True
     config: FinetuneConfig
 
     def __init__(self, config: FinetuneConfig, source: Source | StreamSource) -> None:
-        if source.class_names is None or len(source.class_names) < 2:
-            raise UsageError(f"fine-tuning needs at least two classes; {config.data} has {source.class_names}")
-        self.class_names = list(source.class_names)
         super().__init__(config, source)
-        self.test = None if config.test is None else open_source(config.test, in_chans=config.in_chans)
-        if self.test is not None and self.test.class_names != self.class_names:
-            raise UsageError(
-                f"the test images {config.test} have other classes than {config.data}: "
-                f"{self.test.class_names} and {self.class_names}"
-            )
-        mixed = config.mixup > 0 or config.cutmix > 0
+        # Mixed images have shares of classes; several labels each have nothing to mix.
+        mixed = (config.mixup > 0 or config.cutmix > 0) and self.targets.kind != "multi"
         self.mix = (
             make_mixup(
                 len(self.class_names),
@@ -141,71 +124,14 @@ class FinetuneMethod(Method):
         images, labels = batch["image"], batch["label"]
         if self.mix is not None:
             generator = torch.Generator().manual_seed(torch.initial_seed())
-            images, targets = self.mix(images, labels, generator)
-            loss = torch.sum(-targets * F.log_softmax(self.encoder(images).float(), dim=-1), dim=-1).mean()
-        else:
-            logits = self.encoder(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        return {"loss": loss}
+            images, labels = self.mix(images, labels, generator)
+        return {"loss": self.targets.loss(self.encoder(images), labels)}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies; relative-position tables as the settings say."""
         if name.endswith("relative_position_bias_table") and not self.config.relative_position_decay:
             return False
         return super().decays(name, parameter)
-
-    @torch.no_grad()
-    def validate(self, device: torch.device) -> dict[str, Any]:
-        """Return accuracy, the mean over classes, and the accuracy of each class, on the test images."""
-        if self.test is None:
-            return {}
-        config, classes = self.config, len(self.class_names)
-        model = self.bundle_model()
-        training = model.training
-        model.eval()
-        per_class = MulticlassAccuracy(classes, average="none").to(device)
-        overall = MulticlassAccuracy(classes, average="micro").to(device)
-        transform = EvalTransform(self.input_size)
-        loader = make_loader(
-            self.test, transform, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers
-        )
-        present = torch.zeros(classes, dtype=torch.bool)
-        for batch in loader:
-            if not batch["key"]:
-                continue
-            logits = model(normalize(self.pixels(batch["image"].to(device)), model)).float()
-            labels = batch["label"].to(device)
-            present[batch["label"]] = True
-            per_class.update(logits, labels)
-            overall.update(logits, labels)
-        model.train(training)
-        shares = per_class.compute().cpu()
-        return {
-            "accuracy": float(overall.compute()),
-            "balanced_accuracy": float(shares[present].mean()),
-            "per_class_accuracy": {
-                name: float(share)
-                for name, share, seen in zip(self.class_names, shares, present.tolist(), strict=True)
-                if seen
-            },
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """Return the classes the model tells apart, in the order of its outputs."""
-        return {"class_names": self.class_names}
-
-    def report_sections(self, images: Tensor) -> list[Section]:
-        """Return the accuracy of each class."""
-        from patchloom.report import Section
-
-        figures = self.validate(self.device)
-        if not figures:
-            return []
-        table: list[dict[str, object]] = [
-            {"class": name, "accuracy": f"{share:.1%}"} for name, share in figures["per_class_accuracy"].items()
-        ]
-        text = f"{figures['accuracy']:.1%} of the test images; mean over classes {figures['balanced_accuracy']:.1%}."
-        return [Section(title="Accuracy by class", text=text, table=table)]
 
 
 def as_classifier(

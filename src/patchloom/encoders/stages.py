@@ -119,7 +119,8 @@ def run_blocks(
         block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
         x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
         if number + 1 in taps:
-            kept[number + 1] = x
+            # Tokens that an adapter put in front travel on with x, and are no concern of who looks at a layer.
+            kept[number + 1] = x[:, getattr(block, "carried_tokens", 0) :]
     return x, kept
 
 
@@ -238,9 +239,9 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
     finally:
         attention.fused_attn = fused
         hook.remove()
-    prefix = num_prefix_tokens(encoder)
-    rows = seen[0][:, :, 0] if prefix else seen[0].mean(2)
-    return rows[:, :, prefix:]
+    prefix, added = num_prefix_tokens(encoder), getattr(block, "extra_tokens", 0)
+    rows = seen[0][:, :, added] if prefix else seen[0][:, :, added:].mean(2)
+    return rows[:, :, added + prefix :]
 
 
 def _block_number(encoder: Encoder, layer: int) -> int:

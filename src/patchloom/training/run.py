@@ -102,9 +102,9 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         print(f"the run in {run_dir} is complete; nothing to resume", file=sys.stderr)
         return read_run(run_dir)
     with _quiet():
-        trainer = _trainer(method, source, run_dir, command)
+        trainer = _trainer(method, method.source, run_dir, command)
         if _is_first_process():
-            _announce(method, source, trainer)
+            _announce(method, method.source, trainer)
         try:
             trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
         except UsageError:

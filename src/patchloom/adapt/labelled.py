@@ -1,0 +1,221 @@
+"""What every way to learn from labels shares: which images, which loss, which figures.
+
+A method derives its settings from `LabelledConfig` and itself from `LabelledMethod`; then label budgets, held-out
+images, kinds of targets, class weights, metrics and the report's table come with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchloom.adapt.selection import class_counts, hold_out, limit_labels
+from patchloom.adapt.targets import Targets, Weighting
+from patchloom.data import make_loader, open_source
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import EvalTransform
+from patchloom.encoders import normalize
+from patchloom.errors import UsageError
+from patchloom.training.config import TrainConfig
+from patchloom.training.method import Method
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(TrainConfig):
+    """Settings of learning from labels."""
+
+    test: str | None = None
+    """Labelled images to measure on; default: val_fraction of data, held out"""
+    val_fraction: float = 0.1
+    """Share of data held out to measure on where test is not given, in [0, 1); 0 for none"""
+    groups: str | None = None
+    """CSV file (columns key, group): images of one group (patient, slide, scene) are held out together or not at all"""
+    label_fraction: float = 1.0
+    """Share of each class's images to learn from, in (0, 1]"""
+    shots: int | None = None
+    """Images of each class to learn from, instead of a share"""
+    task: Literal["auto", "single", "multi", "ordinal"] = "auto"
+    """One class per image, several labels, or grades in the order of their names; auto is single or multi"""
+    class_weights: Weighting = "none"
+    """How much a class counts in the loss: none (all alike), balanced (1/n), sqrt (1/√n) or effective number"""
+    logit_adjustment: float = 0.0
+    """For long-tailed classes: this times the log of a class's share is added to its logit in training; paper: 1"""
+    ordinal_distance: float = 0.0
+    """For grades: weight of the squared distance between cumulative distributions, beside cross-entropy"""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, where an image has one"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have."""
+        super().__post_init__()
+        if not 0 < self.label_fraction <= 1:
+            raise UsageError(f"label_fraction is {self.label_fraction}; it must be above 0 and at most 1")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"val_fraction is {self.val_fraction}; it must be at least 0 and below 1")
+        if self.shots is not None and self.shots < 1:
+            raise UsageError(f"shots is {self.shots}; it must be at least 1")
+        if self.shots is not None and self.label_fraction < 1:
+            raise UsageError("shots and label_fraction both say how many labels to learn from; give one of them")
+        if not 0 <= self.label_smoothing <= 1:
+            raise UsageError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
+        for name in ("logit_adjustment", "ordinal_distance"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.groups is not None and self.test is not None:
+            raise UsageError("groups says how to hold images out of data, and test gives others; give one of them")
+
+
+class LabelledMethod(Method):
+    """A way to learn from labels.
+
+    Attributes:
+        class_names: Names of the classes or labels, in the order of the outputs.
+        test: What is measured on, or None.
+        targets: Loss and metrics.
+    """
+
+    needs_labels = True
+    config: LabelledConfig
+
+    def __init__(self, config: LabelledConfig, source: Source | StreamSource) -> None:
+        if source.class_names is None or len(source.class_names) < 2:
+            raise UsageError(f"a classifier needs at least two classes; {config.data} has {source.class_names}")
+        self.class_names = list(source.class_names)
+        task = _task(config, source)
+        if isinstance(source, StreamSource):
+            learnt: Source | StreamSource = source
+            test = None if config.test is None else _open_test(config, source)
+            counts = None
+            if config.label_fraction < 1 or config.shots is not None or config.groups is not None:
+                raise UsageError(
+                    f"the labels of {config.data} come with its images, so label_fraction, shots and groups cannot be "
+                    f"met; give the images as a folder"
+                )
+        else:
+            if config.test is not None:
+                learnt, test = source, _open_test(config, source)
+            elif config.val_fraction:
+                learnt, test = hold_out(source, config.val_fraction, config.seed, config.groups)
+            else:
+                learnt, test = source, None
+            learnt = limit_labels(learnt, fraction=config.label_fraction, shots=config.shots, seed=config.seed)
+            counts = class_counts(learnt)
+        super().__init__(config, learnt)
+        self.test = test
+        self.targets = Targets(
+            self.class_names,
+            kind=task,
+            counts=counts,
+            weighting=config.class_weights,
+            logit_adjustment=config.logit_adjustment,
+            label_smoothing=0.0 if task == "multi" else config.label_smoothing,
+            distance=config.ordinal_distance,
+        )
+
+    @torch.no_grad()
+    def validate(self, device: torch.device) -> dict[str, Any]:
+        """Return the figures of the test images, see `Targets.measure`."""
+        if self.test is None:
+            return {}
+        config = self.config
+        model = self.bundle_model()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        logits, labels = [], []
+        loader = make_loader(
+            self.test,
+            EvalTransform(self.input_size),
+            config.batch_size,
+            seed=0,
+            shuffle=False,
+            num_workers=config.num_workers,
+        )
+        for batch in loader:
+            if not batch["key"]:
+                continue
+            inputs = normalize(self.pixels(batch["image"].to(device)), model)
+            logits.append(model(inputs).float().cpu())
+            labels.append(batch["label"])
+        for module, training in modes:
+            module.training = training
+        if not logits:
+            raise UsageError(f"{self.test.name} holds no readable image to measure on")
+        found = torch.cat(labels)
+        if isinstance(self.test, Source) and self.test.class_names != self.class_names:
+            found = _renumbered(found, self.test.class_names or [], self.class_names)
+        return self.targets.measure(torch.cat(logits), found)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the classes in the order of the outputs, how many images were learnt from and measured on."""
+        count = len(self.source) if isinstance(self.source, Source) else None
+        measured = None if not isinstance(self.test, Source) else len(self.test)
+        return {
+            "class_names": self.class_names,
+            "task": self.targets.kind,
+            "headline": self.targets.headline,
+            "labelled_images": count,
+            "test_images": measured,
+            "held_out": self.config.test is None and self.test is not None,
+        }
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return the figures of each class."""
+        from patchloom.report import Section
+
+        figures = self.validate(self.device)
+        if not figures:
+            return []
+        what = "the test images" if self.config.test is not None else "held-out images"
+        if self.targets.kind == "multi":
+            table: list[dict[str, object]] = [
+                {"label": name, "AUROC": f"{area:.3f}"} for name, area in figures["per_label_auroc"].items()
+            ]
+            text = f"Mean AUROC {figures['auroc']:.3f} on {what}; average precision {figures['average_precision']:.3f}."
+            return [Section(title="AUROC by label", text=text, table=table)]
+        table = [{"class": name, "accuracy": f"{share:.1%}"} for name, share in figures["per_class_accuracy"].items()]
+        text = f"{figures['accuracy']:.1%} of {what}; mean over classes {figures['balanced_accuracy']:.1%}."
+        if "kappa" in figures:
+            text += f" Quadratic kappa {figures['kappa']:.3f}, mean error {figures['mean_grade_error']:.2f} grades."
+        return [Section(title="Accuracy by class", text=text, table=table)]
+
+
+def _task(config: LabelledConfig, source: Source | StreamSource) -> Literal["single", "multi", "ordinal"]:
+    multilabel = bool(getattr(source, "multilabel", False))
+    if config.task == "auto":
+        return "multi" if multilabel else "single"
+    if multilabel != (config.task == "multi"):
+        has = "several labels per image" if multilabel else "one class per image"
+        raise UsageError(f"task is {config.task}, but {config.data} has {has}; leave task out")
+    return config.task
+
+
+def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
+    """Return the test images; their classes have to be among those learnt."""
+    assert config.test is not None
+    test = open_source(config.test, in_chans=config.in_chans, seed=config.seed)
+    names = list(source.class_names or [])
+    if test.class_names is None:
+        raise UsageError(f"the test images {config.test} have no labels; put each class in a folder of its own")
+    unknown = [name for name in test.class_names if name not in names]
+    if unknown:
+        raise UsageError(
+            f"the test images {config.test} show classes that {config.data} does not have: {', '.join(unknown[:3])}; "
+            f"a class that is missing in training cannot be told"
+        )
+    multilabel = bool(getattr(test, "multilabel", False))
+    if test.class_names != names and (isinstance(test, StreamSource) or multilabel):
+        raise UsageError(f"the classes of {config.test} come in another order than those of {config.data}")
+    return test
+
+
+def _renumbered(labels: Tensor, names: list[str], wanted: list[str]) -> Tensor:
+    """Return class numbers in the order of other names; unknown stays -1."""
+    numbers = torch.from_numpy(np.array([wanted.index(name) for name in names], dtype=np.int64))
+    return torch.where(labels >= 0, numbers[labels.clamp_min(0)], labels)

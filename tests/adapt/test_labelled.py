@@ -1,0 +1,88 @@
+"""Learning from labels: which images a method takes, what it reports, and the errors it makes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
+from patchloom.data import open_source
+from patchloom.errors import UsageError
+
+SETTINGS = {
+    "encoder": "ccvit_tiny_patch4_32",
+    "image_size": 16,
+    "batch_size": 16,
+    "num_workers": 0,
+    "accelerator": "cpu",
+    "out": "unused",
+}
+
+
+def folder(path, classes, per_class=6):
+    generator = np.random.default_rng(0)
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for number in range(per_class):
+            pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{number}.png")
+    return str(path)
+
+
+def method(data, **settings):
+    return FinetuneMethod(FinetuneConfig(data=data, **{**SETTINGS, **settings}), open_source(data))
+
+
+def test_a_part_is_held_out_where_no_test_images_are_given(tmp_path):
+    made = method(folder(tmp_path / "train", "abc", 10), val_fraction=0.2)
+    assert (len(made.source), len(made.test)) == (24, 6)
+    assert made.summary()["held_out"]
+    figures = made.validate(torch.device("cpu"))
+    assert set(figures["per_class_accuracy"]) == set("abc")
+    assert method(str(tmp_path / "train"), val_fraction=0.0).test is None
+
+
+def test_the_label_budget_is_that_of_what_is_left(tmp_path):
+    made = method(folder(tmp_path / "train", "abc", 10), val_fraction=0.2, label_fraction=0.5)
+    assert (len(made.source), len(made.test)) == (12, 6)
+    assert made.targets.counts.tolist() == [4, 4, 4]
+
+
+def test_a_class_that_the_test_images_lack_keeps_its_number(tmp_path):
+    made = method(folder(tmp_path / "train", "abc"), test=folder(tmp_path / "test", "ac"))
+    with torch.no_grad():
+        made.encoder.head.bias.copy_(torch.tensor([0.0, 0.0, 1e4]))
+    figures = made.validate(torch.device("cpu"))
+    assert figures["per_class_accuracy"] == {"a": 0.0, "c": 1.0}
+
+
+def test_a_class_missing_in_training_is_named(tmp_path):
+    train = folder(tmp_path / "train", "ab")
+    with pytest.raises(UsageError, match="does not have: c"):
+        method(train, test=folder(tmp_path / "test", "abc"))
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    train = folder(tmp_path / "train", "ab")
+    for settings, said in (
+        ({"shots": 2, "label_fraction": 0.5}, "one of them"),
+        ({"label_fraction": 0.0}, "above 0"),
+        ({"val_fraction": 1.0}, "below 1"),
+        ({"shots": 0}, "at least 1"),
+        ({"groups": "g.csv", "test": train}, "one of them"),
+        ({"task": "multi"}, "one class per image"),
+        ({"ordinal_distance": 1.0}, "ordinal targets"),
+        ({"logit_adjustment": -1.0}, "at least 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            method(train, **settings)
+
+
+def test_grades_are_measured_by_kappa(tmp_path):
+    made = method(folder(tmp_path / "train", "012", 10), task="ordinal", ordinal_distance=0.5, val_fraction=0.2)
+    assert made.targets.headline == "kappa"
+    assert "kappa" in made.validate(torch.device("cpu"))
+    section = made.report_sections(torch.zeros(1))[0]
+    assert "Quadratic kappa" in section.text
