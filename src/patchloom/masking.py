@@ -22,7 +22,7 @@ ATTEMPTS = 10
 
 
 class BlockMaskGenerator:
-    """Block-wise masks with an exact number of hidden patches (BEiT; CCViT specification, section 2.4).
+    """Block-wise masks (BEiT; CCViT specification, section 2.4), by default of an exact number of hidden patches.
 
     Rectangles of random area and aspect are laid over the grid until the number is reached; where none fits any
     more, single patches make up the difference.
@@ -33,6 +33,7 @@ class BlockMaskGenerator:
         min_block: Least area that is drawn, in patches.
         max_block: Most patches a block may newly cover; default: as many as are wanting.
         min_aspect: Least height over width of a block; the most is its inverse.
+        exact: Make up the difference by single patches; without, fewer may be hidden (DINOv2).
 
     Raises:
         UsageError: A number outside its range.
@@ -45,6 +46,7 @@ class BlockMaskGenerator:
         min_block: int = 16,
         max_block: int | None = None,
         min_aspect: float = 0.3,
+        exact: bool = True,
     ) -> None:
         _check_count(grid, num_masked)
         if not 0 < min_aspect <= 1:
@@ -56,9 +58,10 @@ class BlockMaskGenerator:
         self.min_block = min_block
         self.max_block = num_masked if max_block is None else max_block
         self.log_aspect = math.log(min_aspect), -math.log(min_aspect)
+        self.exact = exact
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        """Return a mask (h, w) bool, True = hidden, with exactly `num_masked` true entries."""
+        """Return a mask (h, w) bool, True = hidden, with `num_masked` true entries (at most, unless exact)."""
         mask = torch.zeros(self.grid, dtype=torch.bool)
         count = 0
         uniform = _uniform(generator)
@@ -67,7 +70,7 @@ class BlockMaskGenerator:
             if added == 0:
                 break
             count += added
-        if count != self.num_masked:
+        if self.exact and count != self.num_masked:
             _correct(mask, self.num_masked, generator)
         return mask
 

@@ -78,7 +78,7 @@ def embed(
     """
     x = encoder.patch_embed(images)
     if masked is not None:
-        x = _insert_mask_token(x, masked, mask_token)
+        x = insert_mask_token(x, masked, mask_token)
     x, kwargs, rope_by_block = _add_positions(encoder, x)
     if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
         x = norm_pre(x)
@@ -257,7 +257,7 @@ def _split(encoder: Encoder, x: Tensor) -> Tokens:
     return Tokens(x[:, :prefix], x[:, prefix:])
 
 
-def _insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
+def insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> Tensor:
     if mask_token is None:
         raise UsageError("masked patches need a mask_token to stand in for them")
     if masked.flatten(1).shape != x[..., 0].flatten(1).shape:
