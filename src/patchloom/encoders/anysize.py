@@ -143,13 +143,11 @@ def _embed_vit(encoder: Encoder, x: Tensor, grid: Grid, rule: PositionRule) -> E
 
 def _rotary(rope: Any, grid: Grid) -> Tensor:
     """Return the rotary positions of a grid; those with a cache of one grid get it made anew in a copy."""
-    if any(True for _ in rope.parameters()):  # learned frequencies are no cache: ask with the grid
-        angles: Tensor = rope.get_embed(shape=list(grid))
-        return angles
-    other = copy.deepcopy(rope)
-    if getattr(other, "feat_shape", None) is not None:
-        other.update_feat_shape(list(grid))
-    angles = other.get_embed(shape=list(grid))
+    if not any(True for _ in rope.parameters()):  # learned frequencies are no cache, and must learn themselves
+        rope = copy.deepcopy(rope)
+        if getattr(rope, "feat_shape", None) is not None:
+            rope.update_feat_shape(list(grid))
+    angles: Tensor = rope.get_embed(shape=list(grid))
     return angles
 
 
