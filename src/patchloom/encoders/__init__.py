@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from patchloom.encoders import ccvit
+from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_encoder
 from patchloom.encoders.properties import (
     Encoder,
@@ -50,6 +51,7 @@ __all__ = [
     "patch_size",
     "pooled",
     "resize_relative_table",
+    "run_block",
     "run_blocks",
     "set_image_size",
     "tokens",

@@ -23,6 +23,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from patchloom.encoders.blocks import run_block
 from patchloom.encoders.properties import Encoder, depth, num_prefix_tokens
 from patchloom.errors import UsageError, unknown_name
 
@@ -92,6 +93,7 @@ def run_blocks(
     start: int = 0,
     stop: int | None = None,
     taps: Sequence[int] = (),
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Run blocks `start` to `stop` (0-based, end excluded; default: all).
 
@@ -101,6 +103,7 @@ def run_blocks(
         start: First block.
         stop: Block after the last.
         taps: Numbers of blocks, counted from 1, whose output is kept.
+        rows: (B, P + N) bool, the tokens of the last block that are read; the others come unfinished.
 
     Returns:
         The output of the last block run, (B, P + N, D), and the tapped outputs by number; none is normed.
@@ -117,7 +120,11 @@ def run_blocks(
     recompute = bool(getattr(encoder, "grad_checkpointing", False)) and torch.is_grad_enabled()
     for number in range(start, stop):
         block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
-        x = checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
+        read = rows if number + 1 == stop else None
+        if recompute:
+            x = checkpoint(run_block, block, x, kwargs, read, use_reentrant=False)
+        else:
+            x = run_block(block, x, kwargs, read)
         if number + 1 in taps:
             # Tokens that an adapter put in front travel on with x, and are no concern of who looks at a layer.
             kept[number + 1] = x[:, getattr(block, "carried_tokens", 0) :]

@@ -34,6 +34,7 @@ from patchloom.encoders import (
     new_blocks,
     num_prefix_tokens,
     patch_size,
+    run_block,
     run_blocks,
 )
 from patchloom.errors import UsageError
@@ -136,12 +137,14 @@ class CentroidMIM(nn.Module):
         Raises:
             UsageError: Neither `masked`, `targets` nor `return_all_tokens` says what to predict.
         """
-        main, early = self.forward_features(x, masked)
+        rows = None
         if not return_all_tokens:
             wanted = targets if targets is not None else masked
             if wanted is None:
                 raise UsageError("give masked or targets, or set return_all_tokens, to say which patches to predict")
             rows = wanted.flatten(1)
+        main, early = self.forward_features(x, masked, rows)
+        if rows is not None:
             main, early = main[rows], early[rows] if early is not None else None
         else:
             main, early = main.flatten(0, 1), early.flatten(0, 1) if early is not None else None
@@ -156,25 +159,32 @@ class CentroidMIM(nn.Module):
             return MIMOutput(logits, None, predicted)
         return MIMOutput(logits, predicted)
 
-    def forward_features(self, x: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward_features(
+        self, x: Tensor, masked: Tensor | None = None, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the patch tokens of the main and of the condenser branch, both before their norms.
 
         Args:
             x: (B, C, H, W) normalised images.
             masked: (B, N) or (B, h, w) bool, see `forward`.
+            read: (B, N) bool, the patches whose output is read; the last block of a branch leaves the others
+                unfinished. Default: all.
 
         Returns:
             Two tensors (B, N, D); the second is None without condenser.
         """
         hidden = masked.flatten(1) if masked is not None else None
         embedded = embed(self.encoder, x, masked=hidden, mask_token=self.mask_token if hidden is not None else None)
-        last, taps = run_blocks(self.encoder, embedded, taps=(self.early_layers,))
         prefix = num_prefix_tokens(self.encoder)
+        # The condenser reads the prefix of the last block, and all patches of the early one.
+        tapped_last = self.early_layers == depth(self.encoder)
+        rows = F.pad(read, (prefix, 0), value=True) if read is not None else None
+        last, taps = run_blocks(self.encoder, embedded, taps=(self.early_layers,), rows=None if tapped_last else rows)
         if len(self.condenser) == 0:
             return last[:, prefix:], None
         joined = torch.cat([last[:, :prefix], taps[self.early_layers][:, prefix:]], dim=1)
-        for block in self.condenser:
-            joined = block(joined, **embedded.block_kwargs)
+        for number, block in enumerate(self.condenser, start=1):
+            joined = run_block(block, joined, embedded.block_kwargs, rows if number == len(self.condenser) else None)
         return last[:, prefix:], joined[:, prefix:]
 
 
