@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit
+from patchloom.encoders import ccvit, frames
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_encoder
 from patchloom.encoders.properties import (
@@ -41,6 +41,7 @@ __all__ = [
     "embed",
     "embed_dim",
     "final_norm",
+    "frames",
     "grid_size",
     "image_size",
     "in_chans",
