@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models.beit import Beit
 from torch import nn
 
 from patchloom import __version__
@@ -25,7 +26,10 @@ from patchloom.errors import UsageError
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
 # Names registered here are written as an entry point timm has by itself; all that differs stands in model_args.
-TIMM_NAMES = {"ccvit_": "beit_base_patch16_224"}
+TIMM_NAMES = {
+    "ccvit_": "beit_base_patch16_224",
+    **{f"vit_{size}_patch8_84": "vit_base_patch16_224" for size in ("tiny", "small", "base")},
+}
 # How a model was trained, not what it is.
 REGULARISERS = {"drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate"}
 
@@ -273,9 +277,9 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _full_arguments(encoder: Any) -> dict[str, Any]:
-    """Return all arguments that rebuild a `Beit` of any shape from a plain entry point."""
+    """Return all arguments that rebuild a `Beit` or `VisionTransformer` registered here from a plain entry point."""
     block = encoder.blocks[0]
-    return {
+    shape = {
         "img_size": tuple(encoder.patch_embed.img_size),
         "patch_size": int(encoder.patch_embed.patch_size[0]),
         "in_chans": int(encoder.patch_embed.proj.weight.shape[1]),
@@ -283,6 +287,10 @@ def _full_arguments(encoder: Any) -> dict[str, Any]:
         "depth": len(encoder.blocks),
         "num_heads": int(block.attn.num_heads),
         "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
+    }
+    if not isinstance(encoder, Beit):
+        return shape
+    return shape | {
         "qkv_bias": block.attn.q_bias is not None,
         "init_values": block.init_values,
         "use_abs_pos_emb": encoder.pos_embed is not None,

@@ -105,17 +105,17 @@ def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, d
 
 def _check_size(name: str, arguments: dict[str, Any]) -> None:
     """Refuse a size that patches do not fill, before timm fails in its own words."""
-    patch = arguments.get("patch_size")
-    if patch is None:
-        # The model's own patch size: building it at its own size on no device costs nothing.
-        import torch
+    import torch
 
-        with torch.device("meta"):
-            rest = {k: v for k, v in arguments.items() if k != "img_size"}
-            built: Encoder = timm.create_model(name, pretrained=False, **rest)
-            if not isinstance(built, FAMILIES):
-                return  # refused by its kind, not by its size
-            patch = patch_size(built)
+    # The model's own size and patches: building it at its own size on no device costs nothing.
+    with torch.device("meta"):
+        rest = {k: v for k, v in arguments.items() if k != "img_size"}
+        built: Encoder = timm.create_model(name, pretrained=False, **rest)
+    if not isinstance(built, FAMILIES):
+        return  # refused by its kind, not by its size
+    if tuple(built.patch_embed.img_size) == arguments["img_size"]:
+        return  # patches of some models do not fill their own size
+    patch = arguments.get("patch_size") or patch_size(built)
     height, width = (patch, patch) if isinstance(patch, int) else patch
     if height != width:
         raise UsageError(f"patch_size is {(height, width)}; patches here are square")

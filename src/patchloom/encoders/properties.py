@@ -47,7 +47,11 @@ def image_size(encoder: Encoder) -> tuple[int, int]:
 
 def grid_size(encoder: Encoder, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Return the number of patches (down, across) of an image of `size` (default: the encoder's own)."""
-    return patch_grid(size or image_size(encoder), patch_size(encoder))
+    if size is None or tuple(size) == image_size(encoder):
+        # As built: an encoder made for a size that patches do not fill leaves out the rest.
+        height, width = encoder.patch_embed.grid_size
+        return int(height), int(width)
+    return patch_grid(size, patch_size(encoder))
 
 
 def in_chans(encoder: Encoder) -> int:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference import ccvit, phikon_v2, prompt_cam
+from patchloom.reference import ccvit, phikon_v2, prompt_cam, tov_vicreg
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "ccvit": ccvit.load,
     "prompt_cam": prompt_cam.load,
     "phikon_v2": phikon_v2.load,
+    "tov_vicreg": tov_vicreg.load,
     **phikon_v2.LOADERS,
 }
 
