@@ -113,12 +113,12 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
         built: Encoder = timm.create_model(name, pretrained=False, **rest)
     if not isinstance(built, FAMILIES):
         return  # refused by its kind, not by its size
-    if tuple(built.patch_embed.img_size) == arguments["img_size"]:
-        return  # patches of some models do not fill their own size
     patch = arguments.get("patch_size") or patch_size(built)
     height, width = (patch, patch) if isinstance(patch, int) else patch
     if height != width:
         raise UsageError(f"patch_size is {(height, width)}; patches here are square")
+    if tuple(built.patch_embed.img_size) == arguments["img_size"]:
+        return  # patches of some models do not fill their own size
     patch_grid(arguments["img_size"], int(height))
 
 
