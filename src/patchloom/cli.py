@@ -58,6 +58,18 @@ COMMANDS: dict[str, Command | Verb] = {
     "embed": Command(
         "write the feature vector of every image to a file", "patchloom.embed:embed", positional=("model",)
     ),
+    "slides tile": Command(
+        "find the tissue of whole-slide images and the tiles on it",
+        "patchloom.evaluate.slides.embed:run_tile",
+        "patchloom.evaluate.slides.embed:TileConfig",
+        positional=("slides",),
+    ),
+    "slides embed": Command(
+        "make the features of the tiles of whole-slide images",
+        "patchloom.evaluate.slides.embed:run_embed",
+        "patchloom.evaluate.slides.embed:EmbedConfig",
+        positional=("slides",),
+    ),
     "export": Command("write a bundle in another format", "patchloom.export:export", positional=("bundle",)),
     "import": Command(
         "turn a published checkpoint into a bundle",
@@ -197,10 +209,15 @@ def _option(rest: list[str], name: str) -> str | None:
 
 def _run_function(name: str, command: Command, rest: list[str]) -> int:
     function: Callable[..., Any] = _load(command.function)
-    parser = _parser(name, (function.__doc__ or "").strip())
-    parser.add_function_arguments(function, fail_untyped=False)
+    described: Any = _load(command.settings) if command.settings else function
+    parser = _parser(name, (described.__doc__ or "").strip())
     rest = _with_positionals(command.positional, rest)
-    result = function(**_parse(parser, rest, get_type_hints(function)))
+    if command.settings:
+        parser.add_class_arguments(described, fail_untyped=False)
+        result = function(described(**_parse(parser, rest, get_type_hints(described))))
+    else:
+        parser.add_function_arguments(function, fail_untyped=False)
+        result = function(**_parse(parser, rest, get_type_hints(function)))
     if not command.speaks:
         _report(result)
     return 0

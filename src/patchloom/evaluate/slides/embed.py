@@ -1,0 +1,269 @@
+"""From slides to tile features: `patchloom slides tile` shows the tiles, `patchloom slides embed` makes their features.
+
+>>> embed_tiles("runs/mine", "slides/", out="features/")  # doctest: +SKIP
+{'slides': 40, 'tiles': 31290, …}
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from patchloom.data.base import UnreadableImageError
+from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
+from patchloom.errors import UsageError
+from patchloom.evaluate.slides.figures import overview, thumbnail_picture
+from patchloom.evaluate.slides.report import write_store_report
+from patchloom.evaluate.slides.store import TileStore, write_json
+from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
+from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
+from patchloom.features.extract import Pool, Precision, torch_device
+from patchloom.training.config import config_from_mapping
+
+SKIPPED = "skipped.json"
+BATCHES_AHEAD = 2
+TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig(TileSettings):
+    """Find the tissue of slides and the tiles on it, to look at before features are made."""
+
+    slides: str
+    """Whole-slide image, or a folder of them (searched with its sub-folders)"""
+    out: str
+    """Folder to write to: one folder per slide, and report.html; slides already there are skipped"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(TileSettings):
+    """Make the features of the tiles of slides."""
+
+    encoder: Any
+    """Bundle, run, timm model with published weights; from Python also a module"""
+    slides: str
+    """Whole-slide image, or a folder of them (searched with its sub-folders)"""
+    out: str
+    """Folder to write to: one folder per slide, and report.html; slides already there are skipped"""
+    untrained: bool = False
+    """Give the encoder fresh weights: what training has to beat"""
+    image_size: int | None = None
+    """Side tiles are resized to; default: the encoder's"""
+    pool: Pool = "auto"
+    """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
+    precision: Precision = "32"
+    """Number format of the encoder's arithmetic"""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format on disk"""
+    batch_size: int = 64
+    """Tiles at a time"""
+    num_workers: int = 2
+    """Threads that read tiles"""
+    device: str = "auto"
+    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of fresh weights"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise UsageError(
+                f"batch_size is {self.batch_size} and num_workers {self.num_workers}; at least 1 and 0 are needed"
+            )
+
+
+def tile_slides(slides: str, out: str, **settings: Any) -> dict[str, Any]:
+    """Find the tiles of slides; arguments are the fields of `TileConfig`, the result that of `run_tile`."""
+    config_class: Any = TileConfig
+    return run_tile(config_from_mapping(config_class, {"slides": slides, "out": out, **settings}))
+
+
+def embed_tiles(encoder: Any, slides: str, out: str, **settings: Any) -> dict[str, Any]:
+    """Make tile features; arguments are the fields of `EmbedConfig`, the result that of `run_embed`."""
+    config_class: Any = EmbedConfig
+    return run_embed(config_from_mapping(config_class, {"encoder": encoder, "slides": slides, "out": out, **settings}))
+
+
+def run_tile(config: TileConfig) -> dict[str, Any]:
+    """Find the tiles of slides.
+
+    Returns:
+        Number of `slides` and `tiles` in the folder, `new` slides, `skipped` ones with reasons, and the `report`.
+
+    Raises:
+        UsageError: There is no slide, none can be used, or the folder was made with other settings.
+        MissingExtraError: OpenSlide is not installed.
+    """
+    about = {"encoder": None, "tiles": _settings_of(config)}
+    return _for_each_slide(config, about, lambda slide, tiles: np.zeros((len(tiles), 0), np.float32))
+
+
+def run_embed(config: EmbedConfig) -> dict[str, Any]:
+    """Make tile features; a run that was stopped goes on where it was when started again.
+
+    Returns:
+        Number of `slides` and `tiles` in the folder, `new` slides, `skipped` ones with reasons, and the `report`.
+
+    Raises:
+        UsageError: There is no such encoder or no slide, none can be used, or the folder was made otherwise.
+        MissingExtraError: OpenSlide is not installed.
+    """
+    need_openslide()
+    encoder, device = _prepared(config), torch_device(config.device)
+    encoder.to(device)
+    about = {
+        "encoder": type(config.encoder).__name__ if isinstance(config.encoder, nn.Module) else str(config.encoder),
+        "weights": weights_fingerprint(encoder),
+        "image_size": image_size(encoder)[0],
+        "pool": config.pool,
+        "precision": config.precision,
+        "dtype": config.dtype,
+        "tiles": _settings_of(config),
+    }
+
+    def features_of(slide: Slide, tiles: Tiles) -> np.ndarray:
+        return _features(encoder, slide, tiles, config, device)
+
+    return _for_each_slide(config, about, features_of)
+
+
+def weights_fingerprint(encoder: Encoder) -> str:
+    """Return a short hash of an encoder's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _for_each_slide(
+    config: TileConfig | EmbedConfig, about: dict[str, Any], features_of: Callable[[Slide, Tiles], np.ndarray]
+) -> dict[str, Any]:
+    need_openslide()
+    found = find_slides(config.slides)
+    store = TileStore(config.out, about)
+    waiting = {name: path for name, path in found.items() if name not in store}
+    skipped: list[dict[str, str]] = []
+    progress = tqdm(waiting.items(), desc="slides", disable=not sys.stderr.isatty(), leave=False)
+    for name, path in progress:
+        try:
+            with Slide(path, config.slide_mpp, name) as slide:
+                tiles = find_tiles(slide, config)
+                features = features_of(slide, tiles)
+                _write(store, slide, tiles, features)
+        except UnreadableImageError as error:
+            skipped.append({"slide": name, "reason": error.reason})
+            progress.write(f"left out {name}: {error.reason}", file=sys.stderr)
+    write_json(store.path / SKIPPED, {"skipped": skipped})
+    here = [name for name in found if name in store]
+    if not here:
+        first = f"{skipped[0]['slide']}: {skipped[0]['reason']}"
+        raise UsageError(f"none of the {len(found)} slides in {config.slides} can be used; {first}")
+    report = write_store_report(store, here, skipped, _command(config))
+    return {
+        "slides": len(here),
+        "tiles": sum(store.slide(name)["tiles"] for name in here),
+        "new": len(waiting) - len(skipped),
+        "skipped": skipped,
+        "report": str(report),
+    }
+
+
+def _write(store: TileStore, slide: Slide, tiles: Tiles, features: np.ndarray) -> None:
+    thumbnail, thumbnail_mpp = thumbnail_picture(tiles)
+    about = {
+        "file": str(slide.path.resolve()),
+        "size": list(slide.size),
+        "mpp": slide.mpp,
+        "tiles": len(tiles),
+        "tile_size": tiles.size,
+        "tile_mpp": tiles.mpp,
+        "tissue": float(tiles.mask.mean()),
+        "thumbnail_mpp": thumbnail_mpp,
+    }
+    pictures = {"thumbnail": thumbnail, "overview": overview(tiles, slide.name).png}
+    store.write(slide.name, tiles.level, tiles.places, features, about, **pictures)
+
+
+def _prepared(config: EmbedConfig) -> Encoder:
+    """Return the encoder in eval mode, set up for the tiles; a caller's module is left as it is."""
+    from patchloom.evaluate.target import EvaluationConfig, resolve_encoder
+
+    chosen = {name: getattr(config, name) for name in ("encoder", "untrained", "image_size", "seed")}
+    encoder = resolve_encoder(EvaluationConfig(train="", test="", **chosen))
+    if encoder is None:
+        raise UsageError("raw pixels are no tile features; name an encoder")
+    if in_chans(encoder) != 3:
+        raise UsageError(f"the encoder takes {in_chans(encoder)} channels; slides have 3 (RGB)")
+    encoder = copy.deepcopy(encoder) if isinstance(config.encoder, nn.Module) else encoder
+    if config.image_size is not None and image_size(encoder) != (config.image_size, config.image_size):
+        set_image_size(encoder, config.image_size)
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _features(encoder: Encoder, slide: Slide, tiles: Tiles, config: EmbedConfig, device: torch.device) -> np.ndarray:
+    """Return the features of the tiles of a slide, (n, D)."""
+    side, found = image_size(encoder)[0], []
+    with closing(_batches(slide, tiles, config.batch_size, config.num_workers)) as batches:
+        for batch in batches:
+            images = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float().div_(255)
+            if images.shape[-1] != side:
+                images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+            with torch.autocast(device.type, dtype=TYPES[config.precision], enabled=config.precision != "32"):
+                vectors: Tensor = pooled(encoder, normalize(images, encoder), config.pool)
+            found.append(vectors.float().cpu().numpy())
+    return np.concatenate(found).astype(config.dtype)
+
+
+def _batches(slide: Slide, tiles: Tiles, batch_size: int, num_workers: int) -> Generator[np.ndarray]:
+    """Yield the tiles (b, size, size, 3) uint8 in order; threads read ahead of whoever takes them."""
+
+    def read(place: np.ndarray) -> np.ndarray:
+        return slide.tile(tiles.level, int(place[0]), int(place[1]), tiles.size)
+
+    chunks = [tiles.places[start : start + batch_size] for start in range(0, len(tiles), batch_size)]
+    if num_workers == 0 or not slide.many_readers:
+        yield from (np.stack([read(place) for place in chunk]) for chunk in chunks)
+        return
+    with ThreadPoolExecutor(num_workers) as threads:
+        ahead: deque[list[Future[np.ndarray]]] = deque()
+        try:
+            for chunk in chunks:
+                ahead.append([threads.submit(read, place) for place in chunk])
+                if len(ahead) > BATCHES_AHEAD:
+                    yield np.stack([tile.result() for tile in ahead.popleft()])
+            while ahead:
+                yield np.stack([tile.result() for tile in ahead.popleft()])
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _settings_of(config: TileSettings) -> dict[str, Any]:
+    """Return what decides which tiles there are."""
+    return {field.name: getattr(config, field.name) for field in fields(TileSettings)}
+
+
+def _command(config: TileConfig | EmbedConfig) -> str:
+    """Return the command that repeats this."""
+    verb = "embed" if isinstance(config, EmbedConfig) else "tile"
+    words = [f"patchloom slides {verb}"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            words.append(f"--{field.name} {value}")
+    return " ".join(words)
