@@ -95,7 +95,7 @@ class DINOHead(nn.Module):
         x = self.mlp(x.reshape(-1, x.shape[-1]))
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         logits: Tensor = self.last_layer(x)
-        return logits.reshape(*shape, -1)
+        return logits.reshape(*shape, self.out_dim)
 
 
 class Crops(NamedTuple):

@@ -112,9 +112,9 @@ def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, 
     n, count = attention.shape[:2]
     images = images.detach().cpu()
     maps = finite(attention).float().view(n, count, *grid)
-    rows = {"image": images.float(), "mean over heads": _overlay(images, maps.mean(1))}
+    rows = {"image": images.float(), "mean over heads": overlay(images, maps.mean(1))}
     for head in range(min(heads, count)):
-        rows[f"head {head + 1}"] = _overlay(images, maps[:, head])
+        rows[f"head {head + 1}"] = overlay(images, maps[:, head])
     return image_grid(rows, alt="Attention of the class token over each image, by head")
 
 
@@ -176,7 +176,7 @@ def nearest_neighbours(
     return Figure(png(stack(lines)), "Images with their nearest neighbours in feature space")
 
 
-def _overlay(images: Tensor, maps: Tensor) -> Tensor:
+def overlay(images: Tensor, maps: Tensor) -> Tensor:
     """Return images in grey with a map painted over them, each map scaled to its own range.
 
     The more attention, the stronger the paint: where there is little, the picture shows through.

@@ -1,0 +1,231 @@
+"""Multi-crop views: two large and several small crops of an image, each augmented on its own.
+
+The augmentation of DINOv2 (RAD-DINO specification, section 3) with what X-rays and stained tissue call for: no hue
+where there is no colour, vertical flips and quarter turns where there is no up, and stain jitter. Every draw comes from
+the generator that is handed in.
+
+>>> import torch
+>>> image = torch.randint(0, 256, (3, 80, 120), dtype=torch.uint8)
+>>> views = MultiCrop(64, 32, local_crops=4)(image, torch.Generator().manual_seed(0))
+>>> views["global"].shape, views["local"].shape
+(torch.Size([2, 3, 64, 64]), torch.Size([4, 3, 32, 32]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+from torchvision.transforms.v2 import functional as F
+
+from patchloom.data.pixels import random_box, resize
+from patchloom.errors import UsageError
+
+RATIO = (3 / 4, 4 / 3)
+# Optical densities of haematoxylin, eosin and DAB in red, green and blue (Ruifrok and Johnston, 2001).
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a crop after it was cut out; the defaults are DINOv2's, as they really were."""
+
+    flip: float = 0.5
+    """Probability of the horizontal flip"""
+    vertical_flip: float = 0.0
+    """Probability of the vertical flip"""
+    rotate: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, all equally likely"""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of the changes of brightness, contrast, saturation and hue"""
+    jitter_probability: float = 0.8
+    """Probability of the colour jitter"""
+    stain_jitter: float = 0.0
+    """Strength of the change of each stain's density; needs three channels"""
+    grayscale: float = 0.2
+    """Probability of the loss of colour"""
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    """Probability of the Gaussian blur of the first global, the second global and the local crops"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Least and most standard deviation of the blur, pixels"""
+    solarize: float = 0.2
+    """Probability that the second global crop is solarised: values from 128 up are inverted"""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no probability or strength.
+
+        Raises:
+            UsageError: With the value.
+        """
+        chances = {
+            "flip": self.flip,
+            "vertical_flip": self.vertical_flip,
+            "jitter_probability": self.jitter_probability,
+            "grayscale": self.grayscale,
+            "solarize": self.solarize,
+            **{f"blur[{i}]": value for i, value in enumerate(self.blur)},
+        }
+        for name, value in chances.items():
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} is {value}; it is a probability, between 0 and 1")
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
+            raise UsageError(
+                f"jitter is {self.jitter}; give brightness, contrast and saturation in [0, 1] and hue in [0, 0.5]"
+            )
+        if not 0 <= self.stain_jitter <= 1:
+            raise UsageError(f"stain_jitter is {self.stain_jitter}; it is a strength between 0 and 1")
+        if len(self.blur) != 3:
+            raise UsageError(f"blur is {self.blur}; give three probabilities: first global, second global, local crops")
+
+
+class MultiCrop:
+    """Two global and several local crops of an image.
+
+    Args:
+        global_size: Side of the global crops, pixels.
+        local_size: Side of the local crops, pixels; at most `global_size`.
+        local_crops: Number of local crops; 0 for none.
+        global_scale: Share of the area that a global crop covers, lowest and highest, in (0, 1].
+        local_scale: The same for local crops.
+        augmentation: What is done to each crop.
+
+    Raises:
+        UsageError: A value lies outside its range.
+    """
+
+    def __init__(
+        self,
+        global_size: int,
+        local_size: int,
+        local_crops: int = 8,
+        global_scale: tuple[float, float] = (0.32, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.32),
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        if local_crops < 0:
+            raise UsageError(f"local_crops is {local_crops}; it must be at least 0")
+        if local_size > global_size:
+            raise UsageError(f"local_size {local_size} exceeds the global crops of {global_size} pixels; lower it")
+        for name, scale in (("global_scale", global_scale), ("local_scale", local_scale)):
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise UsageError(f"{name} {scale} must be two rising shares of the area in (0, 1]")
+        self.global_size, self.local_size, self.local_crops = global_size, local_size, local_crops
+        self.global_scale, self.local_scale = global_scale, local_scale
+        self.augmentation = augmentation or Augmentation()
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return {"global": (2, C, S, S) uint8[, "local": (L, C, s, s) uint8]} of an image (C, H, W) uint8."""
+        views = {"global": torch.stack([self.crop(image, number, generator) for number in range(2)])}
+        if self.local_crops:
+            views["local"] = torch.stack([self.crop(image, 2, generator) for _ in range(self.local_crops)])
+        return views
+
+    def crop(self, image: Tensor, kind: int, generator: torch.Generator) -> Tensor:
+        """Return a crop: the first global (kind 0), the second global (1) or a local one (2)."""
+        side, scale = (self.local_size, self.local_scale) if kind == 2 else (self.global_size, self.global_scale)
+        top, left, height, width = random_box(image.shape[-2], image.shape[-1], scale, RATIO, generator)
+        crop = resize(image[..., top : top + height, left : left + width], (side, side), "bicubic")
+        return augmented(crop, self.augmentation, kind, generator)
+
+    def __repr__(self) -> str:
+        """Name the transform with its settings."""
+        return f"MultiCrop({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+def augmented(crop: Tensor, how: Augmentation, kind: int, generator: torch.Generator) -> Tensor:
+    """Return a crop (C, H, W) uint8 after its augmentation.
+
+    Colour is left alone where there is none: images of one channel keep it, images of two or more than three channels
+    are flipped, turned and blurred only.
+
+    Args:
+        crop: (C, H, W) uint8, square.
+        how: The settings.
+        kind: 0 first global, 1 second global, 2 local.
+        generator: Where all draws come from.
+    """
+
+    def chance(probability: float) -> bool:
+        return probability > 0 and float(torch.rand((), generator=generator)) < probability
+
+    if chance(how.flip):
+        crop = crop.flip(-1)
+    if chance(how.vertical_flip):
+        crop = crop.flip(-2)
+    if how.rotate:
+        crop = torch.rot90(crop, int(torch.randint(4, (), generator=generator)), (-2, -1))
+    colours = crop.shape[0]
+    if how.stain_jitter and colours == 3:
+        crop = jitter_stains(crop, how.stain_jitter, generator)
+    if colours in (1, 3) and chance(how.jitter_probability):
+        crop = jitter(crop, how.jitter, generator)
+    if colours == 3 and chance(how.grayscale):
+        crop = F.rgb_to_grayscale(crop, num_output_channels=3)
+    if chance(how.blur[kind]):
+        low, high = how.blur_sigma
+        crop = blurred(crop, low + (high - low) * float(torch.rand((), generator=generator)))
+    if kind == 1 and colours in (1, 3) and chance(how.solarize):
+        crop = F.solarize(crop, 128)
+    return crop.contiguous()
+
+
+def jitter(crop: Tensor, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast, saturation (factors in 1 ± strength) and hue (± strength) in random order.
+
+    Args:
+        crop: (1 or 3, H, W) uint8; saturation and hue need 3.
+        strengths: Of the four changes.
+        generator: Where the draws come from.
+    """
+    changes: tuple[Callable[[Tensor, float], Tensor], ...] = (
+        F.adjust_brightness,
+        F.adjust_contrast,
+        F.adjust_saturation,
+        F.adjust_hue,
+    )
+    drawn = (2 * torch.rand(4, generator=generator) - 1).tolist()
+    for number in torch.randperm(4, generator=generator).tolist():
+        if strengths[number] == 0 or (number >= 2 and crop.shape[0] == 1):
+            continue
+        value = strengths[number] * drawn[number]
+        crop = changes[number](crop, value if number == 3 else max(0.0, 1 + value))
+    return crop
+
+
+def jitter_stains(crop: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change how densely tissue is stained: each stain's optical density times 1 ± strength, plus ± strength / 10.
+
+    The image is taken apart into haematoxylin, eosin and a third dye, changed there, and put together again.
+
+    Args:
+        crop: (3, H, W) uint8.
+        strength: In [0, 1].
+        generator: Where the draws come from.
+    """
+    mixing = nnf.normalize(torch.tensor(STAINS), dim=1)
+    density = -((crop.float().flatten(1).T + 1) / 256).log()  # (pixels, 3)
+    stains = density @ torch.linalg.inv(mixing)
+    factors, shifts = 2 * torch.rand(2, 3, generator=generator) - 1
+    stains = stains * (1 + strength * factors) + strength / 10 * shifts
+    pixels = (-(stains @ mixing)).exp() * 256 - 1
+    return pixels.round().clamp(0, 255).to(torch.uint8).T.reshape(crop.shape)
+
+
+def blurred(crop: Tensor, sigma: float, size: int = 9) -> Tensor:
+    """Return a crop after a Gaussian blur, with mirrored borders, as torchvision does it but one axis at a time.
+
+    Args:
+        crop: (C, H, W) uint8.
+        sigma: Standard deviation in pixels.
+        size: Side of the kernel, odd; smaller where the crop is.
+    """
+    half = min(size // 2, crop.shape[-1] - 1, crop.shape[-2] - 1)
+    places = torch.arange(-half, half + 1, dtype=torch.float32)
+    kernel = (-0.5 * (places / sigma).square()).exp()
+    kernel /= kernel.sum()
+    pixels = nnf.pad(crop.float()[:, None], [half] * 4, mode="reflect")
+    pixels = nnf.conv2d(nnf.conv2d(pixels, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return pixels[:, 0].round().clamp(0, 255).to(torch.uint8)
