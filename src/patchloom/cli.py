@@ -53,8 +53,16 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("codebook",),
     ),
     "pretrain": Verb("train an encoder on unlabelled images", "patchloom.pretrain", "METHODS"),
+    "pretrain compare": Command(
+        "several methods under one budget: one table, one plot",
+        "patchloom.pretrain.compare:compare",
+        positional=("recipe",),
+    ),
     "adapt": Verb("train an encoder further on labelled images", "patchloom.adapt", "METHODS"),
     "evaluate": Verb("measure an encoder on labelled images", "patchloom.evaluate", "EVALUATIONS"),
+    "evaluate suite": Command(
+        "a table of encoders, data sets and protocols", "patchloom.evaluate.suite:suite", positional=("recipe",)
+    ),
     "embed": Command(
         "write the feature vector of every image to a file", "patchloom.embed:embed", positional=("model",)
     ),
@@ -147,11 +155,11 @@ def _dispatch(arguments: list[str]) -> int:
 def _command_words(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split the words that name the command from its options."""
     first = arguments[0]
-    second_words = sorted(name.split()[1] for name in COMMANDS if name.startswith(f"{first} "))
-    if second_words:
-        if len(arguments) < 2 or arguments[1] not in second_words:
-            raise UsageError(f"patchloom {first} is followed by one of: {', '.join(second_words)}")
+    if " ".join(arguments[:2]) in COMMANDS:
         return arguments[:2], arguments[2:]
+    second_words = sorted(name.split()[1] for name in COMMANDS if name.startswith(f"{first} "))
+    if second_words and first not in COMMANDS:
+        raise UsageError(f"patchloom {first} is followed by one of: {', '.join(second_words)}")
     if first not in COMMANDS:
         raise unknown_name("command", first, {name.split()[0] for name in COMMANDS})
     return [first], arguments[1:]
@@ -365,6 +373,9 @@ def _verb_overview(name: str, verb: Verb) -> str:
     for method, listed in methods.items():
         summary = (listed.__doc__ or "").strip().split("\n")[0]
         lines.append(f"  {method:<{width}}{summary}")
+    for full, command in COMMANDS.items():
+        if full.startswith(f"{name} "):
+            lines.append(f"  {full.removeprefix(f'{name} '):<{width}}{command.help}")
     lines += ["", f"patchloom {name} METHOD --help lists the options of a method."]
     return "\n".join(lines)
 

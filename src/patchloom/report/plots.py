@@ -23,6 +23,8 @@ def curves(
     y_label: str,
     title: str,
     log_y: bool = False,
+    log_x: bool = False,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
     """Return line charts over one pair of axes.
 
@@ -32,6 +34,8 @@ def curves(
         y_label: What y is, with its unit.
         title: What the chart shows.
         log_y: Logarithmic y.
+        log_x: Logarithmic x.
+        bands: Name to the lower and upper ends of the intervals around a series' points.
 
     Raises:
         UsageError: There is nothing to draw.
@@ -42,6 +46,11 @@ def curves(
     for number, (name, (x, y)) in enumerate(series.items()):
         marker = "o" if len(x) < 25 else None
         axes.plot(x, y, label=name, color=COLOURS[number % len(COLOURS)], linewidth=1.8, marker=marker, markersize=3.5)
+        if name in (bands or {}):
+            low, high = (bands or {})[name]
+            axes.fill_between(x, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.18, linewidth=0)
+    if log_x:
+        axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
     if len(series) > 1:
@@ -50,13 +59,20 @@ def curves(
     return Figure(_png(figure), f"{title}: {ends}", half=True)
 
 
-def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
+def bars(
+    values: Mapping[str, float],
+    *,
+    y_label: str,
+    title: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
     """Return horizontal bars with their values.
 
     Args:
         values: Name to value.
         y_label: What the values are.
         title: What the chart shows.
+        intervals: Name to the lower and upper end of an interval around the value, drawn as a whisker.
 
     Raises:
         UsageError: There is nothing to draw.
@@ -65,8 +81,22 @@ def bars(values: Mapping[str, float], *, y_label: str, title: str) -> Figure:
         raise UsageError("a bar chart needs at least one bar")
     figure, axes = _axes(title, y_label, "")
     names = list(values)
-    drawn = axes.barh(range(len(names)), list(values.values()), color=COLOURS[0], height=0.6)
-    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8.5, color=TEXT)
+    axes.barh(range(len(names)), list(values.values()), color=COLOURS[0], height=0.6)
+    for number, name in enumerate(names):
+        low, high = (intervals or {}).get(name, (values[name], values[name]))
+        if high > low:
+            axes.plot([low, high], [number, number], color=TEXT, linewidth=1.4)
+    ends = [max(values[name], (intervals or {}).get(name, (0, values[name]))[1]) for name in names]
+    for number, (end, name) in enumerate(zip(ends, names, strict=True)):
+        axes.annotate(
+            f"{values[name]:.3g}",
+            (end, number),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=TEXT,
+        )
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
