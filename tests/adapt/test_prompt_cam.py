@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchloom.adapt.insertion import activate, remove
 from patchloom.adapt.prompt_cam import PromptCAM
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
@@ -29,7 +30,7 @@ def model_of(
 
 def written_out(model: PromptCAM, images: Tensor) -> tuple[Tensor, Tensor]:
     """The specification's steps, with timm's blocks called on the whole row (plain ViT only)."""
-    encoder, count = model.encoder, model.num_classes
+    encoder, added, count = model.encoder, model.added, model.num_classes
     x = encoder._pos_embed(encoder.patch_embed(images))
     x = encoder.norm_pre(x)
     attention = []
@@ -37,21 +38,23 @@ def written_out(model: PromptCAM, images: Tensor) -> tuple[Tensor, Tensor]:
     last.fused_attn = False
     hook = last.attn_drop.register_forward_hook(lambda m, i, o: attention.append(o))
     z = x
+    activate(encoder, None)
     for number, block in enumerate(encoder.blocks):
         final = number == len(encoder.blocks) - 1
-        if model.depth == "shallow" or final:
-            prompts = model.prompts[-1]
-        elif model.helper_prompts is not None:
-            prompts = model.helper_prompts[number]
+        if added.depth == "shallow" or final:
+            prompts = added.prompts[-1]
+        elif added.helper_prompts is not None:
+            prompts = added.helper_prompts[number]
         else:
-            prompts = model.prompts[number] if len(model.prompts) > 1 else model.prompts[0, :0]
-        if model.depth == "deep" or number == 0:
+            prompts = added.prompts[number] if len(added.prompts) > 1 else added.prompts[0, :0]
+        if added.depth == "deep" or number == 0:
             z = torch.cat([prompts.expand(len(x), -1, -1), x], dim=1)
         z = block(z)
         x = z[:, prompts.shape[0] :]
     hook.remove()
     last.fused_attn = True
-    logits = encoder.norm(z)[:, :count] @ model.head.weight.T + model.head.bias
+    activate(encoder, "prompt_cam")
+    logits = encoder.norm(z)[:, :count] @ added.head.weight.T + added.head.bias
     patches = attention[0][:, :, :count, count + encoder.num_prefix_tokens :]
     return logits[..., 0], patches.unflatten(-1, (4, 4))
 
@@ -76,6 +79,7 @@ def test_logits_and_maps_are_those_of_the_definition(changes, settings):
     ours, our_maps = model.forward_with_attention(images)
     torch.testing.assert_close(ours, logits)
     torch.testing.assert_close(our_maps, maps)
+    torch.testing.assert_close(model.encoder(images), logits)  # the encoder itself, with its tokens carried along
 
 
 @pytest.mark.parametrize("depth", ["deep", "shallow"])
@@ -103,7 +107,11 @@ def test_trained_parameters_are_counted_as_published():
     encoder = create_encoder("vit_tiny_patch16_224", embed_dim=768, num_heads=12, depth=12)
 
     def trained(**settings) -> int:
-        return sum(p.numel() for p in PromptCAM(encoder, **settings).parameters() if p.requires_grad)
+        model = PromptCAM(encoder, **settings)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert count == model.added.trainable_parameters()
+        remove(encoder)
+        return count
 
     assert trained(num_classes=200) == 1_843_969
     assert trained(num_classes=196) == 1_807_105
@@ -115,26 +123,60 @@ def test_trained_parameters_are_counted_as_published():
 def test_prompts_start_uniform_within_the_published_bound():
     model = PromptCAM(create_encoder("vit_tiny_patch16_224", **SMALL), 50)
     bound = math.sqrt(6 / (3 * 8**2 + 32))
-    assert model.prompts.abs().max() <= bound
-    assert float(model.prompts.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    added = model.added
+    assert added.prompts.abs().max() <= bound
+    assert float(added.prompts.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 def test_training_reaches_prompts_and_head_and_nothing_else():
     model = model_of().train()
     before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
     model(torch.randn(2, 3, 32, 32, dtype=torch.float64)).logsumexp(1).sum().backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        "prompts",
-        "head.weight",
-        "head.bias",
-    }
-    assert bool((model.prompts.grad.abs().sum((1, 2)) > 0).all())
+    assert [p for p in model.parameters() if p.grad is not None] == list(model.added.parameters())
+    assert bool((model.added.prompts.grad.abs().sum((1, 2)) > 0).all())
     assert all(torch.equal(value, model.encoder.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"depth": "shallow"}])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "ccvit_tiny_patch8_64", "eva02_tiny_patch14_224"])
+def test_taken_off_again_the_encoder_is_as_it_was(name, settings):
+    encoder = create_encoder(name, image_size=32, **SMALL).eval()
+    images = torch.randn(1, 3, 32, 32)
+    before, out = {key: value.clone() for key, value in encoder.state_dict().items()}, encoder(images)
+    model = PromptCAM(encoder, 5, **settings).eval()
+    torch.testing.assert_close(encoder(images), model(images))
+    assert PromptCAM.of(encoder).added is model.added
+    remove(encoder)
+    assert torch.equal(encoder(images), out)
+    assert list(before) == list(encoder.state_dict())
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in before.items())
+    assert "forward" not in vars(encoder.blocks[0])
+    with pytest.raises(UsageError, match="no class prompts"):
+        PromptCAM.of(encoder)
+
+
+def test_masks_are_refused():
+    model = model_of()
+    with pytest.raises(UsageError, match="leave the mask out"):
+        model.encoder.blocks[0](torch.zeros(1, 17, 32).double(), attn_mask=torch.zeros(17, 17))
+
+
+def test_recomputing_activations_changes_no_gradient():
+    for settings in ({}, {"depth": "shallow"}):
+        gradients = []
+        for recompute in (False, True):
+            model = model_of(**settings, prompt_dropout=0.0).train()
+            model.encoder.set_grad_checkpointing(recompute)
+            generator = torch.Generator().manual_seed(1)
+            images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=generator)
+            model.encoder(images)[:, 0].sum().backward()
+            gradients.append(model.added.prompts.grad)
+        torch.testing.assert_close(*gradients)
 
 
 def test_without_helpers_no_gradient_goes_below_the_last_block():
     model = model_of(helper_prompts=0).train()
-    assert not model.before_last(torch.randn(1, 3, 32, 32, dtype=torch.float64)).x.requires_grad
+    assert not model.added.before_last(torch.randn(1, 3, 32, 32, dtype=torch.float64)).x.requires_grad
 
 
 def test_prompt_dropout_differs_from_image_to_image_in_training_only():
@@ -149,7 +191,7 @@ def test_prompt_dropout_differs_from_image_to_image_in_training_only():
 def test_an_adapter_is_prompts_and_head_and_comes_back():
     model, other = model_of(), model_of()
     with torch.no_grad():
-        other.prompts.zero_()
+        other.added.prompts.zero_()
     state = model.adapter_state_dict()
     assert set(state) == {"prompts", "head.weight", "head.bias"}
     other.load_adapter_state_dict(state)

@@ -108,7 +108,7 @@ def test_published_layouts_give_the_published_logits_and_maps(kind, config):
 
 def test_one_set_of_prompts_is_the_shallow_form():
     model = pl.load_reference("prompt_cam", layout(sets=1), num_heads=HEADS)
-    assert model.depth == "shallow"
+    assert model.added.depth == "shallow"
     assert model(torch.randn(1, 3, 12, 12)).shape == (1, CLASSES)
 
 
@@ -138,6 +138,6 @@ def test_import_keeps_the_encoder(tmp_path):
 
     state = layout(scale=True)
     torch.save({"model_state_dict": state}, tmp_path / "model.pt")
-    import_reference("prompt_cam", str(tmp_path / "model.pt"), str(tmp_path / "bundle"), num_heads=HEADS)
+    import_reference("prompt_cam", str(tmp_path / "model.pt"), str(tmp_path / "bundle"), settings={"num_heads": HEADS})
     encoder = load(tmp_path / "bundle")
     torch.testing.assert_close(encoder.blocks[2].ls2.gamma, state["blocks.2.ls2.gamma"])

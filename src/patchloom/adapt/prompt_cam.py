@@ -15,16 +15,16 @@ for Fine-Grained Analysis", arXiv 2501.09333; specification, section 2.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from patchloom.adapt.insertion import Insertion, Replacement, active, check_family, insert, insertions
 from patchloom.encoders import (
-    Embedded,
     Encoder,
-    depth,
     embed,
     embed_dim,
     final_norm,
@@ -37,6 +37,8 @@ from patchloom.encoders.attend import Group, Rewrite, attend_block, check_separa
 from patchloom.errors import UsageError, unknown_name
 
 Depth = Literal["deep", "shallow"]
+NAME = "prompt_cam"
+"""What the adapter is called on an encoder that `PromptCAM` was made of."""
 MOST_CLASSES = 4096
 """Attention grows with the square of the prompts: above this it has to be asked for."""
 
@@ -54,31 +56,18 @@ class LastInput(NamedTuple):
     """Patches down and across."""
 
 
-class PromptCAM(nn.Module):
-    """A frozen encoder with a prompt for each class.
+class ClassPrompts(Insertion):
+    """The prompts of all classes and the vector that scores them, as an insertion: see `PromptCAM` for the arguments.
 
-    Deep: every block has prompts of its own, whose outputs are thrown away but for the last block's. There prompts
-    are keys and values only, and in the last block the image's tokens are: the same logits as from the whole row of
-    tokens at little more than the cost of the plain encoder. Shallow: one set goes through all blocks.
-
-    Args:
-        encoder: A timm `VisionTransformer`, `Beit` or `Eva`; it is frozen (`requires_grad_(False)`), else left as it
-            is.
-        num_classes: Classes C, at least 2.
-        depth: `deep` or `shallow`.
-        prompt_dropout: Dropout on the prompts in training, in [0, 1); paper: 0.1 for DINO, 0 for DINOv2.
-        helper_prompts: Prompts in each block but the last, deep only; default: C as published; 0: none, and no
-            gradient is computed below the last block.
-        force: Allow more than 4096 classes.
+    While it is active, the encoder's logits are the classes', and its tokens are those that prompts stood in front of.
 
     Attributes:
         prompts: Deep (blocks, C, D), or (1, C, D) where `helper_prompts` is not C; shallow (1, C, D).
         helper_prompts: (blocks - 1, m, D) where m is neither 0 nor C, else None.
         head: The shared vector that scores a prompt's output, with a bias.
-
-    Raises:
-        UsageError: A value outside its range, or an encoder whose attention cannot be read.
     """
+
+    head: nn.Module
 
     def __init__(
         self,
@@ -93,8 +82,8 @@ class PromptCAM(nn.Module):
         _check(num_classes, depth, prompt_dropout, helper_prompts, force)
         if getattr(encoder, "attn_pool", None) is not None:
             raise UsageError("the encoder pools by attention, which prompts bypass; take one without a map head")
+        check_family(encoder)
         check_separable(encoder)
-        self.encoder = encoder.requires_grad_(False)
         self.num_classes = num_classes
         self.depth = depth
         width, blocks = embed_dim(encoder), len(encoder.blocks)
@@ -104,35 +93,19 @@ class PromptCAM(nn.Module):
         has_others = depth == "deep" and helpers not in (0, num_classes)
         self.helper_prompts = nn.Parameter(torch.empty(blocks - 1, helpers, width)) if has_others else None
         self.dropout = nn.Dropout(prompt_dropout)
-        self.head = nn.Linear(width, 1)
+        self.head = SharedVector(width, 1)
+        self._carried: dict[int, Tensor] = {}
         bound = math.sqrt(6 / (3 * patch_size(encoder) ** 2 + width))
         for tensor in (self.prompts, self.helper_prompts):
             if tensor is not None:
                 nn.init.uniform_(tensor, -bound, bound)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, C) for (B, 3, H, W) normalised images.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_carried": {}}
 
-        Raises:
-            UsageError: Images of another size than the encoder's.
-        """
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits (B, C) for (B, 3, H, W) normalised images, without what only the image's tokens need."""
         return self.last(self.before_last(images))[0]
-
-    def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (B, C), and attention maps (B, H, C, h, w) of the last block.
-
-        A map holds what a class prompt gives to each patch, after softmax; what it gives to prompts and prefix tokens
-        is left out, so it sums to less than 1.
-        """
-        entering = self.before_last(images)
-        logits, attention = self.last(entering, explicit=True)
-        assert attention is not None
-        return logits, self.maps(attention, entering.grid)
-
-    def maps(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the maps (B, H, C, h, w) in the last block's attention (B, H, C, C + P + N)."""
-        patches = attention[..., self.num_classes + num_prefix_tokens(self.encoder) :]
-        return patches.unflatten(-1, grid)
 
     def before_last(self, images: Tensor) -> LastInput:
         """Run all blocks but the last.
@@ -143,19 +116,16 @@ class PromptCAM(nn.Module):
         Raises:
             UsageError: Images of another size than the encoder's.
         """
-        self._check_images(images)
         encoder = self.encoder
+        _check_images(encoder, images)
         embedded = embed(encoder, images)
-        last = depth(encoder) - 1
-        if self.depth == "shallow":
-            x, prompts = self._carry_prompts(embedded, last)
-        else:
-            x, prompts = embedded.x, self._with_dropout(self.prompts[-1:], len(images))
-            for number in range(last):
-                helpers = self._helpers(number, len(images))
-                guests = None if helpers is None else Group(helpers, is_guest=True)
-                x, _ = attend_block(encoder.blocks[number], Group(x), guests, **embedded.kwargs_of(number))
+        last = len(encoder.blocks) - 1
+        x = embedded.x
+        for number in range(last):
+            x = self._run(number, x, **embedded.kwargs_of(number))
         size = (images.shape[-2], images.shape[-1])
+        prompts = self._entering(last, x)
+        assert prompts is not None
         return LastInput(x, prompts, embedded.kwargs_of(last), grid_size(encoder, size))
 
     def last(
@@ -179,12 +149,154 @@ class PromptCAM(nn.Module):
             rewrite=rewrite,
             **entering.block_kwargs,
         )
-        logits: Tensor = self.head(final_norm(self.encoder, out)).squeeze(-1)
+        logits: Tensor = self.head(final_norm(self.encoder, out))
         return logits, attention
+
+    def maps(self, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the maps (B, H, C, h, w) in the last block's attention (B, H, C, C + P + N)."""
+        patches = attention[..., self.num_classes + num_prefix_tokens(self.encoder) :]
+        return patches.unflatten(-1, grid)
+
+    # As an insertion: every block is run with its prompts.
+
+    def replacements(self, encoder: Encoder) -> Iterable[Replacement]:
+        """Return the blocks' forward passes with prompts."""
+        return [(block, "forward", partial(self._run, number)) for number, block in enumerate(encoder.blocks)]
+
+    def detach(self) -> None:
+        """Stop acting."""
+        super().detach()
+        self._carried.clear()
+
+    def head_input(self, encoder: Encoder, x: Tensor) -> Tensor:
+        """Return the normed outputs of the prompts of the latest forward pass, (B, C, D)."""
+        assert self.prompt_outputs is not None
+        return final_norm(encoder, self.prompt_outputs)
+
+    def _run(self, number: int, x: Tensor, **kwargs: Any) -> Tensor:
+        """Return what block `number` makes of the encoder's tokens (B, P + N, D); keep what it makes of prompts."""
+        if kwargs.pop("attn_mask", None) is not None or kwargs.pop("is_causal", False):
+            raise UsageError("an attention mask and class prompts do not go together; leave the mask out")
+        block = self.encoder.blocks[number]
+        is_last = number == len(self.encoder.blocks) - 1
+        prompts = self._entering(number, x)
+        if self.depth == "deep" and not is_last:
+            guests = None if prompts is None else Group(prompts, is_guest=True)
+            return attend_block(block, Group(x), guests, **kwargs)[0]
+        assert prompts is not None
+        count = self.num_classes
+        z = torch.cat([prompts.expand(len(x), -1, -1), x], dim=1)
+        z, _ = attend_block(block, Group(z, guests=count), **kwargs)
+        if is_last:
+            self.prompt_outputs = z[:, :count]
+        else:
+            self._carried[number + 1] = z[:, :count]
+        return z[:, count:]
+
+    def _entering(self, number: int, x: Tensor) -> Tensor | None:
+        """Return the prompts that enter a block, (B or 1, m, D); None where it has none."""
+        last = len(self.encoder.blocks) - 1
+        if self.depth == "shallow":
+            return self._carried[number] if number else self._with_dropout(self.prompts, len(x))
+        if number == last:
+            return self._with_dropout(self.prompts[-1:], len(x))
+        sets = self.prompts if self.helper_prompts is None else self.helper_prompts
+        if sets is self.prompts and len(sets) == 1:
+            return None
+        return self._with_dropout(sets[number : number + 1], len(x))
+
+    def _with_dropout(self, prompts: Tensor, batch: int) -> Tensor:
+        """Return prompts (1, m, D) as they are, or (B, m, D) where dropout makes them differ between images."""
+        return self.dropout(prompts.expand(batch, -1, -1)) if self.training and self.dropout.p else prompts
+
+
+class SharedVector(nn.Linear):
+    """One score per token: (…, D) to (…)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the scores of tokens."""
+        return super().forward(tokens).squeeze(-1)
+
+
+class PromptCAM(nn.Module):
+    """A frozen encoder with a prompt for each class.
+
+    Deep: every block has prompts of its own, whose outputs are thrown away but for the last block's. There prompts
+    are keys and values only, and in the last block the image's tokens are: the same logits as from the whole row of
+    tokens at little more than the cost of the plain encoder. Shallow: one set goes through all blocks.
+
+    Args:
+        encoder: A timm `VisionTransformer`, `Beit` or `Eva`; it is frozen, and the prompts become its adapter
+            `prompt_cam` (`adapt.insertion.remove` takes them off again).
+        num_classes: Classes C, at least 2.
+        depth: `deep` or `shallow`.
+        prompt_dropout: Dropout on the prompts in training, in [0, 1); paper: 0.1 for DINO, 0 for DINOv2.
+        helper_prompts: Prompts in each block but the last, deep only; default: C as published; 0: none, and no
+            gradient is computed below the last block.
+        force: Allow more than 4096 classes.
+
+    Attributes:
+        encoder: The encoder.
+        added: The `ClassPrompts` on it.
+
+    Raises:
+        UsageError: A value outside its range, or an encoder whose attention cannot be read.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, **settings: Any) -> None:
+        super().__init__()
+        insert(encoder, ClassPrompts(encoder, num_classes, **settings), NAME)
+        self.encoder = encoder
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> PromptCAM:
+        """Return the model that an encoder and the class prompts active on it make.
+
+        Raises:
+            UsageError: No class prompts are active on the encoder.
+        """
+        there = insertions(encoder).get(active(encoder) or "")
+        if not isinstance(there, ClassPrompts):
+            raise UsageError("the model has no class prompts; train them with: patchloom adapt prompt_cam")
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.encoder = encoder
+        return model
+
+    @property
+    def added(self) -> ClassPrompts:
+        """The class prompts on the encoder."""
+        there = insertions(self.encoder)[active(self.encoder) or NAME]
+        assert isinstance(there, ClassPrompts)
+        return there
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.added.num_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, C) for (B, 3, H, W) normalised images.
+
+        Raises:
+            UsageError: Images of another size than the encoder's.
+        """
+        return self.added.logits(images)
+
+    def forward_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, C), and attention maps (B, H, C, h, w) of the last block.
+
+        A map holds what a class prompt gives to each patch, after softmax; what it gives to prompts and prefix tokens
+        is left out, so it sums to less than 1.
+        """
+        entering = self.added.before_last(images)
+        logits, attention = self.added.last(entering, explicit=True)
+        assert attention is not None
+        return logits, self.added.maps(attention, entering.grid)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return what was added to the encoder: `prompts`, `head.weight`, `head.bias` (and `helper_prompts`)."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        return self.added.stored_state()
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take prompts and head from an adapter's tensors.
@@ -204,34 +316,16 @@ class PromptCAM(nn.Module):
                     f"the adapter's {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}: "
                     f"it belongs to another encoder or another depth"
                 )
-        self.load_state_dict({**self.state_dict(), **state})
+        self.added.load_stored_state(dict(state))
 
-    def _helpers(self, number: int, batch: int) -> Tensor | None:
-        """Return the prompts of a block below the last, (B or 1, m, D); None where there are none."""
-        sets = self.helper_prompts if self.helper_prompts is not None else self.prompts
-        if sets is self.prompts and len(sets) == 1:
-            return None
-        return self._with_dropout(sets[number : number + 1], batch)
 
-    def _with_dropout(self, prompts: Tensor, batch: int) -> Tensor:
-        """Return prompts (1, m, D) as they are, or (B, m, D) where dropout makes them differ between images."""
-        return self.dropout(prompts.expand(batch, -1, -1)) if self.training and self.dropout.p else prompts
-
-    def _carry_prompts(self, embedded: Embedded, last: int) -> tuple[Tensor, Tensor]:
-        """Run prompts and tokens in one row through the blocks before `last`, and return tokens and prompts."""
-        count, batch = self.num_classes, len(embedded.x)
-        z = torch.cat([self._with_dropout(self.prompts, batch).expand(batch, -1, -1), embedded.x], dim=1)
-        for number in range(last):
-            z, _ = attend_block(self.encoder.blocks[number], Group(z, guests=count), **embedded.kwargs_of(number))
-        return z[:, count:], z[:, :count]
-
-    def _check_images(self, images: Tensor) -> None:
-        height, width = image_size(self.encoder)
-        if getattr(self.encoder.patch_embed, "strict_img_size", True) and tuple(images.shape[-2:]) != (height, width):
-            raise UsageError(
-                f"the images are {images.shape[-2]}x{images.shape[-1]} pixels and the encoder takes {height}x{width}; "
-                f"resize them, or set image_size"
-            )
+def _check_images(encoder: Encoder, images: Tensor) -> None:
+    height, width = image_size(encoder)
+    if getattr(encoder.patch_embed, "strict_img_size", True) and tuple(images.shape[-2:]) != (height, width):
+        raise UsageError(
+            f"the images are {images.shape[-2]}x{images.shape[-1]} pixels and the encoder takes {height}x{width}; "
+            f"resize them, or set image_size"
+        )
 
 
 def _check(num_classes: int, depth: str, dropout: float, helpers: int | None, force: bool) -> None:

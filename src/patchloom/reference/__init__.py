@@ -68,6 +68,7 @@ def import_reference(
     Raises:
         UsageError: Unknown system, or a checkpoint that does not fit.
     """
+    from patchloom.adapt.insertion import remove
     from patchloom.bundle import save_bundle
 
     if Path(out).exists() and not overwrite:
@@ -78,5 +79,6 @@ def import_reference(
     if not hasattr(encoder, "pretrained_cfg"):
         raise UsageError(f"a {system} checkpoint holds no encoder that could be saved as a bundle")
     lineage = {"made_by": f"import {system}", "checkpoint": Path(checkpoint).name, "settings": config, "from": None}
+    remove(encoder)  # a bundle is the plain encoder; without anything inserted this does nothing
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
     return out

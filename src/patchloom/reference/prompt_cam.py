@@ -11,7 +11,7 @@ import torch
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from patchloom.adapt.prompt_cam import PromptCAM
+from patchloom.adapt.prompt_cam import NAME, PromptCAM
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.reference.state import check_settings, fill
@@ -50,9 +50,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> PromptCAM:
 
 
 def _our_name(name: str) -> str:
-    if name == PROMPTS:
-        return "prompts"
-    return name if name.startswith("head.") else f"encoder.{name}"
+    if name == PROMPTS or name.startswith("head."):
+        return f"encoder.adapters.{NAME}.{'prompts' if name == PROMPTS else name}"
+    return f"encoder.{name}"
 
 
 def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:

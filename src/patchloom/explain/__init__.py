@@ -1,0 +1,1 @@
+"""Show what an encoder or a classifier looks at."""
