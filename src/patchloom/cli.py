@@ -84,6 +84,7 @@ COMMANDS: dict[str, Command | Verb] = {
         "patchloom.reference:import_reference",
         positional=("system", "checkpoint"),
     ),
+    "cache": Command("list or delete the features kept on disk", "patchloom.features.cache:show_cache"),
     "list": Command(
         "list the methods, data sources and published systems", "patchloom.cli:list_everything", positional=("verb",)
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from patchloom.data import EvalTransform, SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
-from patchloom.encoders import Encoder, normalize, pooled, set_image_size
+from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
 
@@ -44,7 +45,6 @@ class Features(NamedTuple):
     """Name and reason of images that could not be read."""
 
 
-@torch.no_grad()
 def extract(
     encoder: Encoder | None,
     source: Source | StreamSource,
@@ -54,6 +54,7 @@ def extract(
     num_workers: int = 2,
     device: str = "auto",
     pool: Pool = "auto",
+    layers: Sequence[int] | None = None,
     precision: Precision = "32",
     progress: bool = True,
     limit: int | None = None,
@@ -70,6 +71,8 @@ def extract(
         num_workers: Processes that read images.
         device: `auto`, `cpu`, `cuda`, …
         pool: How tokens become a vector, see `encoders.pooled`.
+        layers: Blocks whose output is taken, counted from 0, or from the end where negative; default: what the encoder
+            gives out. With it the vectors of the blocks stand one after the other, see `vector_parts`.
         precision: Number format of the encoder's arithmetic.
         progress: Show a bar on a terminal.
         limit: Take the first so many images only.
@@ -77,10 +80,75 @@ def extract(
     Raises:
         UsageError: No image could be read, the size does not fit the encoder, or there is no such device.
     """
-    if precision not in TYPES:
-        raise unknown_name("precision", precision, TYPES)
+    vectors: list[Tensor] = []
+    labels: list[Tensor] = []
+    keys: list[str] = []
+
+    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
+        vectors.append(found)
+        labels.append(known)
+        keys.extend(names)
+        return limit is None or len(keys) < limit
+
     if limit is not None:
         source, num_workers = _first(source, limit, num_workers)
+    skipped = extract_into(
+        take,
+        encoder,
+        source,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        pool=pool,
+        layers=layers,
+        precision=precision,
+        progress=progress,
+    )
+    return Features(torch.cat(vectors)[:limit], torch.cat(labels)[:limit], keys[:limit], skipped)
+
+
+@torch.no_grad()
+def extract_into(
+    take: Callable[[Tensor, Tensor, list[str]], bool],
+    encoder: Encoder | None,
+    source: Source | StreamSource,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    device: str = "auto",
+    pool: Pool = "auto",
+    layers: Sequence[int] | None = None,
+    precision: Precision = "32",
+    progress: bool = True,
+) -> list[tuple[str, str]]:
+    """Hand the features of a source on batch by batch, so that they need never be in memory together.
+
+    Args:
+        take: Called with vectors (B, D) float32 on the CPU, labels and keys of each batch; returning False ends the
+            reading.
+        encoder: As for `extract`, like all that follow.
+        source: Where the images come from.
+        image_size: Side of the images.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        device: `auto`, `cpu`, `cuda`, …
+        pool: How tokens become a vector.
+        layers: Blocks whose output is taken.
+        precision: Number format of the encoder's arithmetic.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        Name and reason of images that could not be read.
+
+    Raises:
+        UsageError: As for `extract`.
+    """
+    if precision not in TYPES:
+        raise unknown_name("precision", precision, TYPES)
+    if layers is not None and encoder is None:
+        raise UsageError("raw pixels have no layers; leave layers out")
     if encoder is not None:
         encoder = _at_size(encoder, image_size)
     side = size_of(encoder)[0] if encoder is not None else image_size or PIXELS_SIDE
@@ -94,22 +162,67 @@ def extract(
         num_workers=num_workers,
         pin_memory=target.type == "cuda",
     )
-    vectors, labels, keys, skipped = [], [], [], []
+    skipped: list[tuple[str, str]] = []
+    # On a GPU the vectors of a batch are fetched while the next one is computed.
+    behind = 1 if target.type == "cuda" else 0
+    held: list[tuple[Tensor, Tensor, list[str]]] = []
+    going, read = True, 0
     with _Evaluating(encoder, target), _arithmetic(target, precision):
         for batch in tqdm(loader, desc="features", disable=not (progress and sys.stderr.isatty()), leave=False):
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue
             images = batch["image"].to(target, non_blocking=True).float().div_(255)
-            found = images.flatten(1) if encoder is None else pooled(encoder, normalize(images, encoder), pool)
-            vectors.append(found.float().cpu())
-            labels.append(batch["label"])
-            keys += batch["key"]
-            if limit is not None and len(keys) >= limit:
+            found = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
+            held.append((found, batch["label"], batch["key"]))
+            read += len(batch["key"])
+            if len(held) > behind:
+                going = _hand_on(held.pop(0), take)
+            if not going:
                 break
-    if not vectors:
+        while going and held:
+            going = _hand_on(held.pop(0), take)
+    if not read:
         raise UsageError(f"{source.name} holds no readable image")
-    return Features(torch.cat(vectors)[:limit], torch.cat(labels)[:limit], keys[:limit], skipped)
+    return skipped
+
+
+def _hand_on(batch: tuple[Tensor, Tensor, list[str]], take: Callable[[Tensor, Tensor, list[str]], bool]) -> bool:
+    found, labels, keys = batch
+    return take(found.float().cpu(), labels, keys)
+
+
+def side_of(encoder: Encoder | None, image_size: int | None) -> int:
+    """Return the side in pixels at which `extract` shows images to an encoder."""
+    return image_size or (size_of(encoder)[0] if encoder is not None else PIXELS_SIDE)
+
+
+def vector_parts(encoder: Encoder, pool: Pool, layers: Sequence[int]) -> list[tuple[int, str]]:
+    """Return the block and the kind (`cls` or `avg`) of each part, of the encoder's width, of a vector of `layers`.
+
+    `auto` takes the class token, or the mean over patches where the encoder has none. Each block's output goes through
+    the encoder's final norm.
+
+    Raises:
+        UsageError: `cls` for an encoder without class token.
+    """
+    has_class_token = num_prefix_tokens(encoder) > 0
+    kinds = (["cls"] if has_class_token else ["avg"]) if pool == "auto" else pool.split("+")
+    if "cls" in kinds and not has_class_token:
+        raise UsageError(f"the encoder has no class token, so pool={pool} cannot be; use pool=avg")
+    return [(layer, kind) for layer in layers for kind in kinds]
+
+
+def _vectors(encoder: Encoder, images: Tensor, pool: Pool, layers: Sequence[int] | None) -> Tensor:
+    images = normalize(images, encoder)
+    if layers is None:
+        return pooled(encoder, images, pool)
+    tapped = dict(zip(layers, intermediate_layers(encoder, images, list(layers)), strict=True))
+    parts = [
+        tapped[layer].prefix[:, 0] if kind == "cls" else tapped[layer].patches.mean(1)
+        for layer, kind in vector_parts(encoder, pool, layers)
+    ]
+    return torch.cat(parts, 1)
 
 
 class _Evaluating:

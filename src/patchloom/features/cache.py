@@ -1,0 +1,400 @@
+"""Features kept on disk: the second measurement of an encoder on the same images starts at once.
+
+An entry is found by its content: every weight of the encoder, how its vectors are made, and the fingerprint of the
+source (for a folder the names, sizes and times of its files; a file that is replaced by one of the same size and the
+same time goes unnoticed). Other weights or other images make another entry. Where an encoder of the same name was
+measured on the same source before, the new entry takes the place of the old one, and says why.
+
+Entries lie in `~/.cache/patchloom/features`, or where the environment variable PATCHLOOM_CACHE says. Beyond
+PATCHLOOM_CACHE_GB gigabytes (20) those not used for longest are deleted; `patchloom cache` lists what is there, and
+`patchloom cache --clear` deletes it.
+
+>>> from patchloom.data import open_source
+>>> first = cached_features(None, open_source("digits:test"), cache="/tmp/cache", num_workers=0)  # doctest: +SKIP
+>>> again = cached_features(None, open_source("digits:test"), cache="/tmp/cache")  # from disk  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.encoders import Encoder
+from patchloom.errors import UsageError
+from patchloom.features.extract import Features, Pool, Precision, extract_into, side_of, vector_parts
+
+# Raised when the same encoder and images would give other vectors than before.
+FORMAT = 1
+ABOUT, VECTORS, LABELS, KEYS = "about.json", "vectors.npy", "labels.npy", "keys.npy"
+LIMIT_GB = 20.0
+# Bytes of a tensor that share a checksum.
+BLOCK = 2**16
+# An unfinished entry this old, in seconds, was left by a process that is gone.
+ABANDONED = 24 * 3600
+
+
+def cached_features(
+    encoder: Encoder | None,
+    source: Source | StreamSource,
+    *,
+    cache: str | Path | None = "auto",
+    name: str | None = None,
+    image_size: int | None = None,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    device: str = "auto",
+    pool: Pool = "auto",
+    layers: Sequence[int] | None = None,
+    precision: Precision = "32",
+    progress: bool = True,
+) -> Features:
+    """Return the features of all images of a source as `extract` does, from disk where they are there already.
+
+    Args:
+        encoder: The encoder, or None for raw pixels.
+        source: Where the images come from.
+        cache: Folder of the cache; `auto` is its usual place, `none` (or None) leaves it out.
+        name: What the user calls the encoder: features of the same name and source that are out of date are replaced.
+        image_size: As for `extract`, like all that follow.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        device: `auto`, `cpu`, `cuda`, …
+        pool: How tokens become a vector.
+        layers: Blocks whose output is taken.
+        precision: Number format of the encoder's arithmetic.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        Features whose vectors are mapped from the disk: pages are read when they are used. Writing to them changes
+        nothing on disk.
+
+    Raises:
+        UsageError: As for `extract`; or the place of the cache is a file.
+    """
+    if layers is not None and encoder is not None:
+        vector_parts(encoder, pool, layers)  # refuses what cannot be, before anything is hashed
+    name = "pixels" if encoder is None else name
+    root = cache_folder(cache)
+    how: dict[str, Any] = {"pool": pool, "layers": layers, "precision": precision}
+    options = {**how, "image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
+    options |= {"device": device, "progress": progress}
+    if root is None:
+        return _extracted(encoder, source, options)
+    about = {
+        "format": FORMAT,
+        "encoder": weights_hash(encoder),
+        "source": source_hash(source),
+        "how": {**how, "layers": None if layers is None else list(layers), "side": side_of(encoder, image_size)},
+    }
+    key = _digest(json.dumps(about, sort_keys=True).encode())
+    about |= {"encoder_name": name, "source_name": source.name}
+    # Entries of one encoder by name, one source and one way to make vectors lie side by side.
+    about_pair = [name or key, _place(source.name), about["how"]]
+    entry = root / _digest(json.dumps(about_pair, sort_keys=True).encode())[:16] / key
+    found = _read(entry)
+    if found is not None:
+        return found
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.warn(f"features are not kept, the cache {root} cannot be written: {error}", stacklevel=2)
+        return _extracted(encoder, source, options)
+    _replace_outdated(entry, about)
+    features = _write(entry, about, encoder, source, options)
+    _keep_within_limit(root, entry)
+    return features
+
+
+def cache_folder(cache: str | Path | None = "auto") -> Path | None:
+    """Return the folder a setting `cache` means, or None for no cache.
+
+    Raises:
+        UsageError: A file is in its place.
+    """
+    if cache is None or str(cache).lower() in ("none", "null", "off"):
+        return None
+    if str(cache) != "auto":
+        folder = Path(cache).expanduser()
+    elif given := os.environ.get("PATCHLOOM_CACHE"):
+        folder = Path(given).expanduser()
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(base) if base else Path.home() / ".cache") / "patchloom" / "features"
+    if folder.is_file():
+        raise UsageError(f"cache is {folder}, which is a file; name a folder, or none for no cache")
+    return folder
+
+
+def list_entries(cache: str | Path | None = "auto") -> list[dict[str, Any]]:
+    """Return what a cache holds, the last used first: encoder, source, images, megabytes, day of the last use."""
+    root = cache_folder(cache)
+    entries = [] if root is None else sorted(_entries(root), key=_last_use, reverse=True)
+    listed = []
+    for entry in entries:
+        about = _about(entry) or {}
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(_last_use(entry)))
+        listed.append(
+            {
+                "encoder": about.get("encoder_name") or "a module",
+                "source": about.get("source_name"),
+                "images": about.get("shape", [0])[0],
+                "megabytes": round(_size(entry) / 1e6, 1),
+                "used": used,
+                "entry": str(entry),
+            }
+        )
+    return listed
+
+
+def clear(cache: str | Path | None = "auto") -> int:
+    """Delete all entries of a cache, and nothing else in its folder; return how many there were."""
+    root = cache_folder(cache)
+    entries = [] if root is None else list(_entries(root))
+    for entry in entries:
+        _delete(entry)
+    return len(entries)
+
+
+def show_cache(cache: str = "auto", clear: bool = False) -> dict[str, Any]:
+    """List the features kept on disk, or delete them.
+
+    Args:
+        cache: Folder of the cache; auto is its usual place (PATCHLOOM_CACHE, or ~/.cache/patchloom/features).
+        clear: Delete all entries.
+    """
+    root = cache_folder(cache)
+    entries = list_entries(cache)
+    total = round(sum(entry["megabytes"] for entry in entries), 1)
+    found: dict[str, Any] = {"folder": str(root), "megabytes": total, "limit_gigabytes": _limit() / 1e9}
+    if clear:
+        return {**found, "deleted": globals()["clear"](cache)}
+    return {**found, "entries": entries}
+
+
+def weights_hash(encoder: Encoder | None) -> str:
+    """Return a hash of all that makes an encoder's output: weights, buffers, structure, arguments, normalisation."""
+    if encoder is None:
+        return "pixels"
+    tensors = [*encoder.named_parameters(remove_duplicate=False), *encoder.named_buffers(remove_duplicate=False)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
+        hashes = list(pool.map(_tensor_hash, [tensor for _, tensor in tensors]))
+    made = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
+    normalised = [(getattr(encoder, "pretrained_cfg", None) or {}).get(part) for part in ("mean", "std")]
+    text = [repr(encoder), repr(made), repr([list(part or ()) for part in normalised]), str(encoder.global_pool)]
+    text += [f"{name} {value}" for (name, _), value in zip(tensors, hashes, strict=True)]
+    return _digest("\0".join(text).encode())
+
+
+def source_hash(source: Source | StreamSource) -> str:
+    """Return a hash of the images and labels a source lists."""
+    digest = hashlib.sha256(f"{type(source).__name__}\0{_place(source.name)}\0{source.fingerprint()}".encode())
+    digest.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
+    if source.labels is not None:
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _extracted(encoder: Encoder | None, source: Source | StreamSource, options: dict[str, Any]) -> Features:
+    from patchloom.features.extract import extract
+
+    return extract(encoder, source, **options)
+
+
+def _write(
+    entry: Path, about: dict[str, Any], encoder: Encoder | None, source: Source | StreamSource, options: dict[str, Any]
+) -> Features:
+    """Extract features into an entry, which appears whole or not at all, and return them from there."""
+    temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=entry.parent))
+    try:
+        labels: list[Tensor] = []
+        keys: list[str] = []
+        with (temporary / VECTORS).open("wb") as file:
+            writer = _Rows(file)
+
+            def take(vectors: Tensor, known: Tensor, names: list[str]) -> bool:
+                writer.add(vectors.numpy())
+                labels.append(known)
+                keys.extend(names)
+                return True
+
+            skipped = extract_into(take, encoder, source, **options)
+            writer.finish()
+        np.save(temporary / LABELS, torch.cat(labels).numpy())
+        np.save(temporary / KEYS, np.frombuffer("\0".join(keys).encode(errors="surrogateescape"), dtype=np.uint8))
+        about = {**about, "shape": [writer.rows, writer.width], "skipped": skipped}
+        (temporary / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(entry)
+        except OSError:  # another process was faster, or a damaged entry is in the place
+            if _read(entry) is None:
+                _delete(entry)
+                temporary.rename(entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    features = _read(entry)
+    if features is None:
+        raise OSError(f"the features written to {entry} cannot be read back; is the disk full?")
+    return features
+
+
+class _Rows:
+    """Writes a .npy file row by row; how many there are is filled in at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.rows = self.width = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        if not self.rows:
+            self.width = rows.shape[1]
+            self._header()
+        self.file.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+        self.rows += len(rows)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self._header()
+
+    def _header(self) -> None:
+        # numpy leaves room in the header for the first number to grow.
+        about = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
+        np.lib.format.write_array_header_1_0(self.file, about)
+
+
+def _read(entry: Path) -> Features | None:
+    """Return the features of an entry; None where there is none, or where it is damaged."""
+    about = _about(entry)
+    if about is None:
+        return None
+    try:
+        # Copy on write: whoever changes a vector changes their own copy.
+        vectors = torch.from_numpy(np.load(entry / VECTORS, mmap_mode="c"))
+        labels = torch.from_numpy(np.load(entry / LABELS))
+        text = np.load(entry / KEYS).tobytes().decode(errors="surrogateescape")
+    except (OSError, ValueError, EOFError):
+        return None
+    keys = text.split("\0")
+    if list(vectors.shape) != about["shape"] or len(labels) != len(vectors) or len(keys) != len(vectors):
+        return None
+    with suppress(OSError):  # a cache that may be read but not written
+        os.utime(entry / ABOUT)
+    return Features(vectors, labels, keys, [(key, reason) for key, reason in about["skipped"]])
+
+
+def _replace_outdated(entry: Path, about: dict[str, Any]) -> None:
+    """Delete what was cached for the same names, and say what has changed since."""
+    for other in entry.parent.iterdir():
+        if other.name.startswith("."):
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                _delete(other)
+            continue
+        before = _about(other)
+        if other == entry or before is None:
+            _delete(other)
+            continue
+        what = [
+            text
+            for field, text in (
+                ("encoder", f"the weights of {about['encoder_name']}"),
+                ("source", about["source_name"]),
+            )
+            if before[field] != about[field]
+        ]
+        print(
+            f"{' and '.join(what) or 'the way of extracting'} changed since features were kept; extracting them anew",
+            file=sys.stderr,
+        )
+        _delete(other)
+
+
+def _keep_within_limit(root: Path, keep: Path) -> None:
+    """Delete the entries not used for longest until the rest fits."""
+    entries = sorted(_entries(root), key=_last_use, reverse=True)
+    total, most = 0, _limit()
+    for entry in [keep, *(one for one in entries if one != keep)]:
+        size = _size(entry)
+        total += size
+        if total > most and entry != keep:
+            about = _about(entry) or {}
+            print(
+                f"the cache {root} exceeds {most / 1e9:g} GB (PATCHLOOM_CACHE_GB): deleting the features of "
+                f"{about.get('encoder_name') or 'a module'} on {about.get('source_name')}",
+                file=sys.stderr,
+            )
+            _delete(entry)
+            total -= size
+
+
+def _limit() -> float:
+    given = os.environ.get("PATCHLOOM_CACHE_GB", str(LIMIT_GB))
+    try:
+        return float(given) * 1e9
+    except ValueError as error:
+        raise UsageError(f"PATCHLOOM_CACHE_GB is {given!r}; it must be a number of gigabytes") from error
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    for about in root.glob(f"*/*/{ABOUT}"):
+        if not about.parent.name.startswith(".") and _about(about.parent) is not None:
+            yield about.parent
+
+
+def _about(entry: Path) -> dict[str, Any] | None:
+    try:
+        about = json.loads((entry / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(about, dict) and about.get("format") == FORMAT and "shape" in about
+    return about if is_ours else None
+
+
+def _last_use(entry: Path) -> float:
+    try:
+        return (entry / ABOUT).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(entry: Path) -> int:
+    return sum(file.stat().st_size for file in entry.iterdir() if file.is_file())
+
+
+def _delete(entry: Path) -> None:
+    shutil.rmtree(entry, ignore_errors=True)
+
+
+def _place(name: str) -> str:
+    """Return the absolute path of a source that is a path, else its name."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    """Return a hash of shape and bytes: SHA-256 over the CRC of every block, four times as fast as over the bytes.
+
+    A CRC finds every change within 32 bits for certain, and any other but one in four thousand million, per block.
+    """
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    blocks = np.array([zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)], dtype=np.uint32)
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + blocks.tobytes())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
