@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference import ccvit, phikon_v2, prompt_cam, tov_vicreg
+from patchloom.reference import ccvit, dinov2_radiology, dinov3, phikon_v2, prompt_cam, segmentation_heads, tov_vicreg
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
@@ -19,6 +19,11 @@ REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "phikon_v2": phikon_v2.load,
     "tov_vicreg": tov_vicreg.load,
     **phikon_v2.LOADERS,
+    "segmentation_heads": segmentation_heads.load,
+    "upernet": segmentation_heads.load,
+    "dinov2_radiology": dinov2_radiology.load,
+    "dinov3": dinov3.load,
+    "dinov3_medical": dinov3.load,
 }
 
 

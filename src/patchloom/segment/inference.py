@@ -1,0 +1,169 @@
+"""Segmenting an image of any size: as a whole, in sliding windows, at several scales, mirrored.
+
+Specification `segmentation_heads`, section 8, mmsegmentation's rules. A model is anything that turns images
+(B, C, H, W) into logits (B, K, h, w).
+
+>>> windows((5, 9), (4, 4), (3, 3))
+[(0, 4, 0, 4), (0, 4, 3, 7), (0, 4, 5, 9), (1, 5, 0, 4), (1, 5, 3, 7), (1, 5, 5, 9)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patchloom.errors import UsageError
+from patchloom.segment.layers import resize
+
+Size = tuple[int, int]
+Model = Callable[[Tensor], Tensor]
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+class WholeSegmenter(nn.Module):
+    """One forward pass; logits at the size of the image.
+
+    Args:
+        model: Images (B, C, H, W) to logits (B, K, h, w).
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return logits (B, K, *size); default: the images' own size."""
+        return resize(self.model(images), size or images.shape[-2:])
+
+
+class SlidingWindowSegmenter(nn.Module):
+    """Windows side by side, overlapping; where several see a pixel, the mean of their logits.
+
+    Args:
+        model: Images (B, C, h, w) to logits (B, K, h', w').
+        crop: Side of a window in pixels, or (height, width). An image smaller than that is one smaller window.
+        stride: Step between windows, likewise; the last one is moved back to end where the image does.
+        batch_size: Windows at a time.
+
+    Raises:
+        UsageError: The stride is larger than the window, or one of them below 1.
+    """
+
+    def __init__(self, model: Model, crop: int | Size, stride: int | Size, batch_size: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.crop, self.stride = _pair(crop), _pair(stride)
+        self.batch_size = batch_size
+        if min(*self.crop, *self.stride) < 1 or any(s > c for s, c in zip(self.stride, self.crop, strict=True)):
+            raise UsageError(
+                f"windows of {self.crop} in steps of {self.stride} leave pixels out; a step is 1 to the window's side"
+            )
+
+    def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return logits (B, K, *size); default: the images' own size."""
+        height, width = images.shape[-2:]
+        boxes = windows((height, width), self.crop, self.stride)
+        total: Tensor | None = None
+        count = images.new_zeros(1, 1, height, width, dtype=torch.float32)
+        per_pass = max(1, self.batch_size // len(images))
+        for start in range(0, len(boxes), per_pass):
+            chunk = boxes[start : start + per_pass]
+            crops = torch.cat([images[..., top:bottom, left:right] for top, bottom, left, right in chunk])
+            logits = resize(self.model(crops), crops.shape[-2:]).float()
+            if total is None:
+                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            for (top, bottom, left, right), part in zip(chunk, logits.split(len(images)), strict=True):
+                total[..., top:bottom, left:right] += part
+                count[..., top:bottom, left:right] += 1
+        assert total is not None
+        return resize(total / count, size or (height, width))
+
+
+class MultiScaleSegmenter(nn.Module):
+    """The mean of the probabilities at several scales, each also mirrored.
+
+    Args:
+        segmenter: Takes images and the size wanted, as the two above.
+        scales: Factors on the sides of the image.
+        flip: Also segment the mirror image.
+        multiple: Sides of the rescaled image are rounded up to multiples of this.
+    """
+
+    def __init__(
+        self,
+        segmenter: Callable[[Tensor, Sequence[int] | None], Tensor],
+        scales: Sequence[float] = SCALES,
+        flip: bool = True,
+        multiple: int = 1,
+    ) -> None:
+        super().__init__()
+        if not scales or min(scales) <= 0:
+            raise UsageError(f"scales is {tuple(scales)}; give at least one positive factor")
+        self.segmenter = segmenter
+        self.scales = tuple(scales)
+        self.flip = flip
+        self.multiple = multiple
+
+    def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return probabilities (B, K, *size); default: the images' own size."""
+        wanted = tuple(size or images.shape[-2:])
+        shares = []
+        for scale in self.scales:
+            sides = [_round_up(max(1, int(side * scale + 0.5)), self.multiple) for side in images.shape[-2:]]
+            view = resize(images, sides)
+            shares.append(self.segmenter(view, wanted).softmax(1))
+            if self.flip:
+                shares.append(self.segmenter(view.flip(-1), wanted).softmax(1).flip(-1))
+        return torch.stack(shares).mean(0)
+
+
+def windows(size: Size, crop: Size, stride: Size) -> list[tuple[int, int, int, int]]:
+    """Return the windows (top, bottom, left, right) over an image, row by row."""
+    spans = []
+    for side, window, step in zip(size, crop, stride, strict=True):
+        ends = [min(i * step + window, side) for i in range(max(side - window + step - 1, 0) // step + 1)]
+        spans.append([(max(end - window, 0), end) for end in ends])
+    return [(top, bottom, left, right) for top, bottom in spans[0] for left, right in spans[1]]
+
+
+def center_padding(size: Size, multiple: int) -> tuple[int, int, int, int]:
+    """Return (left, right, top, bottom) zeros that make both sides multiples; the odd pixel goes right and below."""
+    pads = []
+    for side in reversed(size):
+        missing = -side % multiple
+        pads += [missing // 2, missing - missing // 2]
+    return pads[0], pads[1], pads[2], pads[3]
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Return (B, C, H, W) padded with zeros all round to multiples, and the padding (left, right, top, bottom)."""
+    pads = center_padding((images.shape[-2], images.shape[-1]), multiple)
+    return (F.pad(images, pads) if any(pads) else images), pads
+
+
+def multiple_size(size: Size, short: int = 512, longest: int = 2048, multiple: int = 32) -> Size:
+    """Return the size of a test image: ratio kept, within short and longest side, each side rounded up to a multiple.
+
+    Args:
+        size: (H, W).
+        short: Wanted shorter side.
+        longest: Most the longer side may be.
+        multiple: Of what both sides are multiples in the end.
+    """
+    scale = min(short / min(size), longest / max(size))
+    height, width = (_round_up(int(side * scale + 0.5), multiple) for side in size)
+    return height, width
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def _pair(value: int | Sequence[int]) -> Size:
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)

@@ -1,0 +1,77 @@
+"""What decoders are trained with: cross-entropy at the size of the mask, and Dice.
+
+>>> logits, mask = torch.zeros(1, 2, 2, 2), torch.tensor([[[0, 1, 255, 255]] * 4])
+>>> round(float(segmentation_loss(logits, mask)), 4)
+0.6931
+>>> round(float(segmentation_loss(logits, mask, average="all")), 4)
+0.3466
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from patchloom.errors import unknown_name
+from patchloom.segment.layers import resize
+from patchloom.segment.metrics import IGNORED
+
+
+def segmentation_loss(
+    logits: Tensor, target: Tensor, *, average: Literal["valid", "all"] = "valid", ignore_index: int = IGNORED
+) -> Tensor:
+    """Return the cross-entropy of logits resized to the mask, in float32.
+
+    Args:
+        logits: (B, K, h, w).
+        target: (B, H, W) int64.
+        average: Over pixels whose truth is known, or over `all`, the others counting as zero (mmsegmentation 0.20).
+        ignore_index: Truth of pixels that do not count.
+
+    Returns:
+        A scalar; 0 where no pixel counts.
+
+    Raises:
+        UsageError: Unknown average.
+    """
+    if average not in ("valid", "all"):
+        raise unknown_name("average", average, ("valid", "all"))
+    total = F.cross_entropy(
+        resize(logits.float(), target.shape[-2:]), target, ignore_index=ignore_index, reduction="sum"
+    )
+    count = target.numel() if average == "all" else (target != ignore_index).sum().clamp(min=1)
+    return total / count
+
+
+def dice_loss(
+    logits: Tensor, target: Tensor, *, ignore_index: int = IGNORED, smooth: float = 1e-5, background: bool = True
+) -> Tensor:
+    """Return 1 - soft Dice, averaged over images and classes, of softmax probabilities at the size of the mask.
+
+    Without ignored pixels this is MONAI's `DiceLoss(softmax=True, to_onehot_y=True)`.
+
+    Args:
+        logits: (B, K, h, w).
+        target: (B, H, W) int64; `ignore_index` where unknown, which counts nowhere.
+        ignore_index: Truth of pixels that do not count.
+        smooth: Added to numerator and denominator.
+        background: Count class 0 too.
+    """
+    logits = resize(logits.float(), target.shape[-2:])
+    known = (target != ignore_index).unsqueeze(1)
+    classes = F.one_hot(target.where(known[:, 0], 0), logits.shape[1]).movedim(-1, 1) * known
+    shares = logits.softmax(1) * known
+    first = 0 if background else 1
+    both = (shares * classes).sum((2, 3))[:, first:]
+    sizes = (shares.sum((2, 3)) + classes.sum((2, 3)))[:, first:]
+    return (1 - (2 * both + smooth) / (sizes + smooth)).mean()
+
+
+def pixel_accuracy(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Return the share of known pixels that the logits, resized to the mask, get right."""
+    said = resize(logits.float(), target.shape[-2:]).argmax(1)
+    known = target != ignore_index
+    return ((said == target) & known).sum() / torch.clamp(known.sum(), min=1)

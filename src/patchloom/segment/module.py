@@ -1,0 +1,133 @@
+"""A segmentation model in training: backbone, neck, head, auxiliary head.
+
+>>> import timm
+>>> from patchloom.segment.heads import LinearHead
+>>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+>>> module = SegmentationModule(Backbone(encoder), None, LinearHead(192, 5))
+>>> module(torch.rand(1, 3, 224, 224)).shape
+torch.Size([1, 5, 14, 14])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning.pytorch as lp
+import torch
+from torch import Tensor, nn
+
+from patchloom.encoders import depth, normalize
+from patchloom.errors import UsageError
+from patchloom.segment.backbone import Backbone
+from patchloom.segment.losses import dice_loss, segmentation_loss
+from patchloom.segment.schedule import layer_decay_param_groups, poly
+from patchloom.training.optim import set_rates
+
+AUXILIARY_WEIGHT = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a segmentation model is trained."""
+
+    steps: int = 40_000
+    """Optimiser steps"""
+    lr: float = 1e-3
+    """Peak learning rate"""
+    min_lr: float = 0.0
+    """Learning rate at the end"""
+    power: float = 1.0
+    """Power of the polynomial decay"""
+    warmup: int = 1500
+    """Steps of warm-up"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, not on vectors and biases"""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block to the one below it, where the encoder trains"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; None for no clipping"""
+
+
+class SegmentationModule(lp.LightningModule):
+    """Trains what of a segmentation model is not frozen.
+
+    Batches hold `image` (B, C, H, W) uint8 and `mask` (B, H, W) uint8 with 255 where unknown; or, with features made
+    beforehand, `maps`, a list of (B, D, h, w), instead of images.
+
+    Args:
+        backbone: Images to maps.
+        neck: Maps to a pyramid; None where the head takes the maps themselves.
+        head: Maps to logits.
+        aux_head: A second head in training, on the same maps; its loss counts 0.4.
+        schedule: How to train.
+        loss: Cross-entropy, Dice, or their sum.
+        average: What cross-entropy is averaged over, see `segmentation_loss`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        neck: nn.Module | None,
+        head: nn.Module,
+        aux_head: nn.Module | None = None,
+        schedule: Schedule | None = None,
+        loss: Literal["ce", "dice", "dice+ce"] = "ce",
+        average: Literal["valid", "all"] = "valid",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.aux_head = aux_head
+        self.schedule = schedule or Schedule()
+        self.loss, self.average = loss, average
+        self.losses: list[float] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K, h, w), at the head's resolution, of normalised images (B, C, H, W)."""
+        logits: Tensor = self.head(self._levels(self.backbone(images)))
+        return logits
+
+    def training_step(self, batch: dict[str, Any], batch_index: int = 0) -> Tensor:
+        """Return the loss of a batch."""
+        if (maps := batch.get("maps")) is None:
+            maps = self.backbone(normalize(batch["image"].float() / 255, self.backbone.encoder))
+        target, levels = batch["mask"].long(), self._levels(maps)
+        loss = self._loss(self.head(levels), target)
+        if self.aux_head is not None:
+            loss = loss + AUXILIARY_WEIGHT * self._loss(self.aux_head(levels), target)
+        if not bool(torch.isfinite(loss)):
+            raise UsageError(f"the loss is {float(loss)} at step {self.global_step}; lower lr ({self.schedule.lr:g})")
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over what is trained."""
+        groups = layer_decay_param_groups(self, self.schedule.layer_decay, depth(self.backbone.encoder))
+        return torch.optim.AdamW(groups, lr=self.schedule.lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the rates of the coming step."""
+        plan = self.schedule
+        lr = poly(
+            self.global_step,
+            plan.steps,
+            plan.lr,
+            end=plan.min_lr,
+            power=plan.power,
+            warmup=min(plan.warmup, plan.steps // 5),
+        )
+        set_rates(self.trainer.optimizers[0], lr, plan.weight_decay)
+
+    def _levels(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        return maps if self.neck is None else self.neck(maps)
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if "ce" in self.loss:
+            loss = loss + segmentation_loss(logits, target, average=self.average)
+        if "dice" in self.loss:
+            loss = loss + dice_loss(logits, target)
+        return loss

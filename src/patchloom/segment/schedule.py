@@ -1,0 +1,70 @@
+"""Learning rate of decoders by iteration: polynomial with warm-up; and layer-wise rates by BEiT's rule.
+
+Specification `segmentation_heads`, section 10.
+
+>>> [round(poly(step, 10, 1.0, warmup=0), 2) for step in (0, 5, 10)]
+[1.0, 0.5, 0.0]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from patchloom.training.optim import layer_of, parameter_groups
+
+
+def poly(
+    step: int,
+    total: int,
+    peak: float,
+    *,
+    end: float = 0.0,
+    power: float = 1.0,
+    warmup: int = 0,
+    warmup_ratio: float = 1e-6,
+) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        step: From 0.
+        total: Steps of the whole run.
+        peak: Rate at the start of the decay.
+        end: Rate at the end.
+        power: 1 is a straight line.
+        warmup: Steps over which the rate of the decay is multiplied by a rising factor.
+        warmup_ratio: That factor at step 0.
+    """
+    rate = (peak - end) * (1 - min(step, total) / total) ** power + end
+    if step < warmup:
+        rate *= 1 - (1 - step / warmup) * (1 - warmup_ratio)
+    return rate
+
+
+def layer_decay_param_groups(model: nn.Module, rate: float, num_layers: int) -> list[dict[str, Any]]:
+    """Return AdamW groups of a segmentation model with a learning rate per layer.
+
+    Embeddings are layer 0, block i is layer i + 1, all else (neck, heads, final norm) layer `num_layers` + 1; the rate
+    of layer l is multiplied by `rate ** (num_layers + 1 - l)`. Vectors, biases and positions do not decay.
+
+    Args:
+        model: With the encoder under `backbone`, or an encoder itself.
+        rate: Factor per layer, in (0, 1].
+        num_layers: Blocks of the encoder.
+
+    Returns:
+        Groups with `params`, `names`, `lr_scale` and `decays`.
+    """
+    prefix = "backbone." if hasattr(model, "backbone") else ""
+    return parameter_groups(
+        model, layer_decay=rate, layer=partial(_layer, prefix=prefix, depth=num_layers), depth=num_layers
+    )
+
+
+def _layer(name: str, prefix: str, depth: int) -> int:
+    if not name.startswith(prefix):
+        return depth + 1
+    # A wrapper may keep the encoder under a name of its own.
+    return layer_of(name.removeprefix(prefix).removeprefix("encoder."), depth)
