@@ -1,0 +1,187 @@
+"""What happens to an image and its mask in the data worker; where one goes, the other goes too.
+
+Geometry runs through torchvision's `tv_tensors`, which resamples images bilinearly and masks by the nearest pixel;
+colours change on the image alone. Draws come from the sample's own generator. Specification `segmentation_heads`,
+section 9 (mmsegmentation's training pipeline) and `dinov2_radiology`, section 2.7.
+
+>>> from patchloom.data.mask_transforms import TrainCrop
+>>> pair = torch.randint(0, 3, (4, 60, 80), dtype=torch.uint8)
+>>> views = TrainCrop((32, 48))(pair, torch.Generator().manual_seed(0))
+>>> views["image"].shape, views["mask"].shape
+(torch.Size([3, 32, 48]), torch.Size([32, 48]))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from patchloom.data.segmentation import IGNORED, split_mask
+from patchloom.errors import UsageError
+
+Size = tuple[int, int]
+TRIES = 10
+
+
+class TrainCrop:
+    """Random scale, crop, flips, rotation and colours.
+
+    Args:
+        crop: (height, width) of the result, pixels. What lies outside the image is 0, and unknown in the mask.
+        short_side: Shorter side of the image before the random scale; None: as it is.
+        scale: Least and most of the random factor on the size.
+        max_share: A crop is drawn anew, up to ten times, while one class covers more than this share of it.
+        flip: Probability of the mirror image.
+        vertical_flip: Probability of the image upside down.
+        rotate: Most degrees of rotation, either way.
+        colours: Change brightness, contrast, saturation and hue.
+        minmax: Stretch each channel of each image to its full range first.
+
+    Raises:
+        UsageError: A value lies outside its range.
+    """
+
+    def __init__(
+        self,
+        crop: Size,
+        *,
+        short_side: int | None = None,
+        scale: tuple[float, float] = (0.5, 2.0),
+        max_share: float = 0.75,
+        flip: float = 0.5,
+        vertical_flip: float = 0.0,
+        rotate: float = 0.0,
+        colours: bool = True,
+        minmax: bool = False,
+    ) -> None:
+        if min(crop) < 1 or (short_side is not None and short_side < 1):
+            raise UsageError(f"crop is {crop} and short_side {short_side}; sides are at least 1 pixel")
+        if not 0 < scale[0] <= scale[1]:
+            raise UsageError(f"scale is {scale}; give two rising positive factors")
+        for name, share in (("max_share", max_share), ("flip", flip), ("vertical_flip", vertical_flip)):
+            if not 0 <= share <= 1:
+                raise UsageError(f"{name} is {share}; it must be in [0, 1]")
+        self.crop, self.short_side, self.scale = crop, short_side, scale
+        self.max_share, self.flip, self.vertical_flip, self.rotate = max_share, flip, vertical_flip, rotate
+        self.colours, self.minmax = colours, minmax
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return {"image": (C, h, w) uint8, "mask": (h, w) uint8} of an image with its mask as last channel."""
+        pixels, mask = _taken_apart(image, self.minmax)
+        factor = self.scale[0] + float(torch.rand((), generator=generator)) * (self.scale[1] - self.scale[0])
+        height, width = pixels.shape[-2:]
+        factor *= 1 if self.short_side is None else self.short_side / min(height, width)
+        size = [max(1, round(side * factor)) for side in (height, width)]
+        both = [F.resize(x, size, antialias=True) for x in (pixels, mask)]
+        both = self._cropped(both, generator)
+        draws = torch.rand(3, generator=generator).tolist()
+        if draws[0] < self.flip:
+            both = [F.horizontal_flip(x) for x in both]
+        if draws[1] < self.vertical_flip:
+            both = [F.vertical_flip(x) for x in both]
+        if self.rotate:
+            both = self._rotated(both, (2 * draws[2] - 1) * self.rotate)
+        pixels, mask = both
+        if self.colours and pixels.shape[0] == 3:
+            pixels = distort_colours(pixels, generator)
+        return {"image": pixels.as_subclass(Tensor).contiguous(), "mask": mask.as_subclass(Tensor).contiguous()}
+
+    def _cropped(self, both: list[Tensor], generator: torch.Generator) -> list[Tensor]:
+        """Return a random window, padded where the image is smaller than it."""
+        sides = both[0].shape[-2:]
+        window = [min(a, b) for a, b in zip(self.crop, sides, strict=True)]
+        for _ in range(TRIES if self.max_share < 1 else 1):
+            places = [
+                int(torch.randint(side - part + 1, (), generator=generator))
+                for side, part in zip(sides, window, strict=True)
+            ]
+            found = [F.crop(x, *places, *window) for x in both]
+            counts = found[1].flatten().long().bincount(minlength=IGNORED + 1)[:IGNORED]
+            # mmsegmentation asks for two classes at least, too.
+            if int((counts > 0).sum()) > 1 and float(counts.max() / counts.sum()) < self.max_share:
+                break
+        right, below = self.crop[1] - window[1], self.crop[0] - window[0]
+        if not (right or below):
+            return found
+        return [F.pad(x, [0, 0, right, below], fill=fill) for x, fill in zip(found, (0, IGNORED), strict=True)]
+
+    def _rotated(self, both: list[Tensor], degrees: float) -> list[Tensor]:
+        kinds = (InterpolationMode.BILINEAR, InterpolationMode.NEAREST)
+        return [
+            F.rotate(x if x.ndim == 3 else x[None], degrees, interpolation=kind, fill=fill).reshape(x.shape)
+            for x, kind, fill in zip(both, kinds, (0, IGNORED), strict=True)
+        ]
+
+
+class TestImage:
+    """The image at a size for testing, its mask as it is: scores are of the original pixels.
+
+    Args:
+        short_side: Shorter side of the image; None: as it is.
+        minmax: As in training.
+    """
+
+    __test__ = False  # no test, whatever its name
+
+    def __init__(self, short_side: int | None = None, minmax: bool = False) -> None:
+        self.short_side, self.minmax = short_side, minmax
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return {"image": (C, h, w) uint8, "mask": (H, W) uint8}; nothing is drawn."""
+        pixels, mask = _taken_apart(image, self.minmax)
+        size = _at_short_side((pixels.shape[-2], pixels.shape[-1]), self.short_side)
+        resized = F.resize(pixels, list(size), antialias=True)
+        return {"image": resized.as_subclass(Tensor).contiguous(), "mask": mask.as_subclass(Tensor).contiguous()}
+
+
+def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Change brightness (±32), contrast and saturation (0.5 to 1.5) and hue (±18°), each with probability one half.
+
+    Contrast comes first or last, at random. OpenCV's hue counts 180 to the circle: 18 of them are a tenth.
+
+    Args:
+        image: (3, H, W) uint8.
+        generator: Where the draws come from.
+    """
+    draws = torch.rand(9, generator=generator).tolist()
+    pixels = image.as_subclass(Tensor).float()
+    if draws[0] < 0.5:
+        pixels = (pixels + (2 * draws[1] - 1) * 32).clamp(0, 255)
+    early = draws[2] < 0.5
+    contrast = 0.5 + draws[4] if draws[3] < 0.5 else 1.0
+    if early:
+        pixels = (pixels * contrast).clamp(0, 255)
+    if draws[5] < 0.5:
+        # In HSV, a colour is its value less a share of it that grows with the saturation, which ends at 1.
+        top, low = pixels.amax(0), pixels.amin(0)
+        most = top / (top - low).clamp(min=1e-6)
+        pixels = top - (top - pixels) * most.clamp(max=0.5 + draws[6])
+    if draws[7] < 0.5:
+        pixels = F.adjust_hue(pixels / 255, (2 * draws[8] - 1) * 0.1) * 255
+    if not early:
+        pixels = (pixels * contrast).clamp(0, 255)
+    return pixels.round().to(torch.uint8)
+
+
+def stretched(image: Tensor) -> Tensor:
+    """Return each channel of (C, H, W) uint8 stretched to 0 … 255; one that is constant becomes 0."""
+    low, high = (x.float() for x in torch.aminmax(image.flatten(1), dim=1))
+    spread = (high - low).clamp(min=1e-6)
+    found: Tensor = (image.float() - low[:, None, None]) / spread[:, None, None] * 255
+    return found.round().to(torch.uint8)
+
+
+def _taken_apart(image: Tensor, minmax: bool) -> tuple[Tensor, Tensor]:
+    pixels, mask = split_mask(image)
+    pixels = stretched(pixels) if minmax else pixels
+    return tv_tensors.Image(pixels), tv_tensors.Mask(mask)
+
+
+def _at_short_side(size: Size, short_side: int | None) -> Size:
+    if short_side is None:
+        return size
+    factor = short_side / min(size)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))

@@ -1,0 +1,167 @@
+"""DINOv3's published layout gives the published outputs: the forward pass is written out here in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import patchloom as pl
+from patchloom.encoders import embed, final_norm, num_prefix_tokens, run_blocks, tokens
+from patchloom.errors import UsageError
+
+D, DEPTH, HEADS, PATCH, STORAGE = 32, 3, 2, 4, 4
+
+
+def layout(*, gated: bool = False, cls_norm: bool = False, bias_mask: bool = True) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    d = D // HEADS
+    state = {
+        "cls_token": torch.randn(1, 1, D),
+        "storage_tokens": torch.randn(1, STORAGE, D),
+        "mask_token": torch.randn(1, D),
+        "patch_embed.proj.weight": torch.randn(D, 3, PATCH, PATCH) * 0.2,
+        "patch_embed.proj.bias": torch.randn(D),
+        "rope_embed.periods": 100.0 ** (2 * torch.arange(d // 4) / (d // 2)),
+    }
+    for number in range(DEPTH):
+        b = f"blocks.{number}."
+        for name in ("norm1", "norm2"):
+            state |= {f"{b}{name}.weight": torch.randn(D), f"{b}{name}.bias": torch.randn(D)}
+        state |= {f"{b}attn.qkv.weight": torch.randn(3 * D, D) * 0.2, f"{b}attn.qkv.bias": torch.randn(3 * D)}
+        if bias_mask:
+            state[f"{b}attn.qkv.bias_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(D)
+        state |= {f"{b}attn.proj.weight": torch.randn(D, D) * 0.2, f"{b}attn.proj.bias": torch.randn(D)}
+        state |= {f"{b}ls1.gamma": torch.randn(D) * 0.3, f"{b}ls2.gamma": torch.randn(D) * 0.3}
+        hidden = 40 if gated else 4 * D
+        for name, shape in (
+            (("w1", (hidden, D)), ("w2", (hidden, D)), ("w3", (D, hidden)))
+            if gated
+            else (("fc1", (hidden, D)), ("fc2", (D, hidden)))
+        ):
+            state |= {f"{b}mlp.{name}.weight": torch.randn(shape) * 0.2, f"{b}mlp.{name}.bias": torch.randn(shape[0])}
+    for name in ("norm", *(["cls_norm", "local_cls_norm"] if cls_norm else [])):
+        state |= {f"{name}.weight": torch.randn(D), f"{name}.bias": torch.randn(D)}
+    return state
+
+
+def published(
+    state: dict[str, Tensor], images: Tensor, masks: Tensor | None = None, coords: str = "separate"
+) -> Tensor:
+    """Return normed tokens (B, 1 + storage + N, D): class, storage, patches."""
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)
+    batch, _, height, width = x.shape
+    x = x.flatten(2).transpose(1, 2)
+    if masks is not None:
+        x = torch.where(masks.flatten(1).unsqueeze(-1), state["mask_token"], x)
+    first = 1 + STORAGE
+    x = torch.cat([state["cls_token"].expand(batch, -1, -1), state["storage_tokens"].expand(batch, -1, -1), x], 1)
+    across, down = {"separate": (width, height), "min": (min(height, width),) * 2, "max": (max(height, width),) * 2}[
+        coords
+    ]
+    rows, columns = 2 * (torch.arange(height) + 0.5) / down - 1, 2 * (torch.arange(width) + 0.5) / across - 1
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
+    angles = (2 * math.pi * places[:, :, None] / state["rope_embed.periods"]).flatten(1).repeat(1, 2)
+    sin, cos = angles.sin(), angles.cos()
+
+    def rotated(q: Tensor) -> Tensor:
+        front, back = q[:, :, :first], q[:, :, first:]
+        one, two = back.chunk(2, -1)
+        return torch.cat([front, back * cos + torch.cat([-two, one], -1) * sin], 2)
+
+    for number in range(DEPTH):
+        s = {k.removeprefix(f"blocks.{number}."): v for k, v in state.items() if k.startswith(f"blocks.{number}.")}
+        y = F.layer_norm(x, (D,), s["norm1.weight"], s["norm1.bias"], 1e-5)
+        bias = s["attn.qkv.bias"] * s.get("attn.qkv.bias_mask", 1)
+        q, k, v = (
+            F.linear(y, s["attn.qkv.weight"], bias).reshape(batch, -1, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        )
+        scores = rotated(q) @ rotated(k).transpose(-1, -2) / math.sqrt(D // HEADS)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + s["ls1.gamma"] * F.linear(y, s["attn.proj.weight"], s["attn.proj.bias"])
+        y = F.layer_norm(x, (D,), s["norm2.weight"], s["norm2.bias"], 1e-5)
+        if "mlp.w1.weight" in s:
+            gate, value = (F.linear(y, s[f"mlp.{w}.weight"], s[f"mlp.{w}.bias"]) for w in ("w1", "w2"))
+            y = F.linear(F.silu(gate) * value, s["mlp.w3.weight"], s["mlp.w3.bias"])
+        else:
+            y = F.gelu(F.linear(y, s["mlp.fc1.weight"], s["mlp.fc1.bias"]))
+            y = F.linear(y, s["mlp.fc2.weight"], s["mlp.fc2.bias"])
+        x = x + s["ls2.gamma"] * y
+    front = "cls_norm" if "cls_norm.weight" in state else "norm"
+    prefix = F.layer_norm(x[:, :first], (D,), state[f"{front}.weight"], state[f"{front}.bias"], 1e-5)
+    patches = F.layer_norm(x[:, first:], (D,), state["norm.weight"], state["norm.bias"], 1e-5)
+    return torch.cat([prefix, patches], 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gated": True}, {"cls_norm": True}, {"bias_mask": False}, {"gated": True, "cls_norm": True}]
+)
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_outputs_are_the_published_ones(options, size):
+    state = layout(**options)
+    model = pl.load_reference("dinov3", {"model": state}, image_size=size)
+    assert type(model).__name__ == "Eva"
+    images = torch.randn(2, 3, *size)
+    expected = published(state, images)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(images), expected[:, 0], atol=1e-5, rtol=1e-5)
+        prefix, patches = tokens(model, images)
+    torch.testing.assert_close(prefix, expected[:, :5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches, expected[:, 5:], atol=1e-5, rtol=1e-5)
+
+
+def test_masked_patches_get_the_published_mask_token():
+    state = layout()
+    model = pl.load_reference("dinov3_medical", state, image_size=16)
+    images, masks = torch.randn(2, 3, 16, 16), torch.rand(2, 16) < 0.4
+    with torch.no_grad():
+        last, _ = run_blocks(model, embed(model, images, masks, model.mask_token))
+        found = final_norm(model, last)
+    torch.testing.assert_close(found, published(state, images, masks), atol=1e-5, rtol=1e-5)
+    assert num_prefix_tokens(model) == 5
+
+
+@pytest.mark.parametrize("coords", ["min", "max"])
+def test_other_normalisations_of_coordinates(coords):
+    state = layout()
+    model = pl.load_reference("dinov3", state, image_size=(12, 20), pos_embed_rope_normalize_coords=coords)
+    images = torch.randn(1, 3, 12, 20)
+    with torch.no_grad():
+        found = model.forward_features(images)
+    torch.testing.assert_close(found, published(state, images, coords=coords), atol=1e-5, rtol=1e-5)
+
+
+def test_stored_periods_are_used_and_training_parts_left_out():
+    state = layout()
+    state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16().float() * 1.1
+    wrapped = {f"teacher.backbone.{k}": v for k, v in state.items()} | {"teacher.dino_head.x": torch.zeros(1)}
+    model = pl.load_reference("dinov3", wrapped, image_size=16)
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), published(state, images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda s: s["blocks.1.attn.qkv.bias_mask"].fill_(float("nan")), {}, "never initialised"),
+        (lambda s: s.pop("blocks.2.ls1.gamma"), {}, "missing: blocks.2.gamma_1"),
+        (lambda s: s.update(surprise=torch.zeros(1)), {}, "unexpected: surprise"),
+        (lambda s: s.pop("cls_token"), {}, "no DINOv3 backbone; missing: cls_token"),
+        (lambda s: s.pop("rope_embed.periods"), {}, "give num_heads"),
+        (lambda s: s.pop("rope_embed.periods"), {"num_heads": 3}, "not divisible by 4 x 3 heads"),
+        (lambda s: None, {"embed_dim": 64}, "embed_dim=64, but the checkpoint's tensors say 32"),
+        (lambda s: None, {"image_size": 18}, "18"),
+        (lambda s: None, {"pos_embed_rope_normalize_coords": "mean"}, "separate, min or max"),
+        (lambda s: None, {"imagesize": 16}, "did you mean image_size"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, config, message):
+    state = layout()
+    change(state)
+    with pytest.raises(UsageError, match=message):
+        pl.load_reference("dinov3", state, **{"image_size": 16, **config})
