@@ -63,6 +63,10 @@ COMMANDS: dict[str, Command | Verb] = {
     "evaluate suite": Command(
         "a table of encoders, data sets and protocols", "patchloom.evaluate.suite:suite", positional=("recipe",)
     ),
+    "evaluate scaling": Command(
+        "what more model, pixels and labels are worth: one probe over a grid of them",
+        "patchloom.evaluate.scaling:scaling",
+    ),
     "embed": Command(
         "write the feature vector of every image to a file", "patchloom.embed:embed", positional=("model",)
     ),

@@ -8,11 +8,13 @@ from typing import Any
 
 from patchloom._lazy import make_callable
 from patchloom.errors import unknown_name
+from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
 from patchloom.training.config import config_from_mapping
 
-EVALUATIONS: dict[str, type[KNN] | type[Linear]] = {
+EVALUATIONS: dict[str, type[Any]] = {
+    "health": Health,
     "knn": KNN,
     "linear": Linear,
 }

@@ -1,0 +1,236 @@
+"""Feature health: does an encoder use its space, does it know too much about place, where does it know most?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchloom.bundle import open_encoder
+from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.subset import SubsetSource
+from patchloom.encoders import (
+    Encoder,
+    class_attention,
+    depth,
+    grid_size,
+    image_size,
+    in_chans,
+    intermediate_layers,
+    normalize,
+)
+from patchloom.errors import UsageError
+from patchloom.evaluate.logistic import fit_logistic
+from patchloom.features.extract import torch_device
+from patchloom.features.geometry import (
+    alignment,
+    artifact_share,
+    attention_entropy,
+    effective_rank,
+    position_leakage,
+    uniformity,
+)
+from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
+
+PATCH_IMAGES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """Settings of the health figures."""
+
+    encoder: Any
+    """Bundle, run or timm model with published weights; from Python also a module"""
+    data: str
+    """Images to look at; where they have labels, a linear probe on every layer is added"""
+    images: int = 1000
+    """Images taken at most, spread over the source"""
+    batch_size: int = 64
+    """Images at a time"""
+    num_workers: int = 2
+    """Processes that read images"""
+    device: str = "auto"
+    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of the draw of images and of their views"""
+    out: str | None = None
+    """Also write the figures to this JSON file; it must not exist yet"""
+    report: str | None = None
+    """Also write a page with the curves to this HTML file; it must not exist yet"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        if self.images < 8:
+            raise UsageError(f"images is {self.images}; the figures need at least 8")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
+        for name in ("out", "report"):
+            path = getattr(self, name)
+            if path is not None and Path(path).exists():
+                raise UsageError(f"{path} exists; choose another {name}")
+
+
+class Health:
+    """Rank, alignment, uniformity, attention, outlier tokens, position leakage and a probe of every layer."""
+
+    config_class = HealthConfig
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Return the figures.
+
+        Returns:
+            `rankme`, `effective_rank`, `cosine`, `alignment` (two augmented views), `uniformity`, `attention_entropy`
+            (a share, by layer), `artifact_share` of patch tokens and `position_leakage` (R²), both by layer;
+            `layer_accuracy` where images have labels; `verdict` in words; `n` and `dim`.
+
+        Raises:
+            UsageError: No encoder, or no readable image.
+        """
+        start, config = time.perf_counter(), self.config
+        encoder = open_encoder(config.encoder)
+        device = torch_device(config.device)
+        encoder = encoder.eval().to(device)
+        source = self._sample(open_source(config.data, in_chans=in_chans(encoder), seed=config.seed))
+        pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
+        last = pooled[-1]
+        rank, cosine = rankme(last), mean_pairwise_cosine(last)
+        views = [self._views(encoder, source, device, name) for name in ("image", "target")]
+        figures: dict[str, Any] = {
+            "rankme": rank,
+            "effective_rank": effective_rank(last),
+            "cosine": cosine,
+            "alignment": alignment(*views),
+            "uniformity": uniformity(last),
+            "attention_entropy": entropy,
+            "artifact_share": [artifact_share(layer) for layer in norms],
+            "position_leakage": [position_leakage(layer, grid_size(encoder)) for layer in patches],
+            "verdict": verdict(rank, cosine, last.shape[1], len(last)),
+            "n": len(last),
+            "dim": last.shape[1],
+        }
+        if (accuracy := self._layer_accuracy(pooled, labels)) is not None:
+            figures["layer_accuracy"] = accuracy
+        figures["seconds"] = round(time.perf_counter() - start, 2)
+        if config.report is not None:
+            write_page(config, figures)
+        return figures
+
+    def _sample(self, source: Source | StreamSource) -> Source:
+        if not isinstance(source, Source):
+            raise UsageError(f"{source.name} is a stream; give a folder or a set that is read by index")
+        generator = torch.Generator().manual_seed(self.config.seed)
+        chosen = torch.randperm(len(source), generator=generator)[: self.config.images].sort().values
+        return SubsetSource(source, chosen.numpy())
+
+    def _batches(self, source: Source, transform: Any) -> Iterator[dict[str, Any]]:
+        config = self.config
+        for batch in make_loader(
+            source, transform, config.batch_size, seed=config.seed, shuffle=False, num_workers=config.num_workers
+        ):
+            if batch["key"]:
+                yield batch
+
+    def _look(
+        self, encoder: Encoder, source: Source, device: torch.device
+    ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], list[float]]:
+        """Return by layer: pooled features, norms and tokens of patches, entropy of attention; and the labels."""
+        layers = range(depth(encoder))
+        pooled: list[list[Tensor]] = [[] for _ in layers]
+        norms: list[list[Tensor]] = [[] for _ in layers]
+        patches: list[list[Tensor]] = [[] for _ in layers]
+        entropy: list[list[Tensor]] = [[] for _ in layers]
+        labels = []
+        for batch in self._batches(source, EvalTransform(image_size(encoder)[0])):
+            images = normalize(batch["image"].to(device).float().div_(255), encoder)
+            labels.append(batch["label"])
+            room = PATCH_IMAGES - sum(len(part) for part in patches[0])
+            for number, found in enumerate(intermediate_layers(encoder, images, list(layers))):
+                vector = found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)
+                pooled[number].append(vector.float().cpu())
+                norms[number].append(found.patches.float().norm(dim=-1).cpu())
+                if room > 0:
+                    patches[number].append(found.patches[:room].float().cpu())
+                    entropy[number].append(attention_entropy(class_attention(encoder, images[:room], number)).cpu())
+        if not labels:
+            raise UsageError(f"{source.name} holds no readable image")
+        return (
+            [torch.cat(parts) for parts in pooled],
+            torch.cat(labels),
+            [torch.cat(parts) for parts in norms],
+            [torch.cat(parts) for parts in patches],
+            [float(torch.stack(parts).mean()) for parts in entropy],
+        )
+
+    def _views(self, encoder: Encoder, source: Source, device: torch.device, which: str) -> Tensor:
+        """Return the features of one of two random views of every image: crop, flip, colour."""
+        transform = IndependentViews(image_size(encoder)[0])
+        parts = []
+        for batch in self._batches(source, transform):
+            images = normalize(batch[which].to(device).float().div_(255), encoder)
+            found = intermediate_layers(encoder, images, [-1])[0]
+            parts.append((found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)).float().cpu())
+        return torch.cat(parts)
+
+    def _layer_accuracy(self, pooled: list[Tensor], labels: Tensor) -> list[float] | None:
+        """Return the accuracy of logistic regression on each layer, fitted on every second image of a class."""
+        if labels.ndim > 1 or int((labels >= 0).sum()) < 20 or len(labels[labels >= 0].unique()) < 2:
+            return None
+        known = labels >= 0
+        names, numbers = labels[known].unique(return_inverse=True)
+        order = numbers.argsort(stable=True)
+        learnt, judged = order[0::2], order[1::2]
+        accuracy = []
+        for layer in pooled:
+            x = layer[known]
+            model = fit_logistic(x[learnt], numbers[learnt], len(names), c=1.0, max_iter=100)
+            accuracy.append(float((model.predict(x[judged]) == numbers[judged]).double().mean()))
+        return accuracy
+
+
+class IndependentViews:
+    """Two views of an image drawn apart: crop, flip and colour, as contrastive methods see it."""
+
+    def __init__(self, size: int) -> None:
+        self.one = PairedViews(size, scale=(0.4, 1.0), color_jitter=0.4)
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return `image` and `target`, (C, size, size) uint8."""
+        return {name: self.one(image, generator)["image"] for name in ("image", "target")}
+
+
+def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
+    """Write the figures as a page of curves over the layers."""
+    from patchloom.report import Section, curves, write_report
+
+    titles = {
+        "layer_accuracy": ("Linear probe by layer", "accuracy"),
+        "attention_entropy": ("How widely the class token looks", "entropy, share of the largest"),
+        "artifact_share": ("Patch tokens of outlying norm", "share"),
+        "position_leakage": ("Place read from a patch token", "R²"),
+    }
+    drawn = [
+        curves({name: (range(1, len(figures[name]) + 1), figures[name])}, x_label="block", y_label=unit, title=title)
+        for name, (title, unit) in titles.items()
+        if name in figures
+    ]
+    plain = {name: figures[name] for name in ("rankme", "effective_rank", "cosine", "alignment", "uniformity")}
+    assert config.report is not None
+    write_report(
+        config.report,
+        title="Feature health",
+        subtitle=f"{figures['n']} images of {config.data}",
+        facts={**plain, "width": figures["dim"]},
+        sections=[Section(title="Layer by layer", figures=drawn)],
+        command=f"patchloom evaluate health --encoder {config.encoder} --data {config.data}",
+        verdict=figures["verdict"],
+    )

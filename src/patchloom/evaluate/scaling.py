@@ -1,0 +1,215 @@
+"""How accuracy grows with the size of the model, of the images and of the labelled set.
+
+The method of the two radiology reports on DINOv2 and DINOv3: the same frozen probe over a grid of model sizes,
+resolutions and numbers of labels, so that one can read off what more of each is worth. Features are computed once
+per model and resolution; label sets are nested (the 10 labels of a class contain its 5).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.logistic import fit_logistic
+from patchloom.evaluate.target import EvaluationConfig, labelled_features
+from patchloom.features.extract import Features
+from patchloom.features.knn import knn_predict
+from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, replace_text, run_cells, write_csv
+
+PROTOCOLS = ("logistic", "knn")
+
+
+def scaling(
+    encoders: list[str],
+    train: str,
+    test: str,
+    out: str,
+    image_sizes: list[int] | None = None,
+    shots: list[int] | None = None,
+    seeds: int = 3,
+    protocol: Literal["logistic", "knn"] = "logistic",
+    untrained: bool = False,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    device: str = "auto",
+    overwrite: bool = False,
+) -> str:
+    """Measure encoders of several sizes at several resolutions with several numbers of labels.
+
+    Started again, it goes on where it stopped.
+
+    Args:
+        encoders: Bundles, runs or timm models, the smaller first.
+        train: Labelled images to learn from.
+        test: Labelled images to measure on.
+        out: Folder of the study: scaling.md, scaling.csv and report.html.
+        image_sizes: Sides of the images in pixels; default: what each encoder was made for.
+        shots: Labels per class to learn from; default: 1, 5, 10, 50 and all there are.
+        seeds: Draws of the labelled images; scores are means over them with 95 % intervals.
+        protocol: Probe on the frozen features: logistic regression or k-NN.
+        untrained: Give the encoders fresh weights first.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        device: Where the encoders compute: auto, cpu, cuda or cuda:1.
+        overwrite: Compute everything anew.
+
+    Returns:
+        The table, as Markdown.
+
+    Raises:
+        UsageError: No encoder, an unknown protocol, or impossible numbers.
+    """
+    if not encoders:
+        raise UsageError("scaling needs at least one encoder")
+    if protocol not in PROTOCOLS:
+        raise unknown_name("protocol", protocol, PROTOCOLS)
+    wanted = [1, 5, 10, 50] if shots is None else sorted(set(shots))
+    if any(shot < 1 for shot in wanted) or seeds < 1:
+        raise UsageError(f"shots {shots} and seeds {seeds} have to be at least 1")
+    shared = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
+    probe = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
+    cells = [
+        Cell(
+            {"encoder": encoder, "image size": "own" if size is None else str(size)},
+            {**shared, **probe, "encoder": encoder, "image_size": size},
+        )
+        for encoder in encoders
+        for size in image_sizes or [None]
+    ]
+    asked = {"encoders": encoders, "image_sizes": image_sizes, "shots": shots, "seeds": seeds, "protocol": protocol}
+    folder = claim_folder(out, {**asked, **shared}, overwrite)
+
+    def work(cell: Cell) -> dict[str, Any]:
+        settings = {name: cell.settings[name] for name in ("encoder", "image_size", *shared)}
+        return _measure(EvaluationConfig(**settings, num_workers=num_workers, device=device), probe)
+
+    outcomes = run_cells(cells, work, folder)
+    rows = [row for outcome in outcomes for row in _rows(outcome)]
+    write_csv(folder / "scaling.csv", rows)
+    text = markdown([_readable(row) for row in rows])
+    replace_text(folder / "scaling.md", text + "\n")
+    _write_report(folder, rows, outcomes)
+    return text
+
+
+def nested_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Return the indices of up to `shots` images per class; more shots of a seed contain fewer ones.
+
+    Args:
+        labels: (n,) classes.
+        shots: Images per class; a class with fewer gives all it has.
+        seed: Of the draw.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = labels[order]
+    chosen = [order[shuffled == label][:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
+
+
+def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    train, test, class_names = labelled_features(config)
+    points = []
+    for shots in [*probe["shots"], *([None] if probe["all"] else [])]:
+        draws = range(probe["seeds"]) if shots is not None else range(1)
+        scores, used = [], 0
+        for seed in draws:
+            chosen = (
+                torch.arange(len(train.labels))
+                if shots is None
+                else torch.from_numpy(nested_shots(train.labels.numpy(), shots, seed))
+            )
+            scores.append(_score(train, test, chosen, len(class_names), probe["protocol"]))
+            used = len(chosen)
+        mean, low, high = mean_and_interval(scores)
+        points.append({"shots": shots, "images": used, "accuracy": mean, "low": low, "high": high})
+    return {"points": points, "dim": int(test.vectors.shape[1]), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _score(train: Features, test: Features, chosen: torch.Tensor, classes: int, protocol: str) -> float:
+    x, y = train.vectors[chosen], train.labels[chosen]
+    if protocol == "knn":
+        said = knn_predict(x, y, test.vectors, k=min(20, len(y)), temperature=0.07, num_classes=classes)
+    else:
+        said = fit_logistic(x, y, classes, c=1.0).predict(test.vectors)
+    return float((said == test.labels).double().mean())
+
+
+def _rows(outcome: Outcome) -> list[dict[str, Any]]:
+    labels: dict[str, Any] = dict(outcome.cell.labels)
+    if outcome.error is not None:
+        return [{**labels, "failed": outcome.error}]
+    points = [
+        {**point, "shots": "all" if point["shots"] is None else point["shots"]} for point in outcome.figures["points"]
+    ]
+    return [{**labels, **point} for point in points]
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    if "failed" in row:
+        return {"encoder": row["encoder"], "image size": row["image size"], "accuracy": f"failed: {row['failed']}"}
+    half = (row["high"] - row["low"]) / 2
+    text = f"{row['accuracy']:.1%} ± {half:.1%}" if half else f"{row['accuracy']:.1%}"
+    return {
+        "encoder": row["encoder"],
+        "image size": row["image size"],
+        "labels per class": row["shots"],
+        "images": row["images"],
+        "accuracy": text,
+    }
+
+
+def _write_report(folder: Path, rows: list[dict[str, Any]], outcomes: list[Outcome]) -> None:
+    from patchloom.report import Section, curves, write_report
+
+    scored = [row for row in rows if "failed" not in row]
+    sections = []
+    if scored:
+        sections.append(Section(title="Accuracy by labels", figures=[_chart(scored, "images", "labelled images")]))
+        if len({row["image size"] for row in scored}) > 1:
+            by_size = {
+                f"{encoder}, {shots} per class": sorted(
+                    (int(row["image size"]), row["accuracy"] * 100)
+                    for row in scored
+                    if (row["encoder"], row["shots"]) == (encoder, shots)
+                )
+                for encoder, shots in dict.fromkeys((row["encoder"], row["shots"]) for row in scored)
+            }
+            chart = curves(
+                {name: tuple(zip(*points, strict=True)) for name, points in by_size.items()},  # type: ignore[misc]
+                x_label="side of the images, pixels",
+                y_label="accuracy, %",
+                title="Accuracy by resolution",
+            )
+            sections.append(Section(title="Accuracy by resolution", figures=[chart]))
+    sections.append(Section(title="All figures", table=[_readable(row) for row in rows]))
+    write_report(
+        folder / "report.html",
+        title="What more model, pixels and labels are worth",
+        facts={
+            "encoders": len({row["encoder"] for row in rows}),
+            "resolutions": len({row["image size"] for row in rows}),
+            "failed": sum(outcome.error is not None for outcome in outcomes),
+        },
+        sections=sections,
+        command=f"patchloom evaluate scaling --config {folder}/study.yaml --out {folder}",
+    )
+
+
+def _chart(rows: list[dict[str, Any]], x: str, label: str) -> Any:
+    from patchloom.report import curves
+
+    names = dict.fromkeys((row["encoder"], row["image size"]) for row in rows)
+    series, bands = {}, {}
+    for encoder, size in names:
+        mine = [row for row in rows if (row["encoder"], row["image size"]) == (encoder, size)]
+        name = Path(encoder).name if size == "own" else f"{Path(encoder).name} at {size}"
+        name = encoder if name in series else name
+        series[name] = ([row[x] for row in mine], [row["accuracy"] * 100 for row in mine])
+        bands[name] = ([row["low"] * 100 for row in mine], [row["high"] * 100 for row in mine])
+    return curves(series, bands=bands, x_label=label, y_label="accuracy, %", title="Accuracy by labels", log_x=True)
