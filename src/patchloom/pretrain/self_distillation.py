@@ -148,6 +148,10 @@ class Distilled(nn.Module):
         normed = final_norm(self.encoder, rows)
         return Crops(normed[: len(x)], normed[len(x) :])
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the normed class tokens (n, D) of (n, C, H, W) normalised images of any size."""
+        return self.crops(images).classes
+
     def heads(self, classes: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of class tokens (n, D) and of patch tokens (M, D)."""
         if self.ibot_head is not None:

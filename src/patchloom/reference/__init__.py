@@ -10,11 +10,22 @@ import torch
 from torch import nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference import ccvit, dinov2_radiology, dinov3, phikon_v2, prompt_cam, segmentation_heads, tov_vicreg
+from patchloom.reference import (
+    ccvit,
+    dinov2,
+    dinov2_radiology,
+    dinov3,
+    phikon_v2,
+    prompt_cam,
+    segmentation_heads,
+    tov_vicreg,
+)
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "ccvit": ccvit.load,
+    "dinov2": dinov2.load,
+    "rad_dino": dinov2.load_rad_dino,
     "prompt_cam": prompt_cam.load,
     "phikon_v2": phikon_v2.load,
     "tov_vicreg": tov_vicreg.load,

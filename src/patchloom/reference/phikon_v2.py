@@ -1,4 +1,4 @@
-"""Published slide-level heads of Phikon-v2's group: plain state dicts (specification, sections 2.4 and 4).
+"""Published slide-level heads of Phikon-v2's group, and its tile encoder (specification, sections 2.4 and 4).
 
 The names of the tensors tell which head it is, their shapes nearly all else.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.slides.mil import HEADS
+from patchloom.reference import dinov2
 from patchloom.reference.state import check_settings, fill
 
 # A tensor that only this head has. A mean pool has nothing but its classifier.
@@ -57,6 +58,8 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     Raises:
         UsageError: Unknown head or setting, one that contradicts the tensors, or tensors missing or left over.
     """
+    if head is None and dinov2.is_dinov2(state):
+        return dinov2.load(state, **config)  # the tile encoder
     found = next((name for name, tensor in TELLS.items() if tensor in state), None)
     if found is None and "mlp.0.0.weight" in state:
         found = "meanpool"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError
 
-WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher")
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher", "student")
 
 
 def read_state(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:

@@ -1,0 +1,238 @@
+"""Published DINOv2 checkpoints: every layout gives what the published code computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import patchloom as pl
+from patchloom.encoders import embed, run_blocks, tokens
+from patchloom.encoders.anysize import DINOV2_RULE, embed_any_size
+from patchloom.errors import UsageError
+from patchloom.pretrain.self_distillation import DINOHead, DINOv2, Distilled
+from patchloom.reference import import_reference
+
+from .dinov2_layout import (
+    GRID,
+    HEADS,
+    PATCH,
+    PROTOTYPES,
+    WIDTH,
+    backbone,
+    forward,
+    head,
+    logits,
+    prefixed,
+    transformers_layout,
+)
+
+SIDE = GRID * PATCH
+
+
+def images(n: int = 2, height: int = SIDE, width: int = SIDE, seed: int = 9) -> torch.Tensor:
+    return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize(("gated", "scale"), [(False, False), (False, True), (True, True)])
+def test_an_official_backbone_gives_the_published_tokens(registers, gated, scale):
+    state = backbone(registers, gated, scale)
+    model = pl.load_reference("dinov2", state, num_heads=HEADS)
+    expected = forward(state, images())
+    found = tokens(model, images())
+    same(torch.cat([found.prefix, found.patches], dim=1), expected)
+    same(model(images()), expected[:, 0])
+    assert not model.training
+
+
+def test_the_mask_token_is_kept_beside_the_encoder_and_out_of_its_bundle(tmp_path):
+    state = backbone()
+    model = pl.load_reference("dinov2", state, num_heads=HEADS)
+    masks = torch.rand(2, GRID**2, generator=torch.Generator().manual_seed(0)) < 0.4
+    last, _ = run_blocks(model, embed(model, images(), masked=masks, mask_token=model.mask_token))
+    same(model.norm(last), forward(state, images(), masks))
+    torch.save(state, tmp_path / "dinov2.pth")
+    bundle = import_reference(
+        "dinov2", str(tmp_path / "dinov2.pth"), out=str(tmp_path / "bundle"), settings={"num_heads": HEADS}
+    )
+    same(pl.load(bundle)(images()), forward(state, images())[:, 0])
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_other_sizes_take_positions_by_the_published_rule(registers):
+    state = backbone(registers)
+    larger = images(2, 28, 24)
+    model = pl.load_reference("dinov2", state, num_heads=HEADS, image_size=(28, 24))
+    same(model(larger), forward(state, larger)[:, 0])
+    told = pl.load_reference(
+        "dinov2", state, num_heads=HEADS, image_size=(28, 24), interpolate_offset=0.0, interpolate_antialias=True
+    )
+    same(told(larger), forward(state, larger, offset=None, antialias=True)[:, 0])
+    if not registers:
+        own = pl.load_reference("dinov2", state, num_heads=HEADS)
+        last, _ = run_blocks(own, embed_any_size(own, larger, rule=DINOV2_RULE))
+        same(own.norm(last), forward(state, larger))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(("registers", "gated"), [(0, False), (0, True), (2, False)])
+def test_the_layout_of_transformers_gives_the_same(in_memory, registers, gated):
+    state = backbone(registers, gated)
+    published = transformers_layout(state, in_memory)
+    for system in ("rad_dino", "phikon_v2", "dinov2"):
+        model = pl.load_reference(system, published, num_heads=HEADS)
+        same(model(images()), forward(state, images())[:, 0])
+    larger = images(2, 28, 28)
+    resized = pl.load_reference("rad_dino", published, num_attention_heads=HEADS, image_size=28)
+    same(resized(larger), forward(state, larger, offset=None, antialias=registers > 0)[:, 0])
+
+
+def test_a_classifier_of_transformers_is_read_for_its_backbone():
+    state = backbone()
+    published = transformers_layout(state, prefix="dinov2.")
+    same(pl.load_reference("dinov2", published, num_heads=HEADS)(images()), forward(state, images())[:, 0])
+
+
+def test_images_are_normalised_as_each_system_did():
+    published = transformers_layout(backbone())
+    means = {
+        s: pl.load_reference(s, published, num_heads=HEADS).pretrained_cfg["mean"][0] for s in ("rad_dino", "dinov2")
+    }
+    assert means == {"rad_dino": 0.5307, "dinov2": 0.485}
+    tiles = pl.load_reference("phikon_v2", published, num_heads=HEADS)
+    assert tiles.pretrained_cfg["std"][0] == 0.229
+
+
+def training_state(separate: bool, chunks: bool = False, centres: bool = True) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for seed, network in ((1, "student."), (2, "teacher.")):
+        inner = backbone(seed=seed)
+        if chunks:
+            inner = {
+                f"blocks.{int(n.split('.')[1]) // 2}.{n.removeprefix('blocks.')}" if n.startswith("blocks.") else n: v
+                for n, v in inner.items()
+            }
+        state |= prefixed(inner, f"{network}backbone.") | prefixed(head(seed), f"{network}dino_head.")
+        if separate:
+            state |= prefixed(head(seed + 5, prototypes=16, bottleneck=8), f"{network}ibot_head.")
+    if centres:
+        generator = torch.Generator().manual_seed(3)
+        state["dino_loss.center"] = torch.randn(1, PROTOTYPES, generator=generator) * 0.1
+        state["ibot_patch_loss.center"] = torch.randn(1, 1, 16 if separate else PROTOTYPES, generator=generator) * 0.1
+    return state
+
+
+def network_of(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_training_checkpoint_gives_the_published_losses(separate):
+    state = training_state(separate)
+    model = pl.load_reference("dinov2", {"model": state, "iteration": 5}, num_heads=HEADS)
+    assert isinstance(model, DINOv2)
+    batch, tau = 3, 0.05
+    globals_, locals_ = images(2 * batch), images(2 * batch, 12, 12, seed=4)
+    masks = torch.zeros(2 * batch, GRID**2, dtype=torch.bool)
+    masks[1, 2:9], masks[4, 20:] = True, True
+    losses = model(globals_, locals_, masks, tau)
+    student, teacher = (network_of(state, f"{name}.backbone.") for name in ("student", "teacher"))
+    heads = {name: network_of(state, f"{name}.") for name in ("student.dino_head", "teacher.dino_head")}
+    patch = "ibot_head" if separate else "dino_head"
+    seen, hidden, small = forward(teacher, globals_), forward(student, globals_, masks), forward(student, locals_)
+    z = logits(heads["teacher.dino_head"], torch.cat([seen[batch:, 0], seen[:batch, 0]]))
+    t = ((z - state["dino_loss.center"]) / tau).softmax(-1)
+    z = logits(network_of(state, f"teacher.{patch}."), seen[:, 1:][masks])
+    t_patch = ((z - state["ibot_patch_loss.center"][0]) / tau).softmax(-1)
+    s = (logits(heads["student.dino_head"], hidden[:, 0]) / 0.1).log_softmax(-1)
+    s_local = (logits(heads["student.dino_head"], small[:, 0]) / 0.1).log_softmax(-1)
+    s_patch = (logits(network_of(state, f"student.{patch}."), hidden[:, 1:][masks]) / 0.1).log_softmax(-1)
+    same(losses["dino_global_loss"], -(t * s).sum(-1).mean() * 2 / 6)
+    local = sum(-(view * crop).sum(-1).mean() for crop in s_local.chunk(2) for view in t.chunk(2)) / 6
+    same(losses["dino_local_loss"], torch.as_tensor(local))
+    weights = torch.cat([torch.full((7,), 1 / 7), torch.full((5,), 1 / 5)])
+    same(losses["ibot_loss"], -((t_patch * s_patch).sum(-1) * weights).sum() / (2 * batch))
+
+
+def test_chunked_wrapped_and_centreless_checkpoints_are_the_same():
+    plain, chunked = (training_state(True, chunks) for chunks in (False, True))
+    wrapped = {f"module.{name}": value for name, value in chunked.items()}
+    models = [pl.load_reference("dinov2", state, num_heads=HEADS) for state in (plain, chunked, wrapped)]
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], each[name]) for each in states[1:] for name in states[0])
+    without = pl.load_reference(
+        "dinov2", training_state(False, centres=False), num_heads=HEADS, centering="sinkhorn_knopp"
+    )
+    assert without.centering == "sinkhorn_knopp"
+    assert not without.dino_centering.center.any()
+
+
+def test_a_teacher_alone_comes_with_its_heads():
+    state = network_of(training_state(True), "teacher.")
+    model = pl.load_reference("dinov2", {"teacher": state}, num_heads=HEADS)
+    assert isinstance(model, Distilled)
+    inner = network_of(state, "backbone.")
+    same(model(images()), forward(inner, images())[:, 0])
+    masks = torch.zeros(2, GRID**2, dtype=torch.bool)
+    masks[0, 3:6] = True
+    crops = model.crops(images(), masks, hide=True)
+    expected = forward(inner, images(), masks)
+    same(crops.classes, expected[:, 0])
+    same(crops.patches, expected[:, 1:][masks])
+    found = model.heads(crops.classes, crops.patches)
+    same(found[0], logits(network_of(state, "dino_head."), expected[:, 0]))
+    same(found[1], logits(network_of(state, "ibot_head."), expected[:, 1:][masks]))
+    small = images(2, 12, 16)
+    same(model(small), forward(inner, small)[:, 0])
+
+
+def test_a_head_alone_is_a_head():
+    state = head(seed=4)
+    model = pl.load_reference("rad_dino", state)
+    assert isinstance(model, DINOHead)
+    x = torch.randn(3, WIDTH)
+    same(model(x), logits(state, x))
+
+
+def test_phikon_of_the_first_version_is_its_teacher():
+    teacher = prefixed(backbone(scale=False, seed=1), "module.backbone.")
+    student = prefixed(backbone(scale=False, seed=2), "module.backbone.")
+    teacher["module.head.last_layer.weight"] = torch.randn(5, 5)
+    model = pl.load_reference("phikon_v2", {"student": student, "teacher": teacher}, num_heads=HEADS)
+    same(model(images()), forward(backbone(scale=False, seed=1), images())[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda s: s.pop("norm.weight"), {}, "missing: norm.weight"),
+        (lambda s: s.update({"extra": torch.zeros(1)}), {}, "unexpected: extra"),
+        (lambda s: s.pop("pos_embed"), {}, "has no pos_embed"),
+        (lambda s: s.pop("cls_token"), {}, "has no cls_token"),
+        (lambda s: None, {"num_head": 4}, "did you mean num_heads"),
+        (lambda s: None, {"num_heads": 5}, "divisible by num_heads"),
+        (lambda s: None, {"image_size": 30}, r"image_size \(30, 30\) is not divisible by the patch size 4"),
+        (lambda s: s.update({"pos_embed": s["pos_embed"][:, :-1]}), {}, "24 positions are of no square grid"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, settings, message):
+    state = backbone()
+    change(state)
+    with pytest.raises(UsageError, match=message):
+        pl.load_reference("dinov2", state, **{"num_heads": HEADS, **settings})
+
+
+def test_a_grid_that_is_not_square_is_told():
+    state = backbone()
+    state["pos_embed"] = state["pos_embed"][:, :-1]
+    model = pl.load_reference("dinov2", state, num_heads=HEADS, image_size=(16, 24))
+    assert model(images(1, 16, 24)).shape == (1, WIDTH)
+
+
+def test_the_default_number_of_heads_is_that_of_the_published_sizes():
+    state = backbone()
+    assert pl.load_reference("dinov2", state).blocks[0].attn.num_heads == 1
