@@ -60,15 +60,20 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def load(path: str) -> nn.Module:
+def load(path: str, adapters: Any = ()) -> nn.Module:
     """Return the timm module of a bundle (or of a run folder, whose `model/` is meant), in eval mode.
 
+    Args:
+        path: The bundle or run.
+        adapters: Runs or files of adapters to put in (a list, or a mapping from names); the first of them acts, and
+            `patchloom.adapters` has what switches, serves, merges and removes them.
+
     Raises:
-        UsageError: `path` holds no bundle.
+        UsageError: `path` holds no bundle, or an adapter was made for another encoder.
     """
     from patchloom.bundle import load as load_bundle
 
-    return load_bundle(path)
+    return load_bundle(path, adapters)
 
 
 def load_reference(system: str, checkpoint: Any, **config: Any) -> nn.Module:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,23 @@ def made_from(encoder: Any) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> Any:
     """Return the timm module of a bundle, or of a run (its `model/`), in eval mode.
 
+    Args:
+        path: The bundle or run; a run that trained an adapter stands for its encoder with the adapter in it.
+        adapters: Adapters to put in, as runs or files (or by name in a mapping); the first of them acts.
+
     Raises:
-        UsageError: There is no bundle, or it is damaged.
+        UsageError: There is no bundle, it is damaged, or an adapter was made for another encoder.
     """
+    if not _holds_bundle(path) or adapters:
+        from patchloom.adapters import add_adapters, find_adapter, load_adapted
+
+        if adapters:
+            return add_adapters(load(path), adapters).eval()
+        if find_adapter(path) is not None:
+            return load_adapted(path)
     folder = find_bundle(path)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -187,8 +199,15 @@ def find_bundle(path: str | Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / CONFIG).exists() and (candidate / WEIGHTS).exists():
             return candidate
+    if any((candidate / "adapter.safetensors").exists() for candidate in (folder, folder / "model")):
+        raise UsageError(f"{path} holds an adapter and no bundle; where it can be merged, patchloom merge makes one")
     what = "does not exist" if not folder.exists() else f"holds no {CONFIG} and {WEIGHTS}"
     raise UsageError(f"there is no bundle at {path}: it {what}; give a run folder or its model/")
+
+
+def _holds_bundle(path: str | Path) -> bool:
+    folder = Path(path)
+    return any((candidate / CONFIG).exists() for candidate in (folder, folder / "model"))
 
 
 def read_lineage(path: str | Path) -> dict[str, Any]:

@@ -89,6 +89,9 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("system", "checkpoint"),
     ),
     "cache": Command("list or delete the features kept on disk", "patchloom.features.cache:show_cache"),
+    "merge": Command(
+        "write an adapter into its encoder's weights", "patchloom.adapters:merge_to_bundle", positional=("adapter",)
+    ),
     "list": Command(
         "list the methods, data sources and published systems", "patchloom.cli:list_everything", positional=("verb",)
     ),

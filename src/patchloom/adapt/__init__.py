@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from patchloom._lazy import make_callable
+from patchloom.adapt.adaptformer import AdaptFormerMethod
+from patchloom.adapt.bitfit import BitFitMethod
 from patchloom.adapt.finetune import FinetuneMethod
+from patchloom.adapt.linear import LinearMethod
+from patchloom.adapt.lora import LoRAMethod
+from patchloom.adapt.vpt import VPTMethod
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
 METHODS: dict[str, type[Method]] = {
     "finetune": FinetuneMethod,
+    "linear": LinearMethod,
+    "bitfit": BitFitMethod,
+    "lora": LoRAMethod,
+    "vpt": VPTMethod,
+    "adaptformer": AdaptFormerMethod,
 }
 
 

@@ -131,7 +131,8 @@ class Insertion(nn.Module):
 
     def trainable_parameters(self) -> int:
         """Return the number of parameters that train."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        stored = self.stored_state()
+        return sum(p.numel() for name, p in self.named_parameters() if p.requires_grad and name in stored)
 
     # What puts it there.
 
@@ -335,9 +336,11 @@ def merge(encoder: Encoder, name: str | None = None) -> None:
     if chosen is None or chosen not in there:
         raise unknown_name("adapter", str(chosen), there)
     insertion = there[chosen]
-    head = insertion.head
+    head: Any = insertion.head
     if not insertion.mergeable:
         insertion.merge_into(encoder)  # says why not
+    if head is not None and hasattr(head, "folded"):
+        head = head.folded()
     if head is not None and not isinstance(head, nn.Linear):
         raise UsageError(f"the head of {chosen!r} is a {type(head).__name__}, which timm's classifier cannot express")
     activate(encoder, None)

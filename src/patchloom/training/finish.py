@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from patchloom import __version__
-from patchloom.bundle import read_lineage, save_bundle
+from patchloom.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages, duration
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
@@ -41,7 +41,7 @@ class Finish(Callback):
         for logger in trainer.loggers:
             logger.save()
         lineage = self.lineage(pl_module, trainer.global_step)
-        save_bundle(model, self.run_dir / "model", lineage=lineage, overwrite=True)
+        pl_module.save_model(model, self.run_dir / "model", lineage)
         summary = self.summary(trainer, pl_module)
         write_json(self.run_dir / "summary.json", summary)
         print("writing the report …", file=sys.stderr)

@@ -130,6 +130,12 @@ class Method(lp.LightningModule):
         """Return what is shipped: the encoder, or its moving average."""
         return self.encoder if self.ema is None else self.ema.module
 
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write what is shipped, the `bundle_model`, to a folder."""
+        from patchloom.bundle import save_bundle
+
+        save_bundle(model, path, lineage=lineage, overwrite=True)
+
     # What binds it to Lightning.
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

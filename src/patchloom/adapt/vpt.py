@@ -1,0 +1,128 @@
+"""Visual prompt tuning: learnt tokens in front of a frozen encoder's own, shallow or deep.
+
+"Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; as the baseline of AdaptFormer's code has it (AdaptFormer
+specification, section 2.6).
+
+>>> import timm, torch
+>>> from patchloom.adapt.insertion import insert
+>>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+>>> prompts = VisualPrompts(encoder, num_prompts=4, depth="deep", num_classes=5)
+>>> insert(encoder, prompts)
+>>> encoder(torch.randn(2, 3, 224, 224)).shape, prompts.prompts.numel()
+(torch.Size([2, 5]), 9216)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
+from patchloom.adapt.heads import Pool
+from patchloom.adapt.insertion import Insertion
+from patchloom.adapt.readout import Readout
+from patchloom.encoders import Encoder, embed_dim
+from patchloom.encoders import depth as blocks_of
+from patchloom.errors import UsageError, unknown_name
+
+Depth = Literal["deep", "shallow"]
+
+
+class VisualPrompts(Readout, Insertion):
+    """Learnt tokens in front of the class token.
+
+    Deep: every block has its own, whose outputs are dropped after it. Shallow: one set goes through all blocks.
+
+    Args:
+        encoder: What it is made for.
+        num_prompts: Tokens n, at least 1.
+        depth: `deep` or `shallow`.
+        dropout: Dropout on the tokens in training.
+        num_classes: Outputs of the classifier; None: none.
+        pool: What the classifier reads, see `heads.pool_replacements`.
+        train_pool_norm: Train the norm behind mean pooling, where there is one.
+
+    Attributes:
+        prompts: (blocks, n, D), or (1, n, D) when shallow; each set Xavier-uniform with PyTorch's rule for a
+            (1, n, D) tensor, so within ±√(6 / ((n + 1) D)).
+
+    Raises:
+        UsageError: A value outside its range or an unknown depth.
+    """
+
+    kind = "vpt"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_prompts: int = 1,
+        depth: Depth = "deep",
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        pool: Pool = "auto",
+        train_pool_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if depth not in get_args(Depth):
+            raise unknown_name("depth", str(depth), get_args(Depth))
+        if num_prompts < 1:
+            raise UsageError(f"num_prompts is {num_prompts}; it must be at least 1")
+        if not 0 <= dropout < 1:
+            raise UsageError(f"dropout is {dropout}; it must be at least 0 and below 1")
+        self.arguments = {
+            "num_prompts": num_prompts,
+            "depth": depth,
+            "dropout": dropout,
+            "num_classes": num_classes,
+            "pool": pool,
+            "train_pool_norm": train_pool_norm,
+        }
+        self.carried = depth == "shallow"
+        self.dropout = dropout
+        self.token_counts = [num_prompts] * blocks_of(encoder)
+        sets, width = (1 if self.carried else blocks_of(encoder)), embed_dim(encoder)
+        bound = math.sqrt(6 / ((num_prompts + 1) * width))
+        self.prompts = nn.Parameter(torch.empty(sets, num_prompts, width).uniform_(-bound, bound))
+        self.make_readout(encoder, num_classes, pool, train_pool_norm)
+
+    def new_tokens(self, number: int, x: Tensor) -> Tensor:
+        """Return the prompts in front of block `number`."""
+        tokens = self.prompts[0 if self.carried else number].expand(len(x), -1, -1)
+        return F.dropout(tokens, self.dropout, self.training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPTConfig(AdapterConfig):
+    """Settings of visual prompt tuning; the recipe is that of AdaptFormer's comparison."""
+
+    num_prompts: int = 1
+    """Learnt tokens; paper: 1 in AdaptFormer's comparison, up to 100 in VPT's own"""
+    depth: Depth = "deep"
+    """Tokens of its own for every block (deep), or one set through all blocks (shallow)"""
+    dropout: float = 0.0
+    """Dropout on the tokens"""
+
+
+class VPTMethod(AdapterMethod):
+    """Visual prompt tuning: learnt tokens in front of the frozen encoder's own."""
+
+    config_class = VPTConfig
+    config: VPTConfig
+
+    def make_insertion(self, encoder: Encoder, num_classes: int) -> Insertion:
+        """Return the prompts and the head."""
+        config = self.config
+        return VisualPrompts(
+            encoder,
+            num_prompts=config.num_prompts,
+            depth=config.depth,
+            dropout=config.dropout,
+            num_classes=num_classes,
+            pool=config.pool,
+            train_pool_norm=config.train_pool_norm,
+        )
