@@ -50,6 +50,8 @@ def list_sources() -> dict[str, str]:
         "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
         "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
         "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
+        "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
+        "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
         "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
         "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
         "chexpert:FOLDER": "CheXpert, 5 labels; …:train, :val, :test, and :ones, :zeros, :ignore for uncertain",
@@ -67,13 +69,15 @@ def open_source(
         name: One of `list_sources`. A word such as `photos` means the embedded set; write `./photos` for a folder
             of that name.
         labels: What the labels of a folder are, see `FolderSource`.
-        in_chans: Channels the images are read as: 3, or 1 for grey.
+        in_chans: Channels the images are read as: 3, or 1 for grey; of frames in time order, how many are stacked.
         seed: Seed of the crops of `photos`.
         **options: What the source itself takes, such as `crop_size` and `crops` of `photos`.
 
     Raises:
         UsageError: There is no such source, or nothing readable in it.
     """
+    if (frames := _frames(name, in_chans, options)) is not None:
+        return frames
     if in_chans not in (1, 3):
         raise UsageError(f"in_chans is {in_chans}; images are read as 3 channels (RGB) or 1 (grey)")
     word, _, rest = name.partition(":")
@@ -105,6 +109,20 @@ def open_source(
             f"(patchloom list --verb data shows them)"
         )
     return FolderSource(name, labels=labels, in_chans=in_chans, **options)
+
+
+def _frames(name: str, stack: int, options: dict[str, Any]) -> Source | None:
+    """Return frames in time order, `stack` of them as the channels of an image; None where the name means images."""
+    word, _, rest = name.partition(":")
+    if word == "atari" and rest:
+        from patchloom.data.atari import open_atari
+
+        return open_atari(rest, stack=stack, **options)
+    if word == "frames" and rest:
+        from patchloom.data.frames import open_frames
+
+        return open_frames(rest, stack=stack, **options)
+    return None
 
 
 def sample_indices(source: Source, count: int, *, seed: int = 1, per_class: int | None = None) -> np.ndarray:

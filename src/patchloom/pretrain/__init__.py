@@ -8,12 +8,14 @@ from patchloom._lazy import make_callable
 from patchloom.errors import unknown_name
 from patchloom.pretrain.ccvit import CCViTMethod
 from patchloom.pretrain.dinov2 import Dinov2Method
+from patchloom.pretrain.tov_vicreg import TOVVICRegMethod
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
 METHODS: dict[str, type[Method]] = {
     "ccvit": CCViTMethod,
     "dinov2": Dinov2Method,
+    "tov_vicreg": TOVVICRegMethod,
 }
 
 

@@ -98,6 +98,10 @@ class Method(lp.LightningModule):
     def load_prepared(self, run_dir: Path) -> None:
         """Load what `prepare` made; called in every process, on every start."""
 
+    def training_source(self) -> Source | StreamSource:
+        """Return what batches are drawn from: the source, or another form of it, such as its images in time order."""
+        return self.source
+
     @abstractmethod
     def transform(self) -> Transform:
         """Return what data workers do to an image: (uint8 (C, H, W), generator) -> tensors of one sample."""
@@ -243,7 +247,7 @@ class Method(lp.LightningModule):
         """Return all batches of the run, from the present position on."""
         config = self.config
         loader = make_loader(
-            self.source,
+            self.training_source(),
             self.transform(),
             config.batch_size,
             seed=config.seed,

@@ -1,0 +1,277 @@
+"""TOV-VICReg as a training method: settings, triplets of frames, LARS, what the report shows.
+
+The algorithm itself is in `vicreg`. Paper: "Pretraining the Vision Transformer using self-supervised methods for vision
+based Deep Reinforcement Learning", arXiv 2209.10901.
+
+>>> import patchloom as pl
+>>> run = pl.pretrain("tov_vicreg", data="atari:Pong,Freeway", out="runs/frames")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from patchloom.data import open_source
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.frame_views import TripletViews
+from patchloom.data.frames import FrameSource, TripletSource
+from patchloom.encoders import depth, normalize
+from patchloom.errors import UsageError
+from patchloom.features.representation import observe, representation_report
+from patchloom.pretrain.vicreg import TOVVICReg, initialize_encoder
+from patchloom.training.config import TrainConfig
+from patchloom.training.gather import gathered
+from patchloom.training.lars import Lars
+from patchloom.training.method import Method, Transform
+from patchloom.training.optim import parameter_groups
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+__all__ = ["TOVVICReg", "TOVVICRegConfig", "TOVVICRegMethod"]
+
+CONSTANT_LOSS, CONSTANT_SHARE = 0.4506, 5 / 6
+"""What a head that always says "shuffled" reaches where one triplet in six is in place."""
+HELD_OUT, OBSERVED = 384, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVVICRegConfig(TrainConfig):
+    """Settings of TOV-VICReg; the defaults are those of the published run script."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "script_defaults": {"sim": 25.0, "std": 25.0, "cov": 1.0, "temporal": 1.0, "batch_size": 1024},
+        "small": {"optimizer": "adamw", "lr": 1e-3, "lr_base_batch": None, "batch_size": 64, "temporal": 1.0},
+    }
+
+    encoder: str = "vit_tiny_patch8_84"
+    """Name of a timm model, or the path of a bundle or run to start from; paper: vit_tiny_patch8_84"""
+    frames: int = 3
+    """Frames of an observation, stacked as the channels of an image; paper: 3"""
+    epochs: int = 10
+    """Passes over the observations; paper: 10"""
+    batch_size: int = 512
+    """Triplets per device and forward pass; paper: 512"""
+    lr: float = 0.6
+    """Peak learning rate for a global batch of lr_base_batch; paper: 0.6 with LARS"""
+    lr_base_batch: int | None = 256
+    """Scale lr by global batch / lr_base_batch; paper: 256"""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine; paper: 0"""
+    warmup_epochs: float = 2.0
+    """Epochs of linear warm-up from 0; paper: 2. At most a fifth of the run is used"""
+    weight_decay: float = 1e-6
+    """Weight decay, on tensors of more than one dimension; paper: 1e-6"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; paper: no clipping"""
+    probe_every: int = 1
+    """Epochs between probes (feature health; game recognition where there are several games); 0 for none"""
+    optimizer: Literal["lars", "adamw"] = "lars"
+    """LARS (the paper's), or AdamW for small batches and short runs, with lr near 1e-3"""
+    momentum: float = 0.9
+    """Momentum of LARS; paper: 0.9"""
+    trust: float = 0.001
+    """Trust coefficient of LARS; paper: 0.001"""
+    projector: str = "1024-1024-1024"
+    """Widths of the projector's layers, joined by dashes; paper: 1024-1024-1024"""
+    sim: float = 10.0
+    """Weight of the invariance; paper: 10"""
+    std: float = 10.0
+    """Weight of the variance; paper: 10"""
+    cov: float = 10.0
+    """Weight of the covariance; paper: 10"""
+    temporal: float = 0.1
+    """Weight of the order loss; paper: 0.1. 0 is plain VICReg"""
+    balanced: bool = False
+    """Leave half of the triplets in place instead of one in six"""
+    chronological: bool = False
+    """Let (t - 1, t, t + 1) be the agreed order instead of the published (t, t - 1, t + 1)"""
+    respect_episodes: bool = False
+    """Take no neighbours across the border of an episode; paper: borders are ignored"""
+    drop_blank: bool = False
+    """Leave out observations with a frame of which more than 99 % of the pixels are equal"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and most share of a frame's area that a crop takes; paper: 0.08 to 1"""
+    blur_sigma: tuple[float, float] = (0.1, 0.2)
+    """Least and most σ of the blur, in pixels; paper: 0.1 to 0.2, which changes nothing"""
+    flip: float = 0.5
+    """Probability of a horizontal flip of a view; paper: 0.5"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have; let the channels be the frames."""
+        if self.frames < 1:
+            raise UsageError(f"frames is {self.frames}; an observation has at least 1")
+        if self.in_chans not in (3, self.frames):
+            raise UsageError(
+                f"in_chans is {self.in_chans}, but an observation has {self.frames} frames; set frames only"
+            )
+        object.__setattr__(self, "in_chans", self.frames)
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise UsageError("batch_size is 1; variance and batch norm need at least 2")
+        for name in ("sim", "std", "cov", "temporal"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; a weight is at least 0")
+        if not 0 <= self.momentum < 1 or not self.trust > 0:
+            raise UsageError(f"momentum is {self.momentum} and trust {self.trust}; use [0, 1) and above 0")
+
+
+class TOVVICRegMethod(Method):
+    """VICReg on stacks of frames with temporal order verification (TOV-VICReg)."""
+
+    config_class = TOVVICRegConfig
+    config: TOVVICRegConfig
+
+    def __init__(self, config: TOVVICRegConfig, source: Source | StreamSource) -> None:
+        self.triplets = self._triplets(config, source)
+        self.held_out = self._held_out(config)
+        super().__init__(config, source)
+        if config.init_from is None and not Path(config.encoder).exists():
+            initialize_encoder(self.encoder)
+            # Published encoders see frames as they are, in [0, 1], whatever images the architecture was made for.
+            plain = {"mean": (0.0,) * config.frames, "std": (1.0,) * config.frames}
+            self.encoder.pretrained_cfg = {**dict(self.encoder.pretrained_cfg), **plain}
+        self.model = TOVVICReg(
+            self.encoder,
+            projector=config.projector,
+            sim=config.sim,
+            std=config.std,
+            cov=config.cov,
+            temporal=config.temporal,
+            balanced=config.balanced,
+            chronological=config.chronological,
+        )
+
+    @staticmethod
+    def _triplets(config: TOVVICRegConfig, source: Source | StreamSource) -> TripletSource:
+        if not isinstance(source, FrameSource):
+            raise UsageError(
+                f"tov_vicreg needs frames in time order and {source.name} are images without one; name a folder of "
+                f"recordings (frames:FOLDER) or games (atari:Pong,Freeway)"
+            )
+        return source.triplets(respect_episodes=config.respect_episodes, drop_blank=config.drop_blank)
+
+    def _held_out(self, config: TOVVICRegConfig) -> TripletSource | None:
+        """Return the triplets order verification is validated on, where `probe_data` names some."""
+        if config.probe_data is None:
+            return None
+        return self._triplets(config, open_source(config.probe_data, in_chans=config.frames, seed=config.seed))
+
+    def training_source(self) -> TripletSource:
+        """Return the frames as triplets."""
+        return self.triplets
+
+    def transform(self) -> Transform:
+        """Return the augmentation of triplets."""
+        config = self.config
+        return TripletViews(
+            self.input_size, config.frames, config.crop_scale, config.blur_sigma, config.flip, config.balanced
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return LARS, or AdamW where the settings say so."""
+        config = self.config
+        if config.optimizer == "adamw":
+            return super().configure_optimizers()
+        groups = parameter_groups(
+            self, layer_decay=config.layer_decay, layer=self.layer, depth=depth(self.encoder), decay=_is_matrix
+        )
+        return Lars(groups, momentum=config.momentum, trust=config.trust)
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the loss, VICReg's three terms, the order loss and how often the order is told."""
+        views = (normalize(self.pixels(batch[name]), self.encoder) for name in ("view1", "view2", "previous", "next"))
+        losses, logits, targets = self.model.losses(self.model.represent(*views), gathered(batch["order"]))
+        with torch.no_grad():
+            losses["order_accuracy"] = ((logits > 0) == (targets > 0.5)).float().mean()
+        losses["order_loss"] = losses.pop("temporal")
+        return losses
+
+    @torch.no_grad()
+    def validate(self, device: torch.device) -> dict[str, Any]:
+        """Return order verification on held-out triplets without augmentation, each in all six orders."""
+        if self.held_out is None:
+            return {}
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        logits, targets = [], []
+        count = len(self.held_out)
+        indices = range(0, count, max(1, count // HELD_OUT))
+        for start in range(0, len(indices), 32):
+            triplets = torch.stack([self.held_out.read(i).image for i in indices[start : start + 32]])
+            parts = self._sized(triplets).split(self.config.frames, dim=1)
+            now, before, after = (self.encoder(normalize(self.pixels(part).to(device), self.encoder)) for part in parts)
+            items = [before, now, after] if self.config.chronological else [now, before, after]
+            for label in range(6):
+                said, target = self.model.order_head(items, torch.full((len(now),), label, device=device))
+                logits.append(said.float().cpu())
+                targets.append(target.float().cpu())
+        for module, training in modes:
+            module.training = training
+        said, right = torch.cat(logits), torch.cat(targets)
+        return {
+            "held_out_order_loss": float(torch.nn.functional.binary_cross_entropy_with_logits(said, right)),
+            "held_out_order_accuracy": float(((said > 0) == (right > 0.5)).float().mean()),
+            "held_out_order_auroc": auroc(said.flatten(), right.flatten()),
+        }
+
+    def _sized(self, triplets: Tensor) -> Tensor:
+        """Return triplets at the encoder's size."""
+        from torchvision.transforms.v2.functional import resize
+
+        side = self.input_size
+        if tuple(triplets.shape[-2:]) == (side, side):
+            return triplets
+        return resize(triplets, [side, side], antialias=True)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the triplets trained on and the representation's figures."""
+        features = observe(self.bundle_model(), self.source, OBSERVED, self.device)
+        figures = representation_report(features.features, features.groups, features.attentions, features.blocks)
+        return {
+            "triplets": len(self.triplets),
+            "order_loss_of_a_constant": CONSTANT_LOSS,
+            **{name: value for name, value in figures.items() if isinstance(value, (int, float))},
+        }
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return the triplets as the network sees them, order verification, the three terms, the representation."""
+        from patchloom.report.frames import order_section, representation_section, terms_section, triplet_section
+        from patchloom.training.metrics import read_metrics
+
+        config = self.config
+        rows = read_metrics(Path(config.out) / "metrics.csv")
+        views = self.transform()
+        generator = torch.Generator().manual_seed(config.seed)
+        places = torch.linspace(0, len(self.triplets) - 1, 8).long().tolist()
+        samples = [(image, views(image, generator)) for image in (self.triplets.read(place).image for place in places)]
+        observed = observe(self.bundle_model(), self.source, OBSERVED, self.device)
+        sections = [
+            triplet_section(samples, config.frames),
+            order_section(rows, balanced=config.balanced, chronological=config.chronological),
+            terms_section(rows),
+            representation_section(observed),
+        ]
+        return [section for section in sections if section is not None]
+
+
+def auroc(scores: Tensor, targets: Tensor) -> float:
+    """Return the area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+    Args:
+        scores: (n,).
+        targets: (n,), above 0.5 for positives.
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    return float(binary_auroc(scores.sigmoid(), (targets > 0.5).long()))
+
+
+def _is_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+    return parameter.ndim > 1
