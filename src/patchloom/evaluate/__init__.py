@@ -11,12 +11,14 @@ from patchloom.errors import unknown_name
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
+from patchloom.evaluate.slides.protocol import Slides
 from patchloom.training.config import config_from_mapping
 
 EVALUATIONS: dict[str, type[Any]] = {
     "health": Health,
     "knn": KNN,
     "linear": Linear,
+    "slides": Slides,
 }
 
 
@@ -39,7 +41,7 @@ def run(protocol: str, **settings: Any) -> dict[str, Any]:
     evaluation: Any = EVALUATIONS[protocol]
     config = config_from_mapping(evaluation.config_class, settings)
     figures: dict[str, Any] = {"protocol": protocol, **evaluation(config).run()}
-    if config.out is not None:
+    if config.out is not None and not getattr(evaluation, "writes_out", False):
         _write(Path(config.out), figures)
     return figures
 

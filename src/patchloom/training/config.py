@@ -267,7 +267,7 @@ def _check_range(
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
     """Let YAML's and Python's near misses in: 1e-3 as text, whole numbers as floats, lists as tuples, paths."""
-    kinds = get_args(hint) if get_origin(hint) is not Literal and get_origin(hint) is not tuple else (hint,)
+    kinds = get_args(hint) if get_origin(hint) not in (Literal, tuple, dict, list) else (hint,)
     kinds = kinds or (hint,)
     if isinstance(value, Path):
         return str(value)

@@ -8,16 +8,17 @@ tensor(0.1570)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.errors import UsageError
+from patchloom.evaluate.metrics import auroc, mean_auroc
 
 Kind = Literal["binary", "multiclass", "survival"]
 
@@ -58,17 +59,16 @@ class Task:
         powers = np.exp(logits - logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True)
 
+    @property
+    def score(self) -> Callable[[Any, Any], float]:
+        """Return the metric as a function of scores and targets, as `evaluate.statistics` takes it."""
+        if self.kind == "survival":
+            return lambda scores, targets: c_index(np.asarray(targets), np.asarray(scores))
+        return auroc if self.kind == "binary" else mean_auroc
+
     def metric(self, targets: np.ndarray, scores: np.ndarray) -> float:
         """Return the metric (larger is better), NaN where it is not defined: one class only, no pair to compare."""
-        if self.kind == "survival":
-            return c_index(targets, scores)
-        present = np.unique(targets)
-        if len(present) < 2:
-            return float("nan")
-        if self.kind == "binary":
-            return float(roc_auc_score(targets, scores))
-        each = [roc_auc_score(targets == number, scores[:, int(number)]) for number in present]
-        return float(np.mean(each))
+        return self.score(scores, targets)
 
 
 def cox_loss(risk: Tensor, time: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.ndimage import uniform_filter
-from skimage.filters import threshold_otsu
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.errors import UsageError
@@ -125,6 +124,8 @@ def tissue_mask(image: np.ndarray, threshold: float | None = None, drop_pen: boo
         threshold: Least saturation, 0 to 1; default: Otsu's, and at least 0.05.
         drop_pen: Leave out ink: what is greener or bluer than it is red, and what is nearly black.
     """
+    from skimage.filters import threshold_otsu
+
     pixels = image.astype(np.float32) / 255
     value, low = pixels.max(2), pixels.min(2)
     saturation = (value - low) / np.maximum(value, 1e-6)
