@@ -1,8 +1,12 @@
-"""Published decoders written out a second time, with plain functions of torch on the tensors of a state dict."""
+"""Published decoders written out a second time, with plain functions of torch; and small images with masks."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -82,3 +86,22 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
             fresh = torch.rand_like(tensor) + 0.5 if name.endswith("running_var") else torch.randn_like(tensor) * 0.3
             tensor.copy_(fresh)
     return module.double().eval()
+
+
+def paint_pairs(root: Path, count: int = 4, size: tuple[int, int] = (40, 52), classes: int = 3, seed: int = 0) -> Path:
+    """Write images of coloured rectangles with their indexed masks to root/images and root/masks; return root."""
+    rng = np.random.default_rng(seed)
+    tones = np.array([[30, 40, 60], [200, 60, 50], [60, 190, 80], [220, 210, 90]], np.uint8)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        mask = np.zeros(size, np.uint8)
+        for value in range(1, classes):
+            top, left = rng.integers(0, size[0] // 2), rng.integers(0, size[1] // 2)
+            mask[top : top + size[0] // 3, left : left + size[1] // 3] = value
+        noise = rng.integers(0, 30, (*size, 3), dtype=np.uint8)
+        Image.fromarray(tones[mask] + noise).save(root / "images" / f"{number}.png")
+        indexed = Image.fromarray(mask, "P")
+        indexed.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 255, 255, 0])
+        indexed.save(root / "masks" / f"{number}.png")
+    return root

@@ -95,13 +95,12 @@ class MaskSource(Source):
         self.images, self.masks = Path(images), Path(masks)
         self.unknown, self.from_one = tuple(unknown), from_one
         found = [_listed(folder) for folder in (self.images, self.masks)]
-        self.pairs = _paired(*found, self.images, self.masks)
-        digest = hashlib.sha256(repr((self.unknown, from_one, class_names)).encode())
+        self.pairs = _paired(found[0], found[1], self.images, self.masks)
+        digest = hashlib.sha256(repr((self.unknown, from_one)).encode())
         for files in found:
             for file in sorted(files.values()):
                 digest.update(repr(file).encode())
         self._stamp = digest.hexdigest()[:16]
-        self.given = class_names is not None
         names = list(class_names) if class_names is not None else [str(n) for n in range(self._highest() + 1)]
         if not 1 <= len(names) <= MOST_CLASSES:
             raise UsageError(f"{name} has {len(names)} classes; masks here hold 1 to {MOST_CLASSES}")
@@ -181,7 +180,13 @@ class MaskSource(Source):
         return [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values) - 2, 3)]
 
 
-def open_segmentation(name: str, *, in_chans: int = 3, class_names: Sequence[str] | None = None) -> MaskSource:
+def open_segmentation(
+    name: str,
+    *,
+    in_chans: int = 3,
+    class_names: Sequence[str] | None = None,
+    default_names: Sequence[str] | None = None,
+) -> MaskSource:
     """Open images with masks by name.
 
     Args:
@@ -189,6 +194,7 @@ def open_segmentation(name: str, *, in_chans: int = 3, class_names: Sequence[str
             name per line; `camvid:FOLDER:train` (val, test); `ade20k:FOLDER:train` (val).
         in_chans: Channels the images are read as.
         class_names: Names of the classes of a plain folder, instead of its own.
+        default_names: Names of the classes of a plain folder that names none; default: as many as its masks hold.
 
     Raises:
         UsageError: There is no such source.
@@ -212,7 +218,8 @@ def open_segmentation(name: str, *, in_chans: int = 3, class_names: Sequence[str
                 lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
                 class_names = [line.strip() for line in lines if line.strip()]
                 break
-    return MaskSource(name, root / "images", masks, class_names=class_names, in_chans=in_chans)
+    names = class_names if class_names is not None else default_names
+    return MaskSource(name, root / "images", masks, class_names=names, in_chans=in_chans)
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:

@@ -11,6 +11,7 @@ from patchloom.errors import unknown_name
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
+from patchloom.evaluate.segmentation import Segmentation
 from patchloom.evaluate.slides.protocol import Slides
 from patchloom.training.config import config_from_mapping
 
@@ -18,6 +19,7 @@ EVALUATIONS: dict[str, type[Any]] = {
     "health": Health,
     "knn": KNN,
     "linear": Linear,
+    "segmentation": Segmentation,
     "slides": Slides,
 }
 

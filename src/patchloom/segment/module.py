@@ -99,6 +99,8 @@ class SegmentationModule(lp.LightningModule):
         if self.aux_head is not None:
             loss = loss + AUXILIARY_WEIGHT * self._loss(self.aux_head(levels), target)
         if not bool(torch.isfinite(loss)):
+            if not all(bool(torch.isfinite(x).all()) for x in maps):
+                raise UsageError("the encoder's features are not finite: it was saved from a run that diverged")
             raise UsageError(f"the loss is {float(loss)} at step {self.global_step}; lower lr ({self.schedule.lr:g})")
         self.losses.append(float(loss.detach()))
         return loss

@@ -1,0 +1,353 @@
+"""Training a decoder on a frozen encoder: what the segmentation probes of images and of volumes share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import lightning.pytorch as lp
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patchloom.data import make_loader
+from patchloom.data.base import Source
+from patchloom.data.mask_transforms import TestImage, TrainCrop
+from patchloom.data.segmentation import IGNORED
+from patchloom.encoders import Encoder, depth, embed_dim, image_size, normalize, patch_size, set_image_size
+from patchloom.errors import UsageError, unknown_name
+from patchloom.features.extract import torch_device
+from patchloom.segment.backbone import Backbone, choose_layers
+from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
+from patchloom.segment.inference import Size, windows
+from patchloom.segment.module import Schedule, SegmentationModule
+from patchloom.segment.necks import ViTNeck
+from patchloom.segment.radiology import UNetSegHead
+from patchloom.segment.upernet import UPerHead
+
+HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
+# How many blocks' maps a head takes.
+BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "setr": 1, "unet": 5}
+DROPOUT = {"dinov3": 0.1, "upernet": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Settings of a decoder and of its training."""
+
+    preset: str | None = None
+    """Named recipe that replaces the defaults below; what is given beside it wins"""
+    untrained: bool = False
+    """Give the encoder fresh weights first: what training has to beat"""
+    head: HeadName = "bn"
+    """Decoder: linear, bn (DINOv2's), dinov3's, multilayer (bn on four blocks), upernet, setr, unet (radiology)"""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose maps the decoder takes, from 0, negative from the end; default: as many of the last as it takes"""
+    blocks: Literal["last", "spread"] = "last"
+    """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
+    apply_norm: bool | None = None
+    """Apply the encoder's final norm to each map; default: yes, but for upernet"""
+    channels: int = 512
+    """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
+    crop: tuple[int, int] | None = None
+    """Window the encoder sees, (height, width) in pixels, multiples of its patch; default: the encoder's image size"""
+    short_side: int | None = None
+    """Shorter side images are resized to, before random scales and before testing; default: as they are"""
+    augment: bool = True
+    """Random scales, crops, flips and colours; without, windows of the images are encoded once and kept in memory"""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Least and most of the random factor on the size of the image"""
+    flip: float = 0.5
+    """Probability of the mirror image"""
+    vertical_flip: float = 0.0
+    """Probability of the image upside down"""
+    rotate: float = 0.0
+    """Most degrees of random rotation, either way"""
+    colours: bool = True
+    """Random changes of brightness, contrast, saturation and hue"""
+    max_share: float = 0.75
+    """A crop is drawn anew, up to ten times, while one class fills more than this share of it"""
+    minmax: bool = False
+    """Stretch each channel of each image to its full range first, as the radiology benchmark does"""
+    steps: int = 40_000
+    """Optimiser steps"""
+    batch_size: int = 16
+    """Windows per step"""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, not on vectors and biases"""
+    warmup: int = 1500
+    """Steps of warm-up; at most a fifth of the run is used"""
+    power: float = 1.0
+    """Power of the polynomial decay of the learning rate"""
+    loss: Literal["ce", "dice", "dice+ce"] = "ce"
+    """Cross-entropy, Dice, or their sum"""
+    average: Literal["valid", "all"] = "valid"
+    """What cross-entropy is averaged over: pixels whose class is known, or all (mmsegmentation 0.20)"""
+    precision: Literal["32", "bf16"] = "32"
+    """Number format of the arithmetic"""
+    num_workers: int = 2
+    """Processes that read images"""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of fresh weights, order, crops and draws"""
+
+    @property
+    def image_size(self) -> None:
+        """Images keep the size they have; the encoder is set up for `crop`."""
+        return
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        for name, value, known in (
+            ("head", self.head, HeadName),
+            ("loss", self.loss, Literal["ce", "dice", "dice+ce"]),
+            ("average", self.average, Literal["valid", "all"]),
+            ("blocks", self.blocks, Literal["last", "spread"]),
+            ("precision", self.precision, Literal["32", "bf16"]),
+        ):
+            if value not in get_args(known):
+                raise unknown_name(name, str(value), get_args(known))
+        for name in ("steps", "batch_size", "channels"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_workers", "warmup", "weight_decay", "rotate"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not self.lr > 0:
+            raise UsageError(f"lr is {self.lr}; it must be above 0")
+        if self.layers is not None and self.head in ("upernet", "unet") and len(self.layers) != BLOCKS[self.head]:
+            raise UsageError(f"head {self.head} takes {BLOCKS[self.head]} blocks; layers names {len(self.layers)}")
+
+
+class Trained(NamedTuple):
+    """A decoder that has been trained."""
+
+    module: SegmentationModule
+    crop: Size
+    parameters: int
+    """Trained parameters."""
+    losses: list[float]
+    """Of every step."""
+    skipped: list[tuple[str, str]]
+    """Name and reason of images that could not be read."""
+    device: torch.device
+
+
+def train_decoder(encoder: Encoder, source: Source, config: DecoderConfig) -> Trained:
+    """Train a decoder on the maps of a frozen encoder; the encoder given is left as it is.
+
+    Args:
+        encoder: The encoder.
+        source: Images with their mask as last channel.
+        config: What to train, and how.
+
+    Raises:
+        UsageError: A crop that patches do not fill, blocks the encoder does not have, or no readable image.
+    """
+    if source.class_names is None:
+        raise UsageError(f"{source.name} has no classes")
+    device = torch_device(config.device)
+    encoder = copy.deepcopy(encoder)
+    crop = config.crop or image_size(encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # windows need not be square
+        set_image_size(encoder, crop)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        module = build(encoder, len(source.class_names), config)
+        skipped: dict[str, str] = {}
+        batches = (
+            _Augmented(source, crop, config, skipped)
+            if config.augment
+            else _Kept(source, crop, config, module.to(device), skipped)
+        )
+        with _quiet():
+            _trainer(config, device).fit(module, batches)
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Trained(module.to(device).eval(), crop, parameters, module.losses, list(skipped.items()), device)
+
+
+def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> SegmentationModule:
+    """Return an encoder with a fresh decoder, ready to train."""
+    name, width, blocks = config.head, embed_dim(encoder), depth(encoder)
+    needed = BLOCKS[name]
+    if config.layers is None and needed > blocks:
+        raise UsageError(f"head {name} takes the maps of {needed} blocks and the encoder has {blocks}; name layers")
+    layers = config.layers or choose_layers(blocks, needed, config.blocks)
+    norm = config.apply_norm if config.apply_norm is not None else name != "upernet"
+    backbone = Backbone(encoder, layers, apply_norm=norm)
+    total, dropout = width * len(layers), DROPOUT.get(name, 0.0)
+    neck: nn.Module | None = None
+    auxiliary: nn.Module | None = None
+    head: nn.Module
+    if name == "linear":
+        head = LinearHead(total, num_classes)
+    elif name in ("bn", "multilayer"):
+        head = BNHead(total, num_classes)
+    elif name == "dinov3":
+        head = LinearHead(total, num_classes, dropout, norm="bn", dropout_first=True)
+    elif name == "setr":
+        head = SETRUPHead(width, num_classes, channels=max(8, config.channels // 2))
+    elif name == "unet":
+        head = OnMaps(UNetSegHead(width, num_classes, patch_size(encoder), final_relu=False))
+    else:
+        neck = ViTNeck("beit", width)
+        head = UPerHead([width] * 4, num_classes, config.channels, dropout=dropout)
+        auxiliary = FCNHead(width, num_classes, channels=max(8, config.channels // 2))
+    schedule = Schedule(
+        steps=config.steps,
+        lr=config.lr,
+        power=config.power,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+    )
+    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average)
+
+
+class OnMaps(nn.Module):
+    """A decoder of tokens, taking maps."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Return the logits of maps (B, D, h, w)."""
+        grid = (maps[0].shape[-2], maps[0].shape[-1])
+        logits: Tensor = self.head([x.flatten(2).transpose(1, 2) for x in maps], grid)
+        return logits
+
+
+class _Augmented:
+    """Endless batches of random windows."""
+
+    def __init__(self, source: Source, crop: Size, config: DecoderConfig, skipped: dict[str, str]) -> None:
+        view = TrainCrop(
+            crop,
+            short_side=config.short_side,
+            scale=config.scale,
+            max_share=config.max_share,
+            flip=config.flip,
+            vertical_flip=config.vertical_flip,
+            rotate=config.rotate,
+            colours=config.colours,
+            minmax=config.minmax,
+        )
+        # More than one epoch in a batch where there are few images: repeated, with other crops.
+        self.loader = make_loader(
+            source,
+            view,
+            min(config.batch_size, len(source)),
+            seed=config.seed,
+            shuffle=True,
+            num_workers=config.num_workers,
+            drop_last=True,
+        )
+        self.batch_size, self.skipped = config.batch_size, skipped
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, parts = 0, list[dict[str, Any]]()
+        while True:
+            self.loader.set_position(epoch)
+            for batch in self.loader:
+                self.skipped.update(batch["skipped"])
+                parts.append(batch)
+                if sum(len(part["mask"]) for part in parts) >= self.batch_size:
+                    yield {name: torch.cat([part[name] for part in parts]) for name in ("image", "mask")}
+                    parts = []
+            epoch += 1
+
+
+class _Kept:
+    """Endless batches of windows that were encoded once."""
+
+    def __init__(
+        self, source: Source, crop: Size, config: DecoderConfig, module: SegmentationModule, skipped: dict[str, str]
+    ) -> None:
+        self.batch_size = config.batch_size
+        self.generator = torch.Generator().manual_seed(config.seed)
+        maps: list[list[Tensor]] = []
+        masks: list[Tensor] = []
+        loader = make_loader(
+            source,
+            _SameSize(config.short_side, config.minmax),
+            1,
+            shuffle=False,
+            num_workers=config.num_workers,
+        )
+        encoder, device = module.backbone.encoder, module.device
+        for batch in loader:
+            skipped.update(batch["skipped"])
+            if not batch["key"]:
+                continue
+            image, mask = _at_least(batch["image"], crop, 0), _at_least(batch["mask"], crop, IGNORED)
+            boxes = windows((image.shape[-2], image.shape[-1]), crop, crop)
+            cut = torch.cat([image[..., top:bottom, left:right] for top, bottom, left, right in boxes])
+            for part in cut.split(max(1, config.batch_size)):
+                with torch.no_grad():
+                    found = module.backbone(normalize(part.to(device).float() / 255, encoder))
+                maps.append([x.cpu() for x in found])
+            masks += [mask[..., top:bottom, left:right] for top, bottom, left, right in boxes]
+        if not masks:
+            raise UsageError(f"{source.name} holds no readable image")
+        self.maps = [torch.cat(column) for column in zip(*maps, strict=True)]
+        self.masks = torch.cat(masks)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            order = torch.randperm(len(self.masks), generator=self.generator)
+            batches = order.split(self.batch_size)
+            for chosen in batches[:-1] if len(batches) > 1 else batches:
+                yield {"maps": [x[chosen] for x in self.maps], "mask": self.masks[chosen]}
+
+
+class _SameSize(TestImage):
+    """Image and mask at the size for testing, both."""
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        views = super().__call__(image, generator)
+        mask = F.interpolate(views["mask"][None, None], size=views["image"].shape[-2:], mode="nearest-exact")[0, 0]
+        return {**views, "mask": mask}
+
+
+def _at_least(x: Tensor, crop: Size, fill: int) -> Tensor:
+    """Return an image or mask padded on the right and below to the size of a window."""
+    below, right = (max(0, side - have) for side, have in zip(crop, x.shape[-2:], strict=True))
+    return F.pad(x, (0, right, 0, below), value=fill) if below or right else x
+
+
+def _trainer(config: DecoderConfig, device: torch.device) -> lp.Trainer:
+    accelerator = {"cuda": "gpu"}.get(device.type, device.type)
+    return lp.Trainer(
+        max_steps=config.steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=[device.index or 0] if accelerator == "gpu" else 1,
+        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's notes on devices and limits out of the way."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

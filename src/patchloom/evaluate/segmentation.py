@@ -1,0 +1,289 @@
+"""Segmentation probe: what the tokens of a frozen encoder know of every pixel.
+
+A decoder is trained on maps of the encoder, and mean IoU is measured at the masks' own resolution with areas added up
+over all test images. Specifications `segmentation_heads` and `dinov2_radiology`, section 2.7.
+
+>>> import patchloom as pl
+>>> pl.evaluate("segmentation", encoder="runs/mine/model", train="camvid:data/camvid:train",
+...             test="camvid:data/camvid:test", preset="tiny")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from patchloom.data import make_loader
+from patchloom.data.mask_transforms import TestImage
+from patchloom.data.segmentation import MaskSource, open_segmentation
+from patchloom.encoders import in_chans, normalize
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.decoders import DecoderConfig, Trained, train_decoder
+from patchloom.evaluate.metrics import Score
+from patchloom.evaluate.statistics import bootstrap_interval
+from patchloom.evaluate.target import resolve_encoder
+from patchloom.segment.inference import SCALES, MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
+from patchloom.segment.metrics import Areas, areas, segmentation_scores
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(DecoderConfig):
+    """Settings of the segmentation probe; the defaults are DINOv2's linear evaluation on ADE20K."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dinov2": {},
+        "dinov2_ms": {"head": "multilayer", "multiscale": True},
+        "dinov3": {"head": "dinov3", "weight_decay": 1e-3},
+        "upernet": {"head": "upernet", "weight_decay": 0.05, "lr": 1e-4, "steps": 160_000},
+        "radiology": {
+            "head": "unet",
+            "loss": "dice",
+            "scale": (1.0, 1.0),
+            "flip": 0.25,
+            "vertical_flip": 0.25,
+            "rotate": 90.0,
+            "colours": False,
+            "minmax": True,
+            "max_share": 1.0,
+            "inference": "whole",
+        },
+        "tiny": {"steps": 1500, "batch_size": 8, "weight_decay": 0.05, "warmup": 100, "channels": 64},
+    }
+
+    encoder: Any
+    """Bundle, run or timm model with published weights; from Python also a module"""
+    train: str
+    """Images and masks to learn from: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train"""
+    test: str
+    """Images and masks to measure on, of the same classes"""
+    inference: Literal["slide", "whole"] = "slide"
+    """Windows of crop, overlapping, their logits averaged; or each image at once, positions resampled to its size"""
+    stride: tuple[int, int] | None = None
+    """Step between windows, (down, across) in pixels; default: two thirds of crop (341 of 512)"""
+    multiscale: bool = False
+    """Average the probabilities of six scales from 0.5 to 1.75, each also mirrored"""
+    picture: str | None = None
+    """Also write a picture of test images with truth and prediction to this PNG file"""
+    out: str | None = None
+    """Also write the figures to this JSON file; it must not exist yet"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if self.inference not in ("slide", "whole"):
+            raise unknown_name("inference", self.inference, ("slide", "whole"))
+        for file in (self.out, self.picture):
+            if file is not None and Path(file).exists():
+                raise UsageError(f"{file} exists; choose another name")
+        if self.stride is not None and min(self.stride) < 1:
+            raise UsageError(f"stride is {self.stride}; it must be at least 1")
+
+
+class Tested(NamedTuple):
+    """What came out on the test images."""
+
+    areas: Areas
+    """(n, K) of each image."""
+    keys: list[str]
+    """Names of the n images."""
+    skipped: list[tuple[str, str]]
+    """Name and reason of images that could not be read."""
+    examples: list[tuple[Tensor, Tensor, Tensor]]
+    """A few images (C, H, W) in [0, 1], their masks and predictions (H, W)."""
+
+
+class Segmentation:
+    """Decoder on the maps of a frozen encoder: a class for every pixel, mean IoU."""
+
+    config_class = SegmentationConfig
+
+    def __init__(self, config: SegmentationConfig) -> None:
+        self.config = config
+
+    def run(self) -> dict[str, Any]:
+        """Return mean IoU (a fraction) with its interval over images, IoU by class, and what goes with it."""
+        start, config = time.perf_counter(), self.config
+        encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
+        if encoder is None:
+            raise UsageError("the segmentation probe needs an encoder with patch tokens; raw pixels have none")
+        train, test = open_pair(config.train, config.test, in_chans(encoder))
+        trained = train_decoder(encoder, train, config)
+        trained_at = time.perf_counter()
+        tested = self.measure(trained, test)
+        if config.picture is not None:
+            self._draw(tested, test, Path(config.picture))
+        skipped = trained.skipped + tested.skipped
+        return {
+            **scores_with_intervals(tested.areas, test.class_names or [], seed=config.seed),
+            "n": len(tested.keys),
+            "train_images": len(train),
+            "head": config.head,
+            "layers": list(trained.module.backbone.layers),
+            "decoder_parameters": trained.parameters,
+            "crop": list(trained.crop),
+            "loss_first": trained.losses[0],
+            "loss_last": float(np.mean(trained.losses[-20:])),
+            "unreadable_images": len(skipped),
+            "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
+            "seconds_training": round(trained_at - start, 2),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+
+    @torch.no_grad()
+    def measure(self, trained: Trained, test: MaskSource, examples: int = 4) -> Tested:
+        """Return the areas of each test image, at the resolution of its mask."""
+        config, module, device = self.config, trained.module.eval(), trained.device
+        encoder = module.backbone.encoder
+        stride = config.stride or tuple(max(1, round(side * 341 / 512)) for side in trained.crop)
+        slide = SlidingWindowSegmenter(module, trained.crop, stride, config.batch_size)  # type: ignore[arg-type]
+        segmenter: Any = slide if config.inference == "slide" else WholeSegmenter(module)
+        if config.multiscale:
+            segmenter = MultiScaleSegmenter(segmenter, SCALES)
+        loader = make_loader(
+            test,
+            TestImage(config.short_side, config.minmax),
+            1,  # sizes may differ
+            shuffle=False,
+            num_workers=config.num_workers,
+        )
+        wanted = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
+        found, keys, skipped, shown = [], [], [], []
+        for batch in tqdm(loader, desc="segmenting", disable=not sys.stderr.isatty(), leave=False):
+            skipped += batch["skipped"]
+            if not batch["key"]:
+                continue
+            images = batch["image"].to(device).float().div_(255)
+            target = batch["mask"][0]
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                logits = segmenter(normalize(images, encoder), target.shape)
+            said = logits[0].argmax(0).cpu()
+            found.append(areas(said, target, len(test.class_names or [])))
+            keys += batch["key"]
+            if int(batch["index"][0]) in wanted:
+                shown.append((images[0].cpu(), target, said))
+        if not found:
+            raise UsageError(f"{test.name} holds no readable image")
+        total = Areas(*(torch.stack(rows) for rows in zip(*found, strict=True)))
+        if not int(total.true.sum()):
+            raise UsageError(f"the masks of {test.name} hold no pixel whose class is known")
+        return Tested(total, keys, skipped, shown)
+
+    def _draw(self, tested: Tested, test: MaskSource, path: Path) -> None:
+        from patchloom.report.masks import segmentation_figure
+
+        images, truth, said = zip(*tested.examples, strict=True)
+        figure = segmentation_figure(images, {"truth": truth, "prediction": said}, test.palette, test.class_names or [])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(figure.png)
+        temporary.replace(path)
+
+
+def open_pair(train: str, test: str, channels: int) -> tuple[MaskSource, MaskSource]:
+    """Return training and test images with masks, of the same classes.
+
+    Raises:
+        UsageError: The same images twice, or classes that differ.
+    """
+    learnt = open_segmentation(train, in_chans=channels)
+    # Where numbers are all there is, they mean what they mean in training, and one beyond it is an error.
+    measured = open_segmentation(test, in_chans=channels, default_names=learnt.class_names)
+    measured.palette = learnt.palette
+    if learnt.class_names != measured.class_names:
+        pairs = zip(learnt.class_names or [], measured.class_names or [], strict=False)
+        number, names = next(
+            ((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1]),
+            (-1, (f"{len(learnt.class_names or [])} classes", f"{len(measured.class_names or [])} classes")),
+        )
+        where = f"class {number} is " if number >= 0 else "they have "
+        raise UsageError(f"{train} and {test} differ in their classes: {where}{names[0]} and {names[1]}")
+    if learnt.fingerprint() == measured.fingerprint():
+        raise UsageError(f"train {train} and test {test} are the same images; measure on images apart from them")
+    return learnt, measured
+
+
+def _miou_of(tables: Array, truth: Array, weights: Array) -> Array:
+    """Return the mean IoU of each draw; `tables` (n, 3, K) holds the areas of each image."""
+    sums = _drawn_areas(tables, weights)
+    return _nanmean(_iou(sums))
+
+
+def _iou_of_one(tables: Array, truth: Array, weights: Array) -> Array:
+    """Return the IoU of one class, areas (n, 3), for each draw."""
+    return _iou(_drawn_areas(tables[:, :, None], weights))[:, 0]
+
+
+mean_iou_score = Score("miou", _miou_of, "areas")
+class_iou_score = Score("iou", _iou_of_one, "areas")
+
+
+def scores_with_intervals(found: Areas, class_names: list[str], seed: int = 0, draws: int = 1000) -> dict[str, Any]:
+    """Return the scores of a whole set with bootstrap intervals over its images.
+
+    Args:
+        found: Areas (n, K) of each image.
+        class_names: K names.
+        seed: Seed of the draws.
+        draws: How many.
+    """
+    scores = segmentation_scores(found.total())
+    tables = torch.stack(list(found), dim=1).numpy().astype(np.float64)
+    nobody = np.zeros(len(tables))  # images are drawn alike, whatever is on them
+
+    def interval(score: Score, part: Array) -> list[float | None]:
+        try:
+            ends = bootstrap_interval(score, part, nobody, draws=draws, seed=seed)
+        except UsageError:  # so rare a class that hardly any draw has it
+            return [None, None]
+        return [_finite(ends.low), _finite(ends.high)]
+
+    names = dict(enumerate(class_names))
+    absent = [names[number] for number, count in enumerate(found.true.sum(0).tolist()) if not count]
+    return {
+        "score": scores["miou"],
+        "score_name": "miou",
+        "miou": scores["miou"],
+        "interval": interval(mean_iou_score, tables),
+        "pixel_accuracy": scores["pixel_accuracy"],
+        "class_accuracy": scores["class_accuracy"],
+        "per_class_iou": {names[number]: _finite(value) for number, value in enumerate(scores["iou"])},
+        "per_class_interval": {
+            names[number]: interval(class_iou_score, tables[:, :, number])
+            for number, value in enumerate(scores["iou"])
+            if _finite(value) is not None
+        },
+        "classes_not_in_test": absent,
+    }
+
+
+def _drawn_areas(tables: Array, weights: Array) -> Array:
+    n = len(tables)
+    return (weights.astype(np.float64) @ tables.reshape(n, -1)).reshape(len(weights), *tables.shape[1:])
+
+
+def _iou(sums: Array) -> Array:
+    """Return (r, K) IoU from (r, 3, K) areas, NaN where undefined."""
+    hit, union = sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(union > 0, hit / union, np.nan)
+
+
+def _nanmean(values: Array) -> Array:
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, values, 0).sum(1) / defined.sum(1)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

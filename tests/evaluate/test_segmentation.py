@@ -1,0 +1,224 @@
+"""The segmentation probe, from folders to figures."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import patchloom as pl
+from patchloom.bundle import save_bundle
+from patchloom.cli import main
+from patchloom.encoders import create_encoder
+from patchloom.errors import UsageError
+from patchloom.evaluate.segmentation import scores_with_intervals
+from patchloom.segment.metrics import Areas, mean_iou
+from segment_support import paint_pairs
+
+FAST = {"steps": 60, "batch_size": 8, "lr": 2e-2, "num_workers": 0, "warmup": 5, "channels": 16, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return create_encoder(
+        "vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    return str(paint_pairs(root / "train", 12)), str(paint_pairs(root / "test", 6, seed=1))
+
+
+@pytest.mark.parametrize("head", ["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"])
+def test_every_head_learns_rectangles(encoder, folders, head):
+    train, test = folders
+    figures = pl.evaluate(
+        "segmentation",
+        encoder=encoder,
+        train=train,
+        test=test,
+        head=head,
+        augment=head in ("bn", "upernet"),
+        colours=False,
+        scale=(1.0, 1.0),
+        **FAST,
+    )
+    assert figures["score"] == figures["miou"] > 0.5
+    low, high = figures["interval"]
+    assert 0 <= low <= figures["miou"] <= high <= 1
+    assert set(figures["per_class_iou"]) == {"0", "1", "2"}
+    assert figures["n"] == 6
+    assert figures["loss_last"] < figures["loss_first"]
+    assert figures["miou"] == pytest.approx(np.mean(list(figures["per_class_iou"].values())))
+    json.dumps(figures)
+
+
+def test_a_fixed_seed_gives_fixed_figures_and_the_encoder_is_left_alone(encoder, folders):
+    train, test = folders
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    grads = [p.requires_grad for p in encoder.parameters()]
+    settings = dict(encoder=encoder, train=train, test=test, **{**FAST, "steps": 8})
+    first, second = (pl.evaluate("segmentation", **settings) for _ in range(2))
+    for figures in (first, second):
+        figures.pop("seconds"), figures.pop("seconds_training")
+    assert first == second
+    assert [p.requires_grad for p in encoder.parameters()] == grads
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("inference", ["slide", "whole"])
+def test_the_score_is_of_the_masks_own_pixels(encoder, folders, inference, tmp_path):
+    train, test = folders
+    figures = pl.evaluate(
+        "segmentation",
+        encoder=encoder,
+        train=train,
+        test=test,
+        inference=inference,
+        short_side=32,
+        stride=(16, 16),
+        crop=(32, 40),
+        multiscale=inference == "whole",
+        picture=str(tmp_path / "p.png"),
+        augment=False,
+        **FAST,
+    )
+    assert figures["miou"] > 0.4
+    assert figures["crop"] == [32, 40]
+    picture = Image.open(tmp_path / "p.png")
+    assert picture.width > 500
+
+
+def test_from_the_command_line_with_a_bundle(encoder, folders, tmp_path, capsys):
+    train, test = folders
+    save_bundle(encoder, tmp_path / "model")
+    arguments = [f"--{name}={value}" for name, value in FAST.items() if name != "steps"]
+    code = main(
+        ["evaluate", "segmentation", "--encoder", str(tmp_path / "model"), "--train", train, "--test", test, "--preset",
+         "tiny", "--steps", "5", "--untrained", "--crop", "[32,32]", "--out", str(tmp_path / "out.json"), *arguments]
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    said = json.loads(printed.out)
+    assert said["protocol"] == "segmentation"
+    assert json.loads((tmp_path / "out.json").read_text())["miou"] == said["miou"]
+
+
+def test_a_class_absent_from_the_test_images_is_named_and_does_not_count(encoder, folders, tmp_path):
+    train, _ = folders
+    few = paint_pairs(tmp_path / "few", 2, classes=2, seed=3)
+    figures = pl.evaluate(
+        "segmentation", encoder=encoder, train=train, test=str(few), augment=False, **{**FAST, "steps": 5}
+    )
+    assert figures["classes_not_in_test"] == ["2"]
+
+
+def test_a_broken_test_image_is_left_out_and_listed(encoder, folders, tmp_path):
+    train, _ = folders
+    root = paint_pairs(tmp_path / "test", 3, seed=4)
+    (root / "images/1.png").write_bytes(b"no image")
+    figures = pl.evaluate(
+        "segmentation", encoder=encoder, train=train, test=str(root), augment=False, **{**FAST, "steps": 5}
+    )
+    assert figures["n"] == 2
+    assert figures["skipped"][0]["file"] == "1.png"
+
+
+def test_intervals_are_those_of_drawing_images(folders):
+    rng = np.random.default_rng(0)
+    true = torch.from_numpy(rng.integers(50, 100, (40, 3)))
+    hit = (true * torch.from_numpy(rng.uniform(0.3, 0.9, (40, 3)))).long()
+    found = Areas(hit, hit + 10, true)
+    scores = scores_with_intervals(found, ["a", "b", "c"], draws=400)
+    drawn = []
+    for _ in range(400):
+        chosen = torch.from_numpy(rng.integers(0, 40, 40))
+        drawn.append(mean_iou(Areas(*(x[chosen] for x in found)).total()))
+    assert scores["interval"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+    low, high = scores["per_class_interval"]["b"]
+    assert low < scores["per_class_iou"]["b"] < high
+
+
+def test_a_class_nowhere_has_no_score_but_the_others_do():
+    empty = torch.zeros(5, 1, dtype=torch.long)
+    full = torch.full((5, 1), 10)
+    found = Areas(*(torch.cat([x, empty], 1) for x in (full, full, full)))
+    scores = scores_with_intervals(found, ["there", "nowhere"])
+    assert scores["per_class_iou"] == {"there": 1.0, "nowhere": None}
+    assert scores["miou"] == 1.0
+    assert "nowhere" not in scores["per_class_interval"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": "pixels"}, "raw pixels have none"),
+        ({"head": "unett"}, "did you mean unet"),
+        ({"head": "unet", "layers": (0, 1)}, "head unet takes 5 blocks; layers names 2"),
+        ({"layers": (9,)}, "there is no block 9"),
+        ({"crop": (30, 32)}, "30"),
+        ({"stride": (0, 4)}, "stride"),
+        ({"stride": (64, 64)}, "leave pixels out"),
+        ({"steps": 0}, "steps is 0"),
+        ({"preset": "dino"}, "unknown preset 'dino'"),
+        ({"inference": "slides"}, "did you mean slide"),
+        ({"test": "TRAIN"}, "are the same images"),
+        ({"test": "FOUR"}, r"holds the value 3; .* has 3 classes"),
+        ({"test": "UNKNOWN"}, "no pixel whose class is known"),
+        ({"test": "NAMED"}, "differ in their classes: class 1 is 1 and sky"),
+        ({"encoder": "NAN", "augment": False}, "features are not finite"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(encoder, folders, tmp_path, change, message):
+    train, test = folders
+    if change.get("test") == "TRAIN":
+        change = {"test": train}
+    if change.get("test") == "FOUR":
+        change = {"test": str(paint_pairs(tmp_path / "four", 2, classes=4))}
+    if change.get("test") == "UNKNOWN":
+        root = paint_pairs(tmp_path / "unknown", 1)
+        Image.fromarray(np.full((40, 52), 255, np.uint8)).save(root / "masks/0.png")
+        change = {"test": str(root)}
+    if change.get("encoder") == "NAN":
+        broken = copy.deepcopy(encoder)
+        torch.nn.init.constant_(broken.norm.weight, float("nan"))
+        change = {**change, "encoder": broken}
+    if change.get("test") == "NAMED":
+        root = paint_pairs(tmp_path / "named", 2)
+        (root / "classes.txt").write_text("0\nsky\n2\n")
+        change = {"test": str(root)}
+    with pytest.raises(UsageError, match=message):
+        pl.evaluate("segmentation", **{**FAST, "steps": 4, "encoder": encoder, "train": train, "test": test, **change})
+
+
+def test_outputs_that_exist_are_refused(folders, encoder, tmp_path):
+    (tmp_path / "there.png").write_bytes(b"")
+    with pytest.raises(UsageError, match="exists"):
+        pl.evaluate(
+            "segmentation", encoder=encoder, train=folders[0], test=folders[1], picture=str(tmp_path / "there.png")
+        )
+
+
+def test_pictures_are_pngs_with_a_legend():
+    from patchloom.report.masks import segmentation_figure
+
+    mask = torch.zeros(20, 30, dtype=torch.uint8)
+    mask[5:10] = 1
+    mask[15:] = 255
+    figure = segmentation_figure(
+        [torch.rand(3, 20, 30)], {"truth": [mask], "prediction": [mask]}, [(255, 0, 0), (0, 0, 255)], ["road", "sky"]
+    )
+    pixels = np.asarray(Image.open(io.BytesIO(figure.png)))
+    reached = {tuple(pixel) for pixel in pixels.reshape(-1, 4)}
+    assert {(255, 0, 0, 255), (0, 0, 255, 255), (0, 0, 0, 255)} <= reached
+    with pytest.raises(UsageError, match="at least one image"):
+        segmentation_figure([], {}, [], [])
