@@ -104,12 +104,12 @@ class Health:
         pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
         last = pooled[-1]
         rank, cosine = rankme(last), mean_pairwise_cosine(last)
-        views = [self._views(encoder, source, device, name) for name in ("image", "target")]
+        first, second = (self._views(encoder, source, device, name) for name in ("image", "target"))
         figures: dict[str, Any] = {
             "rankme": rank,
             "effective_rank": effective_rank(last),
             "cosine": cosine,
-            "alignment": alignment(*views),
+            "alignment": alignment(first, second),
             "uniformity": uniformity(last),
             "attention_entropy": entropy,
             "artifact_share": [artifact_share(layer) for layer in norms],

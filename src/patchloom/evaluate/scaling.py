@@ -73,13 +73,14 @@ def scaling(
         raise UsageError(f"shots {shots} and seeds {seeds} have to be at least 1")
     shared = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
     probe = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
+    sizes: list[int | None] = [None] if image_sizes is None else [*image_sizes]
     cells = [
         Cell(
             {"encoder": encoder, "image size": "own" if size is None else str(size)},
             {**shared, **probe, "encoder": encoder, "image_size": size},
         )
         for encoder in encoders
-        for size in image_sizes or [None]
+        for size in sizes
     ]
     asked = {"encoders": encoders, "image_sizes": image_sizes, "shots": shots, "seeds": seeds, "protocol": protocol}
     folder = claim_folder(out, {**asked, **shared}, overwrite)
