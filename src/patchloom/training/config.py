@@ -104,6 +104,14 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a third more time"""
     ema: float | None = None
     """Decay per step of a moving average of the encoder, in (0, 1); the bundle then holds the average"""
+    experts: int = 0
+    """Feed-forwards in place of one while training, averaged at the end (experts weights averaging); 0 for none"""
+    expert_layers: str = "alternate"
+    """Blocks whose feed-forward becomes experts: alternate (every second), last_half or all"""
+    share_rate: float = 0.3
+    """How far experts move towards each other at a step, at the end of share_schedule; at most 1 - 1 / experts"""
+    share_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the share rate gets there, from 0"""
     init_from: str | None = None
     """Bundle or run whose weights the encoder starts from (same architecture)"""
     checkpoint_every: int = 500
@@ -156,6 +164,13 @@ class TrainConfig:
             _check_range("ema", self.ema, above=0, below=1)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas is {self.betas}; give two numbers in [0, 1)")
+        if self.experts:
+            _check_range("experts", self.experts, at_least=2)
+            _check_range("share_rate", self.share_rate, at_least=0, at_most=(self.experts - 1) / self.experts)
+            if self.expert_layers not in ("alternate", "last_half", "all"):
+                raise unknown_name("expert_layers", self.expert_layers, ("alternate", "last_half", "all"))
+            if self.strategy == "fsdp":
+                raise UsageError("experts cannot be averaged while fsdp holds them in shards; use strategy=ddp")
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the run and overwrite deletes it; set one of them")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 from patchloom import __version__
 from patchloom.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages, duration
+from patchloom.training.ewa import average_ffn, experts_of
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report
@@ -50,7 +52,8 @@ class Finish(Callback):
     def shipped(self, trainer: lp.Trainer, method: Method) -> nn.Module:
         """Return the model to ship, put together from shards where it is sharded."""
         if method.config.strategy != "fsdp":
-            return method.bundle_model()
+            model = method.bundle_model()
+            return average_ffn(copy.deepcopy(model)) if experts_of(model) else model
         prefix = "encoder." if method.ema is None else "ema.module."
         state = trainer.strategy.lightning_module_state_dict()
         model = method.build_encoder()

@@ -21,6 +21,7 @@ from patchloom.data import make_loader
 from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.ewa import average_experts_, expand_ffn, experts_of, share_rate_schedule
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
 
@@ -213,6 +214,9 @@ class Method(lp.LightningModule):
         if self.logs_now():
             self.record({"lr": lr, "weight_decay": weight_decay})
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.config.experts:
+            rate = share_rate_schedule(self.config.share_schedule, self.config.share_rate, self.total_steps)
+            average_experts_(experts_of(self.encoder), rate(self.global_step))
         if self.ema is not None:
             self.ema.update(self.encoder)
 
@@ -236,6 +240,11 @@ class Method(lp.LightningModule):
             self.prepare(self.source, run_dir)
         self.trainer.strategy.barrier("prepare")
         self.load_prepared(run_dir)
+        if self.config.experts and not experts_of(self.encoder):
+            trained = self.config.init_from is not None or Path(self.config.encoder).exists()
+            expand_ffn(
+                self.encoder, self.config.experts, self.config.expert_layers, "copy" if trained else "independent"
+            )
         if self.config.ema is not None and self.ema is None:
             self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
             self.ema.requires_grad_(False)
