@@ -33,7 +33,8 @@ class Score:
     weighted: Weighted
     """Takes predictions (n, …), targets (n, …) and weights (r, n), returns (r,); NaN where it is not defined."""
     needs: str
-    """What predictions are: `classes`, (n,) integers; or `scores`, (n, L), higher where a label is more likely."""
+    """What predictions are: `classes`, (n,) integers; `scores`, (n, L), higher where a label is more likely; or `values`,
+    (n,), such as the precision of each query."""
 
     def __call__(self, predictions: Any, targets: Any) -> float:
         """Return the score of all images, each counted once."""
@@ -123,6 +124,10 @@ def _label_macro_f1(scores: Array, truth: Array, weights: Array) -> Array:
     return _mean_over(_share(2.0 * (weights @ (said & there).astype(np.int64)), twice), occur > 0)
 
 
+def _mean_value(values: Array, truth: Array, weights: Array) -> Array:
+    return _share(weights @ values.astype(np.float64), weights.sum(1))
+
+
 accuracy = Score("accuracy", _accuracy, "classes")
 balanced_accuracy = Score("balanced_accuracy", _balanced_accuracy, "classes")
 macro_f1 = Score("macro_f1", _macro_f1, "classes")
@@ -131,6 +136,7 @@ mean_grade_error = Score("mean_grade_error", _mean_grade_error, "classes")
 auroc = Score("auroc", _binary_auroc, "scores")
 mean_auroc = Score("mean_auroc", _mean_auroc, "scores")
 label_macro_f1 = Score("label_macro_f1", _label_macro_f1, "scores")
+mean_value = Score("mean_value", _mean_value, "values")
 
 SCORES = {
     score.name: score
@@ -143,6 +149,7 @@ SCORES = {
         auroc,
         mean_auroc,
         label_macro_f1,
+        mean_value,
     )
 }
 

@@ -1,6 +1,18 @@
-"""Weighted k-nearest-neighbour classification of features, as DINO evaluates."""
+"""Weighted k-nearest-neighbour classification of features, as DINO evaluates.
+
+Neighbours are found by cosine similarity; each votes with weight exp(similarity / temperature). Training features are
+compared a block at a time and the best so far are kept, so memory is bounded whatever their number. Radiology
+specification, section 2.2.
+
+>>> train, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+>>> votes = knn_votes(train, labels, torch.tensor([[0.9, 0.1, 0.0]]), ks=(1, 8))
+>>> votes[8].argmax(1)
+tensor([0])
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +20,14 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 
+# Similarities held at a time: 512 MB.
 MOST_SIMILARITIES = 2**27
+# Training features compared at a time, unless the caller says otherwise.
+TRAIN_BLOCK = 2**16
+# Similarities in flight that a processor's caches still help with.
+CACHED = 2**24
+# Columns that share a maximum in the search for the highest ones.
+GROUP = 8
 
 
 def knn_predict(
@@ -23,8 +42,6 @@ def knn_predict(
 ) -> Tensor:
     """Return the class of each test feature by the votes of its nearest training features.
 
-    Neighbours are found by cosine similarity; each votes with weight exp(similarity / temperature).
-
     Args:
         train: (n, D) features.
         train_labels: (n,) int64 class indices.
@@ -32,7 +49,7 @@ def knn_predict(
         k: Neighbours that vote; at most n.
         temperature: Lower lets near neighbours dominate.
         num_classes: Number of classes; default: as many as the labels name.
-        block: Test features compared at a time, at most; fewer where their similarities would fill 512 MB.
+        block: Test features compared at a time, at most.
 
     Returns:
         (m,) int64; the lowest class where votes tie.
@@ -40,30 +57,10 @@ def knn_predict(
     Raises:
         UsageError: No training features, k below 1, a temperature not above 0, or a label outside the classes.
     """
-    if len(train) == 0:
-        raise UsageError("k-NN needs at least one training image")
-    if k < 1:
-        raise UsageError(f"k is {k}; at least one neighbour has to vote")
-    if not temperature > 0:
-        raise UsageError(f"temperature is {temperature}; it must be above 0")
-    k = min(k, len(train))
-    classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
-    if not 0 <= int(train_labels.min()) <= int(train_labels.max()) < classes:
-        raise UsageError(
-            f"training labels go from {int(train_labels.min())} to {int(train_labels.max())}; "
-            f"with {classes} classes they must lie in 0 … {classes - 1}"
-        )
-    block = max(1, min(block, MOST_SIMILARITIES // len(train)))
-    train = F.normalize(train.float(), dim=1)
-    said = []
-    for part in test.split(block):
-        similarity, nearest = (F.normalize(part.float(), dim=1) @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
-        # Subtracting the largest changes no ranking and keeps the exponential finite.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes.scatter_add_(1, train_labels[nearest], weights)
-        said.append(votes.argmax(1))
-    return torch.cat(said) if said else torch.empty(0, dtype=torch.int64)
+    votes = knn_votes(
+        train, train_labels, test, ks=(k,), temperature=temperature, num_classes=num_classes, block=block
+    )
+    return next(iter(votes.values())).argmax(1)
 
 
 def knn_accuracy(
@@ -73,3 +70,177 @@ def knn_accuracy(
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     said = knn_predict(train, train_labels, test, k=k, temperature=temperature, num_classes=classes)
     return float((said == test_labels).double().mean())
+
+
+def knn_votes(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    ks: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    leave_one_out: bool = False,
+    block: int = 1024,
+    train_block: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[int, Tensor]:
+    """Return the votes for each class of each test feature, for several numbers of neighbours at once.
+
+    The weights are a softmax of similarity / temperature over the nearest max(ks) training features; for a smaller k
+    those of the nearest k count, so votes sum to 1 for the largest k only.
+
+    Args:
+        train: (n, D) features.
+        train_labels: (n,) int64 class indices, or (n, L) float in [0, 1], NaN where unknown, for several labels each.
+        test: (m, D) features.
+        ks: Numbers of neighbours; those above n count as n, and double ones once.
+        temperature: Lower lets near neighbours dominate.
+        num_classes: Number of classes; default: as many as the labels name.
+        leave_one_out: `test` is `train`: no feature is its own neighbour.
+        block: Test features compared at a time, at most.
+        train_block: Training features compared at a time, at most.
+        device: Where to compute; default: where `train` is.
+
+    Returns:
+        Votes (m, C) float32 on the CPU or where `train` is, by k in rising order.
+
+    Raises:
+        UsageError: As for `knn_predict`; or `leave_one_out` with other test features than training features.
+    """
+    _check(train, train_labels, ks, temperature, leave_one_out, len(test))
+    classes = _class_count(train_labels, num_classes)
+    most = len(train) - leave_one_out
+    kept = sorted({min(k, most) for k in ks})
+    similarity, nearest = nearest_neighbours(
+        train, test, kept[-1], leave_one_out=leave_one_out, block=block, train_block=train_block, device=device
+    )
+    weights = (similarity.double() / temperature).softmax(1).float()
+    labels = train_labels.to(weights.device)
+    votes = torch.zeros(len(test), classes, device=weights.device)
+    found, before = {}, 0
+    for k in kept:
+        part = slice(before, k)
+        if labels.ndim == 1:
+            votes.scatter_add_(1, labels[nearest[:, part]], weights[:, part])
+        else:
+            votes += _label_votes(labels, nearest[:, part], weights[:, part])
+        found[k], before = votes.clone(), k
+    return found
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    train: Tensor,
+    test: Tensor,
+    k: int,
+    *,
+    leave_one_out: bool = False,
+    block: int = 1024,
+    train_block: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine similarities (m, k), falling, and the indices (m, k) of the nearest training features.
+
+    Args:
+        train: (n, D) features; may be mapped from disk, a block is in memory at a time.
+        test: (m, D) features.
+        k: How many; at most n, or n - 1 where each feature's own is left out.
+        leave_one_out: `test` is `train`: no feature is its own neighbour.
+        block: Test features compared at a time, at most; fewer where their similarities would not fit.
+        train_block: Training features compared at a time.
+        device: Where to compute; the result lies there.
+    """
+    target = torch.device(device) if device is not None else train.device
+    columns = min(len(train), max(k, train_block or TRAIN_BLOCK))
+    held = CACHED if target.type == "cpu" else MOST_SIMILARITIES
+    rows = max(1, min(block, min(held, MOST_SIMILARITIES) // columns, len(test)))
+    best = torch.full((len(test), k), -torch.inf, device=target)
+    which = torch.zeros(len(test), k, dtype=torch.int64, device=target)
+    buffer = torch.empty(rows, columns, device=target)
+    queries = F.normalize(test.to(target).float(), dim=1)
+    for start in range(0, len(train), columns):
+        part = F.normalize(train[start : start + columns].to(target).float(), dim=1).T
+        for at in range(0, len(test), rows):
+            asked = queries[at : at + rows]
+            similar = torch.mm(asked, part, out=buffer[: len(asked)] if part.shape[1] == columns else None)
+            if leave_one_out:
+                _hide_own(similar, at, start)
+            values, indices = _highest(similar, min(k, similar.shape[1]))
+            indices += start
+            if start:
+                values, order = torch.cat([best[at : at + rows], values], 1).topk(k, dim=1)
+                indices = torch.cat([which[at : at + rows], indices], 1).gather(1, order)
+            best[at : at + rows, : values.shape[1]] = values
+            which[at : at + rows, : values.shape[1]] = indices
+    return best, which
+
+
+def _highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what `values.topk(k, dim=1)` does.
+
+    On a processor, the highest k lie in the k groups of columns with the highest maxima, which are found and searched
+    in half the time of all columns.
+    """
+    groups = values.shape[1] // GROUP
+    if values.device.type != "cpu" or groups < 4 * k:
+        return values.topk(k, dim=1)
+    body = values[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+    chosen = body.amax(1).topk(k, dim=1, sorted=False).indices
+    steps = torch.arange(GROUP) * groups
+    columns = (chosen[:, None] + steps[:, None]).flatten(1)
+    rest = torch.arange(groups * GROUP, values.shape[1]).expand(len(values), -1)
+    columns = torch.cat([columns, rest], 1)
+    found, order = values.gather(1, columns).topk(k, dim=1)
+    return found, columns.gather(1, order)
+
+
+def _hide_own(similar: Tensor, row: int, column: int) -> None:
+    """Take each feature's similarity to itself out of a block that starts at `row` and `column`."""
+    low, high = max(row, column), min(row + similar.shape[0], column + similar.shape[1])
+    if low < high:
+        own = torch.arange(low, high, device=similar.device)
+        similar[own - row, own - column] = -torch.inf
+
+
+def _label_votes(labels: Tensor, nearest: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted mean (m, L) of several labels each, over the neighbours of which a label is known."""
+    votes = []
+    for near, weight in zip(nearest.split(1024), weights.split(1024), strict=True):
+        theirs = labels[near].to(weight.dtype)
+        known = ~theirs.isnan()
+        total = torch.einsum("mk,mkl->ml", weight, theirs.nan_to_num(0.0))
+        seen = torch.einsum("mk,mkl->ml", weight, known.to(weight.dtype))
+        whole = weight.sum(1, keepdim=True)
+        votes.append(torch.where(seen > 0, total / seen.clamp_min(1e-30) * whole, 0.0))
+    return torch.cat(votes)
+
+
+def _check(
+    train: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, leave_one_out: bool, tests: int
+) -> None:
+    if len(train) < 1 + leave_one_out:
+        raise UsageError("k-NN needs at least one training image" + (" besides the one asked about" * leave_one_out))
+    if len(train) != len(labels):
+        raise UsageError(f"{len(labels)} labels do not belong to {len(train)} training features")
+    if not ks:
+        raise UsageError("ks is empty; name at least one number of neighbours")
+    for k in ks:
+        if k < 1:
+            raise UsageError(f"k is {k}; at least one neighbour has to vote")
+    if not temperature > 0:
+        raise UsageError(f"temperature is {temperature}; it must be above 0")
+    if leave_one_out and tests != len(train):
+        raise UsageError("leave_one_out compares training features with one another; give them as test too")
+
+
+def _class_count(labels: Tensor, num_classes: int | None) -> int:
+    if labels.ndim == 2:
+        return labels.shape[1]
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UsageError(
+            f"training labels go from {int(labels.min())} to {int(labels.max())}; "
+            f"with {classes} classes they must lie in 0 … {classes - 1}"
+        )
+    return classes

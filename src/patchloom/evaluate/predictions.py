@@ -1,0 +1,155 @@
+"""What an encoder said of each test image: what intervals are drawn from, and two encoders are compared by.
+
+>>> Predictions.load("knn.npz").interval()  # doctest: +SKIP
+Interval(value=0.71, low=0.69, high=0.73, redrawn=0)
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.metrics import SCORES, Score
+from patchloom.evaluate.statistics import Interval, bootstrap_interval
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was said of each test image, or measured on each query or episode."""
+
+    keys: list[str]
+    """Names of the n images (queries, episodes)."""
+    predicted: Array
+    """(n,) int64 classes; (n, L) scores of labels; or (n,) values where the score is a mean of them."""
+    targets: Array
+    """(n,) int64 true classes; (n, L) true labels, NaN where unknown; zeros where `predicted` are values."""
+    score_name: str
+    """Which of `metrics.SCORES` is reported."""
+    class_names: list[str] = field(default_factory=list)
+    """Names of the classes or labels."""
+    scores: Array | None = None
+    """(n, C) votes or logits of each class, where `predicted` are classes."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Encoder, data and protocol."""
+
+    def __post_init__(self) -> None:
+        """Refuse what does not belong together."""
+        if self.score_name not in SCORES:
+            raise unknown_name("score", self.score_name, SCORES)
+        if not len(self.keys) == len(self.predicted) == len(self.targets):
+            lengths = f"{len(self.keys)} names, {len(self.predicted)} predictions, {len(self.targets)} targets"
+            raise UsageError(f"predictions do not belong together: {lengths}")
+
+    @property
+    def score(self) -> Score:
+        """The score that is reported."""
+        return SCORES[self.score_name]
+
+    def interval(self, score: Score | None = None, *, draws: int = 1000, seed: int = 0) -> Interval:
+        """Return a score (default: the one reported) with its bootstrap interval, stratified by class."""
+        chosen = score or self.score
+        given = self.scores if chosen.needs == "scores" and self.scores is not None else self.predicted
+        return bootstrap_interval(chosen, given, self.targets, draws=draws, seed=seed)
+
+    def ordered_like(self, other: Predictions) -> Predictions:
+        """Return the predictions in the order of others of the same images.
+
+        Raises:
+            UsageError: They are not of the same images, or these have other true classes there.
+        """
+        ours, theirs = self._names(), other._names()
+        if self.keys != other.keys:
+            missing = sum(key not in set(self.keys) for key in other.keys)
+            if missing or len(self.keys) != len(other.keys):
+                raise UsageError(
+                    f"{ours} and {theirs} were measured on different images ({len(self.keys)} and {len(other.keys)}, "
+                    f"{missing} of the latter not among the former); measure both on the same"
+                )
+            place = {key: number for number, key in enumerate(self.keys)}
+            order = np.array([place[key] for key in other.keys])
+            scores = None if self.scores is None else self.scores[order]
+            ordered = Predictions(
+                list(other.keys),
+                self.predicted[order],
+                self.targets[order],
+                self.score_name,
+                self.class_names,
+                scores,
+                self.about,
+            )
+        else:
+            ordered = self
+        if not np.array_equal(ordered.targets, other.targets, equal_nan=other.targets.dtype.kind == "f"):
+            raise UsageError(f"{ours} and {theirs} have different true labels for the same images; measure both anew")
+        return ordered
+
+    def save(self, path: str | Path) -> Path:
+        """Write a .npz file, whole or not at all; it must not exist yet.
+
+        Raises:
+            UsageError: It exists, or has another ending.
+        """
+        target = Path(path)
+        check_free(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Array] = {
+            "keys": np.array(self.keys, dtype=np.str_),
+            "predicted": self.predicted,
+            "targets": self.targets,
+            "class_names": np.array(self.class_names, dtype=np.str_),
+            "about": np.array(json.dumps({**self.about, "score_name": self.score_name}, default=str)),
+        }
+        if self.scores is not None:
+            arrays["scores"] = self.scores.astype(np.float32)
+        with tempfile.TemporaryDirectory(prefix=".predictions.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+            temporary.replace(target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictions:
+        """Read a file written by `save`.
+
+        Raises:
+            UsageError: There is no such file, or it holds something else.
+        """
+        try:
+            with np.load(Path(path), allow_pickle=False) as saved:
+                about = json.loads(str(saved["about"]))
+                return cls(
+                    [str(key) for key in saved["keys"]],
+                    saved["predicted"],
+                    saved["targets"],
+                    about.pop("score_name"),
+                    [str(name) for name in saved["class_names"]],
+                    saved["scores"] if "scores" in saved else None,
+                    about,
+                )
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{path} holds no predictions ({type(error).__name__}); write some with: patchloom evaluate knn "
+                f"… --predictions {path}"
+            ) from error
+
+    def _names(self) -> str:
+        return str(self.about.get("encoder", "one encoder"))
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place for predictions that is taken or ends in something else than .npz."""
+    if path.suffix != ".npz":
+        raise UsageError(f"predictions is {path}; name a file that ends in .npz")
+    if path.exists():
+        raise UsageError(f"{path} exists; choose another file for predictions")
