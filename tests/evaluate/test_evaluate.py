@@ -25,6 +25,7 @@ from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+CLASSIFIERS = ["knn", "linear"]
 QUICK = {"num_workers": 0, "device": "cpu"}
 
 
@@ -61,7 +62,7 @@ def bundle(tmp_path_factory) -> str:
     return str(save_bundle(encoder, tmp_path_factory.mktemp("bundles") / "b"))
 
 
-@pytest.mark.parametrize("protocol", EVALUATIONS)
+@pytest.mark.parametrize("protocol", CLASSIFIERS)
 @pytest.mark.parametrize("kind", ["bundle", "pixels", "untrained"])
 def test_every_protocol_measures_every_kind_of_encoder(protocol, kind, bundle, data):
     encoder = {"bundle": bundle, "pixels": "pixels", "untrained": bundle}[kind]
@@ -78,7 +79,7 @@ def test_every_protocol_measures_every_kind_of_encoder(protocol, kind, bundle, d
     json.dumps(result)
 
 
-@pytest.mark.parametrize("protocol", EVALUATIONS)
+@pytest.mark.parametrize("protocol", CLASSIFIERS)
 def test_the_same_request_gives_the_same_figures(protocol, bundle, data):
     first, second = (pl.evaluate(protocol, encoder=bundle, untrained=True, **data, **QUICK) for _ in range(2))
     del first["seconds"], second["seconds"]
@@ -196,7 +197,7 @@ def test_figures_are_scikit_learns():
     truth, said = (torch.randint(0, 4, (50,), generator=generator) for _ in range(2))
     truth[truth == 2] = 1  # a class that does not occur
     features = Features(torch.zeros(50, 2), truth, [""] * 50, [("x", "y")])
-    found = classification_figures(said, features, features, list("abcd"))
+    found = classification_figures(said, features, features._replace(keys=[""] * 50), list("abcd"))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, said))
     present = [0, 1, 3]
     recall = recall_score(truth, said, labels=present, average=None, zero_division=0)
@@ -254,7 +255,7 @@ def test_data_that_cannot_be_used_is_refused(data, tmp_path):
     with pytest.raises(UsageError, match="flat has no labels; put each class in a folder of its own"):
         pl.evaluate("knn", encoder="pixels", train=str(flat), test=data["test"], **QUICK)
     with pytest.raises(UsageError, match="are the same images"):
-        pl.evaluate("knn", encoder="pixels", train=data["train"], test=data["train"], **QUICK)
+        pl.evaluate("linear", encoder="pixels", train=data["train"], test=data["train"], **QUICK)
     few = str(write_images(tmp_path / "few", 3, classes=("green", "red")))
     with pytest.raises(UsageError, match=r"classes that .*few does not have: blue"):
         pl.evaluate("knn", encoder="pixels", train=few, test=data["test"], **QUICK)
@@ -274,3 +275,87 @@ def test_every_setting_has_its_meaning_beside_it(protocol):
 
 def test_our_names_are_timms_too():
     assert not timm.models.is_model_pretrained("ccvit_tiny_patch4_32")
+
+
+def test_every_score_has_an_interval_around_it(bundle, data):
+    result = pl.evaluate("knn", encoder=bundle, **data, **QUICK)
+    assert (result["score"], result["score_name"]) == (result["accuracy"], "accuracy")
+    assert set(result["intervals"]) == {"accuracy", "balanced_accuracy", "macro_f1", "auroc"}
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result[name] <= high, name
+    assert result["interval"] == result["intervals"]["accuracy"]
+
+
+def test_all_right_is_not_all_sure():
+    truth = torch.arange(30) % 3
+    features = Features(torch.zeros(30, 2), truth, [str(n) for n in range(30)], [])
+    found = classification_figures(truth, features, features, list("abc"))
+    assert found["interval"] == pytest.approx(wilson(1.0, 30))
+    assert found["interval"][0] < 0.9
+
+
+def test_several_numbers_of_neighbours_come_in_one_pass(bundle, data):
+    found = pl.evaluate("knn", encoder=bundle, k=5, ks=[1, 3, 1000], **data, **QUICK)["accuracy_by_k"]
+    assert list(found) == ["1", "3", "5", "36"]
+    for k, accuracy in found.items():
+        alone = pl.evaluate("knn", encoder=bundle, k=int(k), **data, **QUICK)["accuracy"]
+        assert alone == pytest.approx(accuracy)
+
+
+def test_images_are_measured_by_the_others_where_train_is_test(bundle, data, tmp_path):
+    result = pl.evaluate("knn", encoder=bundle, k=3, train=data["train"], test=data["train"], **QUICK)
+    assert result["leave_one_out"]
+    assert result["n"] == 36
+    features, _, _ = labelled_features(EvaluationConfig(encoder=bundle, **data, **QUICK))
+    right = 0
+    for number in range(36):
+        others = torch.arange(36) != number
+        said = knn_predict(features.vectors[others], features.labels[others], features.vectors[[number]], k=3)
+        right += int(said) == int(features.labels[number])
+    assert result["accuracy"] == pytest.approx(right / 36)
+    lone = write_images(tmp_path / "lone", 3)
+    for extra in ("0.png", "1.png"):
+        (lone / "red" / extra).unlink()
+    notes = pl.evaluate("knn", encoder=bundle, train=str(lone), test=str(lone), **QUICK)["notes"]
+    assert notes == ["one image only, which nothing can tell: red"]
+
+
+def test_predictions_are_written_when_asked_for(bundle, data, tmp_path):
+    from patchloom.evaluate.predictions import Predictions
+
+    path = tmp_path / "deep" / "said.npz"
+    result = pl.evaluate("knn", encoder=bundle, predictions=str(path), **data, **QUICK)
+    said = Predictions.load(path)
+    assert float((said.predicted == said.targets).mean()) == pytest.approx(result["accuracy"])
+    assert list(said.interval()[1:3]) == pytest.approx(result["interval"])
+    assert said.class_names == ["blue", "green", "red"]
+    assert said.keys[0] == "blue/0.png"
+    assert (said.scores.argmax(1) == said.predicted).all()
+    assert said.about["encoder"] == bundle
+    with pytest.raises(UsageError, match="exists; choose another file for predictions"):
+        pl.evaluate("knn", encoder=bundle, predictions=str(path), **data, **QUICK)
+    with pytest.raises(UsageError, match=r"ends in \.npz"):
+        pl.evaluate("knn", encoder=bundle, predictions="said.csv", **data, **QUICK)
+
+
+def test_broken_weights_are_not_measured(data):
+    encoder = create_encoder("ccvit_tiny_patch4_32", image_size=16, **TINY)
+    with torch.no_grad():
+        encoder.blocks[0].mlp.fc1.weight[0, 0] = float("nan")
+    for protocol in ("knn", "linear"):
+        with pytest.raises(UsageError, match=r"36 of the 36 features of .* NaN or infinity, the first those of blue"):
+            pl.evaluate(protocol, encoder=encoder, **data, **QUICK)
+
+
+def test_the_second_evaluation_extracts_nothing(bundle, data, tmp_path, monkeypatch):
+    first = pl.evaluate("knn", encoder=bundle, cache=str(tmp_path / "c"), **data, **QUICK)
+
+    def never(*args, **kwargs):
+        raise AssertionError("extracted again")
+
+    monkeypatch.setattr("patchloom.features.cache.extract_into", never)
+    again = pl.evaluate("knn", encoder=bundle, cache=str(tmp_path / "c"), **data, **QUICK)
+    assert again["accuracy"] == first["accuracy"]
+    pl.evaluate("linear", encoder=bundle, cache=str(tmp_path / "c"), **data, **QUICK)
+    with pytest.raises(AssertionError, match="extracted again"):
+        pl.evaluate("knn", encoder=bundle, cache=str(tmp_path / "other"), **data, **QUICK)

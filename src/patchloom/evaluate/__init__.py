@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom._lazy import make_callable
-from patchloom.errors import unknown_name
+from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
@@ -32,8 +32,10 @@ def run(protocol: str, **settings: Any) -> dict[str, Any]:
         **settings: Fields of the evaluation's settings class; `encoder`, `train` and `test` are needed.
 
     Returns:
-        `accuracy` (a fraction), its 95 % `interval`, `balanced_accuracy`, `per_class_accuracy`, the number of test
-        images `n`, the width `dim` of the features, `skipped` images, `seconds`, and what the evaluation chose.
+        The `score` (`score_name` says which) with its 95 % `interval`, the number of test images `n`, the width `dim`
+        of the features, `skipped` images, `seconds`, and what the evaluation chose; of a classification also
+        `accuracy` (a fraction), `balanced_accuracy`, `macro_f1` and `auroc` with their `intervals`, and
+        `per_class_accuracy`.
 
     Raises:
         UsageError: Unknown evaluation or setting, or data that cannot be used.
@@ -42,7 +44,12 @@ def run(protocol: str, **settings: Any) -> dict[str, Any]:
         raise unknown_name("evaluation", protocol, EVALUATIONS)
     evaluation: Any = EVALUATIONS[protocol]
     config = config_from_mapping(evaluation.config_class, settings)
-    figures: dict[str, Any] = {"protocol": protocol, **evaluation(config).run()}
+    bound = evaluation(config)
+    figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
+    if (path := getattr(config, "predictions", None)) is not None:
+        if bound.predictions is None:
+            raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
+        bound.predictions.save(path)
     if config.out is not None and not getattr(evaluation, "writes_out", False):
         _write(Path(config.out), figures)
     return figures

@@ -1,4 +1,4 @@
-"""Figures of a classification: accuracy, what it is worth, and where it fails.
+"""Figures of a classification: accuracy, how sure it is, and where it fails.
 
 >>> [round(end, 3) for end in wilson(0.9, 100)]
 [0.826, 0.945]
@@ -11,11 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
+from patchloom.evaluate.metrics import accuracy, balanced_accuracy, macro_f1, mean_auroc
+from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.statistics import Interval, bootstrap_interval
 from patchloom.features.extract import Features
+
+# Beyond this many classes the area under the curve of each against the rest says little and costs much.
+MOST_AREAS = 20
 
 
 def classification_figures(
-    predicted: Tensor, train: Features, test: Features, class_names: list[str]
+    predicted: Tensor,
+    train: Features,
+    test: Features,
+    class_names: list[str],
+    *,
+    scores: Tensor | None = None,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return accuracy with its interval, balanced and per-class accuracy, counts and unreadable images.
 
@@ -24,23 +37,47 @@ def classification_figures(
         train: What was learnt from.
         test: The n features `predicted` was made from, with the true classes.
         class_names: Names by class.
+        scores: (n, C) votes, probabilities or logits by class; with them the mean AUROC of each class against the
+            rest is given too.
+        draws: Bootstrap draws of each interval.
+        seed: Seed of the draws.
 
     Returns:
-        Shares are fractions. Balanced accuracy is the mean over the classes that occur in the test images.
+        Shares are fractions. Balanced accuracy is the mean over the classes that occur in the test images. `interval`
+        is that of `score`, the accuracy: by the bootstrap, or Wilson's where all or no images are told rightly and
+        draws of them cannot differ.
     """
+    said = Predictions(test.keys, predicted.numpy(), test.labels.numpy(), "accuracy", class_names)
     right, classes = predicted == test.labels, len(class_names)
     shown = test.labels.bincount(minlength=classes).double()
     shares = test.labels[right].bincount(minlength=classes) / shown
     present = shown > 0
     per_class = {name: float(shares[number]) for number, name in enumerate(class_names) if present[number]}
-    share, n = float(right.double().mean()), len(right)
-    skipped = train.skipped + test.skipped
+    found = {score.name: said.interval(score, draws=draws, seed=seed) for score in (accuracy, balanced_accuracy)}
+    found["macro_f1"] = said.interval(macro_f1, draws=draws, seed=seed)
+    if scores is not None and 2 <= classes <= MOST_AREAS:
+        area = bootstrap_interval(mean_auroc, scores.numpy(), said.targets, draws=draws, seed=seed)
+        found["auroc"] = area
+    share, n = found["accuracy"].value, len(right)
+    if share in (0.0, 1.0):
+        low, high = wilson(share, n)
+        found["accuracy"] = Interval(share, low, high)
     return {
-        "accuracy": share,
-        "interval": wilson(share, n),
-        "balanced_accuracy": float(shares[present].mean()),
+        "score": share,
+        "score_name": "accuracy",
+        "interval": [found["accuracy"].low, found["accuracy"].high],
+        **{name: interval.value for name, interval in found.items()},
+        "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
         "per_class_accuracy": per_class,
-        "n": n,
+        **counts(train, test),
+    }
+
+
+def counts(train: Features, test: Features) -> dict[str, Any]:
+    """Return the numbers of images, the width of the features, and the images that could not be read."""
+    skipped = train.skipped if train is test else train.skipped + test.skipped
+    return {
+        "n": len(test.labels),
         "train_images": len(train.labels),
         "dim": int(test.vectors.shape[1]),
         "unreadable_images": len(skipped),

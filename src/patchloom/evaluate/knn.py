@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from patchloom.errors import UsageError
-from patchloom.evaluate.figures import classification_figures
+from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
-from patchloom.features.knn import knn_predict
+from patchloom.features.extract import torch_device
+from patchloom.features.knn import knn_votes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,38 +20,53 @@ class KNNConfig(EvaluationConfig):
 
     k: int = 20
     """Neighbours that vote"""
+    ks: list[int] | None = None
+    """Other numbers of neighbours to report the accuracy of in the same pass, such as [10, 20, 100, 200]"""
     temperature: float = 0.07
     """Lower lets near neighbours dominate the vote"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        if self.k < 1:
-            raise UsageError(f"k is {self.k}; at least one neighbour has to vote")
+        for k in [self.k, *(self.ks or [])]:
+            if not isinstance(k, int) or k < 1:
+                raise UsageError(f"k is {k}; at least one neighbour has to vote")
         if not self.temperature > 0:
             raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
 
-class KNN:
-    """Vote of the nearest training images by cosine similarity."""
+class KNN(Evaluation):
+    """Vote of the nearest training images by cosine similarity; each image by all others where train is test."""
 
     config_class = KNNConfig
 
-    def __init__(self, config: KNNConfig) -> None:
-        self.config = config
-
-    def run(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
-        start, config = time.perf_counter(), self.config
-        train, test, class_names = labelled_features(config)
-        said = knn_predict(
+        config = self.config
+        train, test, class_names = labelled_features(config, may_be_same=True)
+        leave_one_out = train is test
+        votes = knn_votes(
             train.vectors,
             train.labels,
             test.vectors,
-            k=config.k,
+            ks=[config.k, *(config.ks or [])],
             temperature=config.temperature,
             num_classes=len(class_names),
+            leave_one_out=leave_one_out,
+            device=torch_device(config.device),
         )
-        figures = classification_figures(said, train, test, class_names)
-        used = {"k": min(config.k, len(train.labels)), "temperature": config.temperature}
-        return {**figures, **used, "seconds": round(time.perf_counter() - start, 2)}
+        k = min(config.k, max(votes))
+        said = {number: found.cpu() for number, found in votes.items()}
+        figures = self.classified(said[k], train, test, class_names)
+        used: dict[str, Any] = {"k": k, "temperature": config.temperature, "leave_one_out": leave_one_out}
+        if config.ks:
+            shares = {str(number): (found.argmax(1) == test.labels).double() for number, found in said.items()}
+            used["accuracy_by_k"] = {number: float(right.mean()) for number, right in shares.items()}
+        if leave_one_out and (alone := _alone(train.labels, class_names)):
+            used["notes"] = [f"one image only, which nothing can tell: {', '.join(alone)}"]
+        return {**figures, **used}
+
+
+def _alone(labels: torch.Tensor, class_names: list[str]) -> list[str]:
+    """Return the classes of a single image."""
+    return [class_names[number] for number in (labels.bincount() == 1).nonzero().flatten().tolist()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.figures import classification_figures
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
+from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
 from patchloom.features.extract import torch_device
 
@@ -41,17 +40,14 @@ class LinearConfig(EvaluationConfig):
             raise UsageError(f"max_iter is {self.max_iter}; it must be at least 1")
 
 
-class Linear:
+class Linear(Evaluation):
     """Logistic regression on standardised frozen features; the penalty is chosen on training images only."""
 
     config_class = LinearConfig
 
-    def __init__(self, config: LinearConfig) -> None:
-        self.config = config
-
-    def run(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
-        start, config = time.perf_counter(), self.config
+        config = self.config
         train, test, class_names = labelled_features(config)
         device = torch_device(config.device)
         x, y = train.vectors.to(device), train.labels.to(device)
@@ -60,10 +56,9 @@ class Linear:
         classes = len(class_names)
         c, near = (config.c, None) if config.c is not None else self._choose(x, y, classes)
         model = fit_logistic(x, y, classes, c=c, max_iter=config.max_iter, start=near)
-        said = model.predict(test.vectors).cpu()
-        figures = classification_figures(said, train, test, class_names)
+        figures = self.classified(model.logits(test.vectors).cpu(), train, test, class_names)
         used = {"c": c, "steps": model.steps, "converged": model.converged}
-        return {**figures, **used, "seconds": round(time.perf_counter() - start, 2)}
+        return {**figures, **used}
 
     def _choose(self, x: Tensor, y: Tensor, classes: int) -> tuple[float, LogisticModel | None]:
         """Return the penalty that does best on a held-out fifth of the training images; the strongest of equals.

@@ -41,8 +41,12 @@ class LogisticModel:
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the class (n,) int64 of each of (n, D) features."""
+        return self.logits(x).argmax(1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return (n, K) logits of (n, D) features."""
         x = (x.to(self.mean) - self.mean) / self.scale
-        return (x @ self.weight.T + self.bias).argmax(1)
+        return x @ self.weight.T + self.bias
 
 
 def fit_logistic(

@@ -33,8 +33,8 @@ class Score:
     weighted: Weighted
     """Takes predictions (n, …), targets (n, …) and weights (r, n), returns (r,); NaN where it is not defined."""
     needs: str
-    """What predictions are: `classes`, (n,) integers; `scores`, (n, L), higher where a label is more likely; or `values`,
-    (n,), such as the precision of each query."""
+    """What predictions are: `classes`, (n,) integers; `scores`, (n, L), higher where a label is more likely; or
+    `values`, (n,), such as the precision of each query."""
 
     def __call__(self, predictions: Any, targets: Any) -> float:
         """Return the score of all images, each counted once."""

@@ -132,7 +132,7 @@ class Predictions:
                     saved["targets"],
                     about.pop("score_name"),
                     [str(name) for name in saved["class_names"]],
-                    saved["scores"] if "scores" in saved else None,
+                    saved.get("scores"),
                     about,
                 )
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:

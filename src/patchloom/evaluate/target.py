@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,9 @@ from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder, create_encoder, in_chans
 from patchloom.errors import UsageError, unknown_name
-from patchloom.features.extract import Features, Pool, Precision, extract
+from patchloom.evaluate.predictions import check_free
+from patchloom.features.cache import cached_features, source_hash
+from patchloom.features.extract import Features, Pool, Precision
 
 PIXELS = "pixels"
 
@@ -45,6 +48,13 @@ class EvaluationConfig:
     """Where the encoder computes: auto, cpu, cuda or cuda:1"""
     seed: int = 0
     """Seed of fresh weights and of whatever is drawn"""
+    draws: int = 1000
+    """Bootstrap draws behind the 95 % interval of each score"""
+    cache: str = "auto"
+    """Folder where features are kept for the next evaluation (see patchloom cache); auto is its usual place, none keeps
+    nothing"""
+    predictions: str | None = None
+    """Also write what was said of each test image to this .npz file, for patchloom evaluate compare"""
     out: str | None = None
     """Also write the figures to this JSON file; it must not exist yet"""
 
@@ -59,8 +69,12 @@ class EvaluationConfig:
         for kind, value, known in (("pool", self.pool, Pool), ("precision", self.precision, Precision)):
             if value not in get_args(known):
                 raise unknown_name(kind, value, get_args(known))
+        if self.draws < 2:
+            raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
         if self.out is not None and Path(self.out).exists():
             raise UsageError(f"{self.out} exists; choose another out")
+        if self.predictions is not None:
+            check_free(Path(self.predictions))
         if self.untrained and not isinstance(self.encoder, nn.Module) and str(self.encoder) == PIXELS:
             raise UsageError("raw pixels have no weights to leave untrained; drop untrained")
 
@@ -82,35 +96,57 @@ def resolve_encoder(config: EvaluationConfig) -> Encoder | None:
         return _fresh(open_encoder(config.encoder), config.image_size)
 
 
-def labelled_features(config: EvaluationConfig) -> tuple[Features, Features, list[str]]:
+def labelled_features(
+    config: EvaluationConfig,
+    *,
+    several: bool = False,
+    may_be_same: bool = False,
+    layers: Sequence[int] | None = None,
+    pool: Pool | None = None,
+) -> tuple[Features, Features, list[str]]:
     """Return training features, test features and the names of the classes; images without label are left out.
 
+    Args:
+        config: What is evaluated, and on what.
+        several: Images have several labels each: `Features.labels` is (n, L), NaN where unknown, in both.
+        may_be_same: Test images may be the training images; the two features are then the same object.
+        layers: Blocks whose output is taken, see `features.extract`.
+        pool: Instead of the pooling of the settings.
+
     Raises:
-        UsageError: A source without labels, or a test class that training does not know.
+        UsageError: A source without labels, or with labels of the other kind; a test class that training does not
+            know; the same images twice; features that are not finite.
     """
     encoder = resolve_encoder(config)
     channels = 3 if encoder is None else in_chans(encoder)
     train, test = (open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test))
     for source in (train, test):
-        # The labels of a stream come with its images.
-        if isinstance(source, Source) and source.labels is None:
-            raise UsageError(f"{source.name} has no labels; put each class in a folder of its own")
-        if source.multilabel:
-            raise UsageError(
-                f"{source.name} has several labels per image and this evaluation compares classes; "
-                f"adapt finetune measures the mean AUROC of labels"
-            )
-    if train.fingerprint() == test.fingerprint():
+        _check_labels(source, several)
+    same = source_hash(train) == source_hash(test)
+    if not may_be_same and train.fingerprint() == test.fingerprint():
         raise UsageError(
             f"train {config.train} and test {config.test} are the same images; measure on images apart from them"
         )
     numbers = _common_classes(train, test)
-    learnt, measured = (_labelled(config, encoder, source) for source in (train, test))
-    if numbers is not None:
-        measured = measured._replace(labels=numbers[measured.labels])
+    learnt = _labelled(config, encoder, train, layers, pool)
+    measured = learnt if same else _labelled(config, encoder, test, layers, pool)
+    if numbers is not None and not same:
+        measured = measured._replace(labels=_renumbered(measured.labels, numbers, len(train.class_names or [])))
+    if several:
+        names = train.class_names or [str(number) for number in range(learnt.labels.shape[1])]
+        return learnt, measured, list(names)
     highest = int(torch.cat([learnt.labels, measured.labels]).max())
     class_names = train.class_names or test.class_names or [str(number) for number in range(highest + 1)]
     return learnt, measured, list(class_names)
+
+
+def encoder_name(config: EvaluationConfig) -> str | None:
+    """Return what the user calls the encoder, with its whole path; None for a module."""
+    if isinstance(config.encoder, nn.Module):
+        return None
+    name = str(config.encoder)
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return f"{name}, untrained, seed {config.seed}" if config.untrained else name
 
 
 def _fresh(trained: Encoder, image_size: int | None) -> Encoder:
@@ -138,20 +174,68 @@ def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -
     return torch.tensor([numbers[name] for name in test.class_names])
 
 
-def _labelled(config: EvaluationConfig, encoder: Encoder | None, source: Source | StreamSource) -> Features:
+def _check_labels(source: Source | StreamSource, several: bool) -> None:
+    # The labels of a stream come with its images.
+    if isinstance(source, Source) and source.labels is None:
+        raise UsageError(f"{source.name} has no labels; put each class in a folder of its own")
+    if source.multilabel and not several:
+        raise UsageError(
+            f"{source.name} has several labels per image and this evaluation compares classes; "
+            f"patchloom evaluate multilabel measures the mean AUROC of labels"
+        )
+    if several and not source.multilabel:
+        raise UsageError(
+            f"{source.name} has one class per image and this evaluation is for several labels each; use linear or knn"
+        )
+
+
+def _renumbered(labels: torch.Tensor, numbers: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return test labels in the training classes' order; a label that the test images lack is unknown for them."""
+    if labels.ndim == 1:
+        return torch.where(labels >= 0, numbers[labels.clamp_min(0)], labels)
+    ordered = torch.full((len(labels), classes), torch.nan)
+    ordered[:, numbers] = labels.float()
+    return ordered
+
+
+def _labelled(
+    config: EvaluationConfig,
+    encoder: Encoder | None,
+    source: Source | StreamSource,
+    layers: Sequence[int] | None,
+    pool: Pool | None,
+) -> Features:
     """Return the features of the labelled images of a source."""
-    features = extract(
+    features = cached_features(
         encoder,
         source,
+        cache=config.cache,
+        name=encoder_name(config),
         image_size=config.image_size,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         device=config.device,
-        pool=config.pool,
+        pool=config.pool if pool is None else pool,
+        layers=layers,
         precision=config.precision,
     )
-    known = features.labels >= 0
+    _check_finite(features, source, config)
+    known = features.labels >= 0 if features.labels.ndim == 1 else ~features.labels.isnan().all(1)
     if not bool(known.any()):
         raise UsageError(f"{source.name} has no labelled image")
+    if bool(known.all()):
+        return features
     keys = [key for key, keep in zip(features.keys, known.tolist(), strict=True) if keep]
     return Features(features.vectors[known], features.labels[known], keys, features.skipped)
+
+
+def _check_finite(features: Features, source: Source | StreamSource, config: EvaluationConfig) -> None:
+    bad = torch.cat([~torch.isfinite(part).all(1) for part in features.vectors.split(2**14)])
+    if not bool(bad.any()):
+        return
+    first = features.keys[int(bad.nonzero()[0])]
+    remedy = "set precision to 32" if config.precision == "16" else "its weights are broken, or training has diverged"
+    raise UsageError(
+        f"{int(bad.sum())} of the {len(bad)} features of {source.name} hold NaN or infinity, the first those of "
+        f"{first}; {remedy}"
+    )

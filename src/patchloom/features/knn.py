@@ -57,9 +57,7 @@ def knn_predict(
     Raises:
         UsageError: No training features, k below 1, a temperature not above 0, or a label outside the classes.
     """
-    votes = knn_votes(
-        train, train_labels, test, ks=(k,), temperature=temperature, num_classes=num_classes, block=block
-    )
+    votes = knn_votes(train, train_labels, test, ks=(k,), temperature=temperature, num_classes=num_classes, block=block)
     return next(iter(votes.values())).argmax(1)
 
 

@@ -1,0 +1,68 @@
+"""What every evaluation is: settings in, figures and what was said of each image out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from patchloom.evaluate.figures import classification_figures
+from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.target import EvaluationConfig, encoder_name
+from patchloom.features.extract import Features
+
+
+class Evaluation:
+    """A protocol bound to its settings.
+
+    Attributes:
+        predictions: What was said of each test image, once `run` has returned; None where there is no such thing.
+    """
+
+    config_class: type[Any] = EvaluationConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.predictions: Predictions | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Return `score`, `score_name`, the `interval` of the score, and what goes with them."""
+        start = time.perf_counter()
+        figures = self.figures()
+        return {**figures, "seconds": round(time.perf_counter() - start, 2)}
+
+    def figures(self) -> dict[str, Any]:
+        """Carry the evaluation out."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """Return what predictions are told apart by."""
+        config = self.config
+        name = encoder_name(config) or type(config.encoder).__name__
+        return {"encoder": name, "train": config.train, "test": config.test, "protocol": type(self).__name__.lower()}
+
+    def classified(
+        self, scores: Tensor, train: Features, test: Features, class_names: list[str], predicted: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Keep the predictions of a classifier and return their figures.
+
+        Args:
+            scores: (n, C) votes, probabilities or logits.
+            train: What was learnt from.
+            test: The n test features.
+            class_names: Names by class.
+            predicted: (n,) classes; default: those of the highest scores.
+        """
+        predicted = scores.argmax(1) if predicted is None else predicted
+        self.predictions = Predictions(
+            test.keys,
+            predicted.numpy(),
+            test.labels.numpy(),
+            "accuracy",
+            list(class_names),
+            scores.float().numpy(),
+            self.about(),
+        )
+        draws, seed = self.config.draws, self.config.seed
+        return classification_figures(predicted, train, test, class_names, scores=scores, draws=draws, seed=seed)
