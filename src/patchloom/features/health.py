@@ -41,6 +41,11 @@ def mean_pairwise_cosine(features: Tensor) -> float:
     return float(total / (n * (n - 1))) if n > 1 else 1.0
 
 
+def has_collapsed(rank: float, cosine: float, dim: int, images: int | None = None) -> bool:
+    """Return whether two figures tell of features that are the same for all images; arguments as for `verdict`."""
+    return rank < max(2.0, 0.01 * min(dim, images or dim)) or cosine > 0.999
+
+
 def verdict(rank: float, cosine: float, dim: int, images: int | None = None) -> str:
     """Return what the two figures mean, in plain words.
 
@@ -53,7 +58,7 @@ def verdict(rank: float, cosine: float, dim: int, images: int | None = None) -> 
     most = min(dim, images or dim)
     if not (isfinite(rank) and isfinite(cosine)):
         return "The features are not finite: training has diverged."
-    if rank < max(2.0, 0.01 * most) or cosine > 0.999:
+    if has_collapsed(rank, cosine, dim, images):
         return "The features have collapsed: all images look the same to the encoder."
     if rank < 0.05 * most or cosine > 0.98:
         return "The features use few directions: training may be collapsing, or has only begun."

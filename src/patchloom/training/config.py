@@ -24,7 +24,7 @@ from patchloom.errors import UsageError, unknown_name
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = frozenset(
     {"data", "out", "resume", "overwrite", "accelerator", "devices", "nodes", "num_workers", "log_every"}
-    | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data"}
+    | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data", "health_every"}
 )
 
 
@@ -120,6 +120,8 @@ class TrainConfig:
     """Labelled held-out images for the k-NN probe and the report's pictures; default: part of data"""
     probe_every: int = 10
     """Epochs between probes (k-NN accuracy where labels exist, feature health always); 0 for none before the end"""
+    health_every: int = 100
+    """Optimiser steps between looks at the encoder's features, so that a collapse is named early; 0 for none"""
     log_every: int = 20
     """Optimiser steps between rows of metrics.csv and of TensorBoard"""
 
@@ -146,6 +148,7 @@ class TrainConfig:
             "num_workers",
             "devices",
             "probe_every",
+            "health_every",
             "warmup_epochs",
             "weight_decay",
             "min_lr",

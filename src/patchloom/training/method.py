@@ -149,7 +149,7 @@ class Method(lp.LightningModule):
         losses = self.training_loss(batch)
         loss = losses["loss"]
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._account_of_failure(float(loss.detach())))
+            raise NonFiniteLossError(self._account_of_failure(float(loss.detach()), losses))
         if self.logs_now():
             self.record(losses | {"epoch": (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate)})
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
@@ -173,13 +173,17 @@ class Method(lp.LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.global_step)
 
-    def _account_of_failure(self, loss: float) -> str:
+    def _account_of_failure(self, loss: float, losses: dict[str, Tensor]) -> str:
         lr = max((group["lr"] for group in self.trainer.optimizers[0].param_groups), default=0.0)
         names = ", ".join(self.last_batch_keys[:8])
         more = len(self.last_batch_keys) - 8
         names += f" and {more} more (failure.json lists them)" if more > 0 else ""
+        parts = [
+            name for name, value in losses.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))
+        ]
+        blame = f" from {', '.join(parts)}" if parts else ""
         return (
-            f"the loss is {loss} at step {self.global_step} (last learning rate {lr:.3g}, batch: {names}); "
+            f"the loss is {loss} at step {self.global_step}{blame} (last learning rate {lr:.3g}, batch: {names}); "
             f"the checkpoint before it is untouched; try a smaller lr or precision=32-true"
         )
 

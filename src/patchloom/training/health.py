@@ -1,0 +1,119 @@
+"""An eye on the encoder while it trains: a collapse is named within 200 steps, not at the end of the epoch."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as lp
+import torch
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.subset import MemorySource
+from patchloom.data.transforms import EvalTransform
+from patchloom.encoders import image_size
+from patchloom.features.extract import extract
+from patchloom.features.health import has_collapsed, mean_pairwise_cosine, rankme, verdict
+from patchloom.training.method import Method
+
+MOST_IMAGES = 64
+
+
+class Health(Callback):
+    """Every so many steps: do the features of the encoder in training still tell a few held-out images apart?
+
+    Looks at the encoder itself, not at its moving average, which follows it into collapse late. Prints a line when the
+    features collapse and when they recover; the figures go to the log as `encoder_rankme` and `encoder_mean_cosine`.
+
+    Args:
+        source: Held-out images.
+        every: Optimiser steps between looks; 0 for none.
+        batch_size: Images at a time.
+
+    Attributes:
+        collapsed: Whether they had collapsed when last looked at.
+    """
+
+    def __init__(self, source: Source, every: int, batch_size: int) -> None:
+        self.source = source
+        self.every = every
+        self.batch_size = batch_size
+        self.images: MemorySource | None = None
+        self.before: float | None = None
+        self.collapsed = False
+
+    def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Look at the untrained encoder: one that starts with constant features has not collapsed by training."""
+        assert isinstance(pl_module, Method)
+        if self._looks(trainer, pl_module) and trainer.global_step == 0 and pl_module.total_steps >= self.every:
+            self.before = self.figures(pl_module)["encoder_mean_cosine"]
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look where it is due, after whole optimiser steps."""
+        assert isinstance(pl_module, Method)
+        due = self.every and trainer.global_step % self.every == 0
+        if due and not pl_module.batches_done % pl_module.config.accumulate and self._looks(trainer, pl_module):
+            self.look(trainer, pl_module)
+
+    def look(self, trainer: lp.Trainer, method: Method) -> None:
+        """Measure, log, and say so where the features collapsed or recovered."""
+        figures = self.figures(method)
+        width, images = int(figures.pop("width")), len(self._images(method))
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        rank, cosine = figures["encoder_rankme"], figures["encoder_mean_cosine"]
+        collapsed = has_collapsed(rank, cosine, width, images)
+        if collapsed == self.collapsed:
+            return
+        self.collapsed = collapsed
+        words = verdict(rank, cosine, width, images)
+        if collapsed and self.before is not None and cosine <= self.before:
+            words += " They began so: training has not got them apart yet."
+        text = f"step {trainer.global_step}: health of the encoder: rankme {rank:.3g}  mean cosine {cosine:.4g}"
+        tqdm.write(f"{text}  ({words})", file=sys.stderr)
+
+    def figures(self, method: Method) -> dict[str, float]:
+        """Return `encoder_rankme`, `encoder_mean_cosine` and the width of the features."""
+        vectors = extract(
+            method.encoder,
+            self._images(method),
+            batch_size=self.batch_size,
+            num_workers=0,
+            device=str(method.device),
+            progress=False,
+        ).vectors
+        return {
+            "encoder_rankme": rankme(vectors),
+            "encoder_mean_cosine": mean_pairwise_cosine(vectors),
+            "width": float(vectors.shape[1]),
+        }
+
+    def _looks(self, trainer: lp.Trainer, method: Method) -> bool:
+        """Return whether this process looks at all: one does, and none at a model whose parts are on several."""
+        return bool(self.every) and trainer.is_global_zero and method.config.strategy != "fsdp"
+
+    def _images(self, method: Method) -> MemorySource:
+        """Return the images, read once, at the size the encoder takes."""
+        if self.images is None:
+            transform, generator = EvalTransform(image_size(method.encoder)[0]), torch.Generator()
+            samples = (self._read(index) for index in range(0, len(self.source), self._stride()))
+            found = list(islice((sample for sample in samples if sample is not None), MOST_IMAGES))
+            resized = [
+                Sample(transform(sample.image, generator)["image"], sample.label, sample.key) for sample in found
+            ]
+            self.images = MemorySource(self.source.name, resized)
+        return self.images
+
+    def _stride(self) -> int:
+        return max(1, len(self.source) // MOST_IMAGES)
+
+    def _read(self, index: int) -> Sample | None:
+        try:
+            return self.source.read(index)
+        except UnreadableImageError:
+            return None
