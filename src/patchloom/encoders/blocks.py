@@ -31,7 +31,13 @@ from torch.overrides import TorchFunctionMode
 TOKENWISE_MLP = (ViTBlock, BeitBlock, EvaBlock)
 
 
-def run_block(block: Any, x: Tensor, kwargs: Mapping[str, Any] | None = None, rows: Tensor | None = None) -> Tensor:
+def run_block(
+    block: Any,
+    x: Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    rows: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
     """Return a block's output.
 
     Args:
@@ -40,13 +46,16 @@ def run_block(block: Any, x: Tensor, kwargs: Mapping[str, Any] | None = None, ro
         kwargs: The block's other arguments, see `Embedded.kwargs_of`.
         rows: (B, L) bool, the tokens whose output is read; the others come without their MLP (or with it, for kinds
             of blocks that mix tokens there). Default: all.
+        kept: (B, L) int64, which of the encoder's tokens x holds; needed where tokens were dropped and the block has
+            a relative-position table of its own.
     """
     kwargs = kwargs or {}
     compiled = block._compiled_call_impl is not None  # to its compiler hooks and modes are obstacles
     biased = isinstance(block, BeitBlock) and x.device.type == "cpu" and torch.is_grad_enabled() and not compiled
     attention: AbstractContextManager[Any] = LearnedBiasAttention() if biased else nullcontext()
     narrowed = rows is not None and isinstance(block, TOKENWISE_MLP) and not compiled
-    with attention, _mlp_of(block, rows) if narrowed and rows is not None else nullcontext():
+    table = nullcontext() if kept is None else _table_of(block.attn, kept)
+    with table, attention, _mlp_of(block, rows) if narrowed and rows is not None else nullcontext():
         output: Tensor = block(x, **kwargs)
     return output
 
@@ -70,6 +79,21 @@ def _mlp_of(block: Any, rows: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _table_of(attention: Any, kept: Tensor) -> Iterator[None]:
+    """Let an attention of `Beit`, which asks itself for the bias of all tokens, have that of those that are there."""
+    attention._get_rel_pos_bias = lambda: bias_of(type(attention)._get_rel_pos_bias(attention)[0], kept)
+    try:
+        yield
+    finally:
+        del attention._get_rel_pos_bias
+
+
+def bias_of(bias: Tensor, kept: Tensor) -> Tensor:
+    """Return a relative-position bias (heads, P + N, P + N) for the tokens in `kept`: (B, heads, P + n, P + n)."""
+    return bias[:, kept.unsqueeze(2), kept.unsqueeze(1)].transpose(0, 1)
 
 
 class LearnedBiasAttention(TorchFunctionMode):

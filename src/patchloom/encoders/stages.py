@@ -17,15 +17,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchEmbed
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from patchloom.encoders.blocks import run_block
-from patchloom.encoders.properties import Encoder, depth, num_prefix_tokens
+from patchloom.encoders.blocks import bias_of, run_block
+from patchloom.encoders.properties import Encoder, depth, grid_size, num_prefix_tokens, patch_size
 from patchloom.errors import UsageError, unknown_name
+from patchloom.patches import patchify
 
 Pool = Literal["auto", "cls", "avg", "cls+avg"]
 
@@ -49,6 +51,8 @@ class Embedded:
     """Keyword arguments of a block: a shared relative-position bias, rotary positions."""
     rope_by_block: Tensor | None = None
     """Rotary positions that differ from block to block, first dimension the block."""
+    kept: Tensor | None = None
+    """(B, P + n) int64: the tokens that are there, where blocks have relative-position tables of their own."""
 
     def kwargs_of(self, number: int) -> dict[str, Any]:
         """Return the keyword arguments of block `number` (0-based)."""
@@ -71,12 +75,14 @@ def embed(
         images: (B, C, H, W), normalised.
         masked: (B, N) bool; there the patch embedding is replaced by `mask_token`, before positions are added.
         mask_token: (1, 1, D); needed with `masked`.
-        keep: (B, n) int64, patches that go on (the same number in each image); the others are dropped after
-            positions were added, and position biases follow.
+        keep: (B, n) int64, patches that go on (the same number in each image) with the positions they have; the
+            others are dropped, where that is possible before they are embedded, and position biases follow.
 
     Raises:
-        UsageError: `masked` without `mask_token` or of another grid; `keep` with one relative table per block.
+        UsageError: `masked` without `mask_token` or of another grid.
     """
+    if keep is not None and masked is None and _embeds_patches_apart(encoder):
+        return _embed_kept(encoder, images, keep)
     x = encoder.patch_embed(images)
     if masked is not None:
         x = insert_mask_token(x, masked, mask_token)
@@ -122,9 +128,9 @@ def run_blocks(
         block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
         read = rows if number + 1 == stop else None
         if recompute:
-            x = checkpoint(run_block, block, x, kwargs, read, use_reentrant=False)
+            x = checkpoint(run_block, block, x, kwargs, read, embedded.kept, use_reentrant=False)
         else:
-            x = run_block(block, x, kwargs, read)
+            x = run_block(block, x, kwargs, read, embedded.kept)
         if number + 1 in taps:
             # Tokens that an adapter put in front travel on with x, and are no concern of who looks at a layer.
             kept[number + 1] = x[:, getattr(block, "carried_tokens", 0) :]
@@ -291,22 +297,62 @@ def _add_positions(encoder: Encoder, x: Tensor) -> tuple[Tensor, dict[str, Any],
 
 def _kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
     """Drop the patches that are not kept, and their rows of position biases."""
-    prefix, batch = num_prefix_tokens(encoder), len(keep)
-    front = torch.arange(prefix, device=keep.device).expand(batch, -1)
-    index = torch.cat([front, keep + prefix], dim=1)
+    index = _with_prefix(encoder, keep)
     x = embedded.x.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.x.shape[-1]))
-    kwargs = dict(embedded.block_kwargs)
+    return _positions_kept(encoder, replace(embedded, x=x), keep)
+
+
+def _embeds_patches_apart(encoder: Encoder) -> bool:
+    """Return whether the patch embedding is one linear layer on each patch, and nothing random follows it."""
+    proj = encoder.patch_embed.proj
+    drop = getattr(encoder, "pos_drop", None)
+    still = not encoder.training or (getattr(drop, "p", 0.0) == 0 and getattr(encoder, "patch_drop", None) is None)
+    return (
+        still
+        and isinstance(encoder.patch_embed, PatchEmbed)
+        and type(proj) is nn.Conv2d
+        and tuple(proj.kernel_size) == tuple(proj.stride) == (patch_size(encoder),) * 2
+        and not any((*proj.padding, *proj._forward_hooks, *proj._forward_pre_hooks))
+    )
+
+
+def _embed_kept(encoder: Encoder, images: Tensor, keep: Tensor) -> Embedded:
+    """Embed the patches that are kept, and no others."""
+    proj, size = encoder.patch_embed.proj, patch_size(encoder)
+    h, w = grid_size(encoder, (images.shape[-2], images.shape[-1]))
+    patches = patchify(images, size).gather(1, keep.unsqueeze(-1).expand(-1, -1, proj.weight[0].numel()))
+    x = encoder.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias))
+    # What the encoder makes of nothing is prefix tokens and positions.
+    grid = (h, w) if getattr(encoder, "dynamic_img_size", False) else (h * w,)
+    table, kwargs, rope_by_block = _add_positions(encoder, proj.weight.new_zeros(1, *grid, proj.out_channels))
+    prefix = num_prefix_tokens(encoder)
+    x = torch.cat([table[:, :prefix].expand(len(x), -1, -1), x + table[0, prefix:][keep]], dim=1)
+    if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
+        x = norm_pre(x)
+    return _positions_kept(encoder, Embedded(x, kwargs, rope_by_block), keep)
+
+
+def _with_prefix(encoder: Encoder, keep: Tensor) -> Tensor:
+    """Return the numbers of the tokens that stay: prefix tokens, and the patches in `keep`."""
+    prefix = num_prefix_tokens(encoder)
+    front = torch.arange(prefix, device=keep.device).expand(len(keep), -1)
+    return torch.cat([front, keep + prefix], dim=1)
+
+
+def _positions_kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
+    """Reduce position biases to the tokens that stay."""
+    kwargs, kept = dict(embedded.block_kwargs), None
     if isinstance(encoder, Beit):
+        index = _with_prefix(encoder, keep)
         first: Encoder = encoder.blocks[0]
         if first.attn.relative_position_bias_table is not None:
-            raise UsageError("patches cannot be dropped where every block has its own relative-position table")
+            kept = index
         if (bias := kwargs["shared_rel_pos_bias"]) is not None:
-            # (heads, P + N, P + N) -> (B, heads, P + n, P + n)
-            kwargs["shared_rel_pos_bias"] = bias[:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
+            kwargs["shared_rel_pos_bias"] = bias_of(bias, index)
     by_block = embedded.rope_by_block
     if by_block is not None:  # (blocks, heads, N, d) -> (blocks, B, heads, n, d)
         by_block = by_block[:, :, keep].transpose(1, 2)
         kwargs["rope"] = by_block[-1]
     elif kwargs.get("rope") is not None:  # (N, d) -> (B, 1, n, d)
         kwargs["rope"] = kwargs["rope"][keep].unsqueeze(1)
-    return Embedded(x, kwargs, by_block)
+    return Embedded(embedded.x, kwargs, by_block, kept)

@@ -9,6 +9,7 @@ from patchloom.errors import unknown_name
 from patchloom.pretrain.ccvit import CCViTMethod
 from patchloom.pretrain.dinov2 import Dinov2Method
 from patchloom.pretrain.tov_vicreg import TOVVICRegMethod
+from patchloom.pretrain.mae import MAEMethod
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "ccvit": CCViTMethod,
     "dinov2": Dinov2Method,
     "tov_vicreg": TOVVICRegMethod,
+    "mae": MAEMethod,
 }
 
 

@@ -20,12 +20,15 @@ from patchloom.reference import (
     segmentation_heads,
     tov_vicreg,
 )
+from patchloom.reference import ccvit, mae, phikon_v2, prompt_cam, thorax_mae, tov_vicreg
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "ccvit": ccvit.load,
     "dinov2": dinov2.load,
     "rad_dino": dinov2.load_rad_dino,
+    "mae": mae.load,
+    "thorax_mae": thorax_mae.load,
     "prompt_cam": prompt_cam.load,
     "phikon_v2": phikon_v2.load,
     "tov_vicreg": tov_vicreg.load,

@@ -1,0 +1,233 @@
+"""MAE as a training method: settings, crops and masks, pictures; the thorax recipe is its preset.
+
+The algorithm itself is in `masked_autoencoder`. Papers: "Masked Autoencoders Are Scalable Vision Learners", arXiv
+2111.06377; preset `thorax`: "Delving into Masked Autoencoders for Multi-Label Thorax Disease Classification", arXiv
+2210.12843.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PairedViews
+from patchloom.encoders import Encoder, normalize
+from patchloom.errors import UsageError
+from patchloom.patches import patchify, unpatchify
+from patchloom.pretrain.masked_autoencoder import (
+    MaskedAutoencoder,
+    has_fixed_positions,
+    initialize_encoder,
+    visible_count,
+)
+from patchloom.training.config import TrainConfig
+from patchloom.training.method import Method, Transform
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+__all__ = ["MAEConfig", "MAEMethod", "MaskedAutoencoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(TrainConfig):
+    """Settings of MAE; the defaults are the paper's recipe for a base encoder at 224 pixels."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "thorax": {
+            "encoder": "vit_small_patch16_224",
+            "mask_ratio": 0.9,
+            "norm_pix_loss": False,
+            "decoder_depth": 2,
+            "crop_scale": (0.5, 1.0),
+            "mean": (0.5056, 0.5056, 0.5056),
+            "std": (0.252, 0.252, 0.252),
+        },
+    }
+
+    encoder: str = "vit_base_patch16_224"
+    """Name of a timm model, or the path of a bundle or run to start from"""
+    epochs: int = 800
+    """Passes over the images; paper: 800, and up to 1600"""
+    lr: float = 1.5e-4
+    """Peak learning rate for a global batch of lr_base_batch; paper: 1.5e-4 for 256, used with 4096"""
+    lr_base_batch: int | None = 256
+    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine; paper: 0"""
+    warmup_epochs: float = 40.0
+    """Epochs of linear warm-up from 0; paper: 40; at most a fifth of the run is used"""
+    weight_decay: float = 0.05
+    """AdamW weight decay; paper: 0.05, on everything but biases and norms"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas; paper: 0.9 and 0.95"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; paper: no clipping"""
+    mask_ratio: float = 0.75
+    """Share of the patches hidden, in (0, 1); paper: 0.75, and 0.9 on chest X-rays"""
+    decoder_dim: int = 512
+    """Width of the decoder, divisible by 4 and by decoder_heads; paper: 512"""
+    decoder_depth: int = 8
+    """Blocks of the decoder; paper: 8, and 2 for the small encoder on chest X-rays"""
+    decoder_heads: int = 16
+    """Attention heads of a decoder block; paper: 16"""
+    norm_pix_loss: bool = True
+    """Normalise every target patch by its own mean and variance; paper: yes, and no on chest X-rays"""
+    fixed_positions: bool = True
+    """Absolute positions of a fresh encoder are sines and cosines that are not trained; paper: yes"""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Least and most share of the image's area that a crop takes; paper: 0.2 to 1, and 0.5 to 1 on chest X-rays"""
+    flip: float = 0.5
+    """Probability of a horizontal flip (it mirrors the heart; published all the same)"""
+    color_jitter: float = 0.0
+    """Strength of colour jitter; paper: none"""
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Interpolation of crops; paper: bicubic"""
+    mean: tuple[float, ...] | None = None
+    """Mean per channel that images in [0, 1] are normalised by, kept in the bundle; default: ImageNet's for a fresh
+    encoder, its own for a trained one"""
+    std: tuple[float, ...] | None = None
+    """Standard deviation per channel, likewise"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have."""
+        super().__post_init__()
+        if not 0 < self.mask_ratio < 1:
+            raise UsageError(f"mask_ratio is {self.mask_ratio}; it must be above 0 and below 1")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) not in (1, self.in_chans):
+                raise UsageError(
+                    f"{name} has {len(values)} values; give one, or one for each of {self.in_chans} channels"
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise UsageError(f"std is {self.std}; standard deviations are above 0")
+
+
+class MAEMethod(Method):
+    """Reconstruction of hidden patches from the visible ones (MAE)."""
+
+    config_class = MAEConfig
+    config: MAEConfig
+
+    def __init__(self, config: MAEConfig, source: Source | StreamSource) -> None:
+        super().__init__(config, source)
+        # The published model owns the encoder; here it is the engine's, and shared.
+        self.model = MaskedAutoencoder(
+            self.encoder,
+            config.decoder_dim,
+            config.decoder_depth,
+            config.decoder_heads,
+            config.norm_pix_loss,
+            config.mask_ratio,
+        )
+        self.patches = self.model.grid[0] * self.model.grid[1]
+        self.visible = visible_count(self.patches, config.mask_ratio)
+
+    def build_encoder(self) -> Encoder:
+        """Return the encoder, initialised as published where it is fresh, with the statistics of the settings."""
+        config = self.config
+        encoder = super().build_encoder()
+        fresh = config.init_from is None and not Path(config.encoder).exists()
+        if fresh:
+            initialize_encoder(encoder, config.fixed_positions)
+        elif has_fixed_positions(encoder):
+            encoder.pos_embed.requires_grad_(False)
+        given = {"mean": config.mean, "std": config.std}
+        if fresh:
+            given = {"mean": config.mean or IMAGENET_MEAN, "std": config.std or IMAGENET_STD}
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, **{k: v for k, v in given.items() if v is not None}}
+        return encoder
+
+    def transform(self) -> Transform:
+        """Return the crop and the draw of the mask."""
+        config = self.config
+        views = PairedViews(
+            self.input_size,
+            scale=config.crop_scale,
+            interpolation=config.interpolation,
+            second_interpolation=config.interpolation,
+            flip=config.flip,
+            color_jitter=config.color_jitter,
+        )
+        return NoisyViews(views, self.patches)
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the mean squared error over the hidden patches."""
+        images = normalize(self.pixels(batch["image"]), self.encoder)
+        return {"loss": self.model.loss(images, noise=batch["noise"])}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether weight decay applies: to all but vectors (class and mask token decay, as published)."""
+        return parameter.ndim > 1 and not name.endswith(".bias")
+
+    def summary(self) -> dict[str, Any]:
+        """Return how much was hidden, and the size of the decoder."""
+        decoder = [p for name, p in self.model.named_parameters() if not name.startswith("encoder.")]
+        return {
+            "patches": self.patches,
+            "visible_patches": self.visible,
+            "decoder_parameters": sum(p.numel() for p in decoder),
+        }
+
+    @torch.no_grad()
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return what the network makes of held-out images of which it sees a few patches."""
+        from patchloom.report import Section, image_grid
+
+        rows = self.pictures(self.pixels(images).to(self.device))
+        own = (
+            " It predicts each patch up to its brightness and contrast; these are taken from the original here."
+            if self.config.norm_pix_loss
+            else ""
+        )
+        return [
+            Section(
+                title="What it sees and what it makes of it",
+                text=f"Held-out images. Of {self.patches} patches it sees {self.visible}.{own} The last row shows what "
+                f"it was shown beside what it predicts.",
+                figures=[image_grid({name: row.float().cpu() for name, row in rows.items()})],
+            )
+        ]
+
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Return rows of pictures: original, what is visible, predictions, predictions among what is visible.
+
+        Args:
+            images: (n, C, H, W) in [0, 1].
+        """
+        self.model.eval()
+        size, grid, channels = self.model.patch_size, self.model.grid, self.model.in_chans
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.rand(len(images), self.patches, generator=generator).to(images.device)
+        inputs = normalize(images, self.encoder)
+        hidden = (noise.argsort(1).argsort(1) >= self.visible).unsqueeze(-1)
+        said = self._denormalized(self.model.reconstruct(inputs, noise=noise)).clamp(0, 1)
+        patches = patchify(images, size)
+        shown = unpatchify(torch.where(hidden, torch.full_like(patches, 0.5), patches), size, grid, channels)
+        return {"original": images, "visible": shown, "reconstruction": said}
+
+    def _denormalized(self, images: Tensor) -> Tensor:
+        """Return normalised images in [0, 1] again."""
+        zero = normalize(torch.zeros_like(images[:1]), self.encoder)
+        one = normalize(torch.ones_like(images[:1]), self.encoder)
+        return (images - zero) / (one - zero)
+
+
+class NoisyViews:
+    """A view of an image and the numbers its mask is drawn by, from the sample's own generator."""
+
+    def __init__(self, views: PairedViews, patches: int) -> None:
+        self.views = views
+        self.patches = patches
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        sample = self.views(image, generator)
+        sample["noise"] = torch.rand(self.patches, generator=generator)
+        return sample

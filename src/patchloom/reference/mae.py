@@ -1,0 +1,156 @@
+"""Published MAE checkpoints: the pre-training, encoder-only and fine-tuning layouts (specification, section 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from patchloom.encoders import Encoder, create_encoder
+from patchloom.errors import UsageError
+from patchloom.patches import patch_grid
+from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
+from patchloom.reference.state import check_settings, fill
+
+# Settings under the published names and ours. What shapes tell may be given all the same, and has to agree.
+SETTINGS = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "img_size", "input_size")
+WITHOUT_EFFECT = ("drop_path", "drop_path_rate", "drop_rate", "attn_drop_rate", "qk_scale", "model")
+DECODER = ("mask_token", "decoder_")
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Attention heads of the published widths; others have one for 64 channels."""
+
+
+def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
+    """Return our module with a published state dict in it.
+
+    Args:
+        state: Tensors under the published names.
+        **config: What shapes do not tell: `num_heads` (default: the published sizes'), `decoder_num_heads` (16),
+            `norm_pix_loss` (True), `mask_ratio` (0.75), and `image_size`: (H, W) for a grid that is not square, or
+            another size than the checkpoint's, to which its positions are then resized bicubically. `img_size` and
+            `input_size` are other names of it.
+
+    Returns:
+        `MaskedAutoencoder` for a pre-training checkpoint with its decoder; a timm `VisionTransformer` without head for
+        an encoder alone; one with its classifier for a fine-tuned or linearly probed one.
+
+    Raises:
+        UsageError: Unknown setting, or tensors missing or left over.
+    """
+    return load_with({"norm_pix_loss": True, "mask_ratio": 0.75}, state, **config)
+
+
+def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config: Any) -> nn.Module:
+    """Return our module with a published state dict in it, see `load`; `defaults` stand in for what is not given."""
+    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
+        if name not in state:
+            raise UsageError(f"the checkpoint has no {name}, so it is no ViT of MAE")
+    told = _told_by_shapes(state)
+    check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
+    if config.get("global_pool") in ("avg", "token"):  # timm's words for the published switch
+        config["global_pool"] = config["global_pool"] == "avg"
+    for name, value in told.items():
+        if value is not None and config.get(name, value) != value:
+            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    if any(name.startswith(DECODER) for name in state):
+        return _autoencoder(dict(state), {**defaults, **config})
+    pooled = "fc_norm.weight" in state
+    encoder, state = _encoder(state, config, "avg" if pooled else "token")
+    if "head.weight" in state:
+        encoder.reset_classifier(len(state["head.weight"]))
+    elif "head.1.weight" in state:  # a linear probe: statistics of the feature, then the classifier
+        classes, width = state["head.1.weight"].shape
+        encoder.reset_classifier(classes)
+        encoder.head = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes))
+    return fill(encoder, state).eval()
+
+
+def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+    own = {name: value for name, value in state.items() if name.startswith(DECODER)}
+    encoder, rest = _encoder({name: value for name, value in state.items() if name not in own}, config, "token")
+    if "decoder_embed.weight" not in own:
+        raise UsageError(f"the checkpoint has part of a decoder only ({', '.join(sorted(own)[:4])})")
+    model = MaskedAutoencoder(
+        encoder,
+        decoder_dim=len(own["decoder_embed.weight"]),
+        decoder_depth=_count(own, "decoder_blocks"),
+        decoder_heads=int(config.get("decoder_num_heads", 16)),
+        norm_pix_loss=bool(config["norm_pix_loss"]),
+        mask_ratio=float(config["mask_ratio"]),
+    )
+    positions = own.get("decoder_pos_embed")
+    if positions is not None and positions.shape[1] != model.decoder_pos_embed.shape[1]:
+        own["decoder_pos_embed"] = _resized(positions, model.grid)
+    return fill(model, {**{f"encoder.{name}": value for name, value in rest.items()}, **own}).eval()
+
+
+def _encoder(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], global_pool: str
+) -> tuple[Encoder, dict[str, Tensor]]:
+    """Return a fresh encoder of the shapes in the state dict, and the state with positions of the encoder's grid."""
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    positions = state["pos_embed"]
+    size = _image_size(positions, patch, config)
+    encoder = create_encoder(
+        "vit_base_patch16_224",
+        image_size=size,
+        in_chans=channels,
+        patch_size=patch,
+        embed_dim=width,
+        depth=_count(state, "blocks"),
+        num_heads=int(config.get("num_heads") or HEADS.get(width) or max(1, width // 64)),
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        global_pool=global_pool,
+    )
+    grid = patch_grid(size, patch)
+    if positions.shape[1] - 1 != grid[0] * grid[1]:
+        positions = _resized(positions, grid)
+    return encoder, {**state, "pos_embed": positions}
+
+
+def _image_size(positions: Tensor, patch: int, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (H, W): as told, or of a square grid."""
+    told = config.get("image_size") or config.get("img_size") or config.get("input_size")
+    if told is not None:
+        return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
+    side = math.isqrt(positions.shape[1] - 1)
+    if side**2 != positions.shape[1] - 1:
+        raise UsageError(f"{positions.shape[1] - 1} positions are of no square grid; give image_size=(H, W)")
+    return side * patch, side * patch
+
+
+def _resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return positions for another grid, as the published fine-tuning resizes them: bicubic, without antialiasing."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if side**2 != positions.shape[1] - 1:
+        raise UsageError(f"positions of {positions.shape[1] - 1} patches are of no square grid and cannot be resized")
+    return resample_abs_pos_embed(positions, grid, (side, side), num_prefix_tokens=1, antialias=False)
+
+
+def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the published settings that the tensors themselves tell."""
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    head = state.get("head.weight", state.get("head.1.weight"))
+    has_decoder = "decoder_embed.weight" in state
+    return {
+        "embed_dim": width,
+        "in_chans": channels,
+        "patch_size": patch,
+        "depth": _count(state, "blocks"),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "global_pool": "fc_norm.weight" in state,
+        "num_classes": None if head is None else len(head),
+        "nb_classes": None if head is None else len(head),
+        "decoder_embed_dim": len(state["decoder_embed.weight"]) if has_decoder else None,
+        "decoder_depth": _count(state, "decoder_blocks") if has_decoder else None,
+    }
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return the number of modules in a list, by the names of its tensors."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})

@@ -1,0 +1,153 @@
+"""Published MAE checkpoints: every layout gives the published outputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import patchloom as pl
+from mae_published import (
+    autoencode,
+    block,
+    decoder_layout,
+    embedded,
+    head_layout,
+    norm,
+    norm_layout,
+    vit_layout,
+    with_class_token,
+)
+from patchloom.errors import UsageError
+
+WIDTH, DEPTH, PATCH, HEADS = 24, 2, 4, 3
+SETTINGS = {"num_heads": HEADS, "decoder_num_heads": 2}
+
+
+def pretraining(grid: tuple[int, int] = (4, 4), channels: int = 3) -> dict[str, torch.Tensor]:
+    return {
+        **vit_layout(DEPTH, WIDTH, PATCH, grid, channels),
+        **norm_layout("norm", WIDTH),
+        **decoder_layout(2, 16, WIDTH, PATCH, grid[0] * grid[1], channels),
+    }
+
+
+def images_of(grid: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    shape = (3, channels, grid[0] * PATCH, grid[1] * PATCH)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("system", ["mae", "thorax_mae"])
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize(("grid", "channels"), [((4, 4), 3), ((2, 5), 1)])
+def test_pretraining_layout_gives_the_published_outputs(system, norm_pix, grid, channels):
+    state = pretraining(grid, channels)
+    size = (grid[0] * PATCH, grid[1] * PATCH)
+    wrapped = {"model": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}
+    model = pl.load_reference(system, wrapped, norm_pix_loss=norm_pix, img_size=size, **SETTINGS)
+    images = images_of(grid, channels)
+    noise = torch.rand(3, grid[0] * grid[1], generator=torch.Generator().manual_seed(6))
+    for ratio in (0.75, 0.5):
+        expected = autoencode(state, images, noise, ratio, heads=HEADS, decoder_heads=2, norm_pix=norm_pix)
+        output = model(images, mask_ratio=ratio, noise=noise)
+        for name, value in output._asdict().items():
+            torch.testing.assert_close(value.double(), expected[name].double(), atol=1e-5, rtol=1e-5, msg=name)
+        torch.testing.assert_close(model.loss(images, ratio, noise).double(), expected["loss"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_recipes_are_the_defaults():
+    state = pretraining()
+    mae, thorax = (pl.load_reference(system, state, **SETTINGS) for system in ("mae", "thorax_mae"))
+    assert (mae.norm_pix_loss, mae.mask_ratio) == (True, 0.75)
+    assert (thorax.norm_pix_loss, thorax.mask_ratio) == (False, 0.9)
+    assert mae(images_of((4, 4))).mask.sum(1).tolist() == [12, 12, 12]
+    assert thorax(images_of((4, 4))).mask.sum(1).tolist() == [15, 15, 15]
+
+
+def test_an_encoder_alone_is_a_timm_model_that_gives_its_class_token():
+    state = {**vit_layout(DEPTH, WIDTH, PATCH, (4, 4)), **norm_layout("norm", WIDTH)}
+    model = pl.load_reference("mae", state, num_heads=HEADS)
+    x = with_class_token(state, embedded(state, images_of((4, 4))))
+    for number in range(DEPTH):
+        x = block(state, f"blocks.{number}", x, HEADS)
+    torch.testing.assert_close(model(images_of((4, 4))), norm(state, "norm", x)[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("system", ["mae", "thorax_mae"])
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_finetuned_layouts_pool_as_written_out(system, global_pool):
+    last = "fc_norm" if global_pool else "norm"
+    state = {**vit_layout(DEPTH, WIDTH, PATCH, (4, 4)), **norm_layout(last, WIDTH), **head_layout(7, WIDTH)}
+    model = pl.load_reference(system, {"model": state}, num_heads=HEADS, global_pool=global_pool)
+    x = with_class_token(state, embedded(state, images_of((4, 4))))
+    for number in range(DEPTH):
+        x = block(state, f"blocks.{number}", x, HEADS)
+    pooled = norm(state, last, x[:, 1:].mean(1)) if global_pool else norm(state, last, x)[:, 0]
+    expected = pooled @ state["head.weight"].T + state["head.bias"]
+    torch.testing.assert_close(model(images_of((4, 4))), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_linear_probe_has_its_statistics_in_front_of_the_classifier():
+    head = {f"head.1.{name.removeprefix('head.')}": value for name, value in head_layout(5, WIDTH).items()}
+    generator = torch.Generator().manual_seed(9)
+    statistics = {
+        "head.0.running_mean": torch.randn(WIDTH, generator=generator),
+        "head.0.running_var": torch.rand(WIDTH, generator=generator) + 0.5,
+        "head.0.num_batches_tracked": torch.tensor(3),
+    }
+    encoder = {**vit_layout(DEPTH, WIDTH, PATCH, (4, 4)), **norm_layout("norm", WIDTH)}
+    images = images_of((4, 4))
+    feature = pl.load_reference("mae", encoder, num_heads=HEADS)(images)
+    model = pl.load_reference("mae", {**encoder, **head, **statistics}, num_heads=HEADS)
+    scaled = (feature - statistics["head.0.running_mean"]) / torch.sqrt(statistics["head.0.running_var"] + 1e-6)
+    torch.testing.assert_close(
+        model(images), scaled @ head["head.1.weight"].T + head["head.1.bias"], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_positions_are_resized_as_the_published_finetuning_does():
+    state = {**vit_layout(DEPTH, WIDTH, PATCH, (4, 4)), **norm_layout("norm", WIDTH)}
+    for side in (8, 24):  # smaller too: bicubic without antialiasing
+        model = pl.load_reference("mae", state, num_heads=HEADS, image_size=side)
+        old = state["pos_embed"][:, 1:].reshape(1, 4, 4, WIDTH).permute(0, 3, 1, 2)
+        new = torch.nn.functional.interpolate(old, size=side // PATCH, mode="bicubic", align_corners=False)
+        torch.testing.assert_close(model.pos_embed[:, 1:], new.flatten(2).transpose(1, 2), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(model.pos_embed[:, :1], state["pos_embed"][:, :1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.1.attn.qkv.bias"), r"missing: encoder\.blocks\.1\.attn\.qkv\.bias"),
+        (lambda s: s.pop("decoder_norm.bias"), r"missing: decoder_norm\.bias"),
+        (lambda s: s.update(surprise=torch.zeros(1)), r"unexpected: encoder\.surprise"),
+        (lambda s: s.pop("decoder_embed.weight"), "part of a decoder only"),
+        (lambda s: s.pop("pos_embed"), "has no pos_embed, so it is no ViT of MAE"),
+    ],
+)
+def test_tensors_missing_or_left_over_are_named(change, message):
+    state = pretraining()
+    change(state)
+    with pytest.raises(UsageError, match=message):
+        pl.load_reference("mae", state, **SETTINGS)
+
+
+def test_settings_are_checked():
+    state = pretraining()
+    with pytest.raises(UsageError, match="did you mean num_heads"):
+        pl.load_reference("mae", state, num_head=3)
+    with pytest.raises(UsageError, match="depth=3, but the checkpoint's tensors say 2"):
+        pl.load_reference("mae", state, depth=3, **SETTINGS)
+    with pytest.raises(UsageError, match="of no square grid; give image_size"):
+        pl.load_reference("mae", pretraining((2, 5)), **SETTINGS)
+    with pytest.raises(UsageError, match="decoder_dim 16 is not divisible by decoder_heads 3"):
+        pl.load_reference("mae", state, num_heads=HEADS, decoder_num_heads=3)
+    assert pl.load_reference("mae", state, embed_dim=24, decoder_embed_dim=16, mlp_ratio=4.0, drop_path=0.1, **SETTINGS)
+
+
+def test_published_sizes_have_their_heads():
+    state = {**vit_layout(1, 1280, 14, (2, 2)), **norm_layout("norm", 1280)}
+    model = pl.load_reference("mae", state)
+    assert model.blocks[0].attn.num_heads == 16
+    assert math.isclose(model.blocks[0].attn.scale, (1280 / 16) ** -0.5)
