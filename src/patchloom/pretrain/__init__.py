@@ -8,8 +8,8 @@ from patchloom._lazy import make_callable
 from patchloom.errors import unknown_name
 from patchloom.pretrain.ccvit import CCViTMethod
 from patchloom.pretrain.dinov2 import Dinov2Method
-from patchloom.pretrain.tov_vicreg import TOVVICRegMethod
 from patchloom.pretrain.mae import MAEMethod
+from patchloom.pretrain.tov_vicreg import TOVVICRegMethod
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 

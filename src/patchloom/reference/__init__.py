@@ -15,12 +15,13 @@ from patchloom.reference import (
     dinov2,
     dinov2_radiology,
     dinov3,
+    mae,
     phikon_v2,
     prompt_cam,
     segmentation_heads,
+    thorax_mae,
     tov_vicreg,
 )
-from patchloom.reference import ccvit, mae, phikon_v2, prompt_cam, thorax_mae, tov_vicreg
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
