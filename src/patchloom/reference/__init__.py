@@ -11,6 +11,7 @@ from torch import nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.reference import (
+    adaptformer,
     ccvit,
     dinov2,
     dinov2_radiology,
@@ -25,6 +26,7 @@ from patchloom.reference import (
 from patchloom.reference.state import read_state
 
 REFERENCES: dict[str, Callable[..., nn.Module]] = {
+    "adaptformer": adaptformer.load,
     "ccvit": ccvit.load,
     "dinov2": dinov2.load,
     "rad_dino": dinov2.load_rad_dino,
