@@ -120,6 +120,8 @@ def save_adapter(
         "width": embed_dim(encoder),
         "depth": depth(encoder),
         "image_size": list(image_size(encoder)),
+        "mean": list(encoder.pretrained_cfg["mean"]),
+        "std": list(encoder.pretrained_cfg["std"]),
         "versions": {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
     if encoder_path is not None and Path(encoder_path).exists():
@@ -183,7 +185,7 @@ def add_adapters(encoder: Encoder, adapters: Sequence[str | Path] | Mapping[str,
     for name, path in named.items():
         about, state = read_adapter(path)
         _check_fits(about, path, encoder, own)
-        _take_size(encoder, own, tuple(about["image_size"]), path)
+        _take_inputs(encoder, own, about, path)
         with plain(encoder):
             insertion = _built(about, encoder)
         _fill(insertion, state, path)
@@ -277,16 +279,26 @@ def _check_fits(about: dict[str, Any], path: str | Path, encoder: Encoder, own: 
         )
 
 
-def _take_size(encoder: Encoder, own: str, size: tuple[int, ...], path: str | Path) -> None:
-    if tuple(size) == image_size(encoder):
-        return
-    if insertions(encoder):
-        raise UsageError(
-            f"the adapter {path} was trained on images of {size[0]} pixels and the others here on "
-            f"{image_size(encoder)[0]}; load it on an encoder of its own"
-        )
-    encoder.hash_before_resize = own
-    set_image_size(encoder, (int(size[0]), int(size[1])))
+def _take_inputs(encoder: Encoder, own: str, about: dict[str, Any], path: str | Path) -> None:
+    """Set the encoder up for the images an adapter was trained on: their size, and what they are normalised by."""
+    size = (int(about["image_size"][0]), int(about["image_size"][1]))
+    statistics = {name: tuple(about[name]) for name in ("mean", "std")}
+    alone = not insertions(encoder)
+    if size != image_size(encoder):
+        if not alone:
+            raise UsageError(
+                f"the adapter {path} was trained on images of {size[0]} pixels and the others here on "
+                f"{image_size(encoder)[0]}; load it on an encoder of its own"
+            )
+        encoder.hash_before_resize = own
+        set_image_size(encoder, size)
+    if any(tuple(encoder.pretrained_cfg[name]) != value for name, value in statistics.items()):
+        if not alone:
+            raise UsageError(
+                f"the adapter {path} was trained on images normalised in another way than those of the others here; "
+                f"load it on an encoder of its own"
+            )
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}
 
 
 def _built(about: dict[str, Any], encoder: Encoder) -> Any:

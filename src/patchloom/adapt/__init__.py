@@ -7,6 +7,7 @@ from typing import Any
 from patchloom._lazy import make_callable
 from patchloom.adapt.adaptformer import AdaptFormerMethod
 from patchloom.adapt.bitfit import BitFitMethod
+from patchloom.adapt.dvpt import DVPTMethod
 from patchloom.adapt.finetune import FinetuneMethod
 from patchloom.adapt.linear import LinearMethod
 from patchloom.adapt.lora import LoRAMethod
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": LoRAMethod,
     "vpt": VPTMethod,
     "adaptformer": AdaptFormerMethod,
+    "dvpt": DVPTMethod,
 }
 
 

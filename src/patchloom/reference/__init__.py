@@ -16,6 +16,7 @@ from patchloom.reference import (
     dinov2,
     dinov2_radiology,
     dinov3,
+    dvpt,
     mae,
     phikon_v2,
     prompt_cam,
@@ -40,6 +41,7 @@ REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "upernet": segmentation_heads.load,
     "dinov2_radiology": dinov2_radiology.load,
     "dinov3": dinov3.load,
+    "dvpt": dvpt.load,
     "dinov3_medical": dinov3.load,
 }
 

@@ -59,7 +59,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     insertion = _insertion(state, config, encoder)
     insert(encoder, insertion, NAME)
     fill(encoder, _our_names(state))
-    return encoder.eval()  # type: ignore[no-any-return]
+    return encoder.eval()
 
 
 def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
