@@ -13,6 +13,8 @@ from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
 from patchloom.evaluate.segmentation import Segmentation
 from patchloom.evaluate.slides.protocol import Slides
+from patchloom.evaluate.volume_segmentation import VolumeSegmentation
+from patchloom.evaluate.volumes import Volumes
 from patchloom.training.config import config_from_mapping
 
 EVALUATIONS: dict[str, type[Any]] = {
@@ -21,6 +23,8 @@ EVALUATIONS: dict[str, type[Any]] = {
     "linear": Linear,
     "segmentation": Segmentation,
     "slides": Slides,
+    "volume_segmentation": VolumeSegmentation,
+    "volumes": Volumes,
 }
 
 

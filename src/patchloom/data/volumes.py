@@ -1,0 +1,464 @@
+"""Volumes (CT, MR) from NIfTI files, slice by slice as images: windowed, with square pixels, right way up.
+
+Specification `dinov2_radiology`, sections 2.1 and 2.8. A volume is brought to the axes of the body first (left to
+right, back to front, feet to head), so that scanners that store it otherwise make no difference; masks predicted on it
+go back to the file's own axes and affine.
+
+>>> source = open_volumes("scans")  # doctest: +SKIP
+>>> volume = source.read(0)  # doctest: +SKIP
+>>> volume.slices.shape, volume.spacing  # doctest: +SKIP
+(torch.Size([55, 512, 512]), (2.5, 0.7, 0.7))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.pixels import resize
+from patchloom.data.segmentation import IGNORED, MOST_CLASSES, colours
+from patchloom.errors import MissingExtraError, UsageError, unknown_name
+
+Window = Literal["minmax", "ct", "mr"]
+Plane = Literal["axial", "coronal", "sagittal"]
+SUFFIXES = (".nii.gz", ".nii")
+# The axis of the body (left-right, back-front, feet-head) along which slices follow one another.
+AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+FOLDERS = (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
+CT_WINDOW = (-1024.0, 600.0)
+MR_PERCENTILES = (5.0, 95.0)
+# For each of them the axes that run down and across a slice; what runs down is flipped: head or chest on top.
+IN_PLANE = {0: (2, 1), 1: (2, 0), 2: (1, 0)}
+BODY = np.array([[0, 1], [1, 1], [2, 1]])
+# Pixels whose sides differ by more than this are made square.
+SQUARE = 0.02
+KEPT = 8
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume as a stack of slices."""
+
+    slices: Tensor
+    """(S, H, W) float32 as stored, in the unit of the file; along the axis of the plane, pixels not yet square."""
+    mask: Tensor | None
+    """(S, H, W) uint8, 255 where unknown; None without masks."""
+    spacing: tuple[float, float, float]
+    """Distance of slices, height and width of a pixel, in mm."""
+    key: str
+    """Name of the file."""
+    label: int
+    """Class of the volume, -1 where unknown."""
+    origin: Any = field(repr=False, default=None)
+    """The file's own axes and affine, for writing a mask back."""
+
+    @property
+    def square_size(self) -> tuple[int, int]:
+        """Return the (H, W) of a slice whose pixels are square, at the finer of the two spacings."""
+        _, down, across = self.spacing
+        height, width = self.slices.shape[1:]
+        if abs(down / across - 1) <= SQUARE:
+            return height, width
+        finer = min(down, across)
+        return max(1, round(height * down / finer)), max(1, round(width * across / finer))
+
+
+class VolumeSource:
+    """Volumes of a folder, with a class each (sub-folders), with a mask each, or with neither.
+
+    Args:
+        path: Folder of `.nii` and `.nii.gz` files: in sub-folders, which are classes; or `images` beside `masks` (also
+            `labels`, and `imagesTr` beside `labelsTr`), paired by name.
+        plane: Along which axis of the body slices follow one another.
+        channel: Which of the images of a 4-D file; default: such files are refused.
+        class_names: Names of the classes of masks; default: `classes.txt` in the folder, else as many as they hold.
+
+    Raises:
+        UsageError: No such folder, no volume in it, or volumes without their mask.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        plane: Plane = "axial",
+        channel: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        if plane not in AXES:
+            raise unknown_name("plane", plane, AXES)
+        self.name, self.plane, self.channel = path, plane, channel
+        root = Path(path)
+        if not root.is_dir():
+            raise UsageError(f"there is no folder of volumes {path}")
+        self.masks: list[Path] | None = None
+        self.labels: np.ndarray | None = None
+        names: list[str] | None = None
+        paired = next((pair for pair in FOLDERS if all((root / part).is_dir() for part in pair)), None)
+        if paired is not None:
+            images, masks = (_volumes_by_name(root / part) for part in paired)
+            _check_pairs(images, masks, root / paired[0], root / paired[1])
+            self.files = [images[name] for name in sorted(images)]
+            self.masks = [masks[name] for name in sorted(images)]
+            names = list(class_names) if class_names is not None else _listed_names(root)
+        else:
+            self.files = sorted(file for file in root.rglob("*.nii*") if _is_volume(file))
+            tops = [file.relative_to(root).parts[0] for file in self.files]
+            if len(set(tops)) > 1 and all(len(file.relative_to(root).parts) > 1 for file in self.files):
+                names = sorted(set(tops))
+                self.labels = np.array([names.index(top) for top in tops], dtype=np.int64)
+        if not self.files:
+            raise UsageError(f"no volume in {path} or below (looked for {', '.join(SUFFIXES)})")
+        self.root = root
+        if self.masks is not None and names is None:
+            names = [str(number) for number in range(self._highest() + 1)]
+        self.class_names = names
+        self.palette = colours(len(names)) if names else []
+        if self.masks is not None and names is not None:
+            self.palette = [(0, 0, 0), *colours(len(names))][: len(names)]
+
+    def __len__(self) -> int:
+        """Return the number of volumes."""
+        return len(self.files)
+
+    def key(self, index: int) -> str:
+        """Return the path of a volume below the folder."""
+        return str(self.files[index].relative_to(self.root))
+
+    def read(self, index: int) -> Volume:
+        """Return volume number `index`.
+
+        Raises:
+            UnreadableImageError: The file cannot be decoded.
+            UsageError: It is no single volume, or its mask does not fit it.
+        """
+        image = _load(self.files[index], self.key(index))
+        values = _single(image, self.files[index], self.channel, self.key(index))
+        axes = _body_axes(image, self.files[index])
+        axis = AXES[self.plane]
+        spacing = _spacing(image, axes, self.files[index])
+        stack = _as_slices(values, axes, axis).astype(np.float32)
+        if not np.isfinite(stack).all():
+            warnings.warn(f"{self.files[index]} holds values that are not finite; they are taken as 0", stacklevel=2)
+            stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
+        order = (axis, *IN_PLANE[axis])
+        found = tuple(float(spacing[i]) for i in order)
+        mask = None if self.masks is None else self._mask(index, image, axis)
+        label = -1 if self.labels is None else int(self.labels[index])
+        return Volume(
+            torch.from_numpy(np.ascontiguousarray(stack)),
+            mask,
+            (found[0], found[1], found[2]),
+            self.key(index),
+            label,
+            (axes, image.affine, image.shape[:3]),
+        )
+
+    def depth(self, index: int) -> int:
+        """Return the number of slices of a volume, from its header alone.
+
+        Raises:
+            UnreadableImageError: The file cannot be decoded.
+        """
+        image = _load(self.files[index], self.key(index))
+        axes = _body_axes(image, self.files[index])
+        return int(image.shape[axes[:, 0].astype(int).tolist().index(AXES[self.plane])])
+
+    def fingerprint(self) -> str:
+        """Return a short hash of names, sizes and times."""
+        digest = hashlib.sha256(f"{self.plane} {self.channel}".encode())
+        for file in [*self.files, *(self.masks or [])]:
+            about = file.stat()
+            digest.update(f"{file.relative_to(self.root)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _mask(self, index: int, image: Any, axis: int) -> Tensor:
+        assert self.masks is not None
+        file = self.masks[index]
+        mask = _load(file, file.name)
+        values = _single(mask, file, None, file.name)
+        if values.shape != tuple(image.shape[:3]):
+            raise UsageError(
+                f"the mask {file} has {_by(values.shape)} voxels and its volume {_by(image.shape[:3])}; both must agree"
+            )
+        if not np.allclose(mask.affine, image.affine, atol=1e-2, rtol=1e-3):
+            warnings.warn(
+                f"the mask {file} lies elsewhere in space than its volume; their voxels are taken to belong together",
+                stacklevel=3,
+            )
+        whole = np.rint(values)
+        if not np.isfinite(values).all() or not np.allclose(values, whole, atol=1e-3):
+            raise UsageError(f"the mask {file} holds values that are no whole numbers; a mask numbers classes")
+        wrong = whole[(whole < 0) | ((whole >= len(self.class_names or [])) & (whole != IGNORED))]
+        if self.class_names is not None and wrong.size:
+            raise UsageError(
+                f"the mask {file} holds the value {int(wrong[0])}; {self.name} has {len(self.class_names)} classes, "
+                f"numbered from 0, and {IGNORED} for unknown"
+            )
+        # The mask lies on its volume voxel by voxel, so it turns as its volume does.
+        turned = _as_slices(whole, _body_axes(image, file), axis)
+        return torch.from_numpy(np.ascontiguousarray(turned).astype(np.uint8))
+
+    def _highest(self) -> int:
+        assert self.masks is not None
+        highest = 0
+        for file in self.masks:
+            values = np.asarray(_load(file, file.name).dataobj)
+            known = values[np.isfinite(values) & (values != IGNORED)]
+            highest = max(highest, int(known.max(initial=0)))
+        if highest >= MOST_CLASSES:
+            raise UsageError(
+                f"the masks of {self.name} hold values up to {highest}; at most {MOST_CLASSES} classes fit"
+            )
+        return highest
+
+
+class SliceSource(Source):
+    """The slices of volumes as images with their mask as last channel, for training a decoder.
+
+    Args:
+        volumes: With masks.
+        window: How grey values become 0 … 255, see `windowed`.
+        in_chans: Channels of the encoder; the grey image is repeated.
+    """
+
+    def __init__(self, volumes: VolumeSource, window: Window = "minmax", in_chans: int = 3) -> None:
+        if volumes.masks is None:
+            raise UsageError(f"{volumes.name} has no masks; put volumes in images and masks of the same names in masks")
+        self.volumes, self.window, self.in_chans = volumes, window, in_chans
+        self.name, self.class_names = volumes.name, volumes.class_names
+        self.broken: list[tuple[str, str]] = []
+        self.places: list[tuple[int, int]] = []
+        for index in range(len(volumes)):
+            try:
+                count = volumes.depth(index)
+            except UnreadableImageError as error:
+                self.broken.append((error.key, error.reason))
+                continue
+            self.places += [(index, number) for number in range(count)]
+        if not self.places:
+            raise UsageError(f"no volume of {volumes.name} is readable; the first is {self.broken[0][0]!r}")
+        self._kept: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.places)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the volumes in memory behind: each worker reads its own."""
+        return {**vars(self), "_kept": OrderedDict()}
+
+    def key(self, index: int) -> str:
+        """Return the volume's name and the slice's number."""
+        volume, number = self.places[index]
+        return f"{self.volumes.key(volume)}#{number}"
+
+    def read(self, index: int) -> Sample:
+        """Return slice number `index`: (C + 1, H, W) uint8, pixels square, the mask last."""
+        volume, number = self.places[index]
+        if volume not in self._kept:
+            found = self.volumes.read(volume)
+            assert found.mask is not None
+            self._kept[volume] = as_images(found, self.window), square_masks(found)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(volume)
+        images, masks = self._kept[volume]
+        picture = images[number].expand(self.in_chans, -1, -1)
+        return Sample(torch.cat([picture, masks[number][None]]), -1, self.key(index))
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the volumes."""
+        return self.volumes.fingerprint()
+
+
+def open_volumes(
+    path: str, *, plane: Plane = "axial", channel: int | None = None, class_names: Sequence[str] | None = None
+) -> VolumeSource:
+    """Return the volumes of a folder, see `VolumeSource`.
+
+    Raises:
+        UsageError: As `VolumeSource`.
+        MissingExtraError: Without nibabel.
+    """
+    _nibabel()
+    return VolumeSource(path, plane, channel, class_names)
+
+
+def as_images(volume: Volume, window: Window = "minmax") -> Tensor:
+    """Return the slices as grey images (S, 1, H, W) uint8, windowed, with square pixels.
+
+    Pixels that are not square are resampled to square ones, with a warning.
+    """
+    grey = windowed(volume.slices, window)
+    size = volume.square_size
+    if size != tuple(grey.shape[1:]):
+        _, down, across = volume.spacing
+        warnings.warn(
+            f"{volume.key} has pixels of {down:.3g} x {across:.3g} mm; its slices are resampled to square ones "
+            f"({_by(grey.shape[1:])} to {_by(size)})",
+            stacklevel=2,
+        )
+    images = (grey * 255).round().to(torch.uint8)[:, None]
+    return torch.stack([resize(image, size, "bilinear") for image in images])
+
+
+def square_masks(volume: Volume) -> Tensor:
+    """Return the masks (S, H, W) uint8 at the size of `as_images`, by the nearest voxel."""
+    assert volume.mask is not None
+    size = volume.square_size
+    if size == tuple(volume.mask.shape[1:]):
+        return volume.mask
+    return torch.nn.functional.interpolate(volume.mask[:, None], size=size, mode="nearest-exact")[:, 0]
+
+
+def windowed(slices: Tensor, window: Window = "minmax") -> Tensor:
+    """Return grey values in [0, 1].
+
+    Args:
+        slices: (S, H, W).
+        window: `minmax`: each slice from its least to its greatest value, as published; `ct`: -1024 to 600 Hounsfield
+            units; `mr`: the 5th to the 95th percentile of the volume. A constant slice or volume is 0.
+
+    Raises:
+        UsageError: Unknown window.
+    """
+    if window == "minmax":
+        low, high = slices.amin((1, 2), keepdim=True), slices.amax((1, 2), keepdim=True)
+    elif window == "ct":
+        low, high = torch.tensor(CT_WINDOW[0]), torch.tensor(CT_WINDOW[1])
+    elif window == "mr":
+        ends = np.percentile(slices.numpy(), MR_PERCENTILES)
+        low, high = torch.tensor(float(ends[0])), torch.tensor(float(ends[1]))
+    else:
+        raise unknown_name("window", str(window), ("minmax", "ct", "mr"))
+    spread = high - low
+    return torch.where(spread > 0, (slices - low) / spread.clamp(min=1e-12), 0.0).clamp(0, 1)
+
+
+def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
+    """Write a mask (S, H, W) of a volume as NIfTI, on the file's own axes and with its affine; atomically."""
+    nibabel = _nibabel()
+    axes, affine, _ = volume.origin
+    axis = AXES[plane]
+    body = np.flip(mask.numpy(), 1).transpose(np.argsort((axis, *IN_PLANE[axis])))
+    back = nibabel.orientations.ornt_transform(BODY, axes)
+    stored = nibabel.orientations.apply_orientation(body, back).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    nibabel.save(nibabel.Nifti1Image(stored, affine), temporary)
+    temporary.replace(path)
+
+
+def _as_slices(values: np.ndarray, axes: np.ndarray, axis: int) -> np.ndarray:
+    """Return voxels as stored as slices (S, H, W) along an axis of the body, right way up."""
+    body = _nibabel().orientations.apply_orientation(values, axes)
+    return np.flip(body.transpose(axis, *IN_PLANE[axis]), 1)
+
+
+def _load(file: Path, key: str) -> Any:
+    try:
+        return _nibabel().load(file)
+    except MissingExtraError:
+        raise
+    except Exception as error:  # damaged headers fail in many ways
+        raise UnreadableImageError(key, " ".join(str(error).split())[:120]) from error
+
+
+def _single(image: Any, file: Path, channel: int | None, key: str) -> np.ndarray:
+    """Return the voxels of one volume, (X, Y, Z) in float64."""
+    shape = tuple(image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 4 and channel is None:
+        raise UsageError(
+            f"{file} has 4 dimensions: {shape[3]} volumes of {_by(shape[:3])} voxels; choose one by channel"
+        )
+    if len(shape) not in (3, 4):
+        raise UsageError(f"{file} has {len(shape)} dimensions ({_by(shape)}); a volume has 3")
+    if len(shape) == 4 and channel is not None and not 0 <= channel < shape[3]:
+        raise UsageError(f"channel is {channel} and {file} has {shape[3]} volumes; they count from 0")
+    try:
+        values = np.asarray(image.dataobj).reshape(shape)
+        values = values[..., channel] if len(shape) == 4 else values
+        return values.astype(np.float64)
+    except Exception as error:  # truncated files, coloured voxels
+        raise UnreadableImageError(key, " ".join(str(error).split())[:120]) from error
+
+
+def _body_axes(image: Any, file: Path) -> np.ndarray:
+    """Return where each axis of the file goes in the body, and which way it runs (nibabel's orientation)."""
+    axes = np.asarray(_nibabel().io_orientation(image.affine))[:3]
+    if not np.isfinite(axes).all():
+        warnings.warn(f"the affine of {file} does not tell how it lies; its axes are taken as they are", stacklevel=3)
+        return BODY.astype(float)
+    return axes
+
+
+def _spacing(image: Any, axes: np.ndarray, file: Path) -> np.ndarray:
+    """Return the size of a voxel along the axes of the body, in mm."""
+    stored = np.asarray(image.header.get_zooms()[:3], dtype=np.float64)
+    if not (np.isfinite(stored).all() and (stored > 0).all()):
+        warnings.warn(f"{file} has no valid spacing ({_by(stored)}); voxels are taken as 1 mm", stacklevel=3)
+        stored = np.ones(3)
+    spacing = np.ones(3)
+    spacing[axes[:, 0].astype(int)] = stored
+    return spacing
+
+
+def _volumes_by_name(folder: Path) -> dict[str, Path]:
+    """Return the volumes of a folder by what pairs them: their name without suffix and nnU-Net's channel number."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*.nii*")):
+        if not _is_volume(file):
+            continue
+        name = str(file.relative_to(folder))
+        stem = next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)).removesuffix("_0000")
+        if stem in found:
+            raise UsageError(f"{folder} holds two volumes for {stem}: {found[stem].name} and {file.name}")
+        found[stem] = file
+    return found
+
+
+def _check_pairs(images: dict[str, Path], masks: dict[str, Path], image_root: Path, mask_root: Path) -> None:
+    for have, lack, kind, other, root in (
+        (images, masks, "volume", "mask", mask_root),
+        (masks, images, "mask", "volume", image_root),
+    ):
+        lone = sorted(set(have) - set(lack))
+        if lone:
+            more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
+            raise UsageError(f"the {kind} {have[lone[0]].name}{more} has no {other} of that name in {root}")
+
+
+def _is_volume(file: Path) -> bool:
+    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
+
+
+def _listed_names(root: Path) -> list[str] | None:
+    for place in (root, root.parent):
+        if (place / "classes.txt").is_file():
+            lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+    return None
+
+
+def _by(sizes: Sequence[float] | np.ndarray) -> str:
+    return "x".join(f"{size:g}" for size in sizes)
+
+
+def _nibabel() -> Any:
+    try:
+        import nibabel
+    except ImportError as error:
+        raise MissingExtraError("nibabel", "medical", "reading volumes") from error
+    return nibabel

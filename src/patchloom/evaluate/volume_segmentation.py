@@ -1,0 +1,274 @@
+"""Segmentation of volumes by an encoder of images: a decoder on the slices, scores of whole volumes.
+
+Specification `dinov2_radiology`, sections 2.7 and 2.8. Dice is taken per volume and averaged over volumes, background
+(class 0) apart; the 95 % Hausdorff distance is in mm, by each volume's own spacing.
+
+>>> import patchloom as pl
+>>> pl.evaluate("volume_segmentation", encoder="runs/mine/model", train="scans/train", test="scans/test",
+...             predictions="masks")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from patchloom.data.base import UnreadableImageError
+from patchloom.data.pixels import resize as resize_image
+from patchloom.data.volumes import (
+    Plane,
+    SliceSource,
+    Volume,
+    VolumeSource,
+    Window,
+    as_images,
+    open_volumes,
+    save_mask,
+)
+from patchloom.encoders import in_chans, normalize
+from patchloom.errors import UsageError
+from patchloom.evaluate.decoders import DecoderConfig, HeadName, Trained, train_decoder
+from patchloom.evaluate.segmentation import scores_with_intervals
+from patchloom.evaluate.statistics import bootstrap_interval
+from patchloom.evaluate.target import resolve_encoder
+from patchloom.segment.inference import SlidingWindowSegmenter
+from patchloom.segment.layers import resize
+from patchloom.segment.metrics import Areas, areas, dice, hausdorff
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeSegmentationConfig(DecoderConfig):
+    """Settings of the segmentation of volumes; the defaults are the DINOv2 radiology benchmark's where it has any."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "radiology": {},
+        "dinov3": {"head": "multilayer", "blocks": "spread", "loss": "dice+ce"},
+        "tiny": {"head": "bn", "steps": 500, "batch_size": 8, "lr": 5e-3, "warmup": 20},
+    }
+
+    encoder: Any
+    """Bundle, run or timm model with published weights; from Python also a module"""
+    train: str
+    """Volumes and masks to learn from: a folder with .nii.gz files in images and in masks, of the same names"""
+    test: str
+    """Volumes and masks to measure on, of the same classes"""
+    head: HeadName = "unet"
+    """Decoder: linear, bn, dinov3, multilayer, upernet, setr or unet"""
+    loss: Literal["ce", "dice", "dice+ce"] = "dice"
+    """dice (published), ce, or dice+ce"""
+    steps: int = 5000
+    """Optimiser steps"""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Least and most of the random factor on the size of a slice"""
+    max_share: float = 1.0
+    """A crop is drawn anew, up to ten times, while one class fills more than this share of it"""
+    flip: float = 0.0
+    """Probability of the mirror image: left and right of a body differ"""
+    vertical_flip: float = 0.25
+    """Probability of the slice upside down"""
+    rotate: float = 90.0
+    """Most degrees of random rotation, either way"""
+    colours: bool = False
+    """Random changes of colour; slices are grey"""
+    plane: Plane = "axial"
+    """Along which axis of the body slices follow one another"""
+    window: Window = "minmax"
+    """Grey values: minmax (each slice's own range, published), ct (-1024 to 600), mr (5th to 95th percentile)"""
+    channel: int | None = None
+    """Which of the images of 4-D files; default: such files are refused"""
+    as_published: bool = False
+    """Leave out voxels whose truth is background, as the published scores do: false alarms there go unseen"""
+    hausdorff: bool = True
+    """Also measure the 95 % Hausdorff distance (takes a second or so per volume and class)"""
+    predictions: str | None = None
+    """Also write the predicted masks to this folder, as NIfTI with the axes and affine of their volumes"""
+    out: str | None = None
+    """Also write the figures to this JSON file; it must not exist yet"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if self.out is not None and Path(self.out).exists():
+            raise UsageError(f"{self.out} exists; choose another out")
+        folder = None if self.predictions is None else Path(self.predictions)
+        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} exists and is not an empty folder; choose another for predictions")
+
+
+class Case(NamedTuple):
+    """What came out on one volume."""
+
+    key: str
+    areas: Areas
+    dice: Tensor
+    """(K,), NaN where a class is neither there nor predicted."""
+    distance: list[float]
+    """95 % Hausdorff distance of each class but background, mm; infinite where it is missed or made up."""
+
+
+class VolumeSegmentation:
+    """Decoder on the slices of volumes: Dice per volume and 95 % Hausdorff distance."""
+
+    config_class = VolumeSegmentationConfig
+
+    def __init__(self, config: VolumeSegmentationConfig) -> None:
+        self.config = config
+
+    def run(self) -> dict[str, Any]:
+        """Return the mean Dice over volumes and foreground classes with its interval, and what goes with it."""
+        start, config = time.perf_counter(), self.config
+        encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
+        if encoder is None:
+            raise UsageError("segmentation needs an encoder with patch tokens; raw pixels have none")
+        train = open_volumes(config.train, plane=config.plane, channel=config.channel)
+        test = open_volumes(config.test, plane=config.plane, channel=config.channel, class_names=train.class_names)
+        if test.masks is None:
+            raise UsageError(f"{test.name} has no masks to measure against; put them in a folder masks beside images")
+        slices = SliceSource(train, config.window, in_chans(encoder))
+        if len(train.class_names or []) < 2:
+            raise UsageError(f"the masks of {train.name} hold background only; there is nothing to learn")
+        if train.fingerprint() == test.fingerprint():
+            raise UsageError(f"train {train.name} and test {test.name} are the same volumes; measure on others")
+        trained = train_decoder(encoder, slices, config)
+        cases, skipped = self.measure(trained, test)
+        return {
+            **case_scores(cases, train.class_names or [], config.seed),
+            "train_volumes": len(train) - len(slices.broken),
+            "train_slices": len(slices),
+            "head": config.head,
+            "layers": list(trained.module.backbone.layers),
+            "decoder_parameters": trained.parameters,
+            "as_published": config.as_published,
+            "unreadable_images": len(skipped) + len(slices.broken) + len(trained.skipped),
+            "skipped": [{"file": key, "reason": reason} for key, reason in slices.broken + trained.skipped + skipped],
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+
+    def measure(self, trained: Trained, test: VolumeSource) -> tuple[list[Case], list[tuple[str, str]]]:
+        """Return the scores of every readable volume, and the names and reasons of the others."""
+        config, cases, skipped = self.config, [], []
+        classes = len(test.class_names or [])
+        for index in tqdm(range(len(test)), desc="segmenting", disable=not sys.stderr.isatty(), leave=False):
+            try:
+                volume = test.read(index)
+            except UnreadableImageError as error:
+                skipped.append((error.key, error.reason))
+                continue
+            assert volume.mask is not None
+            said = segment_volume(trained, volume, config)
+            if config.predictions is not None:
+                name = Path(volume.key).name.removesuffix(".gz").removesuffix(".nii")
+                save_mask(said, volume, config.plane, Path(config.predictions) / f"{name}.nii.gz")
+            truth = volume.mask
+            found = areas(said, truth, classes, 255)
+            scored = found
+            if config.as_published:
+                scored = areas(said, torch.where(truth == 0, 255, truth), classes, 255)
+            cases.append(Case(volume.key, found, dice(scored), self._distances(said, truth, volume, classes)))
+        if not cases:
+            raise UsageError(f"no volume of {test.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
+        return cases, skipped
+
+    def _distances(self, said: Tensor, truth: Tensor, volume: Volume, classes: int) -> list[float]:
+        if not self.config.hausdorff:
+            return []
+        said = torch.where(truth == 255, 0, said)
+        return [hausdorff(said == number, truth == number, volume.spacing) for number in range(1, classes)]
+
+
+@torch.no_grad()
+def segment_volume(trained: Trained, volume: Volume, config: VolumeSegmentationConfig) -> Tensor:
+    """Return the class of each voxel, (S, H, W) uint8, at the volume's own resolution."""
+    module, device = trained.module.eval(), trained.device
+    encoder = module.backbone.encoder
+    crop = trained.crop
+    stride = (max(1, round(crop[0] * 341 / 512)), max(1, round(crop[1] * 341 / 512)))
+    segmenter = SlidingWindowSegmenter(module, crop, stride, config.batch_size)
+    images = as_images(volume, config.window)
+    if config.short_side is not None:
+        factor = config.short_side / min(images.shape[-2:])
+        size = (max(1, round(images.shape[-2] * factor)), max(1, round(images.shape[-1] * factor)))
+        images = torch.stack([resize_image(image, size, "bilinear") for image in images])
+    found = []
+    for part in images.split(max(1, config.batch_size)):
+        pixels = part.to(device).float().div(255).expand(-1, in_chans(encoder), -1, -1)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = segmenter(normalize(pixels, encoder))
+        found.append(resize(logits.float(), volume.slices.shape[1:]).argmax(1).to(torch.uint8).cpu())
+    return torch.cat(found)
+
+
+def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dict[str, Any]:
+    """Return the scores over volumes: means with intervals, by class and by volume.
+
+    Args:
+        cases: One per volume.
+        class_names: Names by class, the background first.
+        seed: Seed of the draws.
+    """
+    table = torch.stack([case.dice for case in cases])[:, 1:].double().numpy()
+
+    def interval(values: np.ndarray) -> list[float | None]:
+        """Return the interval of the mean over volumes; those where nothing is to be found do not count."""
+        known = values[~np.isnan(values)]
+        if not len(known):
+            return [None, None]
+        ends = bootstrap_interval(_mean, known, np.zeros(len(known)), seed=seed)
+        return [ends.low, ends.high]
+
+    per_case = _nanmean(table, 1)
+    mean = _nanmean(per_case[None], 1)[0]
+    together = Areas(*(torch.stack(rows) for rows in zip(*(case.areas for case in cases), strict=True)))
+    pooled = scores_with_intervals(together, class_names, seed)
+    width = max((len(case.distance) for case in cases), default=0)
+    distances = np.full((len(cases), width), np.nan)
+    for row, case in zip(distances, cases, strict=True):
+        row[: len(case.distance)] = case.distance
+    return {
+        "score": _plain(mean),
+        "score_name": "dice",
+        "dice": _plain(mean),
+        "interval": interval(per_case),
+        "per_class_dice": {
+            name: _plain(_nanmean(table[:, number][None], 1)[0]) for number, name in enumerate(class_names[1:])
+        },
+        "per_class_interval": {name: interval(table[:, number]) for number, name in enumerate(class_names[1:])},
+        "hausdorff95": _plain(_nanmean(np.where(np.isinf(distances), np.nan, distances).reshape(1, -1), 1)[0])
+        if width
+        else None,
+        "per_class_hausdorff95": {
+            class_names[1 + number]: _plain(_nanmean(np.where(np.isinf(column), np.nan, column)[None], 1)[0])
+            for number, column in enumerate(distances.T)
+        },
+        "missed_or_made_up": int(np.isinf(distances).sum()),
+        "miou": pooled["miou"],
+        "pixel_accuracy": pooled["pixel_accuracy"],
+        "classes_not_in_test": pooled["classes_not_in_test"],
+        "cases": {case.key: _plain(value) for case, value in zip(cases, per_case, strict=True)},
+        "n": len(cases),
+    }
+
+
+def _mean(values: np.ndarray, truth: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of what is defined, NaN where nothing is."""
+    known = ~np.isnan(values)
+    count = known.sum(axis)
+    return np.where(count > 0, np.where(known, values, 0).sum(axis) / np.maximum(count, 1), np.nan)
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
