@@ -30,8 +30,8 @@ except PackageNotFoundError:  # running from a source tree that was never instal
     __version__ = "0+unknown"
 
 # Verbs that are modules and can be called as functions, see `_lazy.make_callable`.
-_VERBS = ("pretrain", "adapt", "evaluate", "embed", "export", "demo")
-_LISTED = {"pretrain": "METHODS", "adapt": "METHODS", "evaluate": "EVALUATIONS"}
+_VERBS = ("pretrain", "adapt", "evaluate", "explain", "embed", "export", "demo")
+_LISTED = {"pretrain": "METHODS", "adapt": "METHODS", "evaluate": "EVALUATIONS", "explain": "EXPLANATIONS"}
 
 __all__ = [
     "MissingExtraError",
@@ -41,6 +41,7 @@ __all__ = [
     "demo",
     "embed",
     "evaluate",
+    "explain",
     "export",
     "list_methods",
     "list_references",
@@ -100,7 +101,7 @@ def list_references() -> list[str]:
 
 
 def list_methods(verb: str) -> list[str]:
-    """Return the names of the methods of a verb (`pretrain`, `adapt`, `evaluate`), sorted."""
+    """Return the names of the methods of a verb (`pretrain`, `adapt`, `evaluate`, `explain`), sorted."""
     from patchloom.errors import unknown_name
 
     if verb not in _LISTED:

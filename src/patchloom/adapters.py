@@ -53,6 +53,7 @@ KINDS = {
     "dvpt": "patchloom.adapt.dvpt:DVPT",
     "linear": "patchloom.adapt.linear:LinearHead",
     "lora": "patchloom.adapt.lora:LoRA",
+    "prompt_cam": "patchloom.adapt.class_prompts:ClassPrompts",
     "vpt": "patchloom.adapt.vpt:VisualPrompts",
 }
 

@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("recipe",),
     ),
     "adapt": Verb("train an encoder further on labelled images", "patchloom.adapt", "METHODS"),
+    "explain": Verb("show what an encoder or a classifier looks at", "patchloom.explain", "EXPLANATIONS"),
     "evaluate": Verb("measure an encoder on labelled images", "patchloom.evaluate", "EVALUATIONS"),
     "evaluate suite": Command(
         "a table of encoders, data sets and protocols", "patchloom.evaluate.suite:suite", positional=("recipe",)
@@ -122,13 +123,13 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, evaluate, data or references.
+        verb: Show one list only: pretrain, adapt, explain, evaluate, data or references.
     """
     import patchloom
     from patchloom.data import list_sources
 
     lists = {
-        **{name: patchloom.list_methods(name) for name in ("pretrain", "adapt", "evaluate")},
+        **{name: patchloom.list_methods(name) for name in ("pretrain", "adapt", "explain", "evaluate")},
         "data": sorted(list_sources()),
         "references": patchloom.list_references(),
     }

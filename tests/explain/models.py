@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from patchloom.adapt.prompt_cam import PromptCAM
+from patchloom.adapt.class_prompts import PromptCAM
 from patchloom.encoders import create_encoder
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}

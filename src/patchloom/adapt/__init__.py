@@ -11,6 +11,7 @@ from patchloom.adapt.dvpt import DVPTMethod
 from patchloom.adapt.finetune import FinetuneMethod
 from patchloom.adapt.linear import LinearMethod
 from patchloom.adapt.lora import LoRAMethod
+from patchloom.adapt.prompt_cam import PromptCAMMethod
 from patchloom.adapt.vpt import VPTMethod
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "vpt": VPTMethod,
     "adaptformer": AdaptFormerMethod,
     "dvpt": DVPTMethod,
+    "prompt_cam": PromptCAMMethod,
 }
 
 

@@ -3,7 +3,8 @@
 Prompts in front of the tokens of an image need not go through all of a block: where their own output is thrown away
 they are keys and values only, and where nothing but their output is wanted the image's tokens are. `attend_block`
 computes exactly what the block makes of both groups in one row, for the group that is wanted, out of the block's own
-modules, at a fraction of the work. Attention goes through SDPA unless its probabilities are asked for.
+modules, at a fraction of the work. Attention goes through SDPA unless its probabilities are asked for or
+the block's own switch (`fused_attn`) is off.
 
 >>> import timm, torch
 >>> block = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval().blocks[0]
@@ -113,16 +114,16 @@ def attend_block(
         guests += others.num_guests
     bias = _bias(attention, shared_rel_pos_bias, group, others, guests)
     q = q.expand(len(k), -1, -1, -1)
-    drop = attention.attn_drop.p if attention.training else 0.0
     seen = None
-    if explicit:
+    if explicit or not attention.fused_attn:
         scores = (q * attention.scale) @ k.transpose(-2, -1)
         seen = (scores if bias is None else scores + bias).softmax(dim=-1)
         used = seen if rewrite is None else rewrite(seen)
-        mixed = F.dropout(used, drop) @ v
+        mixed = attention.attn_drop(used) @ v
     else:
+        drop = attention.attn_drop.p if attention.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
-    return _rest(block, group.x, _merged(attention, mixed, normed)), seen
+    return _rest(block, group.x, _merged(attention, mixed, normed)), seen if explicit else None
 
 
 def _heads(

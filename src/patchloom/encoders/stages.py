@@ -253,7 +253,9 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
         attention.fused_attn = fused
         hook.remove()
     prefix, added = num_prefix_tokens(encoder), getattr(block, "extra_tokens", 0)
-    rows = seen[0][:, :, added] if prefix else seen[0][:, :, added:].mean(2)
+    # Tokens that were put in front are always keys; where only the encoder's own ask, they are no queries.
+    first = added - (seen[0].shape[-1] - seen[0].shape[-2])
+    rows = seen[0][:, :, first] if prefix else seen[0][:, :, first:].mean(2)
     return rows[:, :, added + prefix :]
 
 

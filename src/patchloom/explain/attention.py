@@ -24,8 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from patchloom.adapt.class_prompts import ClassPrompts, PromptCAM
 from patchloom.adapt.insertion import active, insertions, plain
-from patchloom.adapt.prompt_cam import ClassPrompts, PromptCAM
 from patchloom.encoders import Embedded, Encoder, depth, embed, grid_size, image_size, num_prefix_tokens, run_blocks
 from patchloom.errors import UsageError, unknown_name
 

@@ -11,7 +11,7 @@ import torch
 from timm.layers import LayerNorm
 from torch import Tensor
 
-from patchloom.adapt.prompt_cam import NAME, PromptCAM
+from patchloom.adapt.class_prompts import NAME, PromptCAM
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.reference.state import check_settings, fill

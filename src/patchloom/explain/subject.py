@@ -1,0 +1,176 @@
+"""What is explained, and on which images: the settings all explanations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from patchloom.adapt.class_prompts import PromptCAM
+from patchloom.bundle import open_encoder
+from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
+from patchloom.data.base import Source
+from patchloom.encoders import Encoder, image_size, in_chans, normalize
+from patchloom.errors import UsageError, unknown_name
+from patchloom.explain.attention import class_count, encoder_of
+from patchloom.features.extract import torch_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Settings every explanation shares."""
+
+    model: Any
+    """Run, bundle or adapter to explain; from Python also a module"""
+    images: str
+    """Images to explain it on: a folder, photos, torchvision:NAME …; sub-folders are true classes where names agree"""
+    out: str
+    """Folder for the gallery, pictures, maps and figures; must be empty or absent unless overwrite is set"""
+    limit: int = 8
+    """Most images explained, drawn at random"""
+    class_name: str | None = None
+    """Class to explain; default: the true one where it is known, else the predicted one"""
+    adapters: tuple[str, ...] = ()
+    """Adapters to put on the model; the first is explained"""
+    batch_size: int = 32
+    """Images at a time"""
+    num_workers: int = 2
+    """Processes that read images"""
+    device: str = "auto"
+    """Where the model computes: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of the draw of images"""
+    overwrite: bool = False
+    """Replace an earlier gallery in out"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        for name, least in (("limit", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the images it is explained on."""
+
+    model: nn.Module
+    """In eval mode, on its device."""
+    pictures: Tensor
+    """(n, C, H, W) uint8."""
+    keys: list[str]
+    """Names of the images."""
+    true: Tensor
+    """(n,) int64 true class in the model's numbering, -1 where it is not known."""
+    class_names: list[str]
+    """Names of the model's classes; empty for an encoder without classes."""
+    skipped: list[Any]
+    """Images that could not be read."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Images as the model takes them, on its device."""
+        encoder = encoder_of(self.model)
+        device = next(self.model.parameters()).device
+        return normalize(self.shown.to(device), encoder)
+
+    @property
+    def shown(self) -> Tensor:
+        """Images in [0, 1]."""
+        return self.pictures.float().div(255)
+
+    def name_of(self, number: int) -> str:
+        """Return the name of a class."""
+        return self.class_names[number] if number >= 0 else "unknown"
+
+
+def open_subject(config: ExplainConfig, *, needs_classes: bool) -> Subject:
+    """Open the model and read the images.
+
+    Args:
+        config: Settings.
+        needs_classes: Refuse a model without classes.
+
+    Raises:
+        UsageError: There is no such model, class or image.
+    """
+    model = open_model(config)
+    encoder = encoder_of(model)
+    names = _class_names(model) if needs_classes or _has_classes(model) else []
+    if config.class_name is not None and config.class_name not in names:
+        raise unknown_name("class", config.class_name, names)
+    source = open_source(config.images, in_chans=in_chans(encoder), seed=config.seed)
+    if not isinstance(source, Source):
+        raise UsageError(f"{config.images} is a stream; explanations are of single images, so give a folder of them")
+    chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
+    height, width = image_size(encoder)
+    if height != width:
+        raise UsageError(f"the encoder takes images of {height}x{width}; explanations are of square ones")
+    loader = make_loader(
+        chosen, EvalTransform(height), config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers
+    )
+    pictures, keys, labels, skipped = [], [], [], []
+    for batch in loader:
+        skipped += batch["skipped"]
+        if batch["key"]:
+            pictures.append(batch["image"])
+            labels.append(batch["label"])
+            keys += batch["key"]
+    if not pictures:
+        raise UsageError(f"{config.images} holds no readable image")
+    found = torch.cat(labels)
+    true = torch.full((len(keys),), -1) if found.ndim > 1 else _renumbered(found, source.class_names, names)
+    return Subject(model, torch.cat(pictures), keys, true, names, skipped)
+
+
+def open_model(config: ExplainConfig) -> nn.Module:
+    """Return the model in eval mode on its device.
+
+    Raises:
+        UsageError: There is no such model or device, or the adapters are not its own.
+    """
+    model = config.model
+    if not isinstance(model, PromptCAM):
+        model = open_encoder(model)
+        if config.adapters:
+            from patchloom.adapters import add_adapters
+
+            model = add_adapters(model, config.adapters)
+    return model.eval().to(torch_device(config.device))
+
+
+def class_number(name: str, class_names: list[str]) -> int:
+    """Return the number of a class.
+
+    Raises:
+        UsageError: There is no such class.
+    """
+    if name not in class_names:
+        raise unknown_name("class", name, class_names)
+    return class_names.index(name)
+
+
+def _has_classes(model: nn.Module) -> bool:
+    try:
+        class_count(model)
+    except UsageError:
+        return False
+    return True
+
+
+def _class_names(model: nn.Module) -> list[str]:
+    count = class_count(model)
+    encoder: Encoder = encoder_of(model)
+    known = list((getattr(encoder, "pretrained_cfg", None) or {}).get("label_names") or [])
+    return [str(name) for name in known] if len(known) == count else [str(number) for number in range(count)]
+
+
+def _renumbered(labels: Tensor, theirs: list[str] | None, ours: list[str]) -> Tensor:
+    """Return labels in the model's numbering, -1 for classes it does not have."""
+    numbers = np.array([ours.index(name) if name in ours else -1 for name in theirs or []], dtype=np.int64)
+    if not len(numbers):
+        return torch.full_like(labels, -1)
+    return torch.where(labels >= 0, torch.from_numpy(numbers)[labels.clamp(min=0)], -1)
