@@ -6,8 +6,9 @@ pooling over patches. CCViT specification, section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import trunc_normal_
@@ -25,6 +26,26 @@ from patchloom.training.method import Transform
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(LabelledConfig):
     """Settings of fine-tuning; the defaults are the paper's for a base encoder on ImageNet-1K."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # MAE's recipe for a base encoder: arXiv 2111.06377.
+        "mae": {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0},
+        # Findings on chest X-rays from a small encoder: arXiv 2210.12843.
+        "thorax": {
+            "epochs": 75,
+            "lr": 2.5e-4,
+            "lr_base_batch": 256,
+            "min_lr": 1e-5,
+            "warmup_epochs": 5.0,
+            "layer_decay": 0.55,
+            "drop_path": 0.2,
+            "auto_augment": "rand-m6-mstd0.5-inc1",
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "label_smoothing": 0.0,
+            "erasing": 0.0,
+        },
+    }
 
     epochs: int = 100
     """Passes over the images; paper: 100 for base, 50 for large"""
