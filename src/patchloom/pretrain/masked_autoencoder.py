@@ -161,6 +161,20 @@ class MaskedAutoencoder(nn.Module):
         decoded = self._decode(latent, ids_restore.argsort(dim=1))[:, self.prefix :]
         return _rows(self.decoder_pred(self.decoder_norm(decoded)), ids_restore)
 
+    def decode_hidden(self, latent: Tensor, ids_restore: Tensor, num_blocks: int | None = None) -> Tensor:
+        """Return what the decoder's residual stream holds after its first blocks, before its norm.
+
+        Args:
+            latent: (B, P + n, D) of `encode`.
+            ids_restore: (B, N) of `encode`.
+            num_blocks: Decoder blocks to run; default: all.
+
+        Returns:
+            (B, P + N, D'), prefix first, patches in the order of the image.
+        """
+        x = self._decode(latent, ids_restore.argsort(dim=1), num_blocks)
+        return torch.cat([x[:, : self.prefix], _rows(x[:, self.prefix :], ids_restore)], dim=1)
+
     def loss_of(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over the hidden patches, see `mae_loss`."""
         return mae_loss(patchify(images, self.patch_size, "hwc"), pred, mask, self.norm_pix_loss)

@@ -1,0 +1,160 @@
+"""Generic distillation: a small masked autoencoder learns what a large one's decoder holds, without labels.
+
+The first stage of G2SD (Huang et al. 2023, arXiv 2302.14771). Both see the same patches of an image; the student's
+decoder has to say what the teacher's holds half-way, for hidden and visible patches alike. Specification `g2sd`,
+section 2.1.
+
+>>> from patchloom.encoders import create_encoder
+>>> def autoencoder(width, depth):
+...     encoder = create_encoder("vit_tiny_patch16_224", image_size=64, embed_dim=width, depth=depth, num_heads=2)
+...     return MaskedAutoencoder(encoder, decoder_dim=32, decoder_depth=depth, decoder_heads=2)
+>>> distiller = GenericDistiller(autoencoder(48, 4), autoencoder(32, 2), teacher_decoder_layer=2)
+>>> distiller(torch.randn(2, 3, 64, 64))["prediction"].shape
+torch.Size([2, 17, 32])
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patchloom.encoders import embed, embed_dim, run_blocks
+from patchloom.errors import UsageError
+from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
+
+
+class DistilledAutoencoder(nn.Module):
+    """A student: a masked autoencoder and two small networks that speak in the teacher's widths.
+
+    Args:
+        autoencoder: The student's encoder and decoder.
+        teacher_dim: Width of the teacher's encoder.
+        teacher_decoder_dim: Width of its decoder.
+    """
+
+    def __init__(self, autoencoder: MaskedAutoencoder, teacher_dim: int, teacher_decoder_dim: int) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        width, decoder = embed_dim(autoencoder.encoder), autoencoder.decoder_embed.out_features
+        self.encoderfeature_pred = Mlp(width, teacher_dim, teacher_dim)
+        self.decoderfeature_pred = Mlp(decoder, teacher_decoder_dim, teacher_decoder_dim)
+        # Pixels are not predicted; what would predict them has no part in training.
+        for unused in (autoencoder.decoder_norm, autoencoder.decoder_pred):
+            unused.requires_grad_(False)
+
+    def forward(
+        self, images: Tensor, noise: Tensor | None = None, mask_ratio: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the student says of the teacher's features.
+
+        Args:
+            images: (B, C, H, W) normalised.
+            noise: (B, N) numbers that draw the visible patches, see `MaskedAutoencoder`.
+            mask_ratio: Share of the patches hidden.
+
+        Returns:
+            (B, P + N, D'_T) of the decoder, (B, P + n, D_T) of the encoder, and the mask (B, N), 1 where hidden.
+        """
+        latent, mask, ids_restore = self.autoencoder.encode(images, mask_ratio, noise)
+        hidden = self.autoencoder.decode_hidden(latent, ids_restore)
+        return self.decoderfeature_pred(hidden), self.encoderfeature_pred(latent), mask
+
+
+class GenericDistiller(nn.Module):
+    """Teacher and student under the same masks.
+
+    Args:
+        teacher: A pre-trained masked autoencoder with its decoder; frozen, in eval mode always.
+        student: The one to train, or a `DistilledAutoencoder` made before.
+        teacher_decoder_layer: Decoder blocks of the teacher after which its features are taken; paper: 4 of 8.
+        target: Compare all tokens (paper), or the hidden patches only.
+        beta: Where smooth L1 turns from squares to distances.
+        encoder_loss_weight: Weight of a loss on the encoders' visible tokens; paper: 0.
+
+    Raises:
+        UsageError: Grids that differ, or a decoder layer the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        teacher: MaskedAutoencoder,
+        student: MaskedAutoencoder | DistilledAutoencoder,
+        teacher_decoder_layer: int = 4,
+        target: Literal["all", "masked"] = "all",
+        beta: float = 2.0,
+        encoder_loss_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if target not in ("all", "masked"):
+            raise UsageError(f"unknown target {target!r}; use all or masked")
+        layers = len(teacher.decoder_blocks)
+        if not 1 <= teacher_decoder_layer <= layers:
+            raise UsageError(
+                f"teacher_decoder_layer is {teacher_decoder_layer}; the teacher's decoder has 1 to {layers}"
+            )
+        self.teacher = teacher.requires_grad_(False).eval()
+        decoder = teacher.decoder_embed.out_features
+        if isinstance(student, MaskedAutoencoder):
+            student = DistilledAutoencoder(student, embed_dim(teacher.encoder), decoder)
+        self.student = student
+        if teacher.grid != student.autoencoder.grid or teacher.prefix != student.autoencoder.prefix:
+            raise UsageError(
+                f"the teacher sees {teacher.grid} patches and the student {student.autoencoder.grid}; both need the "
+                f"same image and patch size"
+            )
+        self.layer, self.target, self.beta = teacher_decoder_layer, target, beta
+        self.encoder_loss_weight = encoder_loss_weight
+        if not encoder_loss_weight:
+            student.encoderfeature_pred.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> GenericDistiller:
+        """Train the student; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> dict[str, Tensor]:
+        """Return `loss`, the `prediction` and `target` it compares, and the `mask`.
+
+        Args:
+            images: (B, C, H, W) normalised.
+            noise: (B, N), given to both; default: drawn.
+            mask_ratio: Share of the patches hidden.
+
+        Returns:
+            `prediction` and `target` are (B, P + N, D'_T), or the (M, D'_T) hidden rows with `target="masked"`.
+        """
+        if noise is None:
+            patches = self.teacher.grid[0] * self.teacher.grid[1]
+            noise = torch.rand(len(images), patches, device=images.device)
+        with torch.no_grad():
+            latent, _, ids_restore = self.teacher.encode(images, mask_ratio, noise)
+            wanted = _unit(self.teacher.decode_hidden(latent, ids_restore, self.layer))
+        said, encoded, mask = self.student(images, noise, mask_ratio)
+        if self.target == "masked":
+            rows = mask.bool()
+            said, wanted = said[:, self.teacher.prefix :][rows], wanted[:, self.teacher.prefix :][rows]
+        said = said if said.dtype == torch.float64 else said.float()
+        loss = F.smooth_l1_loss(said, wanted, beta=self.beta)
+        if self.encoder_loss_weight:
+            loss = loss + self.encoder_loss_weight * self._encoder_loss(images, noise, mask_ratio, encoded)
+        return {"loss": loss, "prediction": said, "target": wanted, "mask": mask}
+
+    def _encoder_loss(self, images: Tensor, noise: Tensor, mask_ratio: float, said: Tensor) -> Tensor:
+        """Return the loss on visible tokens, against the teacher's before their norm."""
+        with torch.no_grad():
+            visible = said.shape[1] - self.teacher.prefix
+            keep = noise.argsort(dim=1, stable=True)[:, :visible]
+            last, _ = run_blocks(self.teacher.encoder, embed(self.teacher.encoder, images, keep=keep))
+            wanted = _unit(last)
+        return F.smooth_l1_loss(said.to(wanted.dtype), wanted, beta=self.beta)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return tokens after a layer norm without parameters, in single precision at least."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)

@@ -1,0 +1,90 @@
+"""G2SD's published checkpoints: the generic student with its prediction networks, and the specific classifier.
+
+Specification `g2sd`, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchloom.distill.generic import DistilledAutoencoder, GenericDistiller
+from patchloom.distill.specific import DistilledVisionTransformer
+from patchloom.errors import UsageError
+from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
+from patchloom.reference import mae
+from patchloom.reference.state import check_settings, fill, read_state
+
+PREDICTORS = ("encoderfeature_pred.", "decoderfeature_pred.")
+DECODER_HEADS = {512: 16, 256: 8, 192: 6, 128: 4, 64: 2}
+"""Heads of the published decoders by width."""
+
+
+def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
+    """Return our module with a published state dict in it.
+
+    Args:
+        state: Tensors under the published names.
+        **config: Those of `mae` (`num_heads`, `decoder_num_heads`, `image_size` …); for a generic student `teacher`:
+            the full MAE checkpoint of the teacher (a mapping or a path), `teacher_config` with its settings, and
+            `layer_index` (4), `supervise_all` (True), `mask_ratio`; for a classifier `eval_head`.
+
+    Returns:
+        `DistilledAutoencoder` for a generic student (`GenericDistiller` when the teacher is given),
+        `DistilledVisionTransformer` for a specific one.
+
+    Raises:
+        UsageError: Unknown setting; tensors missing or left over; a teacher without its decoder.
+    """
+    if "dist_token" in state:
+        return _classifier(dict(state), config)
+    if not any(name.startswith(PREDICTORS) for name in state):
+        raise UsageError("the checkpoint has neither decoderfeature_pred nor dist_token, so it is none of G2SD's")
+    own = ("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight")
+    check_settings(config, (*own, *mae.SETTINGS, *mae.WITHOUT_EFFECT))
+    settings = {name: value for name, value in config.items() if name not in own}
+    width = len(state["decoder_embed.weight"]) if "decoder_embed.weight" in state else 0
+    settings.setdefault("decoder_num_heads", DECODER_HEADS.get(width, 4))
+    plain = {name: value for name, value in state.items() if not name.startswith(PREDICTORS)}
+    autoencoder = mae.load(plain, **settings)
+    if not isinstance(autoencoder, MaskedAutoencoder):
+        raise UsageError("the checkpoint has no decoder; a generic student needs decoder_embed and decoder_blocks")
+    try:
+        dims = [len(state[f"{prefix}fc2.weight"]) for prefix in PREDICTORS]
+    except KeyError as error:
+        raise UsageError(f"the checkpoint lacks {error.args[0]}") from error
+    student = DistilledAutoencoder(autoencoder, dims[0], dims[1])
+    predictors = {name: value for name, value in state.items() if name.startswith(PREDICTORS)}
+    fill(student, {**{f"autoencoder.{n}": v for n, v in autoencoder.state_dict().items()}, **predictors})
+    if config.get("teacher") is None:
+        return student
+    teacher = mae.load(read_state(config["teacher"]), **(config.get("teacher_config") or {}))
+    if not isinstance(teacher, MaskedAutoencoder):
+        raise UsageError(
+            "the teacher's checkpoint has no decoder (decoder_embed, decoder_blocks, mask_token are missing); "
+            "give the full pre-training checkpoint, with decoder"
+        )
+    target = "all" if config.get("supervise_all", True) else "masked"
+    weight = float(config.get("encoder_loss_weight", 0.0))
+    return GenericDistiller(
+        teacher,
+        student,
+        int(config.get("layer_index", 4)),
+        target=target,
+        encoder_loss_weight=weight,  # type: ignore[arg-type]
+    )
+
+
+def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
+    eval_head = config.pop("eval_head", "mean")
+    if "use_distoken" in config:
+        eval_head = "mean" if config.pop("use_distoken") else "cls"
+    own = {name: state.pop(name) for name in list(state) if name.startswith(("dist_token", "head"))}
+    for name in ("head.weight", "head_dist.weight"):
+        if name not in own:
+            raise UsageError(f"the checkpoint lacks {name}")
+    encoder = mae.load(state, **config)
+    model = DistilledVisionTransformer(encoder, len(own["head.weight"]), eval_head)
+    return fill(model, {**{f"encoder.{n}": v for n, v in encoder.state_dict().items()}, **own})
