@@ -8,6 +8,7 @@ from typing import Any
 
 from patchloom._lazy import make_callable
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.compare import Compare
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
@@ -18,6 +19,7 @@ from patchloom.evaluate.volumes import Volumes
 from patchloom.training.config import config_from_mapping
 
 EVALUATIONS: dict[str, type[Any]] = {
+    "compare": Compare,
     "health": Health,
     "knn": KNN,
     "linear": Linear,

@@ -75,7 +75,7 @@ class DecoderConfig:
     minmax: bool = False
     """Stretch each channel of each image to its full range first, as the radiology benchmark does"""
     steps: int = 40_000
-    """Optimiser steps"""
+    """Optimiser steps in all"""
     batch_size: int = 16
     """Windows per step"""
     lr: float = 1e-3

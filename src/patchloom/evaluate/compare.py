@@ -1,0 +1,172 @@
+"""Which of two encoders is better, and could it be chance? The same images, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.statistics import Difference, delong, holm, paired_bootstrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Settings of a comparison."""
+
+    encoders: Any = None
+    """Encoders to compare, such as runs/a,runs/b (in Python also a list), each measured by the evaluation `by`"""
+    files: Any = None
+    """Instead of encoders: files of predictions of the same images, such as a.npz,b.npz"""
+    by: str = "knn"
+    """Evaluation that measures each encoder: knn, linear …"""
+    train: str | None = None
+    """Labelled images to learn from"""
+    test: str | None = None
+    """Labelled images to measure on"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Other settings of the evaluation, such as --settings.k 5"""
+    against: Literal["all", "first"] = "all"
+    """Compare every pair, or each with the first only"""
+    draws: int = 1000
+    """Draws of the paired bootstrap"""
+    seed: int = 0
+    """Seed of the draws, and of the evaluations"""
+    out: str | None = None
+    """Also write the figures to this JSON file; it must not exist yet"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        if (self.encoders is None) == (self.files is None):
+            raise UsageError("give either encoders or files of predictions to compare")
+        if self.encoders is not None and (self.train is None or self.test is None):
+            raise UsageError("encoders are measured on images: give train and test")
+        if self.draws < 2:
+            raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
+        if self.against not in ("all", "first"):
+            raise unknown_name("against", self.against, ("all", "first"))
+        if self.out is not None and Path(self.out).exists():
+            raise UsageError(f"{self.out} exists; choose another out")
+
+
+class Compare:
+    """Paired difference of two or more encoders on the same images, with interval and p-value."""
+
+    config_class = CompareConfig
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.predictions = None
+
+    def run(self) -> dict[str, Any]:
+        """Return the score of each encoder and every paired difference.
+
+        Returns:
+            `scores`, and `differences`: the second less the first, its 95 % `interval`, `p_value`, and `p_holm`, which
+            allows for how many were compared.
+        """
+        config = self.config
+        names = _listed(config.encoders if config.files is None else config.files)
+        if len(names) < 2:
+            raise UsageError(f"a comparison needs at least two, and {names} is one")
+        labels = [_label(name) for name in names]
+        if len(set(labels)) < len(labels):
+            raise UsageError(f"{labels} names one of them twice")
+        said = [self._said(name) for name in names]
+        pairs = [
+            (first, second)
+            for first, second in combinations(range(len(names)), 2)
+            if config.against == "all" or first == 0
+        ]
+        found = [compare_predictions(said[i], said[j], draws=config.draws, seed=config.seed) for i, j in pairs]
+        differences = [
+            {
+                "first": labels[i],
+                "second": labels[j],
+                "difference": difference.value,
+                "interval": [difference.low, difference.high],
+                "p_value": difference.p_value,
+                "p_holm": corrected,
+            }
+            for (i, j), difference, corrected in zip(
+                pairs, found, holm([difference.p_value for difference in found]), strict=True
+            )
+        ]
+        scores = []
+        for label, one in zip(labels, said, strict=True):
+            interval = one.interval(draws=config.draws, seed=config.seed)
+            scores.append({"encoder": label, "score": interval.value, "interval": [interval.low, interval.high]})
+        return {
+            "score_name": said[0].score_name,
+            "test": "DeLong" if _is_one_finding(said[0]) else "paired bootstrap",
+            "n": len(said[0].keys),
+            "scores": scores,
+            "differences": differences,
+        }
+
+    def _said(self, name: Any) -> Predictions:
+        """Return what was said of each image: from a file, or by measuring the encoder now."""
+        config = self.config
+        if config.files is not None:
+            return Predictions.load(name)
+        from patchloom.evaluate import EVALUATIONS
+        from patchloom.training.config import config_from_mapping
+
+        if config.by not in EVALUATIONS:
+            raise unknown_name("evaluation", config.by, EVALUATIONS)
+        evaluation = EVALUATIONS[config.by]
+        shared = {"train": config.train, "test": config.test, "seed": config.seed, "encoder": name}
+        bound = evaluation(config_from_mapping(evaluation.config_class, {**config.settings, **shared}))
+        bound.run()
+        if getattr(bound, "predictions", None) is None:
+            raise UsageError(f"{config.by} says nothing of single images, so encoders cannot be compared by it")
+        predictions: Predictions = bound.predictions
+        return predictions
+
+
+def compare_predictions(
+    first: Predictions, second: Predictions, *, draws: int = 1000, seed: int = 0, groups: Sequence[Any] | None = None
+) -> Difference:
+    """Return by how much the second scores higher than the first, on the same images.
+
+    DeLong's test where the score is the AUROC of one finding, and no groups are given; else the paired bootstrap,
+    stratified by class.
+
+    Args:
+        first: What one encoder said.
+        second: What another said of the same images, in any order.
+        draws: Draws of the bootstrap.
+        seed: Seed of the draws.
+        groups: (n,) patient or slide of each image of `first`: groups are drawn, not images.
+
+    Raises:
+        UsageError: They are of different images, or of different scores.
+    """
+    if first.score_name != second.score_name:
+        raise UsageError(f"{first.score_name} and {second.score_name} cannot be compared; use one evaluation for both")
+    second = second.ordered_like(first)
+    if _is_one_finding(first) and groups is None:
+        return delong(first.predicted.reshape(-1), second.predicted.reshape(-1), first.targets.reshape(-1))
+    return paired_bootstrap(
+        first.score, first.predicted, second.predicted, first.targets, draws=draws, seed=seed, groups=groups
+    )
+
+
+def _is_one_finding(said: Predictions) -> bool:
+    """Return whether the score is the AUROC of a single label."""
+    return said.score_name in ("auroc", "mean_auroc") and int(np.prod(said.predicted.shape[1:])) == 1
+
+
+def _listed(names: Any) -> list[Any]:
+    if isinstance(names, str):
+        return [name.strip() for name in names.split(",") if name.strip()]
+    return list(names)
+
+
+def _label(name: Any) -> str:
+    return str(name) if isinstance(name, (str, Path)) else f"{type(name).__name__} {id(name):x}"
