@@ -305,6 +305,17 @@ def test_what_does_not_fit_is_named(system, change, config, message):
         pl.load_reference(system, {name: value for name, value in state.items() if value is not None}, **config)
 
 
+def test_settings_go_by_their_short_names_too():
+    state = random_state({**tiles_mlp("score_model", [WIDTH, 7, 1]), **mlp("mlp", [6, 5, 1])})
+    short = {"model": "chowder", "tiles_mlp": [7], "mlp": (5,), "activation": "tanh", "n_top": 2, "n_bottom": 4}
+    full = {"head": "chowder", "tiles_mlp_hidden": [7], "mlp_hidden": [5], "mlp_activation": torch.nn.Tanh}
+    x = torch.randn(2, 8, WIDTH)
+    ours, theirs = (
+        pl.load_reference("phikon_v2", state, **given)(x) for given in (short, {**full, "n_top": 2, "n_bottom": 4})
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_settings_that_tensors_contradict_are_refused():
     state = random_state({**tiles_mlp("score_model", [WIDTH, 1]), **mlp("mlp", [5, 1])})
     with pytest.raises(UsageError, match="give n_top or n_bottom"):

@@ -36,6 +36,24 @@ UNTOLD = {
     "hiptmil": (),
     "meanpool": ("activation", "dropout"),
 }
+# Shorter names of settings, as descriptions of the heads have them.
+SHORT = {
+    "d": "d_model_attention",
+    "d_attention": "d_model_attention",
+    "d_queries": "d_tiles_queries",
+    "d_values": "d_tiles_values",
+    "tiles_mlp": "tiles_mlp_hidden",
+    "scores_mlp": "tiles_scores_mlp_hidden",
+    "queries_mlp": "tiles_queries_mlp_hidden",
+    "values_mlp": "tiles_values_mlp_hidden",
+    "mlp": "mlp_hidden",
+    "activation": "mlp_activation",
+    "dropout": "mlp_dropout",
+    "hidden": "mlp_hidden",
+    "heads": "num_heads",
+    "num_classes": "out_features",
+    "num_attention_heads": "num_heads",
+}
 # Spellings of the published blocks' settings.
 BLOCK_NAMES = {"num_attention_heads": "num_heads", "proj_dropout": "block_dropout"}
 
@@ -45,7 +63,7 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
 
     Args:
         state: Tensors under the published names.
-        head: Name of the head; default: what the names of the tensors say.
+        head: Name of the head (or give it as `model`); default: what the names of the tensors say.
         **config: Arguments of the head under their published names; those that shapes tell may be given, and have to
             agree. What they do not tell is the specification's default: `temperature` 1 (ABMIL), `n_top` half of the
             scores (Chowder), `passing_values` as far as the classifier's width tells and `out_logits` mean (DSMIL),
@@ -58,6 +76,7 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     Raises:
         UsageError: Unknown head or setting, one that contradicts the tensors, or tensors missing or left over.
     """
+    head = config.pop("model", head)
     if head is None and dinov2.is_dinov2(state):
         return dinov2.load(state, **config)  # the tile encoder
     found = next((name for name, tensor in TELLS.items() if tensor in state), None)
@@ -182,7 +201,8 @@ def _passes_values(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 def _spelled_as_ours(head: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with the published groups of TransMIL's blocks taken apart, and `n_extreme` resolved."""
-    config = dict(config)
+    short = {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if head == "meanpool" else SHORT
+    config = {short.get(name, name): value for name, value in config.items()}
     config.pop("position_encoding", None)  # there is one only
     if head == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
         config |= {"n_top": extreme, "n_bottom": extreme}
