@@ -56,7 +56,7 @@ def main() -> None:
         train_labels=str(out / "home.csv"),
         test=str(out / "features-away"),
         test_labels=str(out / "away.csv"),
-        lr=[1e-3],
+        lr=[3e-3, 1e-2],
         weight_decay=[0.0],
         repeats=1,
         out=str(out / "report"),
@@ -146,11 +146,11 @@ def write_pictures(out: Path) -> None:
 def below(first: Figure, second: Figure) -> bytes:
     """Return two pictures one below the other, as a PNG."""
     images = [Image.open(io.BytesIO(figure.png)).convert("RGBA") for figure in (first, second)]
-    canvas = Image.new("RGBA", (max(i.width for i in images), sum(i.height for i in images) + 12), (0, 0, 0, 0))
-    canvas.paste(images[0], (0, 0))
-    canvas.paste(images[1], (0, images[0].height + 12))
+    canvas = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images) + 12), "white")
+    canvas.paste(images[0], (0, 0), images[0])
+    canvas.paste(images[1], (0, images[0].height + 12), images[1])
     buffer = io.BytesIO()
-    canvas.quantize(160, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
+    canvas.quantize(160).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
