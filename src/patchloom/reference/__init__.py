@@ -13,6 +13,7 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.reference import (
     adaptformer,
     ccvit,
+    deit_lt,
     dinov2,
     dinov2_radiology,
     dinov3,
@@ -39,6 +40,7 @@ REFERENCES: dict[str, Callable[..., nn.Module]] = {
     "phikon_v2": phikon_v2.load,
     "tov_vicreg": tov_vicreg.load,
     **phikon_v2.LOADERS,
+    "deit_lt": deit_lt.load,
     "g2sd": g2sd.load,
     "scalekd": scalekd.load,
     "segmentation_heads": segmentation_heads.load,

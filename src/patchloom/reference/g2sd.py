@@ -66,15 +66,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
             "the teacher's checkpoint has no decoder (decoder_embed, decoder_blocks, mask_token are missing); "
             "give the full pre-training checkpoint, with decoder"
         )
-    target = "all" if config.get("supervise_all", True) else "masked"
-    weight = float(config.get("encoder_loss_weight", 0.0))
-    return GenericDistiller(
-        teacher,
-        student,
-        int(config.get("layer_index", 4)),
-        target=target,
-        encoder_loss_weight=weight,  # type: ignore[arg-type]
-    )
+    everything, weight = bool(config.get("supervise_all", True)), float(config.get("encoder_loss_weight", 0.0))
+    layer = int(config.get("layer_index", 4))
+    return GenericDistiller(teacher, student, layer, "all" if everything else "masked", encoder_loss_weight=weight)
 
 
 def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:

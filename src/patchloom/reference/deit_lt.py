@@ -1,0 +1,107 @@
+"""DeiT-LT's published checkpoints: students in timm's names, and CNN teachers trained by PaCo or LDAM.
+
+Specification `deit_lt`, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from patchloom.distill.cnn_teachers import CIFARResNet, PaCoTeacher
+from patchloom.distill.two_heads import DeiTLT
+from patchloom.errors import UsageError
+from patchloom.reference.state import check_settings, fill
+
+HEADS = {192: 3, 384: 6, 768: 12}
+TRAINING_ONLY = ("encoder_k.", "linear_k.", "queue", "encoder_q.fc.")
+
+
+def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
+    """Return our module with a published state dict in it.
+
+    Args:
+        state: Tensors under the published names.
+        **config: `num_heads` of a student (default: the published sizes') and `image_size` (for grids that are not
+            square); `teacher`, a module, with `teacher_size`.
+
+    Returns:
+        `DeiTLT` for a student; `PaCoTeacher` or `CIFARResNet` for a teacher. What a teacher needed for its own training
+        only (the second encoder, queues, the projection) is left behind.
+
+    Raises:
+        UsageError: Unknown setting, or tensors missing or left over.
+    """
+    if "dist_token" in state:
+        return _student(state, config)
+    check_settings(config, ())
+    if any(name.startswith("encoder_q.") for name in state):
+        return _paco(state)
+    if "layer3.0.conv1.weight" in state and "layer4.0.conv1.weight" not in state:
+        return fill(_cifar_resnet(state), _as_ours(state))
+    raise UsageError("the checkpoint is neither a distilled DeiT (dist_token) nor a CNN teacher (encoder_q, layer3)")
+
+
+def _student(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+    check_settings(config, ("num_heads", "image_size", "img_size", "teacher", "teacher_size", "drop_path"))
+    for name in ("patch_embed.proj.weight", "head.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in state:
+            raise UsageError(f"the checkpoint lacks {name}")
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    patches = state["pos_embed"].shape[1] - 2
+    size = config.get("image_size") or config.get("img_size") or round(patches**0.5) * patch
+    model = timm.create_model(
+        "deit_base_distilled_patch16_224",
+        num_classes=len(state["head.weight"]),
+        img_size=size,
+        patch_size=patch,
+        in_chans=channels,
+        embed_dim=width,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_heads=int(config.get("num_heads") or HEADS.get(width) or max(1, width // 64)),
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
+    )
+    fill(model, state)
+    return DeiTLT(model, teacher=config.get("teacher"), teacher_size=config.get("teacher_size"))
+
+
+def _paco(state: Mapping[str, Tensor]) -> nn.Module:
+    encoder = {
+        name.removeprefix("encoder_q."): value
+        for name, value in state.items()
+        if name.startswith("encoder_q.") and not name.startswith(TRAINING_ONLY)
+    }
+    linear = {name: value for name, value in state.items() if name.startswith("linear.")}
+    known = ("encoder_q.", "linear.", *TRAINING_ONLY)
+    if left := [name for name in state if not name.startswith(known)]:
+        raise UsageError(f"unexpected tensors in the teacher's checkpoint: {', '.join(left[:4])}")
+    if "linear.weight" not in linear:
+        raise UsageError("the teacher's checkpoint lacks linear.weight")
+    classes, width = linear["linear.weight"].shape
+    backbone: Any
+    if "layer4.0.conv1.weight" in encoder:
+        kind = "resnet50" if "layer1.0.conv3.weight" in encoder else "resnet18"
+        backbone = timm.create_model(kind, num_classes=0)
+    else:
+        backbone = _cifar_resnet(encoder)
+    module = PaCoTeacher(backbone, width, classes)
+    return fill(module, {**{f"backbone.{name}": value for name, value in encoder.items()}, **linear})
+
+
+def _cifar_resnet(state: Mapping[str, Tensor]) -> CIFARResNet:
+    blocks = len({name.split(".")[1] for name in state if name.startswith("layer1.")})
+    head = next((state[name] for name in ("fc.weight", "linear.weight") if name in state), None)
+    if head is None:
+        return CIFARResNet(6 * blocks + 2, 0)
+    cosine = "fc.bias" not in state and "linear.bias" not in state
+    return CIFARResNet(6 * blocks + 2, head.shape[1] if cosine else head.shape[0], cosine)
+
+
+def _as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a plain CIFAR ResNet's tensors, its classifier under our name."""
+    return {
+        f"fc.{name.removeprefix('linear.')}" if name.startswith("linear.") else name: v for name, v in state.items()
+    }
