@@ -59,6 +59,7 @@ def batch(made: Dinov2Method, count: int = 4) -> dict[str, torch.Tensor]:
         ({"batch_size": 1}, "batch_size=1 leaves KoLeo no neighbour"),
         ({"ema": 0.9}, "leave ema unset"),
         ({"strategy": "fsdp"}, "use ddp"),
+        ({"experts": 2}, "dinov2 has a teacher too, leave them unset"),
         ({"centering": "sinkhorn"}, "did you mean sinkhorn_knopp"),
         ({"teacher_temp": 0.0}, "teacher_temp is 0.0; it must be above 0"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum is 1.5; it must be in \[0, 1\]"),
