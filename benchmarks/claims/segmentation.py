@@ -29,7 +29,7 @@ PRETRAIN: dict[str, Any] = {
     "encoder": ENCODER,
     "batch_size": 64,
     "lr": 1.5e-3,
-    "max_steps": 400,
+    "max_steps": 250,
     "epochs": 6,
     "early_layers": 4,
     "head_layers": 1,
@@ -44,14 +44,15 @@ PRETRAIN: dict[str, Any] = {
 PROBE: dict[str, Any] = {
     "augment": False,
     "short_side": SHORT_SIDE,
-    "steps": 600,
-    "batch_size": 32,
+    "stride": (TILE, TILE),
+    "steps": 400,
+    "batch_size": 16,
     "lr": 2e-3,
-    "warmup": 60,
+    "warmup": 40,
     "num_workers": 1,
 }
 DECODERS = {"linear": "linear", "bn": "BatchNorm-linear", "multilayer": "four blocks", "unet": "U-Net-like"}
-COMPARED = ("bn", "multilayer")
+COMPARED = ("bn",)
 
 
 def tiles(camvid: Path, out: Path) -> Path:

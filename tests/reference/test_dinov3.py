@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import patchloom as pl
+from patchloom.bundle import save_bundle
 from patchloom.encoders import embed, final_norm, num_prefix_tokens, run_blocks, tokens
 from patchloom.errors import UsageError
 
@@ -139,10 +140,20 @@ def test_stored_periods_are_used_and_training_parts_left_out():
     state = layout()
     state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16().float() * 1.1
     wrapped = {f"teacher.backbone.{k}": v for k, v in state.items()} | {"teacher.dino_head.x": torch.zeros(1)}
-    model = pl.load_reference("dinov3", wrapped, image_size=16)
+    with pytest.warns(UserWarning, match="a bundle of it would lose them"):
+        model = pl.load_reference("dinov3", wrapped, image_size=16)
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model.forward_features(images), published(state, images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_ordinary_checkpoint_becomes_a_bundle_that_computes_the_same(tmp_path, gated):
+    model = pl.load_reference("dinov3", layout(gated=gated), image_size=16)
+    save_bundle(model, tmp_path / "model")
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(pl.load(tmp_path / "model")(images), model(images))
 
 
 @pytest.mark.parametrize(

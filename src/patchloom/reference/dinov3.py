@@ -6,6 +6,7 @@ and a norm of its own for the prefix tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -190,13 +191,26 @@ def _masked(state: Mapping[str, Tensor], name: str, bias: Tensor) -> Tensor:
     return bias * mask.to(bias)
 
 
+def _biased(block: Any) -> bool:
+    return getattr(block.attn, "k_bias", None) is not None
+
+
 def _set_positions(model: Encoder, state: Mapping[str, Tensor], normalisation: str) -> None:
     """Give the rotary positions the checkpoint's periods, in float32 always, and its normalisation of coordinates."""
     if normalisation not in NORMALISATIONS:
         raise UsageError(f"pos_embed_rope_normalize_coords is {normalisation!r}; it is separate, min or max")
     rope = model.rope
+    own = normalisation != "separate" or any(bool(block.attn.k_bias.any()) for block in model.blocks if _biased(block))
     rope.normalize_coords = normalisation
     if PERIODS in state:
-        rope.periods.copy_(state[PERIODS].float())
+        stored = state[PERIODS].float()
+        own = own or not torch.allclose(rope.periods, stored, rtol=1e-5)
+        rope.periods.copy_(stored)
+    if own:
+        warnings.warn(
+            "this checkpoint has positions or biases of keys that timm's architecture has no place for: the encoder "
+            "computes with them, but a bundle of it would lose them",
+            stacklevel=4,
+        )
     if rope.pos_embed_cached is not None:
         rope.pos_embed_cached.copy_(rope._create_embed(rope.feat_shape, no_aug=True))
