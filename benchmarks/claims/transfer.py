@@ -27,10 +27,10 @@ CROP = {"crop_scale": (0.5, 1.0)}
 # What each method trains with; learning rates were chosen on held-out training images of seed 0.
 RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {**GENTLE, "lr": 5e-4, "lr_base_batch": None, "layer_decay": 0.8, "init_scale": 1.0, "pool": "cls"},
-    "linear": {"lr": 0.1},
-    "vpt": {"lr": 0.2},
-    "adaptformer": {"lr": 0.2},
-    "dvpt": {},
+    "linear": {"lr": 1.0},
+    "vpt": {"lr": 2.0},
+    "adaptformer": {"lr": 2.0},
+    "dvpt": {"lr": 3e-2},
 }
 
 
@@ -90,7 +90,7 @@ def adapted(
 
     def compute() -> dict[str, Any]:
         out = series.out / f"run_{name}"
-        recipe = {"epochs": 10, "batch_size": 32, **ENGINE, **CROP, **RECIPES.get(method, {}), **settings}
+        recipe = {"epochs": 12, "batch_size": 32, **ENGINE, **CROP, **RECIPES.get(method, {}), **settings}
         run = pl.adapt(
             method,
             data=str(folders["new"]),

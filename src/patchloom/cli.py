@@ -60,6 +60,11 @@ COMMANDS: dict[str, Command | Verb] = {
     ),
     "adapt": Verb("train an encoder further on labelled images", "patchloom.adapt", "METHODS"),
     "explain": Verb("show what an encoder or a classifier looks at", "patchloom.explain", "EXPLANATIONS"),
+    "adapt compare": Command(
+        "several methods, label budgets and seeds: one table, one plot",
+        "patchloom.adapt.compare:compare",
+        positional=("recipe",),
+    ),
     "evaluate": Verb("measure an encoder on labelled images", "patchloom.evaluate", "EVALUATIONS"),
     "evaluate suite": Command(
         "a table of encoders, data sets and protocols", "patchloom.evaluate.suite:suite", positional=("recipe",)

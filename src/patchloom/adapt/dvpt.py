@@ -263,7 +263,7 @@ class DVPTMethod(AdapterMethod):
             rank=config.rank,
             share_every=config.share_every,
             dynamic=config.dynamic,
-            pool=config.pool,  # type: ignore[arg-type]
+            pool=config.pool,
             num_classes=num_classes,
         )
 

@@ -134,6 +134,15 @@ class Insertion(nn.Module):
         stored = self.stored_state()
         return sum(p.numel() for name, p in self.named_parameters() if p.requires_grad and name in stored)
 
+    @classmethod
+    def check(cls, encoder: Encoder) -> None:
+        """Refuse an encoder that this cannot be inserted into.
+
+        Raises:
+            UsageError: Names the kind of module or block.
+        """
+        check_family(encoder, mlp_branch=cls.needs_mlp_branch)
+
     # What puts it there.
 
     @property
@@ -253,7 +262,7 @@ def insert(encoder: Encoder, insertion: Insertion, name: str = "adapter", *, act
     Raises:
         UsageError: The encoder is of another kind, the name is taken, or the insertion is there already.
     """
-    check_family(encoder, mlp_branch=insertion.needs_mlp_branch)
+    insertion.check(encoder)
     there = insertions(encoder)
     if name in there:
         raise UsageError(f"there is an adapter {name!r} on this encoder already; remove it first, or use another name")

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from patchloom.adapt.dvpt import DVPT
 from patchloom.adapt.insertion import insert
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError, unknown_name
+from patchloom.reference.dvpt_pyramids import load_segformer, load_swin, take_shared
 from patchloom.reference.state import check_settings, fill
 
 NAME = "adapter"
@@ -67,9 +67,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         raise unknown_name("backbone", str(backbone), BACKBONES)
     if backbone == "clip_vit":
         return _clip(dict(state), config)
-    from patchloom.reference import dvpt_pyramids
-
-    return (dvpt_pyramids.load_swin if backbone == "swin" else dvpt_pyramids.load_segformer)(dict(state), config)
+    return (load_swin if backbone == "swin" else load_segformer)(dict(state), config)
 
 
 def _told_by_names(state: Mapping[str, Tensor]) -> str:
@@ -152,26 +150,3 @@ def _our_names(state: Mapping[str, Tensor], share: int) -> dict[str, Tensor]:
     if (projection := f"adapters.{NAME}.projection.weight") in ours:
         ours[projection] = ours[projection].T.contiguous()
     return ours
-
-
-def take_shared(ours: dict[str, Tensor], owner: str, part: str, value: Tensor, name: str) -> None:
-    """Note a tensor of a shared bottleneck, of which the file has a copy for every block of the group.
-
-    Args:
-        ours: Tensors under our names, added to.
-        owner: Our name of the bottleneck.
-        part: Its tensor, by the published name.
-        value: One copy.
-        name: Where the copy stands, for the error.
-
-    Raises:
-        UsageError: The copies differ.
-    """
-    renamed = part.removeprefix("prompt_proj.").replace("prompt_key_proj_d", "down").replace("prompt_key_proj_u", "up")
-    target = f"{owner}.{renamed.replace('prompt_gate', 'gate')}"
-    if target in ours and not torch.equal(ours[target], value):
-        raise UsageError(
-            f"{name} differs from the copy in an earlier block of its group, so they do not share a bottleneck; "
-            f"give the share_every it was trained with"
-        )
-    ours[target] = value

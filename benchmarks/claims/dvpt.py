@@ -1,0 +1,108 @@
+"""DVPT's small-scale claims on CIFAR-10 (specification, section 6): does the method do what its paper says?
+
+    python -m benchmarks.claims.dvpt --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
+
+The encoder knows five classes and learns the other five from 120 images of each, see `benchmarks.claims.transfer`.
+Every run leaves its figures in `--out`, so an interrupted series goes on where it stopped; `--write` puts the table
+into docs/systems/dvpt.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.adaptformer import yes
+from benchmarks.claims.ccvit import Series
+from benchmarks.claims.transfer import SEEDS, adapted, data, pretrained
+from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
+
+PAGE = Path(__file__).parents[2] / "docs" / "systems" / "dvpt.md"
+SMALL = {"num_prompts": 8, "rank": 4, "augment": "crop"}
+SHARES = (1, 2, 4)
+FRACTIONS = (0.1, 0.2, 0.4)
+# Prompts of a shallow VPT with as many parameters as DVPT has with share_every 2.
+MATCHED = {"num_prompts": 34, "depth": "shallow"}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "full": ("finetune", {}),
+    "vpt_matched": ("vpt", MATCHED),
+    **{f"dvpt_share_{share}": ("dvpt", {**SMALL, "share_every": share}) for share in SHARES},
+    "dvpt_static": ("dvpt", {**SMALL, "share_every": 2, "dynamic": False}),
+    **{f"dvpt_{f}": ("dvpt", {**SMALL, "share_every": 2, "label_fraction": f}) for f in FRACTIONS},
+}
+
+
+def table(series: Series) -> str:
+    """Return the claims with what was measured."""
+    runs = {name: [series.known(f"{name}_{seed}") or {} for seed in SEEDS] for name in RUNS}
+    score = {name: [100 * figures["balanced_accuracy"] for figures in found] for name, found in runs.items()}
+    text = {name: mean_and_deviation(values, 1) for name, values in score.items()}
+    mean = {name: sum(values) / len(values) for name, values in score.items()}
+    own, size = "dvpt_share_2", {name: added(found[0]) for name, found in runs.items()}
+    shares = [mean[f"dvpt_share_{share}"] for share in SHARES]
+    pairs = [a - b for a, b in zip(score[own], score["dvpt_static"], strict=True)]
+    curve = ", ".join(f"{f}: {text[f'dvpt_{f}']}" for f in FRACTIONS)
+    rows = [
+        [
+            "1a beats the linear probe",
+            f"{text[own]} against {text['linear']} %",
+            "≥ +3 points",
+            yes(mean[own] - mean["linear"] >= 3),
+        ],
+        [
+            "1b beats VPT-shallow at equal parameters",
+            f"{text[own]} ({size[own]:,}) against {text['vpt_matched']} % ({size['vpt_matched']:,})",
+            "≥ +0.5 point",
+            yes(mean[own] - mean["vpt_matched"] >= 0.5),
+        ],
+        [
+            "2 label efficiency",
+            f"share of labels {curve}, 1: {text[own]}; full tuning with all {text['full']} %",
+            "at 0.4 within 1 point of full tuning with all",
+            yes(mean["dvpt_0.4"] >= mean["full"] - 1),
+        ],
+        [
+            "3 sharing costs little",
+            ", ".join(f"every {s}: {text[f'dvpt_share_{s}']} ({size[f'dvpt_share_{s}']:,})" for s in SHARES),
+            "≤ 1 point between them",
+            yes(max(shares) - min(shares) <= 1),
+        ],
+        [
+            "4 prompts that read the image",
+            f"dynamic {text[own]}, static {text['dvpt_static']} %: {mean_and_deviation(pairs, 1)} points, paired",
+            "positive",
+            yes(sum(pairs) > 0),
+        ],
+    ]
+    return f"{machine()}\n\n" + markdown_table(["claim", "measured (3 seeds)", "check", "holds"], rows)
+
+
+def added(figures: dict[str, Any]) -> int:
+    """Return what trains besides the head."""
+    return int(figures["trained_parameters"] - figures.get("head_parameters", 0))
+
+
+def main() -> None:
+    """Run what is not there yet and print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 training folder, one sub-folder per class")
+    parser.add_argument("--test", type=Path, required=True, help="CIFAR-10 test folder")
+    parser.add_argument("--out", type=Path, default=Path("scratch/claims/adapt"), help="where figures are kept")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/systems/dvpt.md")
+    options = parser.parse_args()
+    series = Series(options.out)
+    folders = data(series, options.data, options.test)
+    bundle = pretrained(series, folders)
+    for seed in SEEDS:
+        for name, (method, settings) in RUNS.items():
+            adapted(series, f"{name}_{seed}", method, bundle, folders, seed, **settings)
+    text = table(series)
+    print(f"\n{text}")
+    if options.write:
+        rewrite(PAGE, "claims", text)
+
+
+if __name__ == "__main__":
+    main()
