@@ -76,6 +76,9 @@ COMMANDS: dict[str, Command | Verb] = {
     "embed": Command(
         "write the feature vector of every image to a file", "patchloom.embed:embed", positional=("model",)
     ),
+    "data atari": Command(
+        "record frames of Atari games in time order", "patchloom.rl.record:record_frames", positional=("games",)
+    ),
     "slides tile": Command(
         "find the tissue of whole-slide images and the tiles on it",
         "patchloom.evaluate.slides.embed:run_tile",

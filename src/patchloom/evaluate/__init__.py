@@ -12,6 +12,7 @@ from patchloom.evaluate.compare import Compare
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
+from patchloom.evaluate.rl import RL
 from patchloom.evaluate.segmentation import Segmentation
 from patchloom.evaluate.slides.protocol import Slides
 from patchloom.evaluate.volume_segmentation import VolumeSegmentation
@@ -23,6 +24,7 @@ EVALUATIONS: dict[str, type[Any]] = {
     "health": Health,
     "knn": KNN,
     "linear": Linear,
+    "rl": RL,
     "segmentation": Segmentation,
     "slides": Slides,
     "volume_segmentation": VolumeSegmentation,

@@ -1,0 +1,317 @@
+"""Reinforcement learning: how soon an agent plays well that sees through an encoder.
+
+A data-efficient Rainbow agent learns a game for 100 000 steps from the frames alone; encoders are compared by the score
+it reaches. The paper's protocol for TOV-VICReg (arXiv 2209.10901); its hyper-parameters were not published, so those of
+the data-efficient Rainbow (arXiv 1906.05243) stand in.
+
+>>> import patchloom as pl
+>>> pl.evaluate("rl", encoder="runs/frames", game="Pong", out="runs/pong", preset="short")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from patchloom.bundle import open_encoder, save_bundle
+from patchloom.data.atari import AtariGame
+from patchloom.encoders import create_encoder, image_size
+from patchloom.errors import UsageError
+from patchloom.features.extract import torch_device
+from patchloom.rl.agent import AgentConfig, RainbowAgent
+from patchloom.rl.loop import LoopConfig, Training
+from patchloom.rl.networks import CONVOLUTIONAL, Vision, make_vision, rebuild_vision, vision_of
+from patchloom.rl.record import save_agent
+from patchloom.rl.scores import SCORES, human_normalized
+
+RESULTS, SETTINGS, CURVE = "results.json", "settings.json", "learning_curve.png"
+FREE = ("out", "resume", "overwrite", "device", "checkpoint_every", "preset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Settings of the reinforcement-learning evaluation; the defaults are the 100k-step protocol."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "short": {
+            "steps": 4000,
+            "warmup": 400,
+            "update_every": 4,
+            "target_every": 400,
+            "eval_episodes": 3,
+            "eval_steps": 2000,
+            "seeds": 1,
+            "checkpoint_every": 1000,
+        }
+    }
+
+    encoder: Any
+    """Bundle or run, timm model (with untrained), or nature or data_efficient for a convolutional network"""
+    game: str
+    """Atari game: Pong, Freeway, MsPacman …"""
+    out: str | None = None
+    """Folder of results, learning curve and agents; with it a killed evaluation can be resumed"""
+    preset: str | None = None
+    """short: 4000 steps of one seed, to try things out; it is not the protocol"""
+    untrained: bool = False
+    """Give the encoder fresh weights first: what pre-training has to beat"""
+    freeze: bool = False
+    """Train the agent's head alone; default: the encoder learns too, as in the paper"""
+    frames: int | None = None
+    """Frames the agent sees at once; default: the encoder's channels, 4 for a convolutional network"""
+    steps: int = 100_000
+    """Steps of the agent per seed, four emulator frames each; protocol: 100 000"""
+    seeds: int = 5
+    """Agents trained, each from its own seed"""
+    seed: int = 0
+    """Seed of the first agent; the next ones count on"""
+    warmup: int = 1600
+    """Random steps before learning begins; data-efficient Rainbow: 1600"""
+    update_every: int = 1
+    """Steps per step of learning; data-efficient Rainbow: 1"""
+    target_every: int = 2000
+    """Steps between copies to the target network; data-efficient Rainbow: 2000"""
+    n_step: int = 20
+    """Steps of a return; data-efficient Rainbow: 20"""
+    batch_size: int = 32
+    """Transitions per step of learning; data-efficient Rainbow: 32"""
+    lr: float = 1e-4
+    """Adam's learning rate of the head; data-efficient Rainbow: 1e-4"""
+    encoder_lr: float | None = None
+    """Adam's learning rate of the encoder; default: that of the head"""
+    sticky: float = 0.0
+    """Probability that the emulator repeats the last action; protocol: 0"""
+    frame_skip: int = 4
+    """Emulator frames per step; protocol: 4"""
+    eval_episodes: int = 10
+    """Episodes of the final score, played without noise"""
+    eval_steps: int = 27_000
+    """Most steps of such an episode; protocol: 27 000, half an hour of play"""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints"""
+    device: str = "auto"
+    """Where the agent computes: auto, cpu, cuda or cuda:1"""
+    resume: bool = False
+    """Go on with the evaluation in out where it stopped"""
+    overwrite: bool = False
+    """Delete an earlier evaluation in out first"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        lowest = {"steps": 1, "seeds": 1, "warmup": 1, "update_every": 1, "target_every": 1, "n_step": 1}
+        lowest |= {"batch_size": 1, "eval_episodes": 1, "eval_steps": 1, "checkpoint_every": 1, "seed": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("lr", "encoder_lr"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.frames is not None and self.frames < 1:
+            raise UsageError(f"frames is {self.frames}; an agent sees at least 1")
+        if self.resume and self.overwrite:
+            raise UsageError("resume keeps the evaluation and overwrite deletes it; set one of them")
+        if self.resume and self.out is None:
+            raise UsageError("resume needs out, the folder of the evaluation to go on with")
+
+
+class RL:
+    """Score of an agent that learns a game through the encoder, data-efficiently."""
+
+    config_class = RLConfig
+    writes_out = True
+
+    def __init__(self, config: RLConfig) -> None:
+        self.config = config
+
+    def run(self) -> dict[str, Any]:
+        """Return the scores of all seeds and what goes with them."""
+        config, start = self.config, time.perf_counter()
+        device = torch_device(config.device)
+        vision = self.vision(config.seed)
+        game = AtariGame(config.game, config.frame_skip, config.sticky, self._size(vision))
+        out = self._claim()
+        seeds = [self._seed(number, game, out, device) for number in range(config.seeds)]
+        figures = summarize(config.game, seeds)
+        figures |= {
+            "encoder": "module" if isinstance(config.encoder, nn.Module) else str(config.encoder),
+            "untrained": config.untrained,
+            "freeze": config.freeze,
+            "steps": config.steps,
+            "protocol_100k": config.steps == 100_000 and config.update_every == 1,
+            "frames": vision.frames,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        if out is not None:
+            _write(out / RESULTS, figures)
+            (out / CURVE).write_bytes(learning_curve(config.game, seeds, config.steps))
+            print(f"results {out / RESULTS}, learning curve {out / CURVE}", file=sys.stderr)
+        return figures
+
+    def vision(self, seed: int) -> Vision:
+        """Return what the agent of a seed sees with.
+
+        Raises:
+            UsageError: There is no such encoder, it has no trained weights and `untrained` is not set, or it takes
+                another number of frames.
+        """
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if not isinstance(config.encoder, nn.Module) and str(config.encoder) in CONVOLUTIONAL:
+                return make_vision(str(config.encoder), config.frames or 4)
+            if config.untrained and not isinstance(config.encoder, nn.Module) and not Path(config.encoder).exists():
+                return vision_of(create_encoder(str(config.encoder), in_chans=config.frames or 3))
+            vision = vision_of(open_encoder(config.encoder))
+            if config.frames not in (None, vision.frames):
+                raise UsageError(f"the encoder takes {vision.frames} frames, not {config.frames}; leave frames out")
+            # From Python the same module may be given for several seeds: each agent gets its own.
+            fresh = rebuild_vision(vision.made)
+            if not config.untrained:
+                fresh.load_state_dict(vision.state_dict())
+            return fresh
+
+    def _size(self, vision: Vision) -> int:
+        if vision.made["kind"] != "timm":
+            return int(vision.made["size"])
+        height, width = image_size(vision.encoder)
+        if height != width:
+            raise UsageError(f"the encoder takes images of {height}x{width}; frames are square")
+        return height
+
+    def _seed(self, number: int, game: AtariGame, out: Path | None, device: torch.device) -> dict[str, Any]:
+        """Train and judge one agent, or return the figures it left behind."""
+        config = self.config
+        seed = config.seed + number
+        folder = None if out is None else out / f"seed_{seed}"
+        if folder is not None:
+            if (folder / RESULTS).exists():
+                done: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+                return done
+            folder.mkdir(parents=True, exist_ok=True)
+        settings = AgentConfig(
+            batch_size=config.batch_size,
+            n_step=config.n_step,
+            lr=config.lr,
+            encoder_lr=config.encoder_lr or config.lr,
+            freeze=config.freeze,
+        )
+        lengths = LoopConfig(
+            config.steps,
+            config.warmup,
+            config.update_every,
+            config.target_every,
+            config.eval_episodes,
+            config.eval_steps,
+            config.checkpoint_every,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            agent = RainbowAgent(self.vision(seed), game.num_actions, settings, device)
+            label = f"{config.game}  seed {number + 1}/{config.seeds}"
+            training = Training(game, agent, lengths, seed, folder, label)
+            training.run()
+            scores = training.evaluate()
+        figures = {
+            "seed": seed,
+            "score": float(np.mean(scores)),
+            "scores": scores,
+            "human_normalized": human_normalized(config.game, float(np.mean(scores))),
+            "episodes": [list(episode) for episode in training.episodes],
+        }
+        if folder is not None:
+            save_agent(agent, folder, config.game, game.size)
+            if agent.online.vision.made["kind"] == "timm":
+                lineage = {"made_by": f"evaluate rl {config.game}", "steps": config.steps, "seed": seed}
+                save_bundle(agent.online.vision.encoder, folder / "model", lineage=lineage, overwrite=True)
+            _write(folder / RESULTS, figures)
+            (folder / "frames.raw").unlink(missing_ok=True)
+        return figures
+
+    def _claim(self) -> Path | None:
+        """Take the folder, or say why not."""
+        config = self.config
+        if config.out is None:
+            return None
+        out = Path(config.out)
+        values = {name: value for name, value in _settings(config).items() if name not in FREE}
+        held = out / SETTINGS
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not held.exists():
+                raise UsageError(f"{out} is not empty and holds no evaluation; choose another out")
+            if config.overwrite:
+                shutil.rmtree(out)
+            elif not config.resume:
+                raise UsageError(
+                    f"{out} holds an evaluation; resume goes on with it, overwrite deletes it, or choose another out"
+                )
+            else:
+                before = json.loads(held.read_text(encoding="utf-8"))
+                for name, value in values.items():
+                    # More seeds may be asked for: the ones that are done stay as they are.
+                    if name != "seeds" and before.get(name) != value:
+                        raise UsageError(f"the evaluation in {out} has {name}={before.get(name)}, not {value}")
+        out.mkdir(parents=True, exist_ok=True)
+        _write(held, values)
+        return out
+
+
+def summarize(game: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return mean and standard deviation over seeds, raw and on the human scale."""
+    scores = [figures["score"] for figures in seeds]
+    figures: dict[str, Any] = {
+        "game": game,
+        "score": float(np.mean(scores)),
+        "score_deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "scores": scores,
+        "seeds": [one["seed"] for one in seeds],
+        "human_normalized": human_normalized(game, float(np.mean(scores))),
+        "training_score": _late_score(seeds),
+    }
+    if game in SCORES:
+        figures |= {"random_player": SCORES[game][0], "human": SCORES[game][1]}
+    return figures
+
+
+def learning_curve(game: str, seeds: list[dict[str, Any]], steps: int) -> bytes:
+    """Return a PNG of the score of the last ten training episodes, over steps, of each seed."""
+    from patchloom.report import curves
+
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for figures in seeds:
+        episodes = figures["episodes"]
+        means = [float(np.mean([s for _, s in episodes[max(0, i - 9) : i + 1]])) for i in range(len(episodes))]
+        if means:
+            series[f"seed {figures['seed']}"] = ([step for step, _ in episodes], means)
+    if game in SCORES:
+        series["random player"] = ([0, steps], [SCORES[game][0]] * 2)
+    if not series:
+        series["no episode ended"] = ([0, steps], [0.0, 0.0])
+    return curves(series, x_label="step", y_label="score, last 10 episodes", title=f"{game}, while learning").png
+
+
+def _late_score(seeds: list[dict[str, Any]]) -> float | None:
+    """Return the mean over seeds of the score of the last ten training episodes; None where none ended."""
+    means = [np.mean([score for _, score in one["episodes"][-10:]]) for one in seeds if one["episodes"]]
+    return float(np.mean(means)) if means else None
+
+
+def _settings(config: RLConfig) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {**values, "encoder": "module" if isinstance(config.encoder, nn.Module) else str(config.encoder)}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    temporary.replace(path)
