@@ -49,11 +49,14 @@ def composed(count: int, split: str, seed: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def pieces(count: int, split: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Return plain pieces of all photographs at random scales, and which photograph each is of (in turn)."""
+    """Return plain pieces of all photographs, reduced one to seven times, and which each is of (in turn)."""
     regions = PhotosSource(split, crop_size=SIDE * REDUCTION, crops=1)._regions
     generator = np.random.default_rng((seed, split == "test", 1))
     labels = torch.arange(count) % len(regions)
-    images = [_crop(regions[label], SIDE, generator, int(generator.integers(1, 4))) for label in labels.tolist()]
+    images = []
+    for label in labels.tolist():
+        most = min(7, min(regions[label].shape[-2:]) // SIDE)
+        images.append(_crop(regions[label], SIDE, generator, int(generator.integers(1, most + 1))))
     return torch.stack(images), labels
 
 

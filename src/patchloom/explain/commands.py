@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.explain.attention import class_token_maps, grad_cam, gradient_attention, rollout
-from patchloom.explain.compare import TITLES, compare, explainers_for
+from patchloom.explain.compare import SHORT, TITLES, compare, explainers_for
 from patchloom.explain.gallery import Gallery, check_out, write_gallery
 from patchloom.explain.prompt_cam import class_attention_maps, rank_heads, traits_between
 from patchloom.explain.render import Tile, grid, overlay, side_of
@@ -61,9 +61,7 @@ class AttentionGallery:
         for number, key in enumerate(subject.keys):
             image = subject.shown[number]
             panels: list[tuple[str, Tensor]] = [("rollout", maps["rollout"][number])]
-            panels += [
-                (TITLES[name], maps[name][number]) for name in ("grad_cam", "gradient_attention") if name in maps
-            ]
+            panels += [(SHORT[name], maps[name][number]) for name in ("grad_cam", "gradient_attention") if name in maps]
             panels.append(("mean of heads", heads[number].mean(0)))
             panels += [(f"head {head}", heads[number, head]) for head in range(min(heads.shape[1], MOST_HEADS))]
             text = "" if target is None else f"Gradients are those of {subject.name_of(int(target[number]))}."
@@ -220,7 +218,7 @@ class TraitsGallery:
             config.out,
             title=f"{config.class_name} against {config.against}",
             subtitle=f"{config.model} on {config.images}",
-            facts={"images": len(rows), "mean lead": float(lead.mean()), "head that matters most": order[0]},
+            facts={"images": len(rows), "mean lead": round(float(lead.mean()), 2), "head that matters most": order[0]},
             sections=sections,
             maps={"maps_a": maps_a, "maps_b": maps_b, "drops": drops, "lead": lead},
             figures={
@@ -293,7 +291,7 @@ class CompareGallery:
         for number in range(min(config.pictured, len(subject.keys))):
             panels = [
                 (
-                    f"{TITLES[n]} {float(one.scores.insertion[number] - one.scores.deletion[number]):+.2f}",
+                    f"{float(one.scores.insertion[number] - one.scores.deletion[number]):+.2f} {SHORT[n]}",
                     one.maps[number],
                 )
                 for n, one in found.items()

@@ -56,9 +56,18 @@ TITLES = {
     "class_attention": "class-token attention",
     "rollout": "attention rollout",
     "grad_cam": "Grad-CAM",
-    "gradient_attention": "gradient × attention",
+    "gradient_attention": "gradient-weighted attention",
     "random": "random map",
 }
+SHORT = {
+    "prompt_cam": "Prompt-CAM",
+    "class_attention": "class token",
+    "rollout": "rollout",
+    "grad_cam": "Grad-CAM",
+    "gradient_attention": "gradients",
+    "random": "random",
+}
+"""What stands above a picture."""
 
 
 @dataclass(frozen=True)
