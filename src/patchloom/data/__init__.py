@@ -48,6 +48,7 @@ def list_sources() -> dict[str, str]:
         "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
         "digits": "scikit-learn's 8x8 digits; digits:test",
         "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
+        "FILE.csv": "images and labels by a table: file,label, or file and a column per label; FILE.csv:SPLIT",
         "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
         "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
         "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
@@ -96,6 +97,10 @@ def open_source(
         from patchloom.data.medical import open_medical
 
         return open_medical(word, rest, in_chans=in_chans, **options)
+    if name.endswith(".csv") or (".csv:" in name and not Path(name).exists()):
+        from patchloom.data.labels import LabelFileSource
+
+        return LabelFileSource(name, in_chans=in_chans, **options)
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         from patchloom.data.shards import ShardSource
 

@@ -9,9 +9,14 @@ from typing import Any
 from patchloom._lazy import make_callable
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.compare import Compare
+from patchloom.evaluate.few_shot import FewShot
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
+from patchloom.evaluate.linear_grid import LinearGrid
+from patchloom.evaluate.multilabel import MultiLabel
+from patchloom.evaluate.ordinal import Ordinal
+from patchloom.evaluate.retrieval import Retrieval
 from patchloom.evaluate.rl import RL
 from patchloom.evaluate.segmentation import Segmentation
 from patchloom.evaluate.slides.protocol import Slides
@@ -21,9 +26,14 @@ from patchloom.training.config import config_from_mapping
 
 EVALUATIONS: dict[str, type[Any]] = {
     "compare": Compare,
+    "few_shot": FewShot,
     "health": Health,
     "knn": KNN,
     "linear": Linear,
+    "linear_grid": LinearGrid,
+    "multilabel": MultiLabel,
+    "ordinal": Ordinal,
+    "retrieval": Retrieval,
     "rl": RL,
     "segmentation": Segmentation,
     "slides": Slides,

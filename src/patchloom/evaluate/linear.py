@@ -14,7 +14,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
-from patchloom.features.extract import torch_device
+from patchloom.features.extract import Features, torch_device
 
 CHOICES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MIDDLE = 0.1
@@ -47,18 +47,20 @@ class Linear(Evaluation):
 
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
+        train, test, class_names = labelled_features(self.config)
+        logits, used = self.fitted(train, test, len(class_names))
+        return {**self.classified(logits, train, test, class_names), **used}
+
+    def fitted(self, train: Features, test: Features, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return the logits (n, K) of the test features, and what was chosen on the training features."""
         config = self.config
-        train, test, class_names = labelled_features(config)
         device = torch_device(config.device)
         x, y = train.vectors.to(device), train.labels.to(device)
         if len(y.unique()) < 2:
             raise UsageError(f"{config.train} has one class only; a classifier needs two")
-        classes = len(class_names)
         c, near = (config.c, None) if config.c is not None else self._choose(x, y, classes)
         model = fit_logistic(x, y, classes, c=c, max_iter=config.max_iter, start=near)
-        figures = self.classified(model.logits(test.vectors).cpu(), train, test, class_names)
-        used = {"c": c, "steps": model.steps, "converged": model.converged}
-        return {**figures, **used}
+        return model.logits(test.vectors).cpu(), {"c": c, "steps": model.steps, "converged": model.converged}
 
     def _choose(self, x: Tensor, y: Tensor, classes: int) -> tuple[float, LogisticModel | None]:
         """Return the penalty that does best on a held-out fifth of the training images; the strongest of equals.

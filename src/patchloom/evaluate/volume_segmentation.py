@@ -67,7 +67,7 @@ class VolumeSegmentationConfig(DecoderConfig):
     loss: Literal["ce", "dice", "dice+ce"] = "dice"
     """dice (published), ce, or dice+ce"""
     steps: int = 5000
-    """Optimiser steps"""
+    """Optimiser steps in all"""
     scale: tuple[float, float] = (1.0, 1.0)
     """Least and most of the random factor on the size of a slice"""
     max_share: float = 1.0

@@ -1,0 +1,83 @@
+"""Grades, such as the severity of a disease: classes in an order, measured by quadratic kappa."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.linear import Linear, LinearConfig
+from patchloom.evaluate.metrics import kappa, mean_grade_error
+from patchloom.evaluate.target import labelled_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrdinalConfig(LinearConfig):
+    """Settings of the evaluation of grades."""
+
+    grades: list[str] | None = None
+    """Classes from the lowest grade to the highest; default: by number where all names are numbers, else by name"""
+    decide: Literal["likeliest", "expected"] = "likeliest"
+    """The likeliest grade, or the mean over all by probability, rounded"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if self.decide not in ("likeliest", "expected"):
+            raise unknown_name("decide", self.decide, ("likeliest", "expected"))
+
+
+class Ordinal(Linear):
+    """Logistic regression on frozen features, scored by quadratic kappa: a wrong grade counts by its distance."""
+
+    config_class = OrdinalConfig
+
+    def figures(self) -> dict[str, Any]:
+        """Return quadratic kappa and what goes with it."""
+        config = self.config
+        train, test, names = labelled_features(config)
+        order = in_order(names, config.grades)
+        place = torch.tensor([order.index(name) for name in names])
+        train, test = (one._replace(labels=place[one.labels]) for one in (train, test))
+        logits, used = self.fitted(train, test, len(order))
+        scores = logits.double().softmax(1)
+        expected = (scores @ torch.arange(len(order), dtype=torch.float64)).round().long()
+        said = scores.argmax(1) if config.decide == "likeliest" else expected
+        figures = self.classified(scores, train, test, order, said)
+        assert self.predictions is not None
+        drawn = {"draws": config.draws, "seed": config.seed}
+        found, error = (self.predictions.interval(score, **drawn) for score in (kappa, mean_grade_error))
+        self.predictions = replace(self.predictions, score_name="kappa")
+        intervals = {"kappa": [found.low, found.high], "mean_grade_error": [error.low, error.high]}
+        return {
+            **figures,
+            **used,
+            "score": found.value,
+            "score_name": "kappa",
+            "interval": intervals["kappa"],
+            "kappa": found.value,
+            "mean_grade_error": error.value,
+            "intervals": {**intervals, **figures["intervals"]},
+            "grades": order,
+        }
+
+
+def in_order(names: list[str], grades: list[str] | None = None) -> list[str]:
+    """Return the classes from the lowest grade to the highest.
+
+    >>> in_order(["0", "1", "10", "2"])
+    ['0', '1', '2', '10']
+
+    Raises:
+        UsageError: `grades` are not the classes.
+    """
+    if grades is not None:
+        if sorted(grades) != sorted(names):
+            raise UsageError(f"grades are {', '.join(grades)}, but the classes are {', '.join(names)}")
+        return list(grades)
+    try:
+        return sorted(names, key=float)
+    except ValueError:
+        return sorted(names)
