@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import patchloom as pl
 from patchloom.data import open_source
 from patchloom.errors import UsageError
 from patchloom.pretrain.mae import MAEConfig, MAEMethod
 from patchloom.training.config import config_from_mapping
+from patchloom.training.metrics import read_metrics, series
 
 SMALL = {
     "data": "digits",
@@ -168,3 +174,45 @@ def test_images_with_several_labels_train_and_probe(tmp_path: Path):
     name = f"chestxray14:{tmp_path}:train"
     with pytest.raises(UsageError, match="several labels per image"):
         pl.evaluate("knn", encoder=str(run.model), train=name, test=name, num_workers=0)
+
+
+def test_broken_off_and_resumed_equals_never_broken_off(tmp_path, monkeypatch):
+    settings = {**SMALL, "max_steps": 6, "checkpoint_every": 1, "drop_path": 0.2, "ema": 0.9}
+    whole = pl.pretrain("mae", **settings, out=str(tmp_path / "whole"))
+    original = MAEMethod.training_loss
+
+    def broken(self: MAEMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if self.global_step == 3:
+            raise RuntimeError("power cut")
+        return original(self, batch)
+
+    monkeypatch.setattr(MAEMethod, "training_loss", broken)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pl.pretrain("mae", **settings, out=str(tmp_path / "cut"))
+    monkeypatch.setattr(MAEMethod, "training_loss", original)
+    cut = pl.pretrain("mae", out=str(tmp_path / "cut"), resume=True)
+    weights = [load_file(run.model / "model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    curves = [series(read_metrics(run.path / "metrics.csv"), "loss") for run in (whole, cut)]
+    assert curves[0] == curves[1]
+    assert len(curves[0][0]) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(tmp_path):
+    """The loss is a mean over patches of which every image hides as many, so halves of a batch weigh the same."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        'import json, sys\nimport patchloom as pl\nif __name__ == "__main__":\n'
+        '    pl.pretrain("mae", **json.loads(sys.argv[1]))\n'
+    )
+    curves = []
+    for name, devices, batch in (("one", 1, 8), ("two", 2, 4)):
+        run = {**SMALL, "max_steps": 4, "out": str(tmp_path / name), "devices": devices, "batch_size": batch}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        arguments = [sys.executable, str(script), json.dumps(run)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        curves.append(series(read_metrics(tmp_path / name / "metrics.csv"), "loss")[1])
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(curves[0], curves[1], rtol=0, atol=1e-5)
