@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.pretrain.self_distillation import DINOHead, DINOv2, mean_entropy
+from patchloom.pretrain.self_distillation import DINOHead, DINOv2, doubt, mean_entropy
 
 SMALL = {"image_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
@@ -269,6 +269,11 @@ def test_copies_are_independent():
     with torch.no_grad():
         next(other.parameters()).add_(1)
     assert not torch.equal(next(made.parameters()), next(other.parameters()))
+
+
+def test_doubt_is_1_where_the_teacher_says_nothing_and_0_where_it_is_sure():
+    assert float(doubt(torch.eye(6))) == pytest.approx(0, abs=1e-6)
+    assert float(doubt(torch.full((4, 6), 1 / 6))) == pytest.approx(1, abs=1e-6)
 
 
 def test_mean_entropy_is_1_where_all_prototypes_are_used_and_0_where_one_is():

@@ -48,8 +48,14 @@ def teacher_section(method: Dinov2Method) -> list[Section]:
     """Return how evenly the teacher used its prototypes over the run, and its schedule."""
     rows = read_metrics(Path(method.config.out) / "metrics.csv")
     figures = []
+    entropies = {
+        "of the mean over images": series(rows, "teacher_entropy"),
+        "of single images": series(rows, "teacher_doubt"),
+    }
+    if min(len(steps) for steps, _ in entropies.values()) > 1:
+        title = "Entropy of the teacher's distributions"
+        figures.append(curves(entropies, x_label="step", y_label="share of log K", title=title))
     for name, label, title in (
-        ("teacher_entropy", "share of log K", "Entropy of the teacher's mean distribution"),
         ("teacher_temperature", "temperature", "Temperature of the teacher"),
         ("teacher_momentum", "share kept", "Momentum of the teacher"),
     ):
@@ -57,8 +63,8 @@ def teacher_section(method: Dinov2Method) -> list[Section]:
         if len(steps) > 1:
             figures.append(curves({name: (steps, values)}, x_label="step", y_label=label, title=title))
     text = (
-        "Near 1 the images of a batch are spread over all prototypes; towards 0 they gather on one, which is how "
-        "self-distillation collapses."
+        "Of the mean: near 1 the images of a batch are spread over all prototypes, towards 0 they gather on one. Of "
+        "single images: near 1 the teacher says nothing of any. Self-distillation collapses either way."
     )
     return [Section(title="Teacher", text=text, figures=figures)] if figures else []
 

@@ -262,7 +262,8 @@ class DINOv2(nn.Module):
             The terms as they enter the sum: `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, and
             `loss`, their sum. Beside them, for the log: `published_koleo` and `published_ibot`, halved as the
             published code shows them; `teacher_entropy`, the entropy of the mean of the teacher's distributions over
-            the batch as a share of log K (0: all images on one prototype).
+            the batch as a share of log K (0: all images on one prototype), and `teacher_doubt`, the mean of their
+            entropies, likewise (1: the teacher says nothing of any image).
 
         Raises:
             UsageError: An odd number of global crops, local crops that are no multiple of B, or masks of another
@@ -295,6 +296,7 @@ class DINOv2(nn.Module):
         terms = [value for name, value in losses.items() if name.endswith("_loss")]
         losses["published_ibot"] = losses["ibot_loss"].detach() / GLOBAL_CROPS
         losses["teacher_entropy"] = mean_entropy(class_targets)
+        losses["teacher_doubt"] = doubt(class_targets)
         return {"loss": torch.stack(terms).sum(), **losses}
 
     @torch.no_grad()
@@ -352,6 +354,10 @@ class DINOv2(nn.Module):
 @torch.no_grad()
 def mean_entropy(distributions: Tensor) -> Tensor:
     """Return the entropy of the mean of (n, K) distributions as a share of log K, in [0, 1]."""
-    mean = distributions.mean(0)
-    entropy = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
-    return entropy / math.log(mean.numel())
+    return doubt(distributions.mean(0, keepdim=True))
+
+
+@torch.no_grad()
+def doubt(distributions: Tensor) -> Tensor:
+    """Return the mean of the entropies of (n, K) distributions as a share of log K, in [0, 1]."""
+    return torch.special.entr(distributions).sum(1).mean() / math.log(distributions.shape[1])
