@@ -59,7 +59,6 @@ def batch(made: Dinov2Method, count: int = 4) -> dict[str, torch.Tensor]:
         ({"batch_size": 1}, "batch_size=1 leaves KoLeo no neighbour"),
         ({"ema": 0.9}, "leave ema unset"),
         ({"strategy": "fsdp"}, "use ddp"),
-        ({"experts": 2}, "dinov2 has a teacher too, leave them unset"),
         ({"centering": "sinkhorn"}, "did you mean sinkhorn_knopp"),
         ({"teacher_temp": 0.0}, "teacher_temp is 0.0; it must be above 0"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum is 1.5; it must be in \[0, 1\]"),
@@ -263,6 +262,18 @@ def test_init_from_names_the_architecture(run, tmp_path):
         pl.pretrain("dinov2", **{**settings, "out": str(tmp_path / "no"), "encoder": "vit_small_patch16_224"})
     with pytest.raises(UsageError, match="registers are for fresh encoders"):
         pl.pretrain("dinov2", **{**settings, "out": str(tmp_path / "no"), "registers": 4})
+
+
+def test_experts_are_averaged_in_the_teacher_that_is_shipped(tmp_path):
+    settings = {**SMALL, "experts": 2, "max_steps": 2, "drop_path": 0.3, "out": str(tmp_path / "experts")}
+    run = pl.pretrain("dinov2", **settings)
+    checkpoint = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    experts = [v for k, v in checkpoint.items() if ".teacher.encoder." in k and k.endswith("mlp.experts.0.fc1.weight")]
+    others = [v for k, v in checkpoint.items() if ".teacher.encoder." in k and k.endswith("mlp.experts.1.fc1.weight")]
+    shipped = pl.load(run.path).blocks
+    means = [(a + b) / 2 for a, b in zip(experts, others, strict=True)]
+    assert means
+    assert all(any(torch.allclose(mean, block.mlp.fc1.weight, atol=1e-6) for block in shipped) for mean in means)
 
 
 def test_grey_images_of_one_channel_train_from_the_command_line(tmp_path):

@@ -36,6 +36,7 @@ from patchloom.pretrain.distillation_losses import (
 )
 from patchloom.pretrain.distillation_masks import draw_masks
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2
+from patchloom.training.ewa import experts_of
 from patchloom.training.method import Method, Transform
 from patchloom.training.optim import adamw
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
@@ -264,8 +265,12 @@ class Dinov2Method(Method):
     # What is left behind.
 
     def setup(self, stage: str) -> None:
-        """Compile the teacher's blocks where the student's are."""
+        """Give the teacher the experts the student got, and compile its blocks where the student's are."""
         super().setup(stage)
+        if experts_of(self.encoder) and not experts_of(self.model.teacher):
+            self.model.follow()
+            if self.config.heads_from is not None:
+                load_heads(self.model, self.config.heads_from)
         if self.config.compile:
             for block in self.model.teacher.encoder.blocks:
                 block.compile()

@@ -177,8 +177,6 @@ class Dinov2Config(TrainConfig):
         super().__post_init__()
         if self.ema is not None:
             raise UsageError("dinov2 ships its teacher, which is a moving average already; leave ema unset")
-        if self.experts:
-            raise UsageError("experts are for methods of one network; dinov2 has a teacher too, leave them unset")
         if self.strategy == "fsdp":
             raise UsageError("dinov2 trains two networks in step, which strategy=fsdp would tear apart; use ddp")
         for name in ("teacher_temp", "teacher_temp_start", "student_temp"):

@@ -230,8 +230,7 @@ class DINOv2(nn.Module):
         part = batch_drop and drop_path > LEAST_RATE and can_run_on_part(encoder)
         set_drop_path(encoder, 0.0 if part else drop_path)
         self.student.part_rate = drop_path if part else 0.0
-        self.teacher = copy.deepcopy(self.student)
-        self.teacher.requires_grad_(False)
+        self.follow()
         self.centering = centering
         self.dino_centering = SoftmaxCentering(out_dim, center_momentum)
         self.ibot_centering = SoftmaxCentering((own or head).out_dim, center_momentum)
@@ -240,6 +239,10 @@ class DINOv2(nn.Module):
         self.koleo_weight = koleo_weight
         self.student_temp = student_temp
         self.train()
+
+    def follow(self) -> None:
+        """Make the teacher a copy of the student as it is now."""
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> DINOv2:
         """Set the mode; the teacher stays in eval mode."""
