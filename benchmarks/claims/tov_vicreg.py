@@ -237,7 +237,7 @@ def claims_table(series: Series) -> str:
     return f"{machine()}\n\n" + markdown_table(["claim", "measured (3 seeds)", "check", "holds"], table)
 
 
-RL_GAME, RL_STEPS = "Breakout", 3000
+RL_GAME, RL_STEPS = "Breakout", 2000
 RL_RECIPE: dict[str, Any] = {
     "game": RL_GAME,
     "steps": RL_STEPS,
