@@ -29,7 +29,11 @@ def machine() -> str:
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time the candidates in turn (A B A B …), so that a machine whose speed drifts is fair to all.
 
@@ -37,6 +41,7 @@ def alternate(
         candidates: Name to the call that is timed.
         rounds: Counted calls of each.
         warmup: Calls of each that are not counted, first.
+        clock: Seconds; `time.process_time` counts the processor's time, which others on the machine do not add to.
 
     Returns:
         Seconds of every counted call, by name.
@@ -47,9 +52,9 @@ def alternate(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

@@ -131,6 +131,8 @@ def test_what_is_no_adapter_is_named(three):
     broken.write_bytes(b"not tensors")
     with pytest.raises(UsageError, match="is damaged"):
         load(path / "base", adapters=[broken])
+    with pytest.raises(UsageError, match="give the encoder it extends, or merge"):
+        create_encoder(str(path / "low"))
     with pytest.raises(UsageError, match="holds an adapter and no bundle"):
         find_bundle(path / "low")
 

@@ -22,6 +22,7 @@ from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewr
 from patchloom.adapt.adaptformer import AdaptFormer
 from patchloom.adapt.insertion import insert, remove
 from patchloom.bundle import load
+from patchloom.report import curves
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "adaptformer.md"
 WIDTHS = (1, 4, 16, 64)
@@ -92,6 +93,16 @@ def table(series: Series, bundle: Path) -> str:
     return f"{machine()}\n\n" + markdown_table(["claim", "measured (3 seeds)", "check", "holds"], rows)
 
 
+def picture(series: Series) -> bytes:
+    """Return the accuracy of every method against what it trains, as a PNG."""
+    points = {}
+    for name, key in {"AdaptFormer": "adaptformer_", "VPT": "vpt_", "linear": "linear", "full": "full"}.items():
+        runs = [[series.known(f"{run}_{seed}") or {} for seed in SEEDS] for run in RUNS if run.startswith(key)]
+        trained = [found[0]["trained_parameters"] for found in runs]
+        points[name] = (trained, [100 * sum(f["accuracy"] for f in found) / len(found) for found in runs])
+    return curves(points, x_label="trained parameters", y_label="accuracy, %", title="Five new classes", log_x=True).png
+
+
 def yes(holds: bool) -> str:
     """Return yes, or a no to be seen."""
     return "yes" if holds else "**no**"
@@ -115,6 +126,7 @@ def main() -> None:
     print(f"\n{text}")
     if options.write:
         rewrite(PAGE, "claims", text)
+        (PAGE.parents[1] / "pictures" / "adaptformer.png").write_bytes(picture(series))
 
 
 if __name__ == "__main__":

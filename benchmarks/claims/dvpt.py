@@ -17,6 +17,7 @@ from benchmarks.claims.adaptformer import yes
 from benchmarks.claims.ccvit import Series
 from benchmarks.claims.transfer import SEEDS, adapted, data, pretrained
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
+from patchloom.report import curves
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "dvpt.md"
 SMALL = {"num_prompts": 8, "rank": 4, "augment": "crop"}
@@ -79,6 +80,19 @@ def table(series: Series) -> str:
     return f"{machine()}\n\n" + markdown_table(["claim", "measured (3 seeds)", "check", "holds"], rows)
 
 
+def picture(series: Series) -> bytes:
+    """Return the balanced accuracy against the share of labels, beside full tuning with all of them, as a PNG."""
+    names = [*(f"dvpt_{fraction}" for fraction in FRACTIONS), "dvpt_share_2"]
+    means = {
+        name: sum(100 * (series.known(f"{name}_{seed}") or {})["balanced_accuracy"] for seed in SEEDS) / len(SEEDS)
+        for name in (*names, "full", "linear")
+    }
+    shares = [*FRACTIONS, 1.0]
+    lines = {"DVPT": (shares, [means[name] for name in names])}
+    lines |= {f"{name}, all labels": (shares, [means[name]] * len(shares)) for name in ("full", "linear")}
+    return curves(lines, x_label="share of the labels", y_label="balanced accuracy, %", title="Five new classes").png
+
+
 def added(figures: dict[str, Any]) -> int:
     """Return what trains besides the head."""
     return int(figures["trained_parameters"] - figures.get("head_parameters", 0))
@@ -102,6 +116,7 @@ def main() -> None:
     print(f"\n{text}")
     if options.write:
         rewrite(PAGE, "claims", text)
+        (PAGE.parents[1] / "pictures" / "dvpt.png").write_bytes(picture(series))
 
 
 if __name__ == "__main__":

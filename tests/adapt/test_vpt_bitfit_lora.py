@@ -185,3 +185,21 @@ def test_a_pool_of_its_own_keeps_an_adapter_from_merging():
     insert(encoder, LinearHead(encoder, 3, pool="avg"))
     with pytest.raises(UsageError, match="pool=avg"):
         merge(encoder)
+
+
+def test_what_stood_aside_follows_the_encoder_to_another_format():
+    encoder, images = tiny("vit"), pictures()
+    before = encoder(images)
+    insert(encoder, BitFit(encoder, num_classes=3, pool="avg"))
+    encoder.double()
+    remove(encoder)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float64}
+    torch.testing.assert_close(encoder(images.double()), before.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_every_bias_that_trains_gets_a_gradient():
+    for pool in ("auto", "avg"):
+        encoder, images = tiny("vit_registers"), pictures(4)
+        insert(encoder, BitFit(encoder, num_classes=3, pool=pool))
+        encoder.train()(images).square().sum().backward()
+        assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)

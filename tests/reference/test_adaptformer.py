@@ -10,6 +10,7 @@ import torch
 import patchloom as pl
 from patchloom.adapt.insertion import insertions, remove
 from patchloom.errors import UsageError
+from patchloom.reference import import_reference
 
 WIDTH, DEPTH, HEADS, PATCH, CLASSES = 48, 3, 4, 4, 7
 
@@ -200,3 +201,15 @@ def test_adapters_of_different_widths_are_refused():
     state["blocks.2.adaptmlp.down_proj.weight"] = torch.zeros(6, WIDTH)
     with pytest.raises(UsageError, match="differ in bottleneck"):
         pl.load_reference("adaptformer", state, num_heads=HEADS)
+
+
+def test_an_imported_checkpoint_is_a_bundle_with_its_adapter_inside(tmp_path):
+    state = published()
+    torch.save({"model": state}, tmp_path / "checkpoint.pth")
+    model = pl.load_reference("adaptformer", state, num_heads=HEADS)
+    made = import_reference(
+        "adaptformer", str(tmp_path / "checkpoint.pth"), str(tmp_path / "made"), {"num_heads": HEADS}
+    )
+    assert torch.equal(pl.load(f"{made}/adapter")(IMAGES), model(IMAGES))
+    remove(model)
+    assert torch.equal(pl.load(made).forward_features(IMAGES), model.forward_features(IMAGES))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
-from patchloom.adapt.heads import Pool
+from patchloom.adapt.heads import Pool, needs_pool_norm
 from patchloom.adapt.insertion import Insertion, Replacement
 from patchloom.adapt.readout import Readout
 from patchloom.encoders import Encoder
@@ -54,6 +54,8 @@ class BitFit(Readout, Insertion):
         super().__init__()
         self.arguments = {"num_classes": num_classes, "pool": pool, "train_pool_norm": train_pool_norm}
         self.names = [name for name, _ in encoder.named_parameters() if _is_bias(name)]
+        if needs_pool_norm(encoder, pool):  # then that norm gives way to one behind the pooling
+            self.names.remove("norm.bias")
         if not self.names:
             raise UsageError("the encoder has no biases, so bitfit has nothing to train; use lora or adaptformer")
         self.biases = nn.ParameterList(

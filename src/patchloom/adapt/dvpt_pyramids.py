@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.adapt.dvpt import SharedBottleneck, attended
-from patchloom.adapt.insertion import Insertion
+from patchloom.adapt.insertion import Insertion, place_of
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 
@@ -66,7 +66,7 @@ class PyramidPrompts(Insertion):
 
     def attach(self, encoder: Encoder) -> None:
         """Act on an encoder from now on."""
-        self._owner = (encoder,)
+        self._owner, self._place = (encoder,), place_of(encoder)
         for stage, blocks in enumerate(self.blocks(encoder)):
             for number, block in enumerate(blocks):
                 kept: dict[str, Tensor] = {}

@@ -81,6 +81,7 @@ class Insertion(nn.Module):
         self._residual: dict[int, Tensor] = {}
         # In a tuple, so that the encoder does not become a part of what is added to it.
         self._owner: tuple[Encoder, ...] = ()
+        self._place: tuple[torch.device, torch.dtype] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a forward pass is no part of a copy.
@@ -158,6 +159,7 @@ class Insertion(nn.Module):
     def attach(self, encoder: Encoder) -> None:
         """Act on an encoder from now on."""
         self._owner = (encoder,)
+        self._place = place_of(encoder)
         counts = self.token_counts or [0] * depth(encoder)
         last = depth(encoder) - 1
         for number, block in enumerate(encoder.blocks):
@@ -183,10 +185,17 @@ class Insertion(nn.Module):
 
     def detach(self) -> None:
         """Stop acting; everything on the encoder is as it was before `attach`."""
+        # What stood aside did not hear of a move of the encoder to another device or number format in the meantime.
+        now = place_of(self.encoder)
+        moved = now != self._place
         while self._undo:
             entry = self._undo.pop()
             if isinstance(entry, tuple):
                 target, name, before = entry
+                if moved and isinstance(before, nn.Module):
+                    before.to(*now)
+                elif moved and isinstance(before, nn.Parameter):
+                    before.data = before.data.to(*now)
                 if before is MISSING:
                     delattr(target, name)
                 else:
@@ -436,6 +445,12 @@ def check_family(encoder: Encoder, mlp_branch: bool = False) -> None:
                 f"the encoder's blocks are {kind}: there is no residual stream between attention and a pre-norm MLP "
                 f"to read; use lora, bitfit or vpt"
             )
+
+
+def place_of(encoder: Encoder) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the number format of an encoder, by its first parameter."""
+    parameter = next(encoder.parameters())
+    return parameter.device, parameter.dtype
 
 
 def _padded_table(attention: Any, count: int) -> Tensor:

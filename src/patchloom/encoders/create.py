@@ -84,6 +84,8 @@ def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, d
     from patchloom.bundle import load
 
     saved = load(path)
+    if getattr(saved, "active_adapter", None) is not None:
+        raise UsageError(f"{path} holds an adapter; give the encoder it extends, or merge them (patchloom merge)")
     saved.reset_classifier(0)
     if channels_of(saved) != in_chans:
         raise UsageError(f"the encoder in {path} takes {channels_of(saved)} channels, not {in_chans}; set in_chans")

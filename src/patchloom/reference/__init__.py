@@ -93,12 +93,12 @@ def import_reference(
         overwrite: Replace a bundle already there.
 
     Returns:
-        The folder of the bundle.
+        The folder of the bundle; an adapter of the checkpoint is in `adapter/` inside, which opens like a run.
 
     Raises:
         UsageError: Unknown system, or a checkpoint that does not fit.
     """
-    from patchloom.adapt.insertion import remove
+    from patchloom.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.bundle import save_bundle
 
     if Path(out).exists() and not overwrite:
@@ -109,6 +109,11 @@ def import_reference(
     if not hasattr(encoder, "pretrained_cfg"):
         raise UsageError(f"a {system} checkpoint holds no encoder that could be saved as a bundle")
     lineage = {"made_by": f"import {system}", "checkpoint": Path(checkpoint).name, "settings": config, "from": None}
+    inserted = insertions(encoder)
     remove(encoder)  # a bundle is the plain encoder; without anything inserted this does nothing
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
+    for name, insertion in inserted.items():
+        if getattr(insertion, "kind", None) in KINDS:
+            insert(encoder, insertion, name)
+            save_adapter(encoder, Path(out) / "adapter", encoder_path=out, lineage=lineage)
     return out
