@@ -13,11 +13,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.claims.adaptformer import finished, yes
 from benchmarks.claims.ccvit import Series
 from benchmarks.claims.transfer import SEEDS, adapted, data, pretrained
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.report import curves
+from patchloom.adapt.dvpt import GradingTransform
+from patchloom.data import EvalTransform, open_source
+from patchloom.report import curves, image_grid
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "dvpt.md"
 SMALL = {"num_prompts": 8, "rank": 4, "augment": "crop"}
@@ -97,6 +102,24 @@ def picture(series: Series) -> bytes:
     return curves(lines, x_label="share of the labels", y_label="balanced accuracy, %", title="Five new classes").png
 
 
+def views() -> bytes:
+    """Return what the paper's augmentation makes of a few photographs, as a PNG."""
+    source = open_source("photos", crop_size=96)
+    images = [source.read(index).image for index in (0, 40, 80, 120)]
+    transform = GradingTransform(96)
+    rows = {"photograph": torch.stack([transform_none(image) for image in images])}
+    for turn in range(2):
+        seeds = [torch.Generator().manual_seed(10 * turn + number) for number in range(len(images))]
+        drawn = [transform(image, seed)["image"] for image, seed in zip(images, seeds, strict=True)]
+        rows[f"as trained on, {turn + 1}"] = torch.stack(drawn).float() / 255
+    return image_grid(rows, tile=96).png
+
+
+def transform_none(image: Tensor) -> Tensor:
+    """Return the image at the size of the views, in [0, 1]."""
+    return EvalTransform(96)(image, torch.Generator())["image"].float() / 255
+
+
 def added(figures: dict[str, Any]) -> int:
     """Return what trains besides the head."""
     return int(figures["trained_parameters"] - figures.get("head_parameters", 0))
@@ -122,6 +145,7 @@ def main() -> None:
     if options.write:
         rewrite(PAGE, "claims", text)
         (PAGE.parents[1] / "pictures" / "dvpt.png").write_bytes(picture(series))
+        (PAGE.parents[1] / "pictures" / "dvpt_views.png").write_bytes(views())
 
 
 if __name__ == "__main__":
