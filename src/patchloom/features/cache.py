@@ -10,8 +10,8 @@ PATCHLOOM_CACHE_GB gigabytes (20) those not used for longest are deleted; `patch
 `patchloom cache --clear` deletes it.
 
 >>> from patchloom.data import open_source
->>> first = cached_features(None, open_source("digits:test"), cache="/tmp/cache", num_workers=0)  # doctest: +SKIP
->>> again = cached_features(None, open_source("digits:test"), cache="/tmp/cache")  # from disk  # doctest: +SKIP
+>>> first = cached_features(None, open_source("digits:test"), cache="cache", num_workers=0)  # doctest: +SKIP
+>>> again = cached_features(None, open_source("digits:test"), cache="cache")  # from disk  # doctest: +SKIP
 """
 
 from __future__ import annotations

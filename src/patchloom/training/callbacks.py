@@ -81,7 +81,8 @@ class Progress(Callback):
     def figures(self, method: Method, now: float) -> str:
         """Return epoch, loss, speed and, when it matters, the share of time spent waiting for images."""
         epoch = method.batches_done / (method.steps_per_epoch * method.config.accumulate)
-        parts = [f"epoch {epoch:.1f}/{method.total_steps / method.steps_per_epoch:.0f}"]
+        epochs = method.total_steps / method.steps_per_epoch
+        parts = [f"epoch {epoch:.1f}/{epochs:.0f}" if epochs >= 10 else f"epoch {epoch:.1f}/{epochs:.1f}"]
         if (loss := method.latest.get("loss")) is not None:
             parts.append(f"loss {loss:.3f}")
         elapsed = max(now - self.started, 1e-9)
