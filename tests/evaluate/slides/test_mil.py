@@ -57,6 +57,16 @@ def test_the_order_of_tiles_does_not_matter(name):
     torch.testing.assert_close(model(bag[:, torch.randperm(7)]), model(bag), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_chowders_tile_scores_point_the_way_of_the_logit(sign):
+    model = HEADS["chowder"](2, n_top=1, n_bottom=1, tiles_mlp_hidden=None, mlp_hidden=None).eval()
+    with torch.no_grad():
+        model.score_model.hidden_layers[0].weight.copy_(torch.tensor([[sign * 1.0, 0.0]]))
+        model.mlp[0].weight.fill_(sign * 1.0)
+    bag = torch.tensor([[[3.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]])
+    assert model.tile_scores(bag)[0].argsort(descending=True).tolist() == [0, 2, 1]
+
+
 def test_attention_sums_to_one_and_follows_temperature():
     bag = torch.randn(1, 7, WIDTH)
     spread = [float(head("abmil", temperature=t).attention(bag).detach().max()) for t in (0.2, 1.0, 50.0)]

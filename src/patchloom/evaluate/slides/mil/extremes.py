@@ -77,18 +77,27 @@ class Chowder(MILHead):
                 f"a bag of {x.shape[1]} tiles has no {self.min_tiles} extreme ones; pad it (pad_bags with min_tiles), "
                 f"or set n_top and n_bottom lower"
             )
-        scores = self.score_model(x, mask)
+        found = self._extremes(self.score_model(x, mask), mask)
+        return self.mlp(found.transpose(1, 2)).squeeze(2)
+
+    def tile_scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the score of the last class, (B, N), turned so that higher ones raise the logit."""
+        x, mask = self.checked(x, mask)
+        scores = self.score_model(x, mask)[..., -1:]
+        extremes = self._extremes(scores, mask).transpose(1, 2)
+        # The classifier decides which way scores point; a small step of all of them tells.
+        step = 0.1 * extremes.std(2, keepdim=True) + 1e-6
+        raised = self.mlp(extremes + step) >= self.mlp(extremes)
+        return torch.where(raised, scores, -scores).squeeze(-1)
+
+    def _extremes(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the highest and the lowest scores, (B, n_top + n_bottom, classes)."""
         found = []
         if self.n_top:
             found.append(self._extreme(scores, mask, self.n_top, largest=True))
         if self.n_bottom:
             found.append(self._extreme(scores, mask, self.n_bottom, largest=False))
-        return self.mlp(torch.cat(found, 1).transpose(1, 2)).squeeze(2)
-
-    def tile_scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the score of the last class, (B, N)."""
-        x, mask = self.checked(x, mask)
-        return self.score_model(x, mask)[..., -1]
+        return torch.cat(found, 1)
 
     @staticmethod
     def _extreme(scores: Tensor, mask: Tensor | None, count: int, largest: bool) -> Tensor:
