@@ -22,7 +22,7 @@ def pair(height: int = 40, width: int = 60) -> torch.Tensor:
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 999),
-    crop=st.tuples(st.integers(4, 64), st.integers(4, 64)),
+    crop=st.tuples(st.integers(24, 64), st.integers(24, 64)),
     short_side=st.sampled_from([None, 30]),
     rotate=st.sampled_from([0.0, 45.0]),
 )

@@ -64,7 +64,8 @@ def run(protocol: str, **settings: Any) -> dict[str, Any]:
     config = config_from_mapping(evaluation.config_class, settings)
     bound = evaluation(config)
     figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
-    if (path := getattr(config, "predictions", None)) is not None:
+    # Protocols whose predictions are pictures write these themselves.
+    if (path := getattr(config, "predictions", None)) is not None and hasattr(bound, "predictions"):
         if bound.predictions is None:
             raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
         bound.predictions.save(path)

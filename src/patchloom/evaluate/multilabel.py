@@ -74,8 +74,9 @@ class MultiLabel(LinearGrid):
         areas = per_label_auroc(said, truth)
         if all(area != area for area in areas):
             raise UsageError("no label both occurs and fails to occur among the images to measure on")
-        draws: dict[str, int] = {"draws": self.config.draws, "seed": self.config.seed}
-        mean, f1 = self.predictions.interval(**draws), self.predictions.interval(label_macro_f1, **draws)
+        draws, seed = self.config.draws, self.config.seed
+        mean = self.predictions.interval(draws=draws, seed=seed)
+        f1 = self.predictions.interval(label_macro_f1, draws=draws, seed=seed)
         each: dict[str, dict[str, Any]] = {}
         for number, (name, area) in enumerate(zip(names, areas, strict=True)):
             column = truth[:, number]

@@ -53,7 +53,7 @@ def make_vision(kind: str, frames: int = 4, size: int = 84) -> Vision:
         UsageError: Another word.
     """
     if kind == "nature":
-        shapes = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        shapes: tuple[tuple[int, int, int], ...] = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
     elif kind == "data_efficient":
         shapes = ((32, 5, 5), (64, 5, 5))
     else:
