@@ -10,10 +10,12 @@ from patchloom._lazy import make_callable
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.compare import Compare
 from patchloom.evaluate.few_shot import FewShot
+from patchloom.evaluate.finetune import Finetune
 from patchloom.evaluate.health import Health
 from patchloom.evaluate.knn import KNN
 from patchloom.evaluate.linear import Linear
 from patchloom.evaluate.linear_grid import LinearGrid
+from patchloom.evaluate.logistic_sweep import Logistic
 from patchloom.evaluate.multilabel import MultiLabel
 from patchloom.evaluate.ordinal import Ordinal
 from patchloom.evaluate.retrieval import Retrieval
@@ -27,10 +29,12 @@ from patchloom.training.config import config_from_mapping
 EVALUATIONS: dict[str, type[Any]] = {
     "compare": Compare,
     "few_shot": FewShot,
+    "finetune": Finetune,
     "health": Health,
     "knn": KNN,
     "linear": Linear,
     "linear_grid": LinearGrid,
+    "logistic": Logistic,
     "multilabel": MultiLabel,
     "ordinal": Ordinal,
     "retrieval": Retrieval,

@@ -58,6 +58,7 @@ def fit_logistic(
     max_iter: int = 500,
     tolerance: float = 1e-4,
     start: LogisticModel | None = None,
+    standardise: bool = True,
 ) -> LogisticModel:
     """Return the minimum of mean cross-entropy + |W|² / (2 c n) over the weights of standardised features.
 
@@ -69,9 +70,12 @@ def fit_logistic(
         max_iter: Most L-BFGS steps.
         tolerance: Largest entry of the gradient, in those coordinates, at which to stop.
         start: A model of the same features to start from, such as that of another `c`.
+        standardise: Bring every feature to mean 0 and deviation 1 first.
     """
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 0, deviation, 1)
+    if not standardise:
+        mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
     x = (x - mean) / scale
     n = len(x)
     penalty = 1 / (c * n)

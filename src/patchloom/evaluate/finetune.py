@@ -1,0 +1,128 @@
+"""What an encoder becomes when it is trained further: `patchloom adapt` as an evaluation.
+
+End-to-end fine-tuning and the frugal kinds (LoRA, BitFit, prompts, adapters) are measured like every frozen probe: the
+same test images, the same figures with intervals, predictions that `patchloom evaluate compare` takes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchloom.bundle import load, save_bundle
+from patchloom.data import EvalTransform, make_loader, open_source
+from patchloom.data.base import Source
+from patchloom.encoders import embed_dim, image_size, in_chans, normalize
+from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.protocol import Evaluation
+from patchloom.evaluate.target import EvaluationConfig, resolve_encoder
+from patchloom.features.extract import Features, torch_device
+
+# Settings of training that this evaluation sets itself.
+OURS = ("data", "test", "encoder", "out", "seed", "num_workers", "image_size", "in_chans", "accelerator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(EvaluationConfig):
+    """Settings of the evaluation by training further."""
+
+    method: str = "finetune"
+    """Method of patchloom adapt: finetune, lora, bitfit, vpt, adaptformer, linear …"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of that method, such as --settings.epochs 10 --settings.lr 1e-3"""
+    run: str | None = None
+    """Folder where the run is kept; default: it is deleted"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if taken := [name for name in self.settings if name in OURS]:
+            raise UsageError(f"settings holds {taken[0]}, which the evaluation sets itself; leave it out")
+        if self.run is not None and Path(self.run).exists():
+            raise UsageError(f"{self.run} exists; choose another folder for run")
+
+
+class Finetune(Evaluation):
+    """Train the encoder further on train by a method of patchloom adapt, and measure the classifier on test."""
+
+    config_class = FinetuneConfig
+
+    def figures(self) -> dict[str, Any]:
+        """Return accuracy (a fraction), what goes with it, and the share of parameters that was trained."""
+        from patchloom.adapt import METHODS
+        from patchloom.adapt import run as adapt
+
+        config = self.config
+        if config.method not in METHODS:
+            raise unknown_name("adapt method", config.method, METHODS)
+        encoder = resolve_encoder(config)
+        if encoder is None:
+            raise UsageError("raw pixels cannot be trained further; name an encoder")
+        channels = in_chans(encoder)
+        train, test = (open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test))
+        if train.fingerprint() == test.fingerprint():
+            raise UsageError(
+                f"train {config.train} and test {config.test} are the same images; measure on images apart from them"
+            )
+        if not isinstance(train, Source) or not isinstance(test, Source) or train.multilabel or test.multilabel:
+            raise UsageError("this evaluation compares classes of images read by index; use adapt itself for others")
+        device = torch_device(config.device)
+        with ExitStack() as stack:
+            folder = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
+            # What is meant by the encoder (published weights, fresh ones, a module) is settled here, not by adapt.
+            bundle = save_bundle(encoder, Path(folder) / "encoder")
+            done = adapt(
+                config.method,
+                **config.settings,
+                data=config.train,
+                test=config.test,
+                encoder=str(bundle),
+                out=str(Path(folder) / "adapted"),
+                seed=config.seed,
+                num_workers=config.num_workers,
+                image_size=config.image_size,
+                in_chans=channels,
+                accelerator="cpu" if device.type == "cpu" else "gpu",
+            )
+            model = load(done.path)
+            names = list(done.summary["class_names"])
+            logits, measured = self._predict(model, test, names, device)
+        shape = (1, embed_dim(encoder))
+        learnt = Features(torch.zeros(shape).expand(len(train), -1), torch.from_numpy(train.labels), [], [])
+        figures = self.classified(logits, learnt, measured, names)
+        figures |= {"method": config.method, "settings": dict(config.settings), "run": config.run}
+        for name in ("trainable_parameters", "trainable_share", "parameters"):
+            if name in done.summary:
+                figures[name] = done.summary[name]
+        return figures
+
+    @torch.no_grad()
+    def _predict(self, model: Any, test: Source, names: list[str], device: torch.device) -> tuple[Tensor, Features]:
+        """Return the logits (n, K) of the test images, and these with their classes in the order of `names`."""
+        config = self.config
+        classifier: nn.Module = model.eval().to(device)
+        logits, labels, keys, skipped = [], [], [], []
+        side = image_size(model)[0]
+        for batch in make_loader(
+            test, EvalTransform(side), config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers
+        ):
+            skipped += batch["skipped"]
+            if batch["key"]:
+                images = batch["image"].to(device).float().div_(255)
+                logits.append(classifier(normalize(images, model)).float().cpu())
+                labels.append(batch["label"])
+                keys += batch["key"]
+        if not logits:
+            raise UsageError(f"{test.name} holds no readable image")
+        place = torch.tensor([names.index(name) for name in test.class_names or names])
+        found, known = torch.cat(logits), torch.cat(labels)
+        kept = known >= 0
+        keys = [key for key, keep in zip(keys, kept.tolist(), strict=True) if keep]
+        vectors = torch.zeros(1, embed_dim(model)).expand(int(kept.sum()), -1)
+        return found[kept], Features(vectors, place[known[kept]], keys, skipped)
