@@ -54,7 +54,7 @@ class Finetune(Evaluation):
     config_class = FinetuneConfig
 
     def figures(self) -> dict[str, Any]:
-        """Return accuracy (a fraction), what goes with it, and the share of parameters that was trained."""
+        """Return accuracy (a fraction), what goes with it, and what an adapter costs to store."""
         from patchloom.adapt import METHODS
         from patchloom.adapt import run as adapt
 
@@ -97,7 +97,7 @@ class Finetune(Evaluation):
         learnt = Features(torch.zeros(shape).expand(len(train), -1), torch.from_numpy(train.labels), [], [])
         figures = self.classified(logits, learnt, measured, names)
         figures |= {"method": config.method, "settings": dict(config.settings), "run": config.run}
-        for name in ("trainable_parameters", "trainable_share", "parameters"):
+        for name in ("adapter_bytes", "head_parameters"):
             if name in done.summary:
                 figures[name] = done.summary[name]
         return figures
