@@ -13,6 +13,7 @@ import torch
 import patchloom as pl
 from patchloom.encoders import create_encoder, pooled
 from patchloom.errors import UsageError
+from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.volume_segmentation import Case, case_scores
 from patchloom.evaluate.volumes import encoder_images, pool_slices, slice_encode
 from patchloom.segment.metrics import areas, dice, hausdorff
@@ -59,16 +60,26 @@ def test_padding_slices_are_never_seen(encoder):
 
 
 @pytest.mark.parametrize("slice_pool", ["mean", "max", "attention"])
-def test_balls_are_found(encoder, sorted_volumes, slice_pool):
+def test_balls_are_found(encoder, sorted_volumes, slice_pool, tmp_path):
     train, test = sorted_volumes
     figures = pl.evaluate(
-        "volumes", encoder=encoder, train=train, test=test, slice_pool=slice_pool, window="ct", device="cpu", lr=1e-2
+        "volumes",
+        encoder=encoder,
+        train=train,
+        test=test,
+        slice_pool=slice_pool,
+        window="ct",
+        device="cpu",
+        lr=1e-2,
+        predictions=str(tmp_path / "said.npz"),
     )
     assert figures["score"] > 0.85
     low, high = figures["interval"]
     assert low <= figures["score"] <= high
     assert figures["n"] == 8
     assert figures["slices"]["test"] > 8
+    kept = Predictions.load(tmp_path / "said.npz")
+    assert kept.interval().value == pytest.approx(figures["score"])
     json.dumps(figures)
 
 
@@ -95,7 +106,7 @@ def test_balls_are_outlined_and_written_back(encoder, painted, tmp_path, head):
         test=test,
         head=head,
         loss="dice+ce",
-        predictions=str(tmp_path / "masks"),
+        masks=str(tmp_path / "masks"),
         **FAST,
     )
     assert figures["dice"] > 0.6
@@ -143,7 +154,7 @@ def test_odd_spacing_gives_a_warning_and_scores_of_the_original_voxels(encoder, 
             test=str(tmp_path / "test"),
             head="bn",
             loss="dice+ce",
-            predictions=str(tmp_path / "masks"),
+            masks=str(tmp_path / "masks"),
             **FAST,
         )
     assert figures["dice"] > 0.5

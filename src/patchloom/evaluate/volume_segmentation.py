@@ -5,7 +5,7 @@ Specification `dinov2_radiology`, sections 2.7 and 2.8. Dice is taken per volume
 
 >>> import patchloom as pl
 >>> pl.evaluate("volume_segmentation", encoder="runs/mine/model", train="scans/train", test="scans/test",
-...             predictions="masks")  # doctest: +SKIP
+...             masks="masks")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class VolumeSegmentationConfig(DecoderConfig):
     """Leave out voxels whose truth is background, as the published scores do: false alarms there go unseen"""
     hausdorff: bool = True
     """Also measure the 95 % Hausdorff distance (takes a second or so per volume and class)"""
-    predictions: str | None = None
+    masks: str | None = None
     """Also write the predicted masks to this folder, as NIfTI with the axes and affine of their volumes"""
     out: str | None = None
     """Also write the figures to this JSON file; it must not exist yet"""
@@ -100,9 +100,9 @@ class VolumeSegmentationConfig(DecoderConfig):
         super().__post_init__()
         if self.out is not None and Path(self.out).exists():
             raise UsageError(f"{self.out} exists; choose another out")
-        folder = None if self.predictions is None else Path(self.predictions)
+        folder = None if self.masks is None else Path(self.masks)
         if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UsageError(f"{folder} exists and is not an empty folder; choose another for predictions")
+            raise UsageError(f"{folder} exists and is not an empty folder; choose another for masks")
 
 
 class Case(NamedTuple):
@@ -166,9 +166,9 @@ class VolumeSegmentation:
                 continue
             assert volume.mask is not None
             said = segment_volume(trained, volume, config)
-            if config.predictions is not None:
+            if config.masks is not None:
                 name = Path(volume.key).name.removesuffix(".gz").removesuffix(".nii")
-                save_mask(said, volume, config.plane, Path(config.predictions) / f"{name}.nii.gz")
+                save_mask(said, volume, config.plane, Path(config.masks) / f"{name}.nii.gz")
             truth = volume.mask
             found = areas(said, truth, classes, 255)
             scored = found

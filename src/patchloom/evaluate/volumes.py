@@ -27,10 +27,10 @@ from patchloom.data.volumes import Plane, Volume, VolumeSource, Window, as_image
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.logistic import fit_logistic
-from patchloom.evaluate.metrics import accuracy, balanced_accuracy, mean_auroc
+from patchloom.evaluate.metrics import accuracy, balanced_accuracy
+from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
-from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import EvaluationConfig, resolve_encoder
 from patchloom.features.extract import torch_device
 
@@ -93,6 +93,7 @@ class Volumes:
 
     def __init__(self, config: VolumesConfig) -> None:
         self.config = config
+        self.predictions: Predictions | None = None
 
     def run(self) -> dict[str, Any]:
         """Return the mean AUROC over classes with its interval over volumes, accuracy, and what goes with them."""
@@ -112,8 +113,10 @@ class Volumes:
             raise UsageError(f"{config.train} has readable volumes of one class only; a classifier needs two")
         scores = self._scores(learnt, measured.bags, len(names))
         said = scores.argmax(1)
-        area = bootstrap_interval(mean_auroc, scores, measured.labels, seed=config.seed)
-        right = bootstrap_interval(accuracy, said, measured.labels, seed=config.seed)
+        about = {"encoder": str(config.encoder)[:200], "test": config.test, "slice_pool": config.slice_pool}
+        self.predictions = Predictions(measured.keys, said, measured.labels, "mean_auroc", names, scores, about)
+        area = self.predictions.interval(draws=config.draws, seed=config.seed)
+        right = self.predictions.interval(accuracy, draws=config.draws, seed=config.seed)
         skipped = learnt.skipped + measured.skipped
         return {
             "score": _finite(area.value),
