@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -174,6 +175,22 @@ def test_masks_are_refused():
     model = model_of()
     with pytest.raises(UsageError, match="leave the mask out"):
         model.encoder.blocks[0](torch.zeros(1, 17, 32).double(), attn_mask=torch.zeros(17, 17))
+
+
+@pytest.mark.parametrize("settings", [{}, {"depth": "shallow"}])
+def test_a_copy_has_prompts_of_its_own_that_come_off(settings):
+    model = model_of(**settings)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    logits = model(images)
+    twin = copy.deepcopy(model.encoder)
+    torch.testing.assert_close(twin(images), logits)
+    with torch.no_grad():
+        PromptCAM.of(twin).added.prompts.zero_()
+    assert not torch.allclose(twin(images), logits)
+    torch.testing.assert_close(model.encoder(images), logits)
+    remove(twin)
+    with plain(model.encoder):
+        torch.testing.assert_close(twin(images), model.encoder(images))
 
 
 def test_recomputing_activations_changes_no_gradient():

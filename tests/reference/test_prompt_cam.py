@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_named(change, config, message):
         pl.load_reference("prompt_cam", state, **{"num_heads": HEADS, **config})
 
 
-def test_import_keeps_the_encoder(tmp_path):
+def test_import_makes_a_bundle_and_an_adapter_beside_it(tmp_path):
     from patchloom.reference import import_reference
 
     state = layout(scale=True)
@@ -141,3 +141,7 @@ def test_import_keeps_the_encoder(tmp_path):
     import_reference("prompt_cam", str(tmp_path / "model.pt"), str(tmp_path / "bundle"), settings={"num_heads": HEADS})
     encoder = load(tmp_path / "bundle")
     torch.testing.assert_close(encoder.blocks[2].ls2.gamma, state["blocks.2.ls2.gamma"])
+    images = torch.randn(1, 3, 12, 12)
+    whole = pl.load(str(tmp_path / "bundle" / "adapter"))
+    torch.testing.assert_close(whole(images), pl.load_reference("prompt_cam", state, num_heads=HEADS)(images))
+    assert tuple(whole.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)

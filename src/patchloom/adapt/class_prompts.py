@@ -256,9 +256,17 @@ class PromptCAM(nn.Module):
         UsageError: A value outside its range, or an encoder whose attention cannot be read.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, **settings: Any) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        depth: Depth = "deep",
+        prompt_dropout: float = 0.1,
+        helper_prompts: int | None = None,
+        force: bool = False,
+    ) -> None:
         super().__init__()
-        insert(encoder, ClassPrompts(encoder, num_classes, **settings), NAME)
+        insert(encoder, ClassPrompts(encoder, num_classes, depth, prompt_dropout, helper_prompts, force), NAME)
         self.encoder = encoder
 
     @classmethod

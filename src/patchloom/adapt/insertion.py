@@ -44,7 +44,9 @@ from patchloom.errors import UsageError, unknown_name
 Replacement = tuple[Any, str, Any]
 """An object, the name of one of its attributes, and what stands there while the insertion is active."""
 
-MISSING = object()
+
+class MISSING:
+    """Stands for an attribute that was not there. A class, because a copy of an encoder keeps it as it is."""
 
 
 class Insertion(nn.Module):

@@ -93,7 +93,7 @@ def write_gallery(
         (temporary / MAPS).mkdir()
         for number, section in enumerate(sections):
             for place, figure in enumerate(section.figures):
-                name = re.sub(r"[^\w.-]+", "_", section.title).strip("_")[:80]
+                name = re.sub(r"[^\w.-]+", "_", re.sub(r"\.\w{3,4}$", "", section.title)).strip("_")[:80]
                 suffix = f"_{place + 1}" if len(section.figures) > 1 else ""
                 (temporary / PICTURES / f"{number:03d}_{name}{suffix}.png").write_bytes(figure.png)
         arrays: dict[str, Any] = {name: value.detach().float().cpu().numpy() for name, value in maps.items()}

@@ -92,6 +92,8 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
         act_layer=str(config.get("act", "gelu")),
         **other,
     )
+    # All published models see images normalised by these, whatever their encoder was trained with.
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     if "patch_embed.proj.bias" in state and encoder.patch_embed.proj.bias is None:
         encoder.patch_embed.proj.bias = torch.nn.Parameter(torch.empty(width))
     return encoder
