@@ -24,7 +24,8 @@ ENGINE = {"num_workers": 0, "probe_every": 0, "log_every": 20, "precision": "32-
 PRETRAIN = {"epochs": 6, "batch_size": 64, "lr": 1e-3, "lr_base_batch": None, "warmup_epochs": 1, "layer_decay": 1.0}
 GENTLE = {"auto_augment": None, "color_jitter": 0.2, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_path": 0.0}
 CROP = {"crop_scale": (0.5, 1.0)}
-# What each method trains with; learning rates were chosen on held-out training images of seed 0.
+# What each method trains with; learning rates were chosen on held-out training images of a
+# small pilot (seed 100), which are among those the claims train on.
 RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {**GENTLE, "lr": 5e-4, "lr_base_batch": None, "layer_decay": 0.8, "init_scale": 1.0, "pool": "cls"},
     "linear": {"lr": 1.0},
