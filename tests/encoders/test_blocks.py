@@ -67,3 +67,22 @@ def test_a_kind_of_block_that_is_not_known_token_by_token_is_run_whole():
     block = timm.create_model("vit_tiny_patch16_224", block_fn=ResPostBlock).blocks[0]
     x = torch.randn(1, 9, 192)
     torch.testing.assert_close(run_block(block.eval(), x, rows=torch.zeros(1, 9, dtype=torch.bool)), block(x))
+
+
+@pytest.mark.parametrize("name", ["ccvit_tiny_patch8_64", "beitv2_base_patch16_224"])  # a shared table, one per block
+def test_the_blocks_of_an_encoder_with_relative_positions_use_it(name, monkeypatch):
+    from patchloom.encoders import blocks, run_blocks
+
+    calls = []
+    original = blocks._BiasedAttention.apply
+    monkeypatch.setattr(blocks._BiasedAttention, "apply", lambda *inputs: calls.append(1) or original(*inputs))
+    encoder = create_encoder(name, depth=2).train()
+    images = torch.randn(1, 3, *encoder.patch_embed.img_size)
+    last, _ = run_blocks(encoder, embed(encoder, images))
+    assert len(calls) == 2
+    with torch.no_grad():
+        run_blocks(encoder, embed(encoder, images))
+    assert len(calls) == 2
+    found = torch.autograd.grad(last.square().sum(), list(encoder.parameters()), allow_unused=True)
+    torch.testing.assert_close(encoder.norm(last), encoder.forward_features(images), rtol=1e-4, atol=1e-4)
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in found) > 10

@@ -110,9 +110,9 @@ class LearnedBiasAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and len(args) == 3:
             bias = kwargs.get("attn_mask")
             others = {name for name, value in kwargs.items() if name != "attn_mask" and value}
-            learned = bias is not None and bias.requires_grad and bias.ndim == 4
+            learned = bias is not None and bias.requires_grad and bias.ndim in (3, 4)
             if learned and not others and args[0].dtype == bias.dtype and bias.dtype in (torch.float32, torch.float64):
-                return _BiasedAttention.apply(*args, bias)
+                return _BiasedAttention.apply(*args, bias if bias.ndim == 4 else bias[None])
         return func(*args, **kwargs)
 
 
