@@ -49,7 +49,7 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor], device: str, precision
 def ours(batch: int, device: str, precision: str) -> Step:
     """Return one training step of ours."""
     from patchloom.encoders import create_encoder
-    from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder, initialize_encoder
+    from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
 
     images = pictures(batch, device)
     encoder = create_encoder("vit_base_patch16_224")
@@ -109,7 +109,7 @@ def unmasked_encoder(batch: int, device: str, precision: str) -> Step:
 def unmasked_whole(batch: int, device: str, precision: str) -> Step:
     """Return one step of encoder and decoder on all patches: what MAE would cost without dropping any."""
     from patchloom.encoders import create_encoder
-    from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
+    from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 
     images = pictures(batch, device)
     model = MaskedAutoencoder(create_encoder("vit_base_patch16_224"), **DECODER)

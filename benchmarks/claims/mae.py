@@ -24,9 +24,9 @@ from benchmarks.claims.ccvit import Series, pixels, subset
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
 from patchloom.encoders import normalize
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
 from patchloom.patches import patchify
 from patchloom.pretrain.mae import MAEConfig, MAEMethod
-from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder, initialize_encoder
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "mae.md"
 ENCODER = "mae_claims_patch4_32"

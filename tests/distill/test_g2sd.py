@@ -12,8 +12,8 @@ from patchloom import load_reference
 from patchloom.distill.generic import GenericDistiller
 from patchloom.distill.specific import DistilledVisionTransformer, specific_loss
 from patchloom.encoders import create_encoder
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
-from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
 
 SIDE, PATCH, GRID = 32, 8, 4
 

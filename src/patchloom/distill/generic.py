@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.encoders import embed, embed_dim, run_blocks
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
-from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
 
 
 class DistilledAutoencoder(nn.Module):

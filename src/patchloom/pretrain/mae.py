@@ -1,8 +1,8 @@
 """MAE as a training method: settings, crops and masks, pictures; the thorax recipe is its preset.
 
-The algorithm itself is in `masked_autoencoder`. Papers: "Masked Autoencoders Are Scalable Vision Learners", arXiv
-2111.06377; preset `thorax`: "Delving into Masked Autoencoders for Multi-Label Thorax Disease Classification", arXiv
-2210.12843.
+The algorithm itself is in `encoders.masked_autoencoder`. Papers: "Masked Autoencoders Are Scalable Vision Learners",
+arXiv 2111.06377; preset `thorax`: "Delving into Masked Autoencoders for Multi-Label Thorax Disease Classification",
+arXiv 2210.12843.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PairedViews
 from patchloom.encoders import Encoder, normalize
-from patchloom.errors import UsageError
-from patchloom.patches import patchify, unpatchify
-from patchloom.pretrain.masked_autoencoder import (
+from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
     has_fixed_positions,
     initialize_encoder,
     visible_count,
 )
+from patchloom.errors import UsageError
+from patchloom.patches import patchify, unpatchify
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method, Transform
 

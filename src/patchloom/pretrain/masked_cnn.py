@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from patchloom.encoders.masked_autoencoder import visible_count
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
-from patchloom.pretrain.masked_autoencoder import visible_count
 
 
 class CNNOutput(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from patchloom.distill.generic import DistilledAutoencoder, GenericDistiller
 from patchloom.distill.specific import DistilledVisionTransformer
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
-from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
 from patchloom.reference import mae
 from patchloom.reference.state import check_settings, fill, read_state
 

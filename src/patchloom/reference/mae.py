@@ -10,9 +10,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
-from patchloom.pretrain.masked_autoencoder import MaskedAutoencoder
 from patchloom.reference.state import check_settings, fill
 
 # Settings under the published names and ours. What shapes tell may be given all the same, and has to agree.

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mae_published import patches_hwc
 from patchloom.encoders import create_encoder, grid_size, num_prefix_tokens
-from patchloom.errors import UsageError
-from patchloom.pretrain.masked_autoencoder import (
+from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
     has_fixed_positions,
     initialize_encoder,
@@ -22,6 +21,7 @@ from patchloom.pretrain.masked_autoencoder import (
     sincos_positions,
     visible_count,
 )
+from patchloom.errors import UsageError
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 4},
