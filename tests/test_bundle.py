@@ -132,7 +132,7 @@ def test_a_classifier_keeps_its_logits_and_gives_an_encoder(encoder, tmp_path):
 
 @torch.no_grad()
 def test_a_fine_tuned_model_with_a_table_per_block_comes_back(encoder, tmp_path):
-    from patchloom.adapt.finetune import as_classifier
+    from patchloom.training.supervised import as_classifier
 
     classifier = randomised(as_classifier(encoder, 3))
     save_bundle(classifier, tmp_path / "b")

@@ -12,10 +12,10 @@ import torch
 
 import patchloom as pl
 from patchloom import export as module
-from patchloom.adapt.finetune import as_classifier
 from patchloom.bundle import bundle_fingerprint, read_lineage, save_bundle
 from patchloom.encoders import create_encoder
 from patchloom.errors import MissingExtraError, UsageError
+from patchloom.training.supervised import as_classifier
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 ENCODERS = {

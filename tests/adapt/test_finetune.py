@@ -7,10 +7,11 @@ import timm
 import torch
 
 import patchloom as pl
-from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod, as_classifier
+from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.training.supervised import as_classifier
 
 SMALL = {
     "data": "digits",

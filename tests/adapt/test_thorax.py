@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 import patchloom as pl
-from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod, as_classifier
+from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
 from patchloom.data import open_source
 from patchloom.data.medical import CHEXPERT
 from patchloom.encoders import create_encoder
 from patchloom.training.config import config_from_mapping
 from patchloom.training.optim import layer_of, parameter_groups
+from patchloom.training.supervised import as_classifier
 
 TINY = {"encoder": "test_vit", "image_size": 32, "batch_size": 8, "num_workers": 0, "probe_every": 0} | {
     "precision": "32-true",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from torch import nn
 
 import patchloom.encoders  # noqa: F401  (registers ccvit_*)
-from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
+from patchloom.training.optim import adamw, decays, layer_of, make_optimizer, parameter_groups, set_rates
 
 
 def group_of(groups: list, name: str) -> dict:
@@ -57,3 +58,17 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     groups = parameter_groups(encoder, layer_decay=0.7, layer=lambda name: layer_of(name, 3), depth=3)
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in encoder.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lamb"])
+def test_rates_reach_every_kind_of_optimiser(kind):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 4)
+    groups = parameter_groups(layer)
+    optimizer = make_optimizer(kind, groups, betas=(0.9, 0.99), eps=1e-8, momentum=0.5)
+    set_rates(optimizer, 0.1, 0.2)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
+    before = [parameter.clone() for parameter in layer.parameters()]
+    layer(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
+from patchloom.training.schedule import cosine, warmup_cosine, warmup_drops, warmup_steps
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(100, 10), (50, 0), (7, 2), (12, 1)])
@@ -25,3 +25,10 @@ def test_constant_weight_decay_is_constant():
 def test_warmup_takes_at_most_a_fifth_of_a_short_run():
     assert warmup_steps(10, 100, 30_000) == 1000
     assert warmup_steps(10, 10, 100) == 20
+
+
+def test_drops_come_at_shares_of_the_run():
+    values = [warmup_drops(step, 20, 2, 1.0, (0.5, 0.75), 0.1) for step in range(20)]
+    assert values[:3] == [0.0, 1.0, 1.0]
+    assert values[9:11] == [1.0, pytest.approx(0.1)]
+    assert values[14:16] == [pytest.approx(0.1), pytest.approx(0.01)]

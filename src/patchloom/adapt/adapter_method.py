@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from patchloom.adapt.heads import Pool
 from patchloom.adapt.insertion import Insertion, insert, insertions
-from patchloom.adapt.labelled import LabelledConfig, LabelledMethod
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
 from patchloom.errors import UsageError
+from patchloom.training.labelled import LabelledConfig, LabelledMethod
 from patchloom.training.method import Transform
-from patchloom.training.optim import parameter_groups
+from patchloom.training.optim import make_optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from patchloom.report import Section
@@ -166,7 +166,7 @@ class AdapterMethod(LabelledMethod):
         if config.optimizer == "adamw":
             return super().configure_optimizers()
         groups = parameter_groups(self, depth=depth(self.encoder), decay=self.decays)
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+        return make_optimizer("sgd", groups, betas=config.betas, eps=config.eps, momentum=config.momentum)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors of a checkpoint: what the insertion stores."""

@@ -198,16 +198,20 @@ class Method(lp.LightningModule):
         )
         return adamw(groups, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
 
+    def peak_lr(self) -> float:
+        """Return the learning rate after the warm-up, scaled to the global batch where that is asked for."""
+        config = self.config
+        if config.lr_base_batch is None:
+            return config.lr
+        world = self.trainer.world_size if self._trainer is not None else 1
+        return config.lr * (config.batch_size * config.accumulate * world / config.lr_base_batch)
+
     def rates(self, step: int) -> tuple[float, float]:
         """Return the learning rate and weight decay of an optimiser step."""
         config = self.config
-        scale = 1.0
-        if config.lr_base_batch is not None:
-            world = self.trainer.world_size if self._trainer is not None else 1
-            scale = config.batch_size * config.accumulate * world / config.lr_base_batch
         warmup = warmup_steps(config.warmup_epochs, self.steps_per_epoch, self.total_steps)
         # A peak below min_lr is meant: the cosine must not climb.
-        peak = config.lr * scale
+        peak = self.peak_lr()
         lr = warmup_cosine(step, self.total_steps, warmup, peak, min(config.min_lr, peak))
         end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
         return lr, cosine(step, self.total_steps, config.weight_decay, end)

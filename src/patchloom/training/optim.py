@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+from timm.optim import Lamb
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
+
+Kind = Literal["adamw", "sgd", "lamb"]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -77,6 +80,32 @@ def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: floa
             itself, after the gradient was clipped.
     """
     return AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
+
+
+def make_optimizer(
+    kind: Kind,
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+    fused: bool = True,
+) -> Optimizer:
+    """Return an optimiser over the groups, see `adamw`; LAMB and SGD take the same groups.
+
+    Args:
+        kind: `adamw`, `sgd` or `lamb` (arXiv 1904.00962; timm's, without a clipping of its own).
+        groups: See `parameter_groups`.
+        betas: For AdamW and LAMB.
+        eps: Likewise.
+        momentum: For SGD.
+        fused: For AdamW.
+    """
+    if kind == "sgd":
+        return SGD(groups, lr=0.0, momentum=momentum)
+    if kind == "lamb":
+        return Lamb(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, max_grad_norm=None)
+    return adamw(groups, betas=betas, eps=eps, fused=fused)
 
 
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:

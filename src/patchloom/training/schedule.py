@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -23,6 +24,22 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
         return peak * step / max(1, warmup - 1)
     t = min(step, total - 1) - warmup
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * t / max(1, total - warmup)))
+
+
+def warmup_drops(step: int, total: int, warmup: int, peak: float, drops: Sequence[float], factor: float) -> float:
+    """Return the value at a step: linear from 0 to `peak`, then less by a factor from each of some moments on.
+
+    Args:
+        step: Optimiser step, from 0.
+        total: Steps of the whole run.
+        warmup: Steps of warm-up.
+        peak: Value after the warm-up.
+        drops: Shares of the run, in (0, 1), from which on one more factor applies.
+        factor: In (0, 1].
+    """
+    if step < warmup:
+        return peak * step / max(1, warmup - 1)
+    return peak * factor ** sum(step >= round(share * total) for share in drops)
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.adapt.selection import class_counts, hold_out, limit_labels
-from patchloom.adapt.targets import Targets, Weighting
 from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import EvalTransform
@@ -22,6 +20,8 @@ from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method
+from patchloom.training.selection import class_counts, hold_out, limit_labels
+from patchloom.training.targets import Targets, Weighting
 
 if TYPE_CHECKING:
     from patchloom.report import Section

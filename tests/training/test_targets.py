@@ -10,8 +10,8 @@ import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, cohen_kappa_score, f1_score, roc_auc_score
 from torchmetrics.functional.classification import multiclass_cohen_kappa
 
-from patchloom.adapt.targets import Targets, class_weights, masked_bce, quadratic_weighted_kappa, squared_emd
 from patchloom.errors import UsageError
+from patchloom.training.targets import Targets, class_weights, masked_bce, quadratic_weighted_kappa, squared_emd
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(40, 4, generator=GENERATOR)

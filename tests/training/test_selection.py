@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from patchloom.adapt.selection import class_counts, hold_out, limit_labels
 from patchloom.data import open_source
 from patchloom.data.base import Sample
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.errors import UsageError
+from patchloom.training.selection import class_counts, hold_out, limit_labels
 
 
 def source_of(labels, names=("a", "b", "c")):

@@ -1,0 +1,215 @@
+"""What every way to train a whole classifier shares: augmentation, mixed images, an encoder with a fresh head.
+
+Fine-tuning, training from scratch and distillation derive their settings from `SupervisedConfig` and themselves from
+`SupervisedMethod`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.beit import Beit
+from torch import Tensor, nn
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import FinetuneTransform, make_mixup
+from patchloom.encoders import Encoder, create_encoder, depth
+from patchloom.errors import UsageError
+from patchloom.training.labelled import LabelledConfig, LabelledMethod
+from patchloom.training.method import Transform
+from patchloom.training.optim import make_optimizer, parameter_groups
+from patchloom.training.schedule import warmup_drops, warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(LabelledConfig):
+    """Settings of training a whole classifier."""
+
+    optimizer: Literal["adamw", "sgd", "lamb"] = "adamw"
+    """Optimiser; sgd has momentum"""
+    momentum: float = 0.9
+    """Momentum of sgd"""
+    lr_drops: tuple[float, ...] = ()
+    """Shares of the run, in (0, 1), at which the learning rate is multiplied by lr_drop; empty for the cosine"""
+    lr_drop: float = 0.1
+    """Factor on the learning rate at each of lr_drops"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of adamw and lamb"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; null for no clipping"""
+    pool: Literal["avg", "cls"] = "avg"
+    """What the classifier of a ViT reads: the mean over patches or the class token"""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 turns it off"""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 turns it off"""
+    switch_prob: float = 0.5
+    """Probability of cutmix where both are on"""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes"""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm spells it; null for none"""
+    color_jitter: float = 0.4
+    """Strength of colour jitter, in force without RandAugment only"""
+    erasing: float = 0.25
+    """Probability of random erasing"""
+    flip: float = 0.5
+    """Probability of the horizontal flip; 0 where left and right differ, as in digits"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and most share of the image's area that a crop takes"""
+    init_scale: float = 1.0
+    """Factor on the classifier's initial weights"""
+
+    def __post_init__(self) -> None:
+        """Refuse values no run can have."""
+        super().__post_init__()
+        for name in ("erasing", "switch_prob", "flip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
+        if not all(0 < share < 1 for share in self.lr_drops):
+            raise UsageError(f"lr_drops is {self.lr_drops}; give shares of the run, above 0 and below 1")
+        if not 0 < self.lr_drop <= 1:
+            raise UsageError(f"lr_drop is {self.lr_drop}; it must be above 0 and at most 1")
+
+
+class SupervisedMethod(LabelledMethod):
+    """Training of a whole classifier; by itself against the labels.
+
+    Attributes:
+        mix: Mixes the images of a batch and their labels, or None.
+    """
+
+    config_class = SupervisedConfig
+    config: SupervisedConfig
+
+    def __init__(self, config: SupervisedConfig, source: Source | StreamSource) -> None:
+        super().__init__(config, source)
+        # Mixed images have shares of classes; several labels each have nothing to mix.
+        mixed = (config.mixup > 0 or config.cutmix > 0) and self.targets.kind != "multi"
+        self.mix = (
+            make_mixup(
+                len(self.class_names),
+                mixup=config.mixup,
+                cutmix=config.cutmix,
+                switch_prob=config.switch_prob,
+                label_smoothing=config.label_smoothing,
+            )
+            if mixed
+            else None
+        )
+
+    def build_encoder(self) -> Encoder:
+        """Return the encoder with a fresh classifier."""
+        encoder = super().build_encoder()
+        config = self.config
+        model = as_classifier(encoder, len(self.class_names), config.pool, config.init_scale, config.drop_path)
+        model.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": self.class_names}  # timm's own place for them
+        return model
+
+    def transform(self) -> Transform:
+        """Return timm's augmentation for training classifiers; its images are normalised for the encoder."""
+        config = self.config
+        pretrained = self.encoder.pretrained_cfg
+        return FinetuneTransform(
+            self.input_size,
+            mean=pretrained["mean"],
+            std=pretrained["std"],
+            scale=config.crop_scale,
+            flip=config.flip,
+            auto_augment=config.auto_augment,
+            color_jitter=config.color_jitter,
+            erasing=config.erasing,
+        )
+
+    def mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the batch's images, normalised, and labels, mixed where mixing is on.
+
+        Returns:
+            (B, C, H, W), and (B,) int64 classes, (B, classes) shares after mixing, or (B, L) labels.
+        """
+        images, labels = batch["image"], batch["label"]
+        if self.mix is not None:
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            images, labels = self.mix(images, labels, generator)
+        return images, labels
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the cross-entropy against mixed, smoothed labels."""
+        images, labels = self.mixed(batch)
+        return {"loss": self.targets.loss(self.encoder(images), labels)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = parameter_groups(
+            self,
+            layer_decay=config.layer_decay,
+            layer=self.layer,
+            depth=depth(self.encoder),
+            decay=self.decays,
+        )
+        return make_optimizer(
+            config.optimizer,
+            groups,
+            betas=config.betas,
+            eps=config.eps,
+            momentum=config.momentum,
+            fused=config.precision != "16-mixed",
+        )
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Return the learning rate and weight decay of an optimiser step."""
+        config = self.config
+        lr, weight_decay = super().rates(step)
+        if config.lr_drops:
+            warmup = warmup_steps(config.warmup_epochs, self.steps_per_epoch, self.total_steps)
+            lr = warmup_drops(step, self.total_steps, warmup, self.peak_lr(), config.lr_drops, config.lr_drop)
+        return lr, weight_decay
+
+
+def as_classifier(
+    encoder: Encoder, num_classes: int, pool: str = "avg", init_scale: float = 0.001, drop_path: float = 0.0
+) -> Encoder:
+    """Return a classifier with the encoder's weights.
+
+    A `Beit` whose blocks share one relative-position table gets a table per block, each a copy; with mean pooling
+    the final norm gives way to a fresh `fc_norm` over the pooled feature (specification, section 3.2).
+
+    Args:
+        encoder: Made by `create_encoder` (it remembers what it was made from).
+        num_classes: Outputs of the classifier.
+        pool: `avg` or `cls`.
+        init_scale: Factor on the classifier's initial weights.
+        drop_path: Stochastic depth rate of the last block.
+    """
+    made = encoder.patchloom_args
+    model_args = {
+        name: value for name, value in made["model_args"].items() if name not in ("num_classes", "global_pool")
+    }
+    model_args["global_pool"] = "avg" if pool == "avg" else "token"
+    if isinstance(encoder, Beit):
+        model_args |= {"use_fc_norm": pool == "avg"}
+        if encoder.rel_pos_bias is not None:
+            model_args |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
+    size = model_args.pop("img_size", None)
+    channels = model_args.pop("in_chans", 3)
+    model = create_encoder(made["architecture"], image_size=size, in_chans=channels, drop_path=drop_path, **model_args)
+    state = dict(encoder.state_dict())
+    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None and isinstance(encoder, Beit):
+        for number in range(len(model.blocks)):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared.clone()
+    own = model.state_dict()
+    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    model.reset_classifier(num_classes)
+    made_args = {**model.patchloom_args["model_args"], "num_classes": num_classes}
+    model.patchloom_args = {**model.patchloom_args, "model_args": made_args}
+    trunc_normal_(model.head.weight, std=0.02)
+    nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        model.head.weight.mul_(init_scale)
+    return model
