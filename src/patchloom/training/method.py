@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.ewa import average_experts_, expand_ffn, experts_of, share_rate_schedule
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
+from patchloom.training.sam import SharpnessAware
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Method(lp.LightningModule):
         self.batches_done = 0
         self.ema: ModelEmaV3 | None = None
         self.last_batch_keys: list[str] = []
+        self.sam = SharpnessAware()
         self.latest: dict[str, float] = {}
 
     def build_encoder(self) -> Encoder:
@@ -119,6 +122,10 @@ class Method(lp.LightningModule):
         """Return whether weight decay applies to a parameter."""
         return decays(name, parameter)
 
+    def sharpness(self) -> float:
+        """Return ρ of sharpness-aware minimisation for the present step; 0, the default, for a plain step."""
+        return 0.0
+
     def validate(self, device: torch.device) -> dict[str, Any]:
         """Return figures on held-out data after an epoch that calls for them; none by default."""
         return {}
@@ -150,6 +157,8 @@ class Method(lp.LightningModule):
         loss = losses["loss"]
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._account_of_failure(float(loss.detach()), losses))
+        if self.sam.again:
+            return loss
         if self.logs_now():
             self.record(losses | {"epoch": (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate)})
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
@@ -221,6 +230,8 @@ class Method(lp.LightningModule):
         set_rates(optimizer, lr, weight_decay)
         if self.logs_now():
             self.record({"lr": lr, "weight_decay": weight_decay})
+        if radius := self.sharpness():
+            optimizer_closure = partial(self.sam.closure, self, optimizer_closure, optimizer, radius)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.config.experts:
             rate = share_rate_schedule(self.config.share_schedule, self.config.share_rate, self.total_steps)
@@ -238,8 +249,13 @@ class Method(lp.LightningModule):
             self.record({"grad_norm": norm})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Draws inside the model (drop path, dropout) depend on the step alone, so a resumed run repeats them.
-        torch.manual_seed(hash((self.config.seed, self.batches_done, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+        self.seed_draws(self.batches_done)
+        if self.sharpness():
+            self.sam.keep(batch, batch_idx, self.batches_done)
+
+    def seed_draws(self, position: int) -> None:
+        """Seed the draws inside the model (drop path, dropout) by a batch's place: a resumed run repeats them."""
+        torch.manual_seed(hash((self.config.seed, position, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def setup(self, stage: str) -> None:
         """Make what training needs in one process, load it in all, and start the moving average."""
