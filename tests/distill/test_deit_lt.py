@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from patchloom import load_reference
 from patchloom.distill.cnn_teachers import CIFARResNet, PaCoTeacher
-from patchloom.distill.long_tail import (
+from patchloom.distill.two_heads import DeiTLT, DistillationTokenLoss, resized_positions
+from patchloom.errors import UsageError
+from patchloom.training.long_tail import (
     class_groups,
     effective_number_weights,
     group_accuracy,
     long_tail_counts,
     long_tail_subset,
 )
-from patchloom.distill.two_heads import DeiTLT, DistillationTokenLoss, resized_positions
-from patchloom.errors import UsageError
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -86,3 +86,37 @@ def test_grades_are_measured_by_kappa(tmp_path):
     assert "kappa" in made.validate(torch.device("cpu"))
     section = made.report_sections(torch.zeros(1))[0]
     assert "Quadratic kappa" in section.text
+
+
+def test_an_imbalance_makes_classes_unequal_and_says_how_their_groups_fare(tmp_path):
+    train = folder(tmp_path / "train", "abcdefghij", 20)
+    test = folder(tmp_path / "test", "abcdefghij", 2)
+    made = method(train, test=test, imbalance=10, class_weights="effective", reweight_from=0.5)
+    assert made.targets.counts.tolist() == [20, 15, 11, 9, 7, 5, 4, 3, 2, 2]
+    assert len(made.test) == 20
+    about = made.summary()
+    assert about["class_counts"]["a"] == 20
+    assert about["class_groups"] == {"head": list("abc"), "mid": list("defg"), "tail": list("hij")}
+    figures = made.validate(torch.device("cpu"))
+    assert {"accuracy_head", "accuracy_mid", "accuracy_tail"} <= set(figures)
+    section = made.report_sections(torch.zeros(1))[0]
+    assert section.table[0]["training images"] == 20
+    assert "head" in section.text
+    assert "tail" in section.text
+    assert method(train, seed=5, test=test, imbalance=10).source.indices.tolist() == made.source.indices.tolist()
+    made.total_steps = 10
+    made.on_train_batch_start({}, 0)
+    assert not made.targets.weighing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FinetuneMethod, "global_step", 5)
+        made.on_train_batch_start({}, 0)
+    assert made.targets.weighing
+
+
+def test_long_tails_that_leave_a_class_empty_are_refused(tmp_path):
+    train = folder(tmp_path / "train", "abc", 10)
+    with pytest.raises(UsageError, match="imbalance 20 leaves the rarest class none of 9 images; 9 is the most"):
+        method(train, imbalance=20)
+    for settings, said in (({"imbalance": 0.5}, "at least 1"), ({"reweight_from": 1.0}, "would never count")):
+        with pytest.raises(UsageError, match=said):
+            method(train, **settings)

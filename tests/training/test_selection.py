@@ -10,7 +10,8 @@ from patchloom.data import open_source
 from patchloom.data.base import Sample
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.errors import UsageError
-from patchloom.training.selection import class_counts, hold_out, limit_labels
+from patchloom.training.long_tail import long_tail_counts, long_tail_subset
+from patchloom.training.selection import class_counts, hold_out, limit_labels, long_tailed
 
 
 def source_of(labels, names=("a", "b", "c")):
@@ -83,3 +84,29 @@ def test_real_images_can_be_split():
     learnt, held = hold_out(open_source("digits"), 0.1, 0)
     assert isinstance(learnt, SubsetSource)
     assert len(np.unique(held.labels)) == 10
+
+
+def test_long_tails_are_the_published_ones_and_the_same_for_every_seed():
+    labels = np.repeat(np.arange(10), 500)
+    source = source_of(labels, [str(c) for c in range(10)])
+    made = long_tailed(source, 100)
+    assert class_counts(made).tolist() == long_tail_counts(10, 500, 100)
+    assert sorted(long_tail_subset(labels, long_tail_counts(10, 500, 100))) == made.indices.tolist()
+    assert class_counts(long_tailed(source, 5, "step")).tolist() == [500] * 5 + [100] * 5
+    assert class_counts(long_tailed(source, 1)).tolist() == [500] * 10
+
+
+def test_a_long_tail_fits_classes_that_are_unequal_already():
+    source = source_of(np.repeat([0, 1, 2], [30, 100, 40]))
+    assert class_counts(long_tailed(source, 4)).tolist() == [30, 15, 7]
+    source = source_of(np.repeat([0, 1, 2], [100, 20, 90]))
+    assert class_counts(long_tailed(source, 4)).tolist() == [40, 20, 10]
+
+
+def test_long_tails_that_cannot_be_are_refused():
+    with pytest.raises(UsageError, match="imbalance 100 leaves the rarest class none of 40 images; 40 is the most"):
+        long_tailed(source_of([0] * 40 + [1] * 40, "ab"), 100)
+    several = source_of([0, 1], "ab")
+    several.labels = np.zeros((2, 2), np.float32)
+    with pytest.raises(UsageError, match="several labels per image"):
+        long_tailed(several, 2)

@@ -149,3 +149,19 @@ def test_settings_that_do_not_go_together_are_refused():
         class_weights(COUNTS, "balance")
     with pytest.raises(UsageError, match="unknown task"):
         Targets(NAMES, kind="rank")
+
+
+def test_weights_may_wait_and_groups_are_reported_by_name():
+    targets = Targets(NAMES, counts=COUNTS, weighting="effective", groups={"head": [0, 1], "mid": [2], "tail": [3]})
+    weighted = float(targets.loss(LOGITS, LABELS))
+    targets.weighing = False
+    plain = Targets(NAMES)
+    assert float(targets.loss(LOGITS, LABELS)) == pytest.approx(float(plain.loss(LOGITS, LABELS)))
+    assert weighted != pytest.approx(float(plain.loss(LOGITS, LABELS)), abs=1e-3)
+    figures = targets.measure(LOGITS, LABELS)
+    shares = [float((LOGITS[c == LABELS].argmax(1) == c).float().mean()) for c in range(4)]
+    assert figures["accuracy_head"] == pytest.approx((shares[0] + shares[1]) / 2)
+    assert figures["accuracy_tail"] == pytest.approx(shares[3])
+    assert "accuracy_many" not in figures
+    there = LABELS != 3
+    assert "accuracy_tail" not in targets.measure(LOGITS[there], LABELS[there])

@@ -19,8 +19,9 @@ from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.long_tail import class_groups
 from patchloom.training.method import Method
-from patchloom.training.selection import class_counts, hold_out, limit_labels
+from patchloom.training.selection import class_counts, hold_out, limit_labels, long_tailed
 from patchloom.training.targets import Targets, Weighting
 
 if TYPE_CHECKING:
@@ -41,10 +42,16 @@ class LabelledConfig(TrainConfig):
     """Share of each class's images to learn from, in (0, 1]"""
     shots: int | None = None
     """Images of each class to learn from, instead of a share"""
+    imbalance: float | None = None
+    """Make classes unequal: the first keeps so many times as many images as the last (long-tailed benchmarks: 100)"""
+    imbalance_kind: Literal["exp", "step"] = "exp"
+    """How: exp falls geometrically from class to class, step gives the second half of the classes the fewest"""
     task: Literal["auto", "single", "multi", "ordinal"] = "auto"
     """One class per image, several labels, or grades in the order of their names; auto is single or multi"""
     class_weights: Weighting = "none"
     """How much a class counts in the loss: none (all alike), balanced (1/n), sqrt (1/√n) or effective number"""
+    reweight_from: float = 0.0
+    """Share of the run, in [0, 1), from which class_weights count (deferred re-weighting); 0: from its start"""
     logit_adjustment: float = 0.0
     """For long-tailed classes: this times the log of a class's share is added to its logit in training; paper: 1"""
     ordinal_distance: float = 0.0
@@ -63,6 +70,13 @@ class LabelledConfig(TrainConfig):
             raise UsageError(f"shots is {self.shots}; it must be at least 1")
         if self.shots is not None and self.label_fraction < 1:
             raise UsageError("shots and label_fraction both say how many labels to learn from; give one of them")
+        if self.imbalance is not None and self.imbalance < 1:
+            raise UsageError(f"imbalance is {self.imbalance}; it must be at least 1")
+        if not 0 <= self.reweight_from < 1:
+            raise UsageError(
+                f"reweight_from is {self.reweight_from}, so class weights would never count; it is a share of the run, "
+                f"at least 0 and below 1"
+            )
         if not 0 <= self.label_smoothing <= 1:
             raise UsageError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
         for name in ("logit_adjustment", "ordinal_distance"):
@@ -93,10 +107,10 @@ class LabelledMethod(Method):
             learnt: Source | StreamSource = source
             test = None if config.test is None else _open_test(config, source)
             counts = None
-            if config.label_fraction < 1 or config.shots is not None or config.groups is not None:
+            if config.label_fraction < 1 or (config.shots, config.groups, config.imbalance) != (None, None, None):
                 raise UsageError(
-                    f"the labels of {config.data} come with its images, so label_fraction, shots and groups cannot be "
-                    f"met; give the images as a folder"
+                    f"the labels of {config.data} come with its images, so label_fraction, shots, groups and imbalance "
+                    f"cannot be met; give the images as a folder"
                 )
         else:
             if config.test is not None:
@@ -105,6 +119,8 @@ class LabelledMethod(Method):
                 learnt, test = hold_out(source, config.val_fraction, config.seed, config.groups)
             else:
                 learnt, test = source, None
+            if config.imbalance is not None:
+                learnt = long_tailed(learnt, config.imbalance, config.imbalance_kind)
             learnt = limit_labels(learnt, fraction=config.label_fraction, shots=config.shots, seed=config.seed)
             counts = class_counts(learnt)
         super().__init__(config, learnt)
@@ -117,7 +133,20 @@ class LabelledMethod(Method):
             logit_adjustment=config.logit_adjustment,
             label_smoothing=0.0 if task == "multi" else config.label_smoothing,
             distance=config.ordinal_distance,
+            groups=class_groups(counts.tolist()) if counts is not None and self.has_tail() else None,
         )
+
+    def has_tail(self) -> bool:
+        """Return whether accuracy is reported for the head, the middle and the tail of the classes."""
+        return self.config.imbalance is not None
+
+    def late(self) -> bool:
+        """Return whether the present step is one of those in which class weights count."""
+        return self.global_step >= round(self.config.reweight_from * self.total_steps)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.targets.weighing = self.late()
 
     @torch.no_grad()
     def validate(self, device: torch.device) -> dict[str, Any]:
@@ -163,6 +192,17 @@ class LabelledMethod(Method):
             "labelled_images": count,
             "test_images": measured,
             "held_out": self.config.test is None and self.test is not None,
+            **self._long_tail(),
+        }
+
+    def _long_tail(self) -> dict[str, Any]:
+        """Return how many images each class has, and which classes are head, middle and tail, where that matters."""
+        counts, groups = self.targets.counts, self.targets.groups
+        if counts is None or groups is None:
+            return {}
+        return {
+            "class_counts": dict(zip(self.class_names, counts.tolist(), strict=True)),
+            "class_groups": {name: [self.class_names[c] for c in group] for name, group in groups.items()},
         }
 
     def report_sections(self, images: Tensor) -> list[Section]:
@@ -179,8 +219,16 @@ class LabelledMethod(Method):
             ]
             text = f"Mean AUROC {figures['auroc']:.3f} on {what}; average precision {figures['average_precision']:.3f}."
             return [Section(title="AUROC by label", text=text, table=table)]
-        table = [{"class": name, "accuracy": f"{share:.1%}"} for name, share in figures["per_class_accuracy"].items()]
+        counts = self._long_tail().get("class_counts", {})
+        table = [
+            {"class": name, **({"training images": counts[name]} if counts else {}), "accuracy": f"{share:.1%}"}
+            for name, share in figures["per_class_accuracy"].items()
+        ]
         text = f"{figures['accuracy']:.1%} of {what}; mean over classes {figures['balanced_accuracy']:.1%}."
+        if counts:
+            parts = {name: figures.get(f"accuracy_{name}") for name in ("head", "mid", "tail")}
+            said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)
+            text += f" Classes by their number of training images: {said}."
         if "kappa" in figures:
             text += f" Quadratic kappa {figures['kappa']:.3f}, mean error {figures['mean_grade_error']:.2f} grades."
         return [Section(title="Accuracy by class", text=text, table=table)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from patchloom.data.base import Source
 from patchloom.data.subset import SubsetSource
 from patchloom.errors import UsageError
+from patchloom.training.long_tail import long_tail_counts, long_tail_shares, long_tail_subset
 
 
 def hold_out(source: Source, share: float, seed: int, groups: str | None = None) -> tuple[SubsetSource, SubsetSource]:
@@ -90,6 +92,29 @@ def limit_labels(source: Source, *, fraction: float = 1.0, shots: int | None = N
         # The tolerance keeps 0.3 of 10 at 3.
         chosen.append(members[: shots if shots is not None else max(1, int(fraction * len(members) + 1e-9))])
     return SubsetSource(source, np.sort(np.concatenate(chosen)))
+
+
+def long_tailed(source: Source, ratio: float, kind: Literal["exp", "step"] = "exp") -> SubsetSource:
+    """Return part of a source, its classes made unequal: as many images of the first as fit, the fewest of the last.
+
+    The images are those of seed 0, whatever a run's seed, so that a teacher and its student learn from the same ones.
+
+    Args:
+        source: Images of one class each.
+        ratio: How many times as many images the first class has as the last.
+        kind: `exp`: geometrically fewer from class to class, in the order of their numbers; `step`: the second half of
+            the classes has the fewest.
+
+    Raises:
+        UsageError: Several labels per image, a ratio below 1, or one that leaves a class without image.
+    """
+    if source.labels is None or source.labels.ndim > 1:
+        raise UsageError(f"imbalance counts images per class, and {source.name} has several labels per image")
+    there = class_counts(source).tolist()
+    shares = long_tail_shares(len(there), ratio, kind)
+    most = int(min(count / share for count, share in zip(there, shares, strict=True)))
+    counts = long_tail_counts(len(there), most, ratio, kind)
+    return SubsetSource(source, np.sort(long_tail_subset(source.labels, counts)))
 
 
 def class_counts(source: Source) -> Tensor:

@@ -38,6 +38,10 @@ class SupervisedConfig(LabelledConfig):
     """Factor on the learning rate at each of lr_drops"""
     betas: tuple[float, float] = (0.9, 0.999)
     """Betas of adamw and lamb"""
+    sam_rho: float = 0.0
+    """Sharpness-aware minimisation: ρ, how far from the weights the gradient is taken; twice the time; 0 for none"""
+    sam_rho_late: float | None = None
+    """ρ from reweight_from on; default: as before"""
     clip_grad: float | None = None
     """Largest global L2 norm of the gradient; null for no clipping"""
     pool: Literal["avg", "cls"] = "avg"
@@ -69,6 +73,14 @@ class SupervisedConfig(LabelledConfig):
         for name in ("erasing", "switch_prob", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        for name in ("sam_rho", "sam_rho_late"):
+            if (getattr(self, name) or 0.0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if (self.sam_rho or self.sam_rho_late) and (self.strategy == "fsdp" or self.precision == "16-mixed"):
+            raise UsageError(
+                "sharpness-aware minimisation needs whole gradients as they are: strategy=fsdp holds them in shards "
+                "and precision=16-mixed scales them; use ddp, and bf16-mixed or 32-true"
+            )
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
         if not all(0 < share < 1 for share in self.lr_drops):
@@ -160,6 +172,11 @@ class SupervisedMethod(LabelledMethod):
             momentum=config.momentum,
             fused=config.precision != "16-mixed",
         )
+
+    def sharpness(self) -> float:
+        """Return ρ of the present step."""
+        late = self.config.sam_rho_late
+        return self.config.sam_rho if late is None or not self.late() else late
 
     def rates(self, step: int) -> tuple[float, float]:
         """Return the learning rate and weight decay of an optimiser step."""

@@ -14,7 +14,7 @@ Losses take logits and labels and know nothing of a trainer; metrics are torchme
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +28,7 @@ from torchmetrics.functional.classification import (
 )
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.training.long_tail import effective_number_weights, group_accuracy
 
 Kind = Literal["single", "multi", "ordinal"]
 Weighting = Literal["none", "balanced", "sqrt", "effective"]
@@ -50,6 +51,10 @@ class Targets(nn.Module):
         label_smoothing: Share of the target spread over all classes.
         distance: Weight of the squared distance between the cumulative distributions of prediction and grade
             ("Squared earth mover's distance-based loss", arXiv 1611.05916), for ordinal targets.
+        groups: Classes whose mean accuracies are reported by these names, such as head, mid and tail.
+
+    Attributes:
+        weighing: Whether the class weights count at present (deferred re-weighting turns them on late).
 
     Raises:
         UsageError: A kind or weighting that does not exist, or a setting that does not go with the kind.
@@ -67,6 +72,7 @@ class Targets(nn.Module):
         logit_adjustment: float = 0.0,
         label_smoothing: float = 0.0,
         distance: float = 0.0,
+        groups: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if kind not in get_args(Kind):
@@ -76,7 +82,7 @@ class Targets(nn.Module):
         if distance and kind != "ordinal":
             raise UsageError(f"ordinal_distance is for ordinal targets, not {kind} ones; set task=ordinal, or it to 0")
         self.names, self.kind = list(names), kind
-        self.counts = counts
+        self.counts, self.groups, self.weighing = counts, groups, True
         self.label_smoothing, self.logit_adjustment, self.distance = label_smoothing, logit_adjustment, distance
         if counts is None and (weighting != "none" or logit_adjustment):
             raise UsageError("class weights and logit adjustment need the number of training images of each class")
@@ -94,16 +100,17 @@ class Targets(nn.Module):
             labels: As `kind` says; or (B, C) float shares that sum to 1, from mixup, for one class per image.
         """
         logits = logits.float()
+        weights = self.weights if self.weighing else None
         if self.kind == "multi":
-            return masked_bce(logits, labels, self.weights)
+            return masked_bce(logits, labels, weights)
         if self.logit_adjustment and self.log_shares is not None:
             logits = logits + self.logit_adjustment * self.log_shares
         if labels.ndim == 2:
-            weights = 1.0 if self.weights is None else self.weights
-            loss = -(labels * weights * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+            scale = 1.0 if weights is None else weights
+            loss = -(labels * scale * F.log_softmax(logits, dim=-1)).sum(-1).mean()
         else:
             loss = F.cross_entropy(
-                logits, labels, weight=self.weights, label_smoothing=self.label_smoothing, ignore_index=-1
+                logits, labels, weight=weights, label_smoothing=self.label_smoothing, ignore_index=-1
             )
         if self.distance:
             loss = loss + self.distance * squared_emd(logits, labels)
@@ -118,7 +125,8 @@ class Targets(nn.Module):
 
         Returns:
             One class: `accuracy`, `balanced_accuracy` (mean over classes that occur), `per_class_accuracy`, and the
-            mean accuracy of classes with many (> 100), medium and few (< 20) training images where classes differ.
+            mean accuracy of classes with many (> 100), medium and few (< 20) training images where classes differ, or
+            of `groups` where they are given.
             Grades: also `kappa` (quadratic) and `mean_grade_error`. Labels: `auroc`, `average_precision`, `f1`
             (macro, at probability 0.5) over labels that occur and do not always occur, and `per_label_auroc`.
 
@@ -153,6 +161,9 @@ class Targets(nn.Module):
 
     def _tail_figures(self, shares: Tensor, present: Tensor) -> dict[str, float]:
         """Return the mean accuracy of classes by their number of training images, where the numbers differ."""
+        if self.groups is not None:
+            shown = {name: [c for c in group if bool(present[c])] for name, group in self.groups.items()}
+            return {f"accuracy_{name}": share for name, share in group_accuracy(shares.tolist(), shown).items()}
         if self.counts is None:
             return {}
         counts = self.counts.cpu()
@@ -191,8 +202,9 @@ def class_weights(counts: Tensor, weighting: Weighting) -> Tensor | None:
     if weighting == "none":
         return None
     n = counts.double().clamp_min(1)
-    beta = 0.9999
-    raw = {"balanced": 1 / n, "sqrt": n.rsqrt(), "effective": (1 - beta) / (1 - beta**n)}[weighting]
+    if weighting == "effective":
+        return effective_number_weights(n.tolist())
+    raw = 1 / n if weighting == "balanced" else n.rsqrt()
     return (raw / raw.mean()).float()
 
 

@@ -38,16 +38,20 @@ def long_tail_counts(
         raise UsageError(
             f"imbalance is {imbalance_ratio:g} over {num_classes} classes; it must be at least 1, over two"
         )
-    share = 1 / imbalance_ratio
-    if kind == "exp":
-        counts = [int(max_count * share ** (c / (num_classes - 1.0))) for c in range(num_classes)]
-    else:
-        counts = [int(max_count) if c < num_classes // 2 else int(max_count * share) for c in range(num_classes)]
+    counts = [int(max_count * share) for share in long_tail_shares(num_classes, imbalance_ratio, kind)]
     if counts[-1] < 1:
         raise UsageError(
             f"imbalance {imbalance_ratio:g} leaves the rarest class none of {max_count} images; {max_count} is the most"
         )
     return counts
+
+
+def long_tail_shares(num_classes: int, imbalance_ratio: float, kind: Literal["exp", "step"] = "exp") -> list[float]:
+    """Return the images of each class over those of the most frequent, see `long_tail_counts`."""
+    least = 1 / imbalance_ratio
+    if kind == "step":
+        return [1.0 if c < num_classes // 2 else least for c in range(num_classes)]
+    return [least ** (c / (num_classes - 1.0)) for c in range(num_classes)]
 
 
 def long_tail_subset(labels: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
@@ -72,7 +76,7 @@ def long_tail_subset(labels: np.ndarray, counts: Sequence[int], seed: int = 0) -
     return np.concatenate(kept)
 
 
-def effective_number_weights(counts: Sequence[int], beta: float = 0.9999) -> Tensor:
+def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> Tensor:
     """Return the weight of each class by its effective number of images (Cui et al. 2019); the weights sum to C.
 
     Args:
