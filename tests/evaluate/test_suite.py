@@ -44,8 +44,26 @@ def test_every_combination_is_measured_and_what_fails_is_apart(tmp_path):
 def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     file = written(tmp_path, {**PLAN, "encoders": {"pixels": "pixels"}})
     first = suite(file, str(tmp_path / "out"))
-    monkeypatch.setattr(evaluate, "run", lambda *args, **settings: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluate, "measure", lambda *args: pytest.fail("measured again"))
     assert suite(file, str(tmp_path / "out")) == first
+
+
+def test_encoders_are_compared_in_pairs_on_the_same_images(tmp_path):
+    plan = {**PLAN, "protocols": {"knn": {"k": 5}, "health": {}}}
+    plan["data"] = {"digits": {**PLAN["data"]["digits"], "protocols": ["knn"]}}
+    text = suite(written(tmp_path, plan), str(tmp_path / "out"))
+    with (tmp_path / "out" / "differences.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    direct = {
+        name: evaluate("knn", train="digits", test="digits:test", image_size=16, k=5, num_workers=0, **settings)
+        for name, settings in {"pixels": {"encoder": "pixels"}, "random": PLAN["encoders"]["random"]}.items()
+    }
+    assert (row["first"], row["second"]) == ("pixels", "random")
+    assert float(row["difference"]) == pytest.approx(direct["random"]["accuracy"] - direct["pixels"]["accuracy"])
+    assert float(row["low"]) < float(row["difference"]) < float(row["high"]) < 0  # untrained is far below pixels
+    assert float(row["p, Holm"]) == float(row["p"]) < 0.01  # a single comparison needs no correction
+    assert "second less first" in text
+    assert "second less first" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_cells_carry_the_settings_of_all_their_parts():

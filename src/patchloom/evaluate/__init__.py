@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from patchloom.evaluate.linear_grid import LinearGrid
 from patchloom.evaluate.logistic_sweep import Logistic
 from patchloom.evaluate.multilabel import MultiLabel
 from patchloom.evaluate.ordinal import Ordinal
+from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.retrieval import Retrieval
 from patchloom.evaluate.rl import RL
 from patchloom.evaluate.segmentation import Segmentation
@@ -62,20 +64,26 @@ def run(protocol: str, **settings: Any) -> dict[str, Any]:
     Raises:
         UsageError: Unknown evaluation or setting, or data that cannot be used.
     """
+    return measure(protocol, settings)[0]
+
+
+def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Predictions | None]:
+    """Return the figures of an evaluation, see `run`, and what was said of each image, where that is known."""
     if protocol not in EVALUATIONS:
         raise unknown_name("evaluation", protocol, EVALUATIONS)
     evaluation: Any = EVALUATIONS[protocol]
     config = config_from_mapping(evaluation.config_class, settings)
     bound = evaluation(config)
     figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
+    said = getattr(bound, "predictions", None)
     # Protocols whose predictions are pictures write these themselves.
     if (path := getattr(config, "predictions", None)) is not None and hasattr(bound, "predictions"):
-        if bound.predictions is None:
+        if said is None:
             raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
-        bound.predictions.save(path)
+        said.save(path)
     if config.out is not None and not getattr(evaluation, "writes_out", False):
         _write(Path(config.out), figures)
-    return figures
+    return figures, said
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:

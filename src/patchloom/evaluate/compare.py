@@ -83,20 +83,9 @@ class Compare:
             for first, second in combinations(range(len(names)), 2)
             if config.against == "all" or first == 0
         ]
-        found = [compare_predictions(said[i], said[j], draws=config.draws, seed=config.seed) for i, j in pairs]
-        differences = [
-            {
-                "first": labels[i],
-                "second": labels[j],
-                "difference": difference.value,
-                "interval": [difference.low, difference.high],
-                "p_value": difference.p_value,
-                "p_holm": corrected,
-            }
-            for (i, j), difference, corrected in zip(
-                pairs, found, holm([difference.p_value for difference in found]), strict=True
-            )
-        ]
+        differences = paired_differences(
+            [(labels[i], labels[j], said[i], said[j]) for i, j in pairs], draws=config.draws, seed=config.seed
+        )
         scores = []
         for label, one in zip(labels, said, strict=True):
             interval = one.interval(draws=config.draws, seed=config.seed)
@@ -127,6 +116,38 @@ class Compare:
             raise UsageError(f"{config.by} says nothing of single images, so encoders cannot be compared by it")
         predictions: Predictions = bound.predictions
         return predictions
+
+
+def paired_differences(
+    pairs: Sequence[tuple[str, str, Predictions, Predictions]], *, draws: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return by how much the second of each pair scores higher than the first, on the same images.
+
+    Args:
+        pairs: Names and predictions of the first and the second.
+        draws: Draws of the bootstrap.
+        seed: Seed of the draws.
+
+    Returns:
+        For each pair `first`, `second`, `difference`, its 95 % `interval`, `p_value`, and `p_holm`, which allows for
+        how many pairs there are (Holm 1979).
+
+    Raises:
+        UsageError: Two of a pair are of different images, or of different scores.
+    """
+    found = [compare_predictions(one, other, draws=draws, seed=seed) for _, _, one, other in pairs]
+    corrected = holm([difference.p_value for difference in found])
+    return [
+        {
+            "first": first,
+            "second": second,
+            "difference": difference.value,
+            "interval": [difference.low, difference.high],
+            "p_value": difference.p_value,
+            "p_holm": p_holm,
+        }
+        for (first, second, _, _), difference, p_holm in zip(pairs, found, corrected, strict=True)
+    ]
 
 
 def compare_predictions(

@@ -14,17 +14,22 @@ It is described in a YAML file:
     defaults: {num_workers: 2}
 
 An entry of `data` may name the protocols it is for (`protocols: [knn]`). A cell's settings are those of defaults,
-encoder, data and protocol, the later ones winning.
+encoder, data and protocol, the later ones winning. Encoders measured on the same images by the same protocol are also
+compared in pairs, with Holm's correction over all pairs of the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.compare import paired_differences
+from patchloom.evaluate.predictions import Predictions
 from patchloom.study import (
+    CELLS,
     Cell,
     Outcome,
     claim_folder,
@@ -45,16 +50,16 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
 
     Args:
         recipe: YAML file with encoders, data, protocols and defaults.
-        out: Folder of the table: cells, suite.md, suite.csv and report.html.
+        out: Folder of the table: cells, suite.md, suite.csv, differences.csv and report.html.
         overwrite: Compute everything anew.
 
     Returns:
-        The table, as Markdown.
+        The tables of scores and of paired differences, as Markdown.
 
     Raises:
         UsageError: The file cannot be read, or names protocols there are not.
     """
-    from patchloom.evaluate import run
+    from patchloom.evaluate import measure
 
     plan = read_recipe(recipe, KNOWN, ("encoders", "data", "protocols"))
     cells = plan_cells(plan)
@@ -62,14 +67,23 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
 
     def work(cell: Cell) -> dict[str, Any]:
         settings = dict(cell.settings)
-        return run(settings.pop("protocol"), **settings)
+        figures, said = measure(settings.pop("protocol"), settings)
+        kept = _predictions(folder, cell)
+        kept.unlink(missing_ok=True)
+        if said is not None:
+            said.save(kept)
+        return figures
 
     outcomes = run_cells(cells, work, folder)
     rows = [_row(outcome) for outcome in outcomes]
     write_csv(folder / "suite.csv", rows)
+    differences = _differences(folder, outcomes)
     text = markdown([_readable(row) for row in rows])
+    if differences:
+        write_csv(folder / "differences.csv", differences)
+        text += "\n\n" + markdown([_readable_difference(row) for row in differences])
     replace_text(folder / "suite.md", text + "\n")
-    _write_report(folder, outcomes, rows, recipe)
+    _write_report(folder, outcomes, rows, differences, recipe)
     return text
 
 
@@ -121,6 +135,53 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     return row | {name: figures[name] for name in ("n", "seconds") if name in figures}
 
 
+def _predictions(folder: Path, cell: Cell) -> Path:
+    return folder / CELLS / f"{cell.name}.npz"
+
+
+def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return the paired difference of every two encoders measured on the same images by the same protocol."""
+    groups: dict[tuple[str, str], list[tuple[str, Predictions]]] = {}
+    for outcome in outcomes:
+        labels, kept = outcome.cell.labels, _predictions(folder, outcome.cell)
+        if outcome.error is None and kept.exists():
+            groups.setdefault((labels["data"], labels["protocol"]), []).append(
+                (labels["encoder"], Predictions.load(kept))
+            )
+    places, pairs = [], []
+    for place, said in groups.items():
+        for (first, one), (second, other) in combinations(said, 2):
+            # A picture that one of the encoders could not be shown: they were not measured on the same images.
+            if sorted(one.keys) == sorted(other.keys) and one.score_name == other.score_name:
+                places.append(place)
+                pairs.append((first, second, one, other))
+    return [
+        {
+            "data": data,
+            "protocol": protocol,
+            "first": found["first"],
+            "second": found["second"],
+            "difference": found["difference"],
+            "low": found["interval"][0],
+            "high": found["interval"][1],
+            "p": found["p_value"],
+            "p, Holm": found["p_holm"],
+        }
+        for (data, protocol), found in zip(places, paired_differences(pairs), strict=True)
+    ]
+
+
+def _readable_difference(row: Mapping[str, Any]) -> dict[str, Any]:
+    words = {name: row[name] for name in ("data", "protocol", "first", "second")}
+    interval = f"{row['low']:+.3f} – {row['high']:+.3f}"
+    return {
+        **words,
+        "second less first": f"{row['difference']:+.3f}",
+        "95 % interval": interval,
+        **{name: f"{row[name]:.3f}" for name in ("p", "p, Holm")},
+    }
+
+
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: row[name] for name in ("data", "protocol", "encoder", "measure") if name in row}
     if "failed" in row:
@@ -130,7 +191,13 @@ def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**words, "score": score, "95 % interval": interval}
 
 
-def _write_report(folder: Path, outcomes: list[Outcome], rows: list[dict[str, Any]], recipe: str) -> None:
+def _write_report(
+    folder: Path,
+    outcomes: list[Outcome],
+    rows: list[dict[str, Any]],
+    differences: list[dict[str, Any]],
+    recipe: str,
+) -> None:
     from patchloom.report import Section, bars, write_report
 
     sections = []
@@ -145,6 +212,16 @@ def _write_report(folder: Path, outcomes: list[Outcome], rows: list[dict[str, An
         columns = ("encoder", "measure", "score", "95 % interval")
         table = [{name: value for name, value in _readable(row).items() if name in columns} for row in mine]
         sections.append(Section(title=" · ".join(pair), figures=figures, table=table))
+        paired = [_readable_difference(row) for row in differences if (row["data"], row["protocol"]) == pair]
+        if paired:
+            columns = tuple(name for name in paired[0] if name not in ("data", "protocol"))
+            sections.append(
+                Section(
+                    title=f"{' · '.join(pair)}: differences",
+                    text="The same images, paired; p, Holm allows for all comparisons of this report.",
+                    table=[{name: row[name] for name in columns} for row in paired],
+                )
+            )
     write_report(
         folder / "report.html",
         title="Encoders, measured",
