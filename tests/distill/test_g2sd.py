@@ -179,16 +179,19 @@ def test_a_teacher_without_its_decoder_is_refused():
         load_reference("g2sd", student, teacher=alone, **SETTINGS)
 
 
-def autoencoder(size=32, depth=2):
-    encoder = create_encoder("vit_tiny_patch16_224", image_size=size, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+def autoencoder(size=32, depth=2, **settings):
+    settings = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, **settings}
+    encoder = create_encoder("vit_tiny_patch16_224", image_size=size, **settings)
     return MaskedAutoencoder(encoder, decoder_dim=16, decoder_depth=depth, decoder_heads=2)
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="teacher_decoder_layer is 4; the teacher's decoder has 1 to 2"):
         GenericDistiller(autoencoder(), autoencoder())
-    with pytest.raises(UsageError, match=r"the teacher sees \(8, 8\) patches and the student \(4, 4\)"):
+    with pytest.raises(UsageError, match=r"sees \(8, 8\) patches of 8 pixels and the student \(4, 4\) of 8"):
         GenericDistiller(autoencoder(64), autoencoder(), teacher_decoder_layer=1)
+    with pytest.raises(UsageError, match="the teacher has 1 class and register tokens and the student 3"):
+        GenericDistiller(autoencoder(), autoencoder(reg_tokens=2), teacher_decoder_layer=1)
     with pytest.raises(UsageError, match="none of G2SD's"):
         load_reference("g2sd", {"cls_token": torch.zeros(1, 1, 8)})
 

@@ -111,6 +111,19 @@ class PairedViews:
         return _describe(self)
 
 
+class NoisyViews:
+    """A view of an image and the numbers its mask is drawn by, from the sample's own generator."""
+
+    def __init__(self, views: PairedViews, patches: int) -> None:
+        self.views = views
+        self.patches = patches
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        sample = self.views(image, generator)
+        sample["noise"] = torch.rand(self.patches, generator=generator)
+        return sample
+
+
 class EvalTransform:
     """Resize the shorter side to `size / crop_pct`, then cut out the centre.
 

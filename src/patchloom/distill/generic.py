@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.encoders import embed, embed_dim, run_blocks
+from patchloom.encoders.mask_token import MaskTokenEncoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 
@@ -68,9 +69,11 @@ class GenericDistiller(nn.Module):
     """Teacher and student under the same masks.
 
     Args:
-        teacher: A pre-trained masked autoencoder with its decoder; frozen, in eval mode always.
+        teacher: A pre-trained masked autoencoder with its decoder, or an encoder with the mask token it was trained
+            with; frozen, in eval mode always.
         student: The one to train, or a `DistilledAutoencoder` made before.
-        teacher_decoder_layer: Decoder blocks of the teacher after which its features are taken; paper: 4 of 8.
+        teacher_decoder_layer: Decoder blocks of the teacher after which its features are taken; paper: 4 of 8. Of an
+            encoder with a mask token: blocks of the encoder.
         target: Compare all tokens (paper), or the hidden patches only.
         beta: Where smooth L1 turns from squares to distances.
         encoder_loss_weight: Weight of a loss on the encoders' visible tokens; paper: 0.
@@ -81,7 +84,7 @@ class GenericDistiller(nn.Module):
 
     def __init__(
         self,
-        teacher: MaskedAutoencoder,
+        teacher: MaskedAutoencoder | MaskTokenEncoder,
         student: MaskedAutoencoder | DistilledAutoencoder,
         teacher_decoder_layer: int = 4,
         target: Literal["all", "masked"] = "all",
@@ -91,20 +94,25 @@ class GenericDistiller(nn.Module):
         super().__init__()
         if target not in ("all", "masked"):
             raise UsageError(f"unknown target {target!r}; use all or masked")
-        layers = len(teacher.decoder_blocks)
+        layers = teacher.hidden_blocks
         if not 1 <= teacher_decoder_layer <= layers:
             raise UsageError(
                 f"teacher_decoder_layer is {teacher_decoder_layer}; the teacher's decoder has 1 to {layers}"
             )
         self.teacher = teacher.requires_grad_(False).eval()
-        decoder = teacher.decoder_embed.out_features
         if isinstance(student, MaskedAutoencoder):
-            student = DistilledAutoencoder(student, embed_dim(teacher.encoder), decoder)
+            student = DistilledAutoencoder(student, embed_dim(teacher.encoder), teacher.hidden_dim)
         self.student = student
-        if teacher.grid != student.autoencoder.grid or teacher.prefix != student.autoencoder.prefix:
+        own = student.autoencoder
+        if teacher.grid != own.grid or teacher.patch_size != own.patch_size:
             raise UsageError(
-                f"the teacher sees {teacher.grid} patches and the student {student.autoencoder.grid}; both need the "
-                f"same image and patch size"
+                f"the teacher sees {teacher.grid} patches of {teacher.patch_size} pixels and the student {own.grid} of "
+                f"{own.patch_size}; both need the same image and patch size"
+            )
+        if teacher.prefix != own.prefix:
+            raise UsageError(
+                f"the teacher has {teacher.prefix} class and register tokens and the student "
+                f"{own.prefix}; the features of all tokens are compared, so both need as many"
             )
         self.layer, self.target, self.beta = teacher_decoder_layer, target, beta
         self.encoder_loss_weight = encoder_loss_weight
@@ -117,13 +125,20 @@ class GenericDistiller(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        mask_ratio: float = 0.75,
+        teacher_images: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return `loss`, the `prediction` and `target` it compares, and the `mask`.
 
         Args:
             images: (B, C, H, W) normalised.
             noise: (B, N), given to both; default: drawn.
             mask_ratio: Share of the patches hidden.
+            teacher_images: The same images as the teacher wants them normalised; default: `images`.
 
         Returns:
             `prediction` and `target` are (B, P + N, D'_T), or the (M, D'_T) hidden rows with `target="masked"`.
@@ -131,9 +146,10 @@ class GenericDistiller(nn.Module):
         if noise is None:
             patches = self.teacher.grid[0] * self.teacher.grid[1]
             noise = torch.rand(len(images), patches, device=images.device)
+        shown = images if teacher_images is None else teacher_images
         with torch.no_grad():
-            latent, _, ids_restore = self.teacher.encode(images, mask_ratio, noise)
-            wanted = _unit(self.teacher.decode_hidden(latent, ids_restore, self.layer))
+            hidden, _ = self.teacher.hidden(shown, mask_ratio, noise, self.layer)
+            wanted = _unit(hidden)
         said, encoded, mask = self.student(images, noise, mask_ratio)
         if self.target == "masked":
             rows = mask.bool()
@@ -141,10 +157,10 @@ class GenericDistiller(nn.Module):
         said = said if said.dtype == torch.float64 else said.float()
         loss = F.smooth_l1_loss(said, wanted, beta=self.beta)
         if self.encoder_loss_weight:
-            loss = loss + self.encoder_loss_weight * self._encoder_loss(images, noise, mask_ratio, encoded)
+            loss = loss + self.encoder_loss_weight * self._encoder_loss(shown, noise, encoded)
         return {"loss": loss, "prediction": said, "target": wanted, "mask": mask}
 
-    def _encoder_loss(self, images: Tensor, noise: Tensor, mask_ratio: float, said: Tensor) -> Tensor:
+    def _encoder_loss(self, images: Tensor, noise: Tensor, said: Tensor) -> Tensor:
         """Return the loss on visible tokens, against the teacher's before their norm."""
         with torch.no_grad():
             visible = said.shape[1] - self.teacher.prefix

@@ -175,6 +175,27 @@ class MaskedAutoencoder(nn.Module):
         x = self._decode(latent, ids_restore.argsort(dim=1), num_blocks)
         return torch.cat([x[:, : self.prefix], _rows(x[:, self.prefix :], ids_restore)], dim=1)
 
+    @property
+    def hidden_dim(self) -> int:
+        """Width of what `hidden` returns."""
+        return int(self.decoder_embed.out_features)
+
+    @property
+    def hidden_blocks(self) -> int:
+        """Most blocks `hidden` can run."""
+        return len(self.decoder_blocks)
+
+    def hidden(
+        self,
+        images: Tensor,
+        mask_ratio: float | None = None,
+        noise: Tensor | None = None,
+        num_blocks: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the decoder holds of masked images, see `decode_hidden`, and the mask of `MAEOutput`."""
+        latent, mask, ids_restore = self.encode(images, mask_ratio, noise)
+        return self.decode_hidden(latent, ids_restore, num_blocks), mask
+
     def loss_of(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over the hidden patches, see `mae_loss`."""
         return mae_loss(patchify(images, self.patch_size, "hwc"), pred, mask, self.norm_pix_loss)

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder
@@ -192,14 +192,15 @@ def weights_hash(encoder: Encoder | None) -> str:
     """Return a hash of all that makes an encoder's output: weights, buffers, structure, arguments, normalisation."""
     if encoder is None:
         return "pixels"
-    tensors = [*encoder.named_parameters(remove_duplicate=False), *encoder.named_buffers(remove_duplicate=False)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
-        hashes = list(pool.map(_tensor_hash, [tensor for _, tensor in tensors]))
     made = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
     normalised = [(getattr(encoder, "pretrained_cfg", None) or {}).get(part) for part in ("mean", "std")]
     text = [repr(encoder), repr(made), repr([list(part or ()) for part in normalised]), str(encoder.global_pool)]
-    text += [f"{name} {value}" for (name, _), value in zip(tensors, hashes, strict=True)]
-    return _digest("\0".join(text).encode())
+    return _digest("\0".join([*text, *_tensor_hashes(encoder)]).encode())
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return a hash of a module's weights and buffers, by name."""
+    return _digest("\0".join(_tensor_hashes(module)).encode())
 
 
 def source_hash(source: Source | StreamSource) -> str:
@@ -384,6 +385,14 @@ def _delete(entry: Path) -> None:
 def _place(name: str) -> str:
     """Return the absolute path of a source that is a path, else its name."""
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _tensor_hashes(module: nn.Module) -> list[str]:
+    """Return name and hash of every parameter and buffer."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
+        hashes = list(pool.map(_tensor_hash, [tensor for _, tensor in tensors]))
+    return [f"{name} {value}" for (name, _), value in zip(tensors, hashes, strict=True)]
 
 
 def _tensor_hash(tensor: Tensor) -> str:

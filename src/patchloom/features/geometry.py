@@ -54,6 +54,24 @@ def alignment(first: Tensor, second: Tensor, power: float = 2.0) -> float:
     return float(difference.norm(dim=1).pow(power).mean())
 
 
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Return the linear centred kernel alignment of two sets of features of the same things.
+
+    Kornblith et al. 2019, arXiv 1905.00414: |Y'X|² / (|X'X| |Y'Y|) with centred columns. Rotation and scale play no
+    part, and the widths may differ.
+
+    Args:
+        first: (n, D).
+        second: (n, E).
+
+    Returns:
+        0 (nothing in common) … 1; NaN where one of them is constant.
+    """
+    x, y = (features.double() - features.double().mean(0) for features in (first, second))
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).square().sum() / scale) if float(scale) > 0 else float("nan")
+
+
 def uniformity(features: Tensor, t: float = 2.0) -> float:
     """Return the logarithm of the mean Gaussian potential between different images, on the unit sphere.
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import PairedViews
-from patchloom.encoders import grid_size, in_chans, normalize, patch_size
+from patchloom.encoders import Encoder, grid_size, in_chans, normalize, patch_size
 from patchloom.errors import UsageError
+from patchloom.masked_models import save_parts
 from patchloom.masking import BlockMaskGenerator, ReplacementSampler
 from patchloom.patches import normalize_patches, patchify, unpatchify
 from patchloom.pretrain.centroid_mim import (
@@ -267,6 +268,12 @@ class CCViTMethod(Method):
             "patches": self.grid[0] * self.grid[1],
             "early_layers": self.model.early_layers,
         }
+
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the mask token beside it."""
+        super().save_model(model, path, lineage)
+        if self.config.strategy != "fsdp":
+            save_parts(self.model, path)
 
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return the codebook and what the network makes of corrupted held-out images."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PairedViews
+from patchloom.data.transforms import IMAGENET_MEAN, IMAGENET_STD, NoisyViews, PairedViews
 from patchloom.encoders import Encoder, normalize
 from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
@@ -25,6 +25,7 @@ from patchloom.encoders.masked_autoencoder import (
     visible_count,
 )
 from patchloom.errors import UsageError
+from patchloom.masked_models import save_parts
 from patchloom.patches import patchify, unpatchify
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method, Transform
@@ -176,6 +177,12 @@ class MAEMethod(Method):
             "decoder_parameters": sum(p.numel() for p in decoder),
         }
 
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the decoder beside it."""
+        super().save_model(model, path, lineage)
+        if self.config.strategy != "fsdp":  # no process holds the whole decoder; it is in the checkpoint
+            save_parts(self.model, path)
+
     @torch.no_grad()
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return what the network makes of held-out images of which it sees a few patches."""
@@ -218,16 +225,3 @@ class MAEMethod(Method):
         zero = normalize(torch.zeros_like(images[:1]), self.encoder)
         one = normalize(torch.ones_like(images[:1]), self.encoder)
         return (images - zero) / (one - zero)
-
-
-class NoisyViews:
-    """A view of an image and the numbers its mask is drawn by, from the sample's own generator."""
-
-    def __init__(self, views: PairedViews, patches: int) -> None:
-        self.views = views
-        self.patches = patches
-
-    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        sample = self.views(image, generator)
-        sample["noise"] = torch.rand(self.patches, generator=generator)
-        return sample

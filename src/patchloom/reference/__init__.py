@@ -93,18 +93,23 @@ def import_reference(
         overwrite: Replace a bundle already there.
 
     Returns:
-        The folder of the bundle; an adapter of the checkpoint is in `adapter/` inside, which opens like a run.
+        The folder of the bundle; an adapter of the checkpoint is in `adapter/` inside, which opens like a run, and
+        what else a masked model has (decoder or mask token) in `pretraining.safetensors`.
 
     Raises:
         UsageError: Unknown system, or a checkpoint that does not fit.
     """
     from patchloom.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.bundle import save_bundle
+    from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
+    from patchloom.masked_models import save_parts
+    from patchloom.pretrain.centroid_mim import CentroidMIM
 
     if Path(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
     module = load_reference(system, checkpoint, **config)
+    module = getattr(module, "autoencoder", module)  # of a student of G2SD
     encoder = getattr(module, "encoder", module)
     if not hasattr(encoder, "pretrained_cfg"):
         raise UsageError(f"a {system} checkpoint holds no encoder that could be saved as a bundle")
@@ -112,6 +117,8 @@ def import_reference(
     inserted = insertions(encoder)
     remove(encoder)  # a bundle is the plain encoder; without anything inserted this does nothing
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
+    if isinstance(module, (MaskedAutoencoder, CentroidMIM)):
+        save_parts(module, out)
     for name, insertion in inserted.items():
         if getattr(insertion, "kind", None) in KINDS:
             insert(encoder, insertion, name)

@@ -132,9 +132,28 @@ def pca_features(images: Tensor, patches: Tensor, grid: tuple[int, int]) -> Figu
     Raises:
         UsageError: The grid has another number of patches than the features.
     """
+    images = images.detach().cpu()
+    painted = pca_colours(patches, grid)
+    size = (images.shape[-2], images.shape[-1])
+    rows = {"image": images.float(), "features": F.interpolate(painted, size=size, mode="nearest")}
+    return image_grid(rows, alt="Patch features as colours beside their images")
+
+
+def pca_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the first three principal components of patch features as RGB, see `pca_features`.
+
+    Args:
+        patches: (n, N, D) patch features; colours mean the same in all n.
+        grid: (h, w) with h·w = N.
+
+    Returns:
+        (n, 3, h, w) float in [0, 1].
+
+    Raises:
+        UsageError: The grid has another number of patches than the features.
+    """
     _check_grid(patches.shape[1], grid)
     n, _, width = patches.shape
-    images = images.detach().cpu()
     flat = finite(patches).double().reshape(-1, width)
     size_of_features = flat.square().mean().sqrt()
     flat = flat - flat.mean(0)
@@ -147,10 +166,7 @@ def pca_features(images: Tensor, patches: Tensor, grid: tuple[int, int]) -> Figu
     least = max(0.02 * float((high - low).max()), 1e-4 * float(size_of_features), 1e-12)
     middle, spread = torch.from_numpy((low + high) / 2), torch.from_numpy(np.maximum(high - low, least))
     colours = ((values - middle) / spread + 0.5).clamp(0, 1)
-    painted = colours.view(n, *grid, 3).permute(0, 3, 1, 2).float()
-    size = (images.shape[-2], images.shape[-1])
-    rows = {"image": images.float(), "features": F.interpolate(painted, size=size, mode="nearest")}
-    return image_grid(rows, alt="Patch features as colours beside their images")
+    return colours.view(n, *grid, 3).permute(0, 3, 1, 2).float()
 
 
 def nearest_neighbours(
