@@ -1,7 +1,9 @@
 """A model on disk: timm's own hub layout, plus where it comes from.
 
 `model.safetensors` and `config.json` are what `timm.create_model("local-dir:PATH", pretrained=True)` reads, with no
-Patchloom installed (timm leaves the weights out without `pretrained=True`); `patchloom.json` holds the lineage.
+Patchloom installed (timm leaves the weights out without `pretrained=True`); `patchloom.json` holds the lineage. Any
+image model of timm can be saved so; where an architecture is this package's own, and timm alone cannot open it,
+`patchloom.json` says so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from timm.models.beit import Beit
 from torch import nn
 
 from patchloom import __version__
+from patchloom.encoders import has_tokens, image_size, in_chans
 from patchloom.errors import UsageError
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
@@ -62,7 +65,9 @@ def save_bundle(
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     _check_rebuilds(config, state)
     versions = {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    about = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
+    about: dict[str, Any] = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
+    if type(encoder).__module__.startswith("patchloom."):
+        about["opened_by"] = "patchloom.load; timm alone does not know this architecture"
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -86,43 +91,44 @@ def timm_config(encoder: Any) -> dict[str, Any]:
             architecture, model_args = name, _full_arguments(encoder) | model_args
     num_classes = int(encoder.num_classes)
     model_args.pop("num_classes", None)
-    side = tuple(encoder.patch_embed.img_size)
+    side = image_size(encoder)
     channels = model_args.get("in_chans", 3)
     known = dict(encoder.pretrained_cfg)
     keep = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "label_names")
     pretrained = {name: known[name] for name in keep if name in known}
-    pretrained |= {"input_size": [channels, *side], "num_classes": num_classes, "fixed_input_size": True}
+    # timm hands the size on to a model where it is said to be fixed; a convolutional network takes no such argument.
+    fixed = "img_size" in model_args
+    pretrained |= {"input_size": [channels, *side], "num_classes": num_classes, "fixed_input_size": fixed}
+    pooling = getattr(encoder, "global_pool", None)
     return {
         "architecture": architecture,
         "num_classes": num_classes,
         "num_features": int(encoder.num_features),
-        "global_pool": encoder.global_pool,
+        **({"global_pool": pooling} if isinstance(pooling, str) else {}),
         "pretrained_cfg": pretrained,
         "model_args": _plain(model_args),
     }
 
 
 def made_from(encoder: Any) -> dict[str, Any]:
-    """Return the architecture an encoder was made from, and the arguments that rebuild it without a classifier.
+    """Return the architecture an image model was made from, and the arguments that rebuild it without a classifier.
 
     Raises:
-        UsageError: The module is no ViT of timm.
+        UsageError: The module is no image model of timm.
     """
-    side = getattr(getattr(encoder, "patch_embed", None), "img_size", None)
     made = getattr(encoder, "patchloom_args", None)
+    known = getattr(encoder, "pretrained_cfg", None) or {}
     if made is None:
-        architecture = (getattr(encoder, "pretrained_cfg", None) or {}).get("architecture")
-        made = {"architecture": architecture, "model_args": getattr(encoder, "_model_args", {})}
-    if side is None or made["architecture"] is None:
-        raise UsageError(f"a {type(encoder).__name__} cannot be saved as a bundle; make it by timm, as a ViT")
+        made = {"architecture": known.get("architecture"), "model_args": getattr(encoder, "_model_args", {})}
+    if made["architecture"] is None:
+        raise UsageError(f"a {type(encoder).__name__} cannot be saved as a bundle; make it by timm")
     dropped = {*REGULARISERS, "num_classes"}
     arguments = {name: value for name, value in made["model_args"].items() if name not in dropped}
     # Size and channels as they are now, whatever the encoder was made with.
-    channels = int(encoder.patch_embed.proj.weight.shape[1])
-    return {
-        "architecture": made["architecture"],
-        "model_args": arguments | {"img_size": tuple(side), "in_chans": channels},
-    }
+    arguments["in_chans"] = in_chans(encoder)
+    if has_tokens(encoder) or known.get("fixed_input_size"):
+        arguments["img_size"] = image_size(encoder)
+    return {"architecture": made["architecture"], "model_args": arguments}
 
 
 def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> Any:
@@ -159,10 +165,8 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     # The name the user knows, where it is known here; timm's entry point otherwise.
     own = (_about(folder).get("made_from") or {}).get("architecture")
     name = own if own and timm.is_model(own) else architecture
-    model.patchloom_args = {
-        "architecture": name,
-        "model_args": arguments | {"img_size": tuple(model.patch_embed.img_size)},
-    }
+    made = {"img_size": image_size(model)} if has_tokens(model) else {}
+    model.patchloom_args = {"architecture": name, "model_args": arguments | made}
     return model.eval()
 
 
@@ -174,7 +178,7 @@ def open_encoder(model: str | Path | nn.Module) -> Any:
             is returned as it is.
 
     Raises:
-        UsageError: There is no such model, it has no published weights, or the module is no ViT of timm.
+        UsageError: There is no such model, it has no published weights, or the module is no image model of timm.
     """
     if isinstance(model, nn.Module):
         made_from(model)
@@ -182,11 +186,11 @@ def open_encoder(model: str | Path | nn.Module) -> Any:
     name = str(model)
     if Path(name).exists():
         return load(name)
-    from patchloom.encoders import create_encoder
+    from patchloom.encoders import create_backbone
 
     if timm.is_model(name) and not timm.models.is_model_pretrained(name):
         raise UsageError(f"{name} has no published weights; give the path of a bundle or run")
-    return create_encoder(name, pretrained=True).eval()
+    return create_backbone(name, pretrained=True).eval()
 
 
 def find_bundle(path: str | Path) -> Path:
@@ -244,8 +248,6 @@ def _build(architecture: str, num_classes: int, arguments: dict[str, Any], folde
         model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **arguments)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise UsageError(f"the bundle in {folder} asks for a {architecture} that cannot be built: {error}") from error
-    if not hasattr(model, "patch_embed"):
-        raise UsageError(f"the bundle in {folder} is a {type(model).__name__}; encoders here are timm's ViTs")
     return model
 
 

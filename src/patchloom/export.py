@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from patchloom._lazy import make_callable
+from patchloom.encoders import image_size, in_chans
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 
 TOLERANCE = 1e-4
@@ -103,7 +104,7 @@ def _need_onnx() -> None:
 
 
 def _export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None:
-    channels, (height, width) = encoder.patch_embed.proj.weight.shape[1], encoder.patch_embed.img_size
+    channels, (height, width) = in_chans(encoder), image_size(encoder)
     generator = torch.Generator().manual_seed(0)
     example = torch.rand(2, channels, height, width, generator=generator)
     name = "logits" if encoder.num_classes else "features"

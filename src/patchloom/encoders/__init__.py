@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, frames
+from patchloom.encoders import ccvit, cifar_resnet, frames
 from patchloom.encoders.blocks import run_block
-from patchloom.encoders.create import create_encoder
+from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.properties import (
     Encoder,
     depth,
     embed_dim,
     grid_size,
+    has_tokens,
     image_size,
     in_chans,
+    layer_of_parameter,
     normalize,
     num_prefix_tokens,
     patch_size,
+    require_tokens,
 )
 from patchloom.encoders.resize import resize_relative_table, set_image_size
 from patchloom.encoders.stages import (
@@ -22,6 +25,7 @@ from patchloom.encoders.stages import (
     Tokens,
     class_attention,
     embed,
+    feature_map,
     final_norm,
     intermediate_layers,
     new_blocks,
@@ -35,22 +39,28 @@ __all__ = [
     "Encoder",
     "Tokens",
     "ccvit",
+    "cifar_resnet",
     "class_attention",
+    "create_backbone",
     "create_encoder",
     "depth",
     "embed",
     "embed_dim",
+    "feature_map",
     "final_norm",
     "frames",
     "grid_size",
+    "has_tokens",
     "image_size",
     "in_chans",
     "intermediate_layers",
+    "layer_of_parameter",
     "new_blocks",
     "normalize",
     "num_prefix_tokens",
     "patch_size",
     "pooled",
+    "require_tokens",
     "resize_relative_table",
     "run_block",
     "run_blocks",

@@ -1,24 +1,28 @@
-"""The one door to encoders: a timm name, or the path of a bundle or run."""
+"""The doors to encoders and to other image models: a timm name, or the path of a bundle or run.
+
+>>> create_encoder("vit_tiny_patch16_224").embed_dim
+192
+>>> create_backbone("resnet18", image_size=64).pretrained_cfg["input_size"]
+(3, 64, 64)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+import torch
 
-from patchloom.encoders.properties import Encoder, patch_size
+from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size, require_tokens
+from patchloom.encoders.properties import image_size as size_of
 from patchloom.encoders.properties import in_chans as channels_of
 from patchloom.encoders.resize import set_image_size
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 
-FAMILIES = (VisionTransformer, Beit, Eva)
-KINDS = "timm's ViT, BEiT and EVA models"
 # Where timm and this package keep them, for hints that lead to an encoder.
 MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva")
 
@@ -50,9 +54,9 @@ def create_encoder(
             fit.
     """
     if Path(name).exists():
-        return _from_bundle(name, image_size, in_chans, drop_path)
+        return _from_bundle(name, image_size, in_chans, drop_path, create_encoder)
     if not timm.is_model(name):
-        raise _unknown(name)
+        raise _unknown(name, [model for module in MODULES for model in timm.list_models(module=module)])
     if not 0 <= drop_path < 1:
         raise UsageError(f"drop_path is {drop_path}; it must be in [0, 1)")
     arguments = {"num_classes": 0, **model_args, "in_chans": in_chans}
@@ -80,20 +84,80 @@ def create_encoder(
     return model
 
 
-def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, drop_path: float) -> Encoder:
+def create_backbone(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    drop_path: float = 0.0,
+    pretrained: bool = False,
+    **model_args: Any,
+) -> Encoder:
+    """Return any image model of timm without its classifier: a ViT as `create_encoder` makes it, or another network.
+
+    Args:
+        name: A timm model (ResNet, MobileNet, ConvNeXt, Mixer, Swin, ViT …), or the path of a bundle or run.
+        image_size: Side in pixels, or (H, W); default: the model's own.
+        in_chans: Channels of the images.
+        drop_path: Stochastic depth rate of the last block.
+        pretrained: Load timm's weights (downloads them).
+        **model_args: Arguments of the timm model.
+
+    Returns:
+        The module; its attribute `patchloom_args` holds what it was made from.
+
+    Raises:
+        UsageError: Unknown name (with the nearest), or a size, rate or argument the model does not take.
+    """
+    if Path(name).exists():
+        return _from_bundle(name, image_size, in_chans, drop_path, create_backbone)
+    if not timm.is_model(name):
+        raise _unknown(name, timm.list_models())
+    if _is_encoder(name):
+        return create_encoder(
+            name, image_size=image_size, in_chans=in_chans, drop_path=drop_path, pretrained=pretrained, **model_args
+        )
+    if not 0 <= drop_path < 1:
+        raise UsageError(f"drop_path is {drop_path}; it must be in [0, 1)")
+    size = model_args.pop("img_size", None) if image_size is None else image_size
+    arguments = {**model_args, "in_chans": in_chans}
+    if size is not None and _has_fixed_size(name):
+        arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    regularised: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    try:
+        model: Encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, **regularised, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"{name} cannot be made so ({said}); change image_size, drop_path or in_chans") from error
+    known = dict(model.pretrained_cfg)
+    height, width = known["input_size"][-2:] if size is None else (size, size) if isinstance(size, int) else size
+    model.pretrained_cfg = {**known, "input_size": (in_chans, int(height), int(width))}
+    model.patchloom_args = {"architecture": name, "model_args": arguments}
+    return model
+
+
+def _from_bundle(
+    path: str,
+    size: int | tuple[int, int] | None,
+    in_chans: int,
+    drop_path: float,
+    create: Callable[..., Encoder],
+) -> Encoder:
     from patchloom.bundle import load
 
     saved = load(path)
     if getattr(saved, "active_adapter", None) is not None:
         raise UsageError(f"{path} holds an adapter; give the encoder it extends, or merge them (patchloom merge)")
+    if create is create_encoder:
+        require_tokens(saved)
     saved.reset_classifier(0)
     if channels_of(saved) != in_chans:
         raise UsageError(f"the encoder in {path} takes {channels_of(saved)} channels, not {in_chans}; set in_chans")
     made = saved.patchloom_args
     arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
-    encoder = create_encoder(
+    encoder = create(
         made["architecture"],
-        image_size=tuple(saved.patch_embed.img_size),
+        image_size=size_of(saved),
         in_chans=in_chans,
         drop_path=drop_path,
         **arguments,
@@ -105,10 +169,18 @@ def _from_bundle(path: str, size: int | tuple[int, int] | None, in_chans: int, d
     return encoder
 
 
+def _is_encoder(name: str) -> bool:
+    with torch.device("meta"):  # shapes only
+        return has_tokens(timm.create_model(name, pretrained=False, num_classes=0))
+
+
+def _has_fixed_size(name: str) -> bool:
+    """Return whether a timm model is made for one size; the others take any, and no argument says which."""
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+
+
 def _check_size(name: str, arguments: dict[str, Any]) -> None:
     """Refuse a size that patches do not fill, before timm fails in its own words."""
-    import torch
-
     # The model's own size and patches: building it at its own size on no device costs nothing.
     with torch.device("meta"):
         rest = {k: v for k, v in arguments.items() if k != "img_size"}
@@ -124,8 +196,7 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
     patch_grid(arguments["img_size"], int(height))
 
 
-def _unknown(name: str) -> UsageError:
-    known = [model for module in MODULES for model in timm.list_models(module=module)]
+def _unknown(name: str, known: list[str]) -> UsageError:
     begun = [model for model in known if model.startswith(name.lower())]
     near = get_close_matches(name.lower(), begun or known, n=3, cutoff=0.0 if begun else 0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

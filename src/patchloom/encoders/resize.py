@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from torch import Tensor
 
-from patchloom.encoders.properties import Encoder, grid_size, image_size, patch_size
+from patchloom.encoders.properties import Encoder, grid_size, has_tokens, image_size, patch_size
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 
@@ -18,7 +18,7 @@ EXTRA_ROWS = 3  # class to token, token to class, class to class
 
 
 def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
-    """Set the encoder up for images of another size, in place, and return it.
+    """Set the encoder, or another image model, up for images of another size, in place, and return it.
 
     Absolute positions are resampled as timm does; relative-position tables as in section 2.10 of the CCViT
     specification (bicubic, with a warning, where a grid is not square). `patchloom_args` follow.
@@ -29,6 +29,8 @@ def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
     new = (size, size) if isinstance(size, int) else (size[0], size[1])
     if new == image_size(encoder):
         return encoder
+    if not has_tokens(encoder):
+        return _set_backbone_size(encoder, new)
     patch_grid(new, patch_size(encoder))
     if not hasattr(encoder, "set_input_size"):
         raise UsageError(f"{type(encoder).__name__} of this timm version works at {image_size(encoder)} only")
@@ -50,6 +52,19 @@ def set_image_size(encoder: Encoder, size: int | tuple[int, int]) -> Encoder:
     if (made := getattr(encoder, "patchloom_args", None)) is not None:
         encoder.patchloom_args = {**made, "model_args": {**made["model_args"], "img_size": new}}
     return encoder
+
+
+def _set_backbone_size(model: Encoder, new: tuple[int, int]) -> Encoder:
+    """Set an image model that is no ViT up for another size, in place, and return it."""
+    if model.pretrained_cfg.get("fixed_input_size"):
+        if not hasattr(model, "set_input_size"):
+            raise UsageError(f"a {type(model).__name__} works at {image_size(model)} only; leave image_size as it is")
+        model.set_input_size(img_size=new)
+        if (made := getattr(model, "patchloom_args", None)) is not None:
+            model.patchloom_args = {**made, "model_args": {**made["model_args"], "img_size": new}}
+    channels = model.pretrained_cfg["input_size"][0]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, *new)}
+    return model
 
 
 def resize_relative_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -25,7 +25,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from patchloom.encoders.blocks import bias_of, run_block
-from patchloom.encoders.properties import Encoder, depth, grid_size, num_prefix_tokens, patch_size
+from patchloom.encoders.properties import (
+    Encoder,
+    depth,
+    grid_size,
+    has_tokens,
+    num_prefix_tokens,
+    patch_size,
+    require_tokens,
+)
 from patchloom.errors import UsageError, unknown_name
 from patchloom.patches import patchify
 
@@ -81,6 +89,7 @@ def embed(
     Raises:
         UsageError: `masked` without `mask_token` or of another grid.
     """
+    require_tokens(encoder)
     if keep is not None and masked is None and _embeds_patches_apart(encoder):
         return _embed_kept(encoder, images, keep)
     x = encoder.patch_embed(images)
@@ -156,10 +165,10 @@ def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
     """Return one vector per image.
 
     Args:
-        encoder: The encoder.
+        encoder: The encoder, or another image model of timm.
         images: (B, C, H, W), normalised.
-        pool: `auto` is what the encoder was made with; `cls` the class token; `avg` the mean over patches;
-            `cls+avg` both, one after the other.
+        pool: `auto` is what the encoder was made with; `cls` the class token; `avg` the mean over patches, or over the
+            last feature map of a model without; `cls+avg` both, one after the other.
 
     Returns:
         (B, D), or (B, 2 D) for `cls+avg`.
@@ -172,11 +181,41 @@ def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
     if pool == "auto":
         vectors: Tensor = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
         return vectors
+    if not has_tokens(encoder):
+        if pool != "avg":
+            raise UsageError(f"pool={pool} needs a class token and a {type(encoder).__name__} has none; use avg")
+        return feature_map(encoder, images).mean((2, 3))
     prefix, patches = tokens(encoder, images)
     if pool != "avg" and prefix.shape[1] == 0:
         raise UsageError(f"pool={pool} needs a class token and this encoder has none; use avg")
     parts = {"cls": lambda: prefix[:, 0], "avg": lambda: patches.mean(1)}
     return torch.cat([parts[part]() for part in pool.split("+")], dim=1)
+
+
+def feature_map(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return the last features in their places: the patch tokens of a ViT, the last map of another image model.
+
+    Args:
+        encoder: The encoder, or another image model of timm.
+        images: (B, C, H, W), normalised.
+
+    Returns:
+        (B, D, h, w).
+
+    Raises:
+        UsageError: A model that gives no features but its pooled ones.
+    """
+    if has_tokens(encoder):
+        return tokens(encoder, images).patches.transpose(1, 2).unflatten(2, grid_size(encoder, _sides(images)))
+    if not hasattr(encoder, "forward_intermediates"):
+        raise UsageError(f"a {type(encoder).__name__} gives no feature maps; take another model of timm")
+    (last,) = encoder.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
+    found: Tensor = last
+    return found
+
+
+def _sides(images: Tensor) -> tuple[int, int]:
+    return int(images.shape[-2]), int(images.shape[-1])
 
 
 def intermediate_layers(encoder: Encoder, images: Tensor, layers: Sequence[int], norm: bool = True) -> list[Tokens]:

@@ -13,7 +13,8 @@ from torch import nn
 from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.encoders import Encoder, create_encoder, in_chans
+from patchloom.encoders import Encoder, create_backbone, in_chans
+from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.predictions import check_free
 from patchloom.features.cache import cached_features, source_hash
@@ -92,7 +93,7 @@ def resolve_encoder(config: EvaluationConfig) -> Encoder | None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if not isinstance(config.encoder, nn.Module) and not Path(str(config.encoder)).exists():
-            return create_encoder(str(config.encoder), image_size=config.image_size)
+            return create_backbone(str(config.encoder), image_size=config.image_size)
         return _fresh(open_encoder(config.encoder), config.image_size)
 
 
@@ -153,9 +154,10 @@ def _fresh(trained: Encoder, image_size: int | None) -> Encoder:
     """Return an encoder like another, with new weights."""
     made = made_from(trained)
     arguments = dict(made["model_args"])
-    size, channels = arguments.pop("img_size"), arguments.pop("in_chans")
-    fresh = create_encoder(made["architecture"], image_size=image_size or size, in_chans=channels, **arguments)
-    fresh.pretrained_cfg = trained.pretrained_cfg
+    arguments.pop("img_size", None)
+    size, channels = image_size or size_of(trained), arguments.pop("in_chans")
+    fresh = create_backbone(made["architecture"], image_size=size, in_chans=channels, **arguments)
+    fresh.pretrained_cfg = {**trained.pretrained_cfg, "input_size": fresh.pretrained_cfg["input_size"]}
     return fresh
 
 

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from patchloom.encoders import Encoder, depth
+from patchloom.encoders import Encoder
 from patchloom.errors import UsageError, unknown_name
 
 Normalisation = Literal["leave_one_out", "mean"]
@@ -158,7 +158,12 @@ def expand_ffn(
     Raises:
         UsageError: A block the encoder does not have or that has no feed-forward of its own, or one replaced already.
     """
-    for number in chosen_layers(layers, depth(encoder)):
+    if not hasattr(encoder, "blocks"):
+        raise UsageError(
+            f"experts take the place of feed-forwards in the blocks of a ViT, and a {type(encoder).__name__} has none; "
+            f"leave experts out"
+        )
+    for number in chosen_layers(layers, len(encoder.blocks)):
         block = encoder.blocks[number]
         if not isinstance(getattr(block, "mlp", None), nn.Module):
             raise UsageError(f"block {number} of this encoder has no feed-forward that could become experts")

@@ -19,7 +19,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from patchloom.data import make_loader
-from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size
+from patchloom.encoders import (
+    Encoder,
+    create_backbone,
+    create_encoder,
+    depth,
+    embed_dim,
+    has_tokens,
+    image_size,
+    layer_of_parameter,
+)
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.ewa import average_experts_, expand_ffn, experts_of, share_rate_schedule
@@ -44,6 +53,7 @@ class Method(lp.LightningModule):
     Subclasses set `config_class` and implement `transform` and `training_loss`; the other hooks have defaults.
 
     Attributes:
+        any_backbone: Whether the encoder may be any image model of timm; else it is a ViT.
         config: The settings.
         encoder: The timm module under training, without head.
         steps_per_epoch: Optimiser steps per epoch, set by the engine before training.
@@ -53,6 +63,7 @@ class Method(lp.LightningModule):
 
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
     needs_labels: ClassVar[bool] = False
+    any_backbone: ClassVar[bool] = False
 
     def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
         super().__init__()
@@ -63,7 +74,7 @@ class Method(lp.LightningModule):
         self.seconds_before = 0.0
         self.encoder: Encoder = self.build_encoder()
         if config.grad_checkpointing:
-            self.encoder.set_grad_checkpointing(True)
+            _recompute(self.encoder)
         self.steps_per_epoch = 1
         self.total_steps = 1
         self.batches_done = 0
@@ -79,7 +90,8 @@ class Method(lp.LightningModule):
             UsageError: Unknown encoder, impossible image size, or weights of another architecture.
         """
         config = self.config
-        encoder = create_encoder(
+        create = create_backbone if self.any_backbone else create_encoder
+        encoder = create(
             config.encoder, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
         )
         if config.init_from is not None:
@@ -116,7 +128,8 @@ class Method(lp.LightningModule):
 
     def layer(self, name: str) -> int:
         """Return the layer of a parameter, for layer-wise learning rates."""
-        return layer_of(name.removeprefix("encoder."), depth(self.encoder))
+        own = name.removeprefix("encoder.")
+        return layer_of(own, depth(self.encoder)) if has_tokens(self.encoder) else layer_of_parameter(self.encoder, own)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies to a parameter."""
@@ -273,8 +286,8 @@ class Method(lp.LightningModule):
             self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
             self.ema.requires_grad_(False)
         if self.config.compile:
-            for block in self.encoder.blocks:
-                block.compile()
+            for part in self.encoder.blocks if has_tokens(self.encoder) else [self.encoder]:
+                part.compile()
 
     def train_dataloader(self) -> TrainingStream:
         """Return all batches of the run, from the present position on."""
@@ -354,6 +367,13 @@ class TrainingStream:
                 done += 1
                 if done % per_epoch == 0 or done == self.total:
                     break
+
+
+def _recompute(encoder: Encoder) -> None:
+    try:
+        encoder.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UsageError(f"a {type(encoder).__name__} cannot do grad_checkpointing; leave it out") from error
 
 
 def load_weights(encoder: Encoder, path: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchloom.data.base import Source, UnreadableImageError
 from patchloom.data.transforms import EvalTransform
-from patchloom.encoders import class_attention, grid_size, normalize, pooled, tokens
+from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
 from patchloom.report import Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
 from patchloom.training.metrics import read_metrics, series
 
@@ -108,25 +108,32 @@ def training_sections(rows: list[dict[str, float]]) -> list[Section]:
 
 
 def feature_sections(encoder: torch.nn.Module, images: Tensor, shown: Tensor, method: Method) -> list[Section]:
-    """Return attention maps, PCA-coloured patch features and nearest neighbours."""
+    """Return attention maps (of a ViT), PCA-coloured features in their places and nearest neighbours."""
     pictures = method.pixels(shown).to(method.device)
     inputs = normalize(pictures, encoder)
-    grid = grid_size(encoder, (images.shape[-2], images.shape[-1]))
-    attention = class_attention(encoder, inputs).float().cpu()
-    patches = tokens(encoder, inputs).patches.float().cpu()
-    sections = [
+    sections = []
+    what = "last feature map"
+    if has_tokens(encoder):
+        what = "patch features"
+        attention = class_attention(encoder, inputs).float().cpu()
+        grid = grid_size(encoder, (images.shape[-2], images.shape[-1]))
+        sections.append(
+            Section(
+                title="Attention",
+                text="Where the class token looks in the last block: the mean over heads, then each head.",
+                figures=[attention_maps(pictures.cpu(), attention, grid)],
+            )
+        )
+    features = feature_map(encoder, inputs).float().cpu()
+    places = features.flatten(2).transpose(1, 2)
+    sections.append(
         Section(
-            title="Attention",
-            text="Where the class token looks in the last block: the mean over heads, then each head.",
-            figures=[attention_maps(pictures.cpu(), attention, grid)],
-        ),
-        Section(
-            title="Patch features",
-            text="The first three principal components of the patch features as red, green and blue; "
-            "patches of one colour are alike to the encoder.",
-            figures=[pca_features(pictures.cpu(), patches, grid)],
-        ),
-    ]
+            title=what.capitalize(),
+            text=f"The first three principal components of the {what} as red, green and blue; "
+            f"places of one colour are alike to the encoder.",
+            figures=[pca_features(pictures.cpu(), places, (features.shape[-2], features.shape[-1]))],
+        )
+    )
     if len(images) >= 8:
         sections.append(neighbour_section(encoder, images, method))
     return sections

@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
+from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
 from patchloom.training.callbacks import (
     ContinuedMetrics,
@@ -183,6 +184,7 @@ def _strategy(method: Method) -> Any:
     if config.strategy == "fsdp":
         from lightning.pytorch.strategies import FSDPStrategy
 
+        require_tokens(method.encoder)
         block = type(method.encoder.blocks[0])
         return FSDPStrategy(auto_wrap_policy={block}, state_dict_type="full", use_orig_params=True)
     return config.strategy

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import FinetuneTransform, make_mixup
-from patchloom.encoders import Encoder, create_encoder, depth
+from patchloom.encoders import Encoder, create_encoder, depth, has_tokens
 from patchloom.errors import UsageError
 from patchloom.training.labelled import LabelledConfig, LabelledMethod
 from patchloom.training.method import Transform
@@ -96,6 +96,7 @@ class SupervisedMethod(LabelledMethod):
         mix: Mixes the images of a batch and their labels, or None.
     """
 
+    any_backbone = True
     config_class = SupervisedConfig
     config: SupervisedConfig
 
@@ -191,18 +192,22 @@ class SupervisedMethod(LabelledMethod):
 def as_classifier(
     encoder: Encoder, num_classes: int, pool: str = "avg", init_scale: float = 0.001, drop_path: float = 0.0
 ) -> Encoder:
-    """Return a classifier with the encoder's weights.
+    """Return a classifier with the encoder's weights; a model that is no ViT keeps its own pooling.
 
     A `Beit` whose blocks share one relative-position table gets a table per block, each a copy; with mean pooling
     the final norm gives way to a fresh `fc_norm` over the pooled feature (specification, section 3.2).
 
     Args:
-        encoder: Made by `create_encoder` (it remembers what it was made from).
+        encoder: Made by `create_encoder` or `create_backbone` (it remembers what it was made from).
         num_classes: Outputs of the classifier.
-        pool: `avg` or `cls`.
+        pool: `avg` or `cls`, for a ViT.
         init_scale: Factor on the classifier's initial weights.
-        drop_path: Stochastic depth rate of the last block.
+        drop_path: Stochastic depth rate of the last block, for a ViT; another model keeps what it was made with.
     """
+    if not has_tokens(encoder):
+        encoder.reset_classifier(num_classes)
+        _draw_head(encoder.get_classifier(), init_scale)
+        return encoder
     made = encoder.patchloom_args
     model_args = {
         name: value for name, value in made["model_args"].items() if name not in ("num_classes", "global_pool")
@@ -225,8 +230,14 @@ def as_classifier(
     model.reset_classifier(num_classes)
     made_args = {**model.patchloom_args["model_args"], "num_classes": num_classes}
     model.patchloom_args = {**model.patchloom_args, "model_args": made_args}
-    trunc_normal_(model.head.weight, std=0.02)
-    nn.init.zeros_(model.head.bias)
-    with torch.no_grad():
-        model.head.weight.mul_(init_scale)
+    _draw_head(model.head, init_scale)
     return model
+
+
+def _draw_head(head: nn.Module, scale: float) -> None:
+    """Give a linear classifier its initial weights; others have drawn their own."""
+    if isinstance(head, nn.Linear):
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        with torch.no_grad():
+            head.weight.mul_(scale)
