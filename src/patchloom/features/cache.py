@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +46,8 @@ ABOUT, VECTORS, LABELS, KEYS = "about.json", "vectors.npy", "labels.npy", "keys.
 LIMIT_GB = 20.0
 # Bytes of a tensor that share a checksum.
 BLOCK = 2**16
+Take = Callable[[Tensor, Tensor, list[str]], bool]
+Produce = Callable[[Take], list[tuple[str, str]]]
 # An unfinished entry this old, in seconds, was left by a process that is gone.
 ABANDONED = 24 * 3600
 
@@ -103,10 +105,36 @@ def cached_features(
         "source": source_hash(source),
         "how": {**how, "layers": None if layers is None else list(layers), "side": side_of(encoder, image_size)},
     }
+
+    def produce(take: Take) -> list[tuple[str, str]]:
+        return extract_into(take, encoder, source, **options)
+
+    found = kept_rows(root, about, name, source.name, produce)
+    return _extracted(encoder, source, options) if found is None else found
+
+
+def kept_rows(
+    root: Path, about: dict[str, Any], model_name: str | None, source_name: str, produce: Produce
+) -> Features | None:
+    """Return one row for each image of a source from disk; where they are not there, they are made and kept.
+
+    Args:
+        root: Folder of the cache, see `cache_folder`.
+        about: All that makes the rows what they are: hashes of the model (`encoder`) and of the images (`source`),
+            and how the one is applied to the other (`how`).
+        model_name: What the user calls the model: rows of the same names and the same `how` that are out of date are
+            replaced.
+        source_name: What the user calls the images.
+        produce: Makes the rows: it calls its argument with rows (B, D) float32, labels and keys of each batch, and
+            returns what could not be read.
+
+    Returns:
+        The rows, mapped from the disk, or None where the cache cannot be written; a warning says so.
+    """
     key = _digest(json.dumps(about, sort_keys=True).encode())
-    about |= {"encoder_name": name, "source_name": source.name}
-    # Entries of one encoder by name, one source and one way to make vectors lie side by side.
-    about_pair = [name or key, _place(source.name), about["how"]]
+    about = {**about, "encoder_name": model_name, "source_name": source_name}
+    # Entries of one model by name, one source and one way to make rows lie side by side.
+    about_pair = [model_name or key, _place(source_name), about["how"]]
     entry = root / _digest(json.dumps(about_pair, sort_keys=True).encode())[:16] / key
     found = _read(entry)
     if found is not None:
@@ -114,10 +142,10 @@ def cached_features(
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        warnings.warn(f"features are not kept, the cache {root} cannot be written: {error}", stacklevel=2)
-        return _extracted(encoder, source, options)
+        warnings.warn(f"features are not kept, the cache {root} cannot be written: {error}", stacklevel=3)
+        return None
     _replace_outdated(entry, about)
-    features = _write(entry, about, encoder, source, options)
+    features = _write(entry, about, produce)
     _keep_within_limit(root, entry)
     return features
 
@@ -194,7 +222,12 @@ def weights_hash(encoder: Encoder | None) -> str:
         return "pixels"
     made = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
     normalised = [(getattr(encoder, "pretrained_cfg", None) or {}).get(part) for part in ("mean", "std")]
-    text = [repr(encoder), repr(made), repr([list(part or ()) for part in normalised]), str(encoder.global_pool)]
+    text = [
+        repr(encoder),
+        repr(made),
+        repr([list(part or ()) for part in normalised]),
+        str(getattr(encoder, "global_pool", None)),
+    ]
     return _digest("\0".join([*text, *_tensor_hashes(encoder)]).encode())
 
 
@@ -218,10 +251,8 @@ def _extracted(encoder: Encoder | None, source: Source | StreamSource, options: 
     return extract(encoder, source, **options)
 
 
-def _write(
-    entry: Path, about: dict[str, Any], encoder: Encoder | None, source: Source | StreamSource, options: dict[str, Any]
-) -> Features:
-    """Extract features into an entry, which appears whole or not at all, and return them from there."""
+def _write(entry: Path, about: dict[str, Any], produce: Produce) -> Features:
+    """Make rows into an entry, which appears whole or not at all, and return them from there."""
     temporary = Path(tempfile.mkdtemp(prefix=".writing.", dir=entry.parent))
     try:
         labels: list[Tensor] = []
@@ -235,7 +266,7 @@ def _write(
                 keys.extend(names)
                 return True
 
-            skipped = extract_into(take, encoder, source, **options)
+            skipped = produce(take)
             writer.finish()
         np.save(temporary / LABELS, torch.cat(labels).numpy())
         np.save(temporary / KEYS, np.frombuffer("\0".join(keys).encode(errors="surrogateescape"), dtype=np.uint8))

@@ -1,0 +1,156 @@
+"""What a teacher says of every image, kept on disk: the second run with the same teacher and images starts at once.
+
+One answer per image can be kept only where the teacher always sees the same view of it; then it is computed once,
+before training, and mapped from the disk. Answers lie in the cache of features (`patchloom cache` lists and clears
+both) and are found by content: every weight of the teacher, the size and the normalisation of what it sees, and the
+fingerprint of the images.
+
+>>> answers = teacher_answers(teacher, open_source("digits"), image_size=32)  # doctest: +SKIP
+>>> answers.of(["digits/3", "digits/7"]).shape  # doctest: +SKIP
+torch.Size([2, 10])
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from patchloom.data import make_loader
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import EvalTransform
+from patchloom.encoders import normalize
+from patchloom.errors import UsageError
+from patchloom.features.cache import Produce, Take, cache_folder, kept_rows, source_hash, weights_hash
+from patchloom.features.extract import Features
+
+
+class TeacherAnswers:
+    """One row for every image, by its name.
+
+    Args:
+        found: Rows and names.
+        name: Of the images, for the error.
+
+    Raises:
+        UsageError: Two images have one name.
+    """
+
+    def __init__(self, found: Features, name: str) -> None:
+        self.rows = found.vectors
+        self.name = name
+        self.place = {key: row for row, key in enumerate(found.keys)}
+        if len(self.place) != len(found.keys):
+            raise UsageError(f"images of {name} share names, so a teacher's answers cannot be told apart")
+
+    def of(self, keys: Sequence[str]) -> Tensor:
+        """Return the rows (B, D) float32 of images by name.
+
+        Raises:
+            UsageError: An image that could not be read when the answers were made.
+        """
+        try:
+            rows = np.array([self.place[key] for key in keys], dtype=np.int64)
+        except KeyError as error:
+            raise UsageError(
+                f"the teacher has no answer for {error.args[0]} of {self.name}, which could not be read when the "
+                f"answers were kept; mend the image and delete them (patchloom cache --clear)"
+            ) from error
+        return self.rows[torch.from_numpy(rows)]
+
+
+def teacher_answers(
+    teacher: Any,
+    source: Source | StreamSource,
+    *,
+    image_size: int,
+    cache: str | Path | None = "auto",
+    name: str | None = None,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    device: torch.device | str = "cpu",
+) -> TeacherAnswers:
+    """Return a teacher's logits of the evaluation view (resized, centre cut out) of every image of a source.
+
+    Args:
+        teacher: A classifier of timm or of this package, whose `pretrained_cfg` says how images are normalised.
+        source: The images.
+        image_size: Side of the view in pixels.
+        cache: Folder of the cache; `auto` is its usual place, `none` keeps the answers in memory.
+        name: What the user calls the teacher: answers of the same name that are out of date are replaced.
+        batch_size: Images at a time.
+        num_workers: Processes that read images.
+        device: Where the teacher computes; it is left there, in eval mode.
+
+    Raises:
+        UsageError: The images come as a stream, none can be read, or the place of the cache is a file.
+    """
+    if isinstance(source, StreamSource):
+        raise UsageError(f"{source.name} is a stream; a teacher's answers are kept for images in folders only")
+    view = EvalTransform(image_size)
+
+    @torch.no_grad()
+    def produce(take: Take) -> list[tuple[str, str]]:
+        skipped: list[tuple[str, str]] = []
+        loader = make_loader(source, view, batch_size, seed=0, shuffle=False, num_workers=num_workers)
+        teacher.eval().to(device)
+        with torch.autocast(torch.device(device).type, enabled=False):
+            for batch in tqdm(loader, desc="teacher", disable=not sys.stderr.isatty(), leave=False):
+                skipped += batch["skipped"]
+                if batch["key"]:
+                    images = normalize(batch["image"].to(device).float().div_(255), teacher)
+                    take(teacher(images).float().cpu(), batch["label"], batch["key"])
+        return skipped
+
+    about = {
+        "format": 1,
+        "encoder": weights_hash(teacher),
+        "source": source_hash(source),
+        "how": {"answers": "logits", "view": repr(view)},
+    }
+    root = cache_folder(cache)
+    found = None if root is None else kept_rows(root, about, name, source.name, produce)
+    return TeacherAnswers(_in_memory(produce) if found is None else found, source.name)
+
+
+def refuse_random_views(settings: Mapping[str, float | str | None], remedy: str) -> None:
+    """Refuse to keep answers where images are mixed, or the teacher sees each as it was augmented.
+
+    Args:
+        settings: What makes a view random, by the name of its setting; 0, None and "" stand for off.
+        remedy: What to do instead.
+
+    Raises:
+        UsageError: One of them is on.
+    """
+    on = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in settings.items()
+        if value
+    ]
+    if on:
+        raise UsageError(
+            f"cache_teacher keeps one answer per image, and with {', '.join(on)} the teacher sees another view every "
+            f"time; {remedy}"
+        )
+
+
+def _in_memory(produce: Produce) -> Features:
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    keys: list[str] = []
+
+    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
+        rows.append(found)
+        labels.append(known)
+        keys.extend(names)
+        return True
+
+    skipped = produce(take)
+    return Features(torch.cat(rows), torch.cat(labels), keys, skipped)
