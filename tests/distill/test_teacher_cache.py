@@ -104,5 +104,5 @@ def test_what_cannot_be_kept_is_refused(teacher, images, tmp_path):
         teacher_answers(teacher, MemorySource("twice", [sample, sample]), cache="none", **QUICK)
     for broken in images.glob("*/[0-9].png"):
         broken.write_bytes(b"no image")
-    with pytest.raises(UsageError, match="no image of .* is readable"):
+    with pytest.raises(UsageError, match=r"no image of .* is readable"):
         teacher_answers(teacher, open_source(str(images)), cache=tmp_path / "c", **QUICK)
