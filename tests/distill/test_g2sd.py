@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from patchloom import load_reference
+from patchloom import load, load_reference
 from patchloom.distill.generic import GenericDistiller
 from patchloom.distill.specific import DistilledVisionTransformer, specific_loss
 from patchloom.encoders import create_encoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
+from patchloom.masked_models import load_masked_model
+from patchloom.reference import import_reference
 
 SIDE, PATCH, GRID = 32, 8, 4
 
@@ -219,6 +221,26 @@ def test_specific_stage_gives_the_published_logits():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     only = load_reference("g2sd", state, num_heads=2, use_distoken=False)
     torch.testing.assert_close(only(images), label, rtol=1e-4, atol=1e-5)
+
+
+def test_published_students_become_bundles_of_timm(tmp_path):
+    torch.manual_seed(3)
+    state = vit_state(16, 2) | {
+        "cls_token": torch.randn(1, 1, 16), "pos_embed": torch.randn(1, GRID**2 + 1, 16),
+        "norm.weight": torch.randn(16), "norm.bias": torch.randn(16), "dist_token": torch.randn(1, 1, 16),
+        "head.weight": torch.randn(5, 16), "head.bias": torch.randn(5),
+        "head_dist.weight": torch.randn(5, 16), "head_dist.bias": torch.randn(5),
+    }  # fmt: skip
+    torch.save({"model": state}, tmp_path / "specific.pth")
+    out = import_reference("g2sd", str(tmp_path / "specific.pth"), str(tmp_path / "bundle"), {"num_heads": 2})
+    images = torch.randn(2, 3, SIDE, SIDE)
+    wanted = load_reference("g2sd", state, num_heads=2)(images)
+    torch.testing.assert_close(load(out)(images), wanted, rtol=1e-4, atol=1e-5)
+    _, student = generic_states()
+    torch.save({"model": student}, tmp_path / "generic.pth")
+    settings = {"num_heads": 2, "decoder_num_heads": 4}
+    out = import_reference("g2sd", str(tmp_path / "generic.pth"), str(tmp_path / "student"), settings)
+    assert load_masked_model(out).hidden(images, 0.75)[0].shape == (2, 17, 24)
 
 
 def test_the_specific_loss_is_half_and_half():

@@ -12,21 +12,35 @@ The second stage of G2SD (Huang et al. 2023, arXiv 2302.14771). Specification `g
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchloom.distill.logits import hard_distillation_loss, nkd_loss
-from patchloom.encoders import Encoder, embed, embed_dim, num_prefix_tokens, run_blocks
+from patchloom.encoders import (
+    Encoder,
+    create_encoder,
+    depth,
+    embed,
+    embed_dim,
+    grid_size,
+    image_size,
+    in_chans,
+    num_prefix_tokens,
+    patch_size,
+    run_blocks,
+)
 from patchloom.errors import UsageError
 
 
 class DistilledVisionTransformer(nn.Module):
     """An encoder with a distillation token, put last and without a position, and a classifier for each of two tokens.
 
-    timm's distilled models put that token second and give it a position; theirs is another layout.
+    timm's distilled models put that token second and give it a position; `as_timm` makes one that computes the same.
 
     Args:
         encoder: Encoder without head; its positions may be absolute or rotary (a relative table has no row for a token
@@ -98,3 +112,103 @@ def specific_loss(
         return nkd_loss(logits, teacher, labels)
     base = torch.sum(-labels * logits.float().log_softmax(-1), dim=-1).mean()
     return 0.5 * base + 0.5 * hard_distillation_loss(taught, teacher)
+
+
+def as_timm(model: DistilledVisionTransformer) -> Any:
+    """Return the same classifier in timm's distilled layout, so that timm alone opens its bundle.
+
+    timm puts the distillation token second and adds a position to it; attention does not mind the order, and a
+    position of zeros changes nothing, so all outputs are equal. `hold_position` keeps it at zero while training.
+    timm's eval mode returns the mean of both classifiers. Where another `eval_head` is asked for, its classifier is
+    doubled and the other's weights are zeros, which is the same function to the last bit.
+
+    Args:
+        model: Its encoder a `VisionTransformer` with a class token and no registers; its `pool` must be `cls`.
+
+    Raises:
+        UsageError: Another kind of encoder, or one with parts that timm's distilled layout does not have.
+    """
+    encoder, classes = model.encoder, model.head.out_features
+    plain = isinstance(encoder, VisionTransformer) and not isinstance(encoder, VisionTransformerDistilled)
+    if not plain or encoder.cls_token is None or num_prefix_tokens(encoder) != 1 or encoder.pos_embed is None:
+        raise UsageError(
+            f"a distillation token goes into a plain ViT of timm with a class token and without registers, and this "
+            f"is a {type(encoder).__name__} with {num_prefix_tokens(encoder)} tokens before its patches; choose a "
+            f"student such as vit_small_patch16_224"
+        )
+    if model.pool != "cls":
+        raise UsageError("timm's distilled layout reads the class token; set pool to cls")
+    made = _distilled_like(encoder)
+    made.reset_classifier(classes)
+    made.patchloom_args["model_args"]["num_classes"] = classes
+    made.pretrained_cfg = {**encoder.pretrained_cfg, "classifier": ("head", "head_dist")}
+    state = {n: v for n, v in encoder.state_dict().items() if not n.startswith(("head.", "pos_embed"))}
+    state["pos_embed"], made.without_position = _with_free_token(encoder)
+    state["dist_token"] = model.dist_token.detach()
+    scale = {"mean": (1.0, 1.0), "cls": (2.0, 0.0), "dist": (0.0, 2.0)}[model.eval_head]
+    for name, head, factor in zip(("head", "head_dist"), (model.head, model.head_dist), scale, strict=True):
+        state |= {f"{name}.{part}": factor * value for part, value in head.state_dict().items()}
+    own = made.state_dict()
+    wrong = sorted({*own} ^ {*state} | {n for n in own if n in state and own[n].shape != state[n].shape})
+    if wrong:
+        raise UsageError(
+            f"this student has parts that timm's distilled layout does not have, or lacks some ({', '.join(wrong[:3])})"
+            f"; choose a plain one such as vit_small_patch16_224"
+        )
+    made.load_state_dict(state)
+    _check_same(model, made)
+    return made.train(model.training)
+
+
+def hold_position(model: Any) -> None:
+    """Keep tokens without a position without one in training, in a model of `as_timm`.
+
+    Their rows of the position table are zeros; no gradient reaches them.
+    """
+    rows = torch.ones(1, model.pos_embed.shape[1], 1)
+    rows[:, list(model.without_position)] = 0
+    model.pos_embed.register_hook(lambda gradient: gradient * rows.to(gradient))
+
+
+def _distilled_like(encoder: Encoder) -> Any:
+    block = encoder.blocks[0]
+    height, width = image_size(encoder)
+    scale = {"init_values": 1e-5} if hasattr(getattr(block, "ls1", None), "gamma") else {}
+    return create_encoder(
+        "deit_base_distilled_patch16_224",
+        image_size=(height, width),
+        in_chans=in_chans(encoder),
+        patch_size=patch_size(encoder),
+        embed_dim=embed_dim(encoder),
+        depth=depth(encoder),
+        num_heads=int(block.attn.num_heads),
+        mlp_ratio=block.mlp.fc1.out_features / embed_dim(encoder),
+        qkv_bias=block.attn.qkv.bias is not None,
+        **scale,
+    )
+
+
+def _with_free_token(encoder: Encoder) -> tuple[Tensor, range]:
+    """Return the positions with a row of zeros for the distillation token, and for a class token that has none.
+
+    Beside them the numbers of these rows.
+    """
+    positions = encoder.pos_embed.detach()
+    own = positions.shape[1] - grid_size(encoder)[0] * grid_size(encoder)[1]
+    zeros = positions.new_zeros(1, 2 - own, positions.shape[2])
+    return torch.cat([positions[:, :own], zeros, positions[:, own:]], dim=1), range(own, 2)
+
+
+@torch.no_grad()
+def _check_same(model: DistilledVisionTransformer, made: Any) -> None:
+    """Refuse a student whose blocks compute something else than timm's plain ones, whatever their tensors' names."""
+    modes = model.training
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, in_chans(made), *image_size(made), generator=generator)
+    same = torch.allclose(model.eval()(images), made.eval()(images), rtol=1e-3, atol=1e-4)
+    model.train(modes)
+    if not same:
+        raise UsageError(
+            "this student computes something else than timm's distilled layout with the same weights (another "
+            "activation or norm); choose a plain one such as vit_small_patch16_224"
+        )

@@ -101,6 +101,7 @@ def import_reference(
     """
     from patchloom.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.bundle import save_bundle
+    from patchloom.distill.specific import DistilledVisionTransformer, as_timm
     from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
     from patchloom.masked_models import save_parts
     from patchloom.pretrain.centroid_mim import CentroidMIM
@@ -110,6 +111,8 @@ def import_reference(
     config = settings or {}
     module = load_reference(system, checkpoint, **config)
     module = getattr(module, "autoencoder", module)  # of a student of G2SD
+    if isinstance(module, DistilledVisionTransformer):
+        module = as_timm(module)
     encoder = getattr(module, "encoder", module)
     if not hasattr(encoder, "pretrained_cfg"):
         raise UsageError(f"a {system} checkpoint holds no encoder that could be saved as a bundle")
