@@ -32,6 +32,8 @@ WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
 # Names registered here are written as an entry point timm has by itself; all that differs stands in model_args.
 TIMM_NAMES = {
     "ccvit_": "beit_base_patch16_224",
+    "vit_micro_": "vit_base_patch16_224",
+    "deit_micro_distilled_": "deit_base_distilled_patch16_224",
     **{f"vit_{size}_patch8_84": "vit_base_patch16_224" for size in ("tiny", "small", "base")},
 }
 # How a model was trained, not what it is.

@@ -43,7 +43,7 @@ def made(kind, base, **settings):
     return method_class(config, open_source("digits"))
 
 
-@pytest.mark.parametrize("kind", [name for name in METHODS if name not in ("finetune", "prompt_cam")])
+@pytest.mark.parametrize("kind", [name for name in METHODS if name not in ("finetune", "scratch", "prompt_cam")])
 def test_every_method_learns_and_touches_nothing_else(kind, base):
     if kind == "lora":
         pytest.importorskip("peft")

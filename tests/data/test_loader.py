@@ -335,6 +335,8 @@ def test_ten_million_images_are_shuffled_in_seconds() -> None:
         ({"epoch_length": 0}, "epoch_length is 0"),
         ({"rank": 2, "world_size": 2}, "rank is 2; with world_size 2 it must be from 0 to 1"),
         ({"source": Numbers(0)}, "'numbers' holds no image"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"source": Stream(8), "repeats": 2}, "come once each, not 2 times"),
     ],
 )
 def test_impossible_requests_are_refused(options: dict[str, Any], message: str) -> None:

@@ -192,6 +192,20 @@ def test_finetune_transform_is_normalised_and_erases() -> None:
         plain(picture(channels=1), generator())
 
 
+def test_a_padded_crop_shows_the_whole_image_moved() -> None:
+    image = picture(32, 32)
+    settings = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "flip": 0.0, "auto_augment": None, "color_jitter": 0.0}
+    transform = pickle.loads(pickle.dumps(FinetuneTransform(32, erasing=0.0, padding=4, **settings)))
+    padded = torch.nn.functional.pad(image.float() / 255, (4, 4, 4, 4))
+    places = {(top, left): padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9)}
+    found = set()
+    for seed in range(30):
+        view = transform(image, generator(seed))["image"]
+        found |= {place for place, crop in places.items() if torch.allclose(view, crop, atol=1e-6)}
+    assert len(found) > 15
+    assert transform(picture(40, 60), generator())["image"].shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("count", [1, 5, 6])
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_mixup_takes_any_batch_and_draws_from_the_generator(count: int, mode: str) -> None:

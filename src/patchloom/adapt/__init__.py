@@ -12,6 +12,7 @@ from patchloom.adapt.finetune import FinetuneMethod
 from patchloom.adapt.linear import LinearMethod
 from patchloom.adapt.lora import LoRAMethod
 from patchloom.adapt.prompt_cam import PromptCAMMethod
+from patchloom.adapt.scratch import ScratchMethod
 from patchloom.adapt.vpt import VPTMethod
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
@@ -19,6 +20,7 @@ from patchloom.training.run import Run, fit, resolve
 
 METHODS: dict[str, type[Method]] = {
     "finetune": FinetuneMethod,
+    "scratch": ScratchMethod,
     "linear": LinearMethod,
     "bitfit": BitFitMethod,
     "lora": LoRAMethod,

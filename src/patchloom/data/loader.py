@@ -135,6 +135,7 @@ def make_loader(
     drop_last: bool = False,
     pin_memory: bool = False,
     epoch_length: int | None = None,
+    repeats: int = 1,
 ) -> Loader:
     """Return batches of a source.
 
@@ -155,6 +156,7 @@ def make_loader(
             of known length are always full: fewer images than a whole number of batches are made up by repetition.
         pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
         epoch_length: Images per epoch over all ranks; None: all there are.
+        repeats: Times each image comes in a row in training, see `EpochOrder`; not for streams.
 
     Raises:
         UsageError: A value lies outside its range, or the source is empty.
@@ -164,6 +166,7 @@ def make_loader(
         ("num_workers", num_workers, 0),
         ("world_size", world_size, 1),
         ("epoch_length", 1 if epoch_length is None else epoch_length, 1),
+        ("repeats", repeats, 1),
     ):
         if value < low:
             raise UsageError(f"{name} is {value}; it must be at least {low}")
@@ -182,9 +185,14 @@ def make_loader(
             world_size=world_size,
             drop_last=drop_last,
             epoch_length=epoch_length,
+            repeats=repeats,
         )
         batching = _MapBatching(order, MapBatches(source, transform, seed, replace=shuffle), **options)
         return Loader(source, batch_size, num_workers, order.num_batches, batching, replaces=shuffle)
+    if repeats > 1:
+        raise UsageError(
+            f"images of the stream {source.name!r} come once each, not {repeats} times in a row; set it to 1"
+        )
     options["num_workers"] = num_workers = _affordable_workers(source, num_workers, world_size)
     known = source.num_samples if epoch_length is None else epoch_length
     steps: int | None = None

@@ -14,7 +14,7 @@ class Slot(NamedTuple):
 
     epoch: int
     turn: int
-    """How often the whole source was gone through before, within this epoch."""
+    """How often the image came before, within this epoch."""
     image: int
     """Index of the image within the source."""
 
@@ -44,6 +44,8 @@ class EpochOrder:
         drop_last: Leave out an incomplete last global batch, unless it is the only one.
         epoch_length: Images per epoch over all ranks; None: `num_images`. With `shuffle` an epoch may be longer
             than the source: it then goes through several permutations. Without, it can only be shorter.
+        repeats: With `shuffle`, how often each image comes in a row, each time augmented anew (repeated augmentation,
+            arXiv 1901.09335); the epoch stays as long, so it goes through one part in `repeats` of the source.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class EpochOrder:
         world_size: int = 1,
         drop_last: bool = False,
         epoch_length: int | None = None,
+        repeats: int = 1,
     ) -> None:
         self.num_images = num_images
+        self.repeats = repeats
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -100,12 +104,13 @@ class EpochOrder:
         )
 
     def _slots(self, epoch: int, places: np.ndarray) -> list[Slot]:
-        turns, within = np.divmod(places, self.num_images)
         if not self.shuffle:
-            return [Slot(epoch, 0, int(index)) for index in within]
+            return [Slot(epoch, 0, int(index)) for index in places % self.num_images]
+        firsts, copies = np.divmod(places, self.repeats)
+        turns, within = np.divmod(firsts, self.num_images)
         return [
-            Slot(epoch, turn, int(self._permutation(epoch, turn)[place]))
-            for turn, place in zip(turns.tolist(), within.tolist(), strict=True)
+            Slot(epoch, turn * self.repeats + copy, int(self._permutation(epoch, turn)[place]))
+            for turn, copy, place in zip(turns.tolist(), copies.tolist(), within.tolist(), strict=True)
         ]
 
     def _permutation(self, epoch: int, turn: int) -> np.ndarray:

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, to_pil
@@ -181,6 +182,8 @@ class FinetuneTransform:
         auto_augment: timm's RandAugment string; None: none, and colour jitter comes into force.
         color_jitter: Strength of the colour jitter, which timm leaves out when `auto_augment` is set.
         erasing: Probability of random erasing with normal noise.
+        padding: Take a crop of the whole image with so many black pixels around it, in place of `scale` and `ratio`, as
+            is the custom for images of 32 pixels; None: a crop of random area.
 
     Attributes:
         normalized: True: the image has left [0, 1] and must not be normalised again.
@@ -203,8 +206,10 @@ class FinetuneTransform:
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         color_jitter: float = 0.4,
         erasing: float = 0.25,
+        padding: int | None = None,
     ) -> None:
         self.size = _positive("size", size)
+        self.padding = padding
         if not 0 <= erasing <= 1:
             raise UsageError(f"erasing is {erasing}; it is a probability, between 0 and 1")
         if not 0 < scale[0] <= scale[1] <= 1:
@@ -219,7 +224,7 @@ class FinetuneTransform:
 
     @cached_property
     def _recipe(self) -> Callable[[Image.Image], Tensor]:
-        return create_transform(
+        recipe = create_transform(
             self.size,
             is_training=True,
             scale=self.scale,
@@ -234,6 +239,10 @@ class FinetuneTransform:
             re_mode="pixel",
             re_count=1,
         )
+        if self.padding is None:
+            return recipe
+        whole = [Resize(self.size, InterpolationMode(self.interpolation)), CenterCrop(self.size)]
+        return Compose([*whole, RandomCrop(self.size, self.padding), *recipe.transforms[1:]])
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Return {"image": (3, size, size) float32, normalised}.

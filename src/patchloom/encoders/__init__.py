@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, frames
+from patchloom.encoders import ccvit, cifar_resnet, frames, micro
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.properties import (
@@ -55,6 +55,7 @@ __all__ = [
     "in_chans",
     "intermediate_layers",
     "layer_of_parameter",
+    "micro",
     "new_blocks",
     "normalize",
     "num_prefix_tokens",

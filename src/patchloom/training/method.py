@@ -118,6 +118,10 @@ class Method(lp.LightningModule):
         """Return what batches are drawn from: the source, or another form of it, such as its images in time order."""
         return self.source
 
+    def repeats(self) -> int:
+        """Return how often an image comes in a row, each time augmented anew."""
+        return 1
+
     @abstractmethod
     def transform(self) -> Transform:
         """Return what data workers do to an image: (uint8 (C, H, W), generator) -> tensors of one sample."""
@@ -303,6 +307,7 @@ class Method(lp.LightningModule):
             world_size=self.trainer.world_size,
             drop_last=True,
             pin_memory=self.device.type == "cuda",
+            repeats=self.repeats(),
         )
         self.steps_per_epoch = len(loader) // config.accumulate
         if self.steps_per_epoch == 0:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import trunc_normal_
 from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
@@ -64,6 +65,10 @@ class SupervisedConfig(LabelledConfig):
     """Probability of the horizontal flip; 0 where left and right differ, as in digits"""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and most share of the image's area that a crop takes"""
+    crop_padding: int | None = None
+    """Instead, a crop of the whole image with so many black pixels around it; 4 is usual for images of 32 pixels"""
+    repeated_augmentation: int = 1
+    """Times each image comes in a row, augmented anew; an epoch then goes through one part in so many of the images"""
     init_scale: float = 1.0
     """Factor on the classifier's initial weights"""
 
@@ -83,6 +88,10 @@ class SupervisedConfig(LabelledConfig):
             )
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
+        if self.repeated_augmentation < 1:
+            raise UsageError(f"repeated_augmentation is {self.repeated_augmentation}; it must be at least 1")
+        if self.crop_padding is not None and self.crop_padding < 0:
+            raise UsageError(f"crop_padding is {self.crop_padding}; it must be at least 0")
         if not all(0 < share < 1 for share in self.lr_drops):
             raise UsageError(f"lr_drops is {self.lr_drops}; give shares of the run, above 0 and below 1")
         if not 0 < self.lr_drop <= 1:
@@ -137,7 +146,12 @@ class SupervisedMethod(LabelledMethod):
             auto_augment=config.auto_augment,
             color_jitter=config.color_jitter,
             erasing=config.erasing,
+            padding=config.crop_padding,
         )
+
+    def repeats(self) -> int:
+        """Return how often an image comes in a row."""
+        return self.config.repeated_augmentation
 
     def mixed(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the batch's images, normalised, and labels, mixed where mixing is on.
@@ -200,7 +214,7 @@ def as_classifier(
     Args:
         encoder: Made by `create_encoder` or `create_backbone` (it remembers what it was made from).
         num_classes: Outputs of the classifier.
-        pool: `avg` or `cls`, for a ViT.
+        pool: `avg` or `cls`, for a ViT; the two heads of a distilled DeiT read their own tokens.
         init_scale: Factor on the classifier's initial weights.
         drop_path: Stochastic depth rate of the last block, for a ViT; another model keeps what it was made with.
     """
@@ -212,7 +226,8 @@ def as_classifier(
     model_args = {
         name: value for name, value in made["model_args"].items() if name not in ("num_classes", "global_pool")
     }
-    model_args["global_pool"] = "avg" if pool == "avg" else "token"
+    mean = pool == "avg" and not isinstance(encoder, VisionTransformerDistilled)
+    model_args["global_pool"] = "avg" if mean else "token"
     if isinstance(encoder, Beit):
         model_args |= {"use_fc_norm": pool == "avg"}
         if encoder.rel_pos_bias is not None:
@@ -230,11 +245,12 @@ def as_classifier(
     model.reset_classifier(num_classes)
     made_args = {**model.patchloom_args["model_args"], "num_classes": num_classes}
     model.patchloom_args = {**model.patchloom_args, "model_args": made_args}
-    _draw_head(model.head, init_scale)
+    for head in (model.head, getattr(model, "head_dist", None)):
+        _draw_head(head, init_scale)
     return model
 
 
-def _draw_head(head: nn.Module, scale: float) -> None:
+def _draw_head(head: nn.Module | None, scale: float) -> None:
     """Give a linear classifier its initial weights; others have drawn their own."""
     if isinstance(head, nn.Linear):
         trunc_normal_(head.weight, std=0.02)
