@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,8 +62,7 @@ class DeiTLT(nn.Module):
                     f"unknown student {encoder!r}; use a distilled DeiT such as deit_tiny_distilled_patch16_224"
                 )
             encoder = timm.create_model(encoder, num_classes=num_classes, **model_args)
-        if not isinstance(encoder, VisionTransformerDistilled):
-            raise UsageError(f"a {type(encoder).__name__} has no distillation token; use a distilled DeiT of timm")
+        require_two_heads(encoder)
         self.encoder: Any = encoder
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
         self.teacher_size, self.antialias = teacher_size, antialias
@@ -74,31 +74,16 @@ class DeiTLT(nn.Module):
             self.teacher.eval()
         return self
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class token's and the distillation token's features, (B, D) each, of normalised images."""
-        model = self.encoder
-        x = model.patch_embed.proj(images)
-        grid = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
-        prefix = torch.cat([model.cls_token, model.dist_token], 1).expand(len(x), -1, -1)
-        x = model.pos_drop(torch.cat([prefix, x], 1) + resized_positions(model.pos_embed, (grid[0], grid[1])))
-        x = model.norm(model.blocks(x))
-        return x[:, 0], x[:, 1]
-
     def student_outputs(self, images: Tensor) -> TwoHeads:
         """Return the logits of both heads, and how alike their features are."""
-        label, taught = self.features(images)
-        cosine = F.cosine_similarity(label, taught, dim=1, eps=1e-6)
-        return TwoHeads(self.encoder.head(label), self.encoder.head_dist(taught), cosine)
+        return two_heads(self.encoder, images)
 
     @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> Tensor | None:
         """Return what the teacher says of the student's very input: augmented, mixed, normalised, then resized."""
         if self.teacher is None:
             return None
-        if self.teacher_size is not None and images.shape[-1] != self.teacher_size:
-            size = (self.teacher_size, self.teacher_size)
-            images = F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=self.antialias)
+        images = teacher_view(images, self.teacher_size, self.antialias)
         logits: Tensor = self.teacher(images)
         return logits
 
@@ -106,6 +91,45 @@ class DeiTLT(nn.Module):
         """Return the logits `cls`, `dist` and their mean `avg`, (B, C) each."""
         cls, dist, _ = self.student_outputs(images)
         return {"cls": cls, "dist": dist, "avg": (cls + dist) / 2}
+
+
+def require_two_heads(model: nn.Module) -> None:
+    """Refuse a model without distillation token.
+
+    Raises:
+        UsageError: With its kind and what to use.
+    """
+    if not isinstance(model, VisionTransformerDistilled):
+        raise UsageError(
+            f"a {type(model).__name__} has no distillation token; use a distilled DeiT such as "
+            f"deit_tiny_distilled_patch16_224"
+        )
+
+
+def two_heads(model: Any, images: Tensor) -> TwoHeads:
+    """Return the answers of a distilled DeiT with its heads apart, whatever mode it is in.
+
+    Args:
+        model: The DeiT.
+        images: (B, 3, H, W), normalised, of any size that patches fill.
+    """
+    x = model.patch_embed.proj(images)
+    grid = x.shape[-2:]
+    x = x.flatten(2).transpose(1, 2)
+    prefix = torch.cat([model.cls_token, model.dist_token], 1).expand(len(x), -1, -1)
+    x = model.pos_drop(torch.cat([prefix, x], 1) + resized_positions(model.pos_embed, (grid[0], grid[1])))
+    recompute = model.grad_checkpointing and torch.is_grad_enabled()
+    x = model.norm(checkpoint_seq(model.blocks, x) if recompute else model.blocks(x))
+    label, taught = x[:, 0], x[:, 1]
+    cosine = F.cosine_similarity(label, taught, dim=1, eps=1e-6)
+    return TwoHeads(model.head(label), model.head_dist(taught), cosine)
+
+
+def teacher_view(images: Tensor, size: int | None, antialias: bool = False) -> Tensor:
+    """Return the student's very input at the size a teacher sees, resized bicubically; None: as it is."""
+    if size is None or images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=antialias)
 
 
 class DistillationTokenLoss(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import EvalTransform
-from patchloom.encoders import normalize
+from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 from patchloom.training.long_tail import class_groups
@@ -157,7 +157,7 @@ class LabelledMethod(Method):
         model = self.bundle_model()
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        logits, labels = [], []
+        answers, labels = [], []
         loader = make_loader(
             self.test,
             EvalTransform(self.input_size),
@@ -170,16 +170,25 @@ class LabelledMethod(Method):
             if not batch["key"]:
                 continue
             inputs = normalize(self.pixels(batch["image"].to(device)), model)
-            logits.append(model(inputs).float().cpu())
+            answers.append(self.answer(model, inputs).float().cpu())
             labels.append(batch["label"])
         for module, training in modes:
             module.training = training
-        if not logits:
+        if not answers:
             raise UsageError(f"{self.test.name} holds no readable image to measure on")
         found = torch.cat(labels)
         if isinstance(self.test, Source) and self.test.class_names != self.class_names:
             found = _renumbered(found, self.test.class_names or [], self.class_names)
-        return self.targets.measure(torch.cat(logits), found)
+        return self.measure(torch.cat(answers), found)
+
+    def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
+        """Return what is measured of test images: logits (B, C)."""
+        logits: Tensor = model(inputs)
+        return logits
+
+    def measure(self, answers: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return the figures of all answers, see `Targets.measure`."""
+        return self.targets.measure(answers, labels)
 
     def summary(self) -> dict[str, Any]:
         """Return the classes in the order of the outputs, how many images were learnt from and measured on."""

@@ -18,7 +18,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     `mask_token` (3-D) and relative-position tables (2-D) do decay (CCViT specification, section 3.1).
     """
     last = name.rsplit(".", 1)[-1]
-    return parameter.ndim > 1 and last not in ("bias", "pos_embed", "cls_token", "reg_token")
+    return parameter.ndim > 1 and last not in ("bias", "pos_embed", "cls_token", "dist_token", "reg_token")
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -28,7 +28,7 @@ def layer_of(name: str, depth: int) -> int:
     shared by all blocks (CCViT specification, section 3.2).
     """
     first = name.split(".", 1)[0]
-    if first in ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed"):
+    if first in ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed"):
         return 0
     if first == "blocks":
         return int(name.split(".")[1]) + 1
