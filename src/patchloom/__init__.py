@@ -30,8 +30,14 @@ except PackageNotFoundError:  # running from a source tree that was never instal
     __version__ = "0+unknown"
 
 # Verbs that are modules and can be called as functions, see `_lazy.make_callable`.
-_VERBS = ("pretrain", "adapt", "evaluate", "explain", "embed", "export", "demo")
-_LISTED = {"pretrain": "METHODS", "adapt": "METHODS", "evaluate": "EVALUATIONS", "explain": "EXPLANATIONS"}
+_VERBS = ("pretrain", "adapt", "distill", "evaluate", "explain", "embed", "export", "demo")
+_LISTED = {
+    "pretrain": "METHODS",
+    "adapt": "METHODS",
+    "distill": "METHODS",
+    "evaluate": "EVALUATIONS",
+    "explain": "EXPLANATIONS",
+}
 
 __all__ = [
     "MissingExtraError",
@@ -39,6 +45,7 @@ __all__ = [
     "__version__",
     "adapt",
     "demo",
+    "distill",
     "embed",
     "evaluate",
     "explain",
@@ -101,7 +108,7 @@ def list_references() -> list[str]:
 
 
 def list_methods(verb: str) -> list[str]:
-    """Return the names of the methods of a verb (`pretrain`, `adapt`, `evaluate`, `explain`), sorted."""
+    """Return the names of the methods of a verb (`pretrain`, `adapt`, `distill`, `evaluate`, `explain`), sorted."""
     from patchloom.errors import unknown_name
 
     if verb not in _LISTED:

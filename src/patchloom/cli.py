@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("recipe",),
     ),
     "adapt": Verb("train an encoder further on labelled images", "patchloom.adapt", "METHODS"),
+    "distill": Verb("teach a small model what a large one knows", "patchloom.distill", "METHODS"),
     "explain": Verb("show what an encoder or a classifier looks at", "patchloom.explain", "EXPLANATIONS"),
     "adapt compare": Command(
         "several methods, label budgets and seeds: one table, one plot",
@@ -131,13 +132,13 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, explain, evaluate, data or references.
+        verb: Show one list only: pretrain, adapt, distill, explain, evaluate, data or references.
     """
     import patchloom
     from patchloom.data import list_sources
 
     lists = {
-        **{name: patchloom.list_methods(name) for name in ("pretrain", "adapt", "explain", "evaluate")},
+        **{name: patchloom.list_methods(name) for name in ("pretrain", "adapt", "distill", "explain", "evaluate")},
         "data": sorted(list_sources()),
         "references": patchloom.list_references(),
     }

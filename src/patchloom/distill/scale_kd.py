@@ -7,11 +7,13 @@ arXiv 2411.06786. Specification `scalekd`, section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from patchloom.distill.logits import kd_loss
 from patchloom.distill.projector import (
@@ -22,6 +24,7 @@ from patchloom.distill.projector import (
     mimic_spatial,
 )
 from patchloom.distill.teacher import Seen, Teacher
+from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
 
 
@@ -36,6 +39,15 @@ class StudentMaps(NamedTuple):
     """(B, classes)."""
 
 
+class Projected(NamedTuple):
+    """A student's features in the teacher's space, one entry for each view."""
+
+    perceived: list[Tensor]
+    """Of the earlier map, (B, h·w, Ct) after the teacher's tail; empty without it."""
+    last: list[Tensor]
+    """Of the last map, (B, h·w, Ct)."""
+
+
 class StudentTaps(nn.Module):
     """Any timm model, giving its last two maps beside its logits.
 
@@ -45,6 +57,10 @@ class StudentTaps(nn.Module):
     Args:
         model: A timm model with a classifier.
         stages: Numbers of the two feature levels to take, in place of the rule.
+
+    Attributes:
+        reductions: How many times smaller than the image the two maps are.
+        substituted: A hierarchical model without maps of reduction 16 and 32: its last two are taken.
 
     Raises:
         UsageError: A model without intermediate features, or fewer than two of them.
@@ -60,11 +76,13 @@ class StudentTaps(nn.Module):
             raise UsageError(f"a {type(model).__name__} has {len(info)} feature level, and two are needed")
         reductions = [int(level["reduction"]) for level in info]
         self.is_plain = len(set(reductions)) == 1
+        self.substituted = stages is None and not self.is_plain and not {16, 32} <= set(reductions)
         if stages is None:
             stages = self._rule(reductions)
         if not all(0 <= stage < len(info) for stage in stages):
             raise UsageError(f"student_stages is {stages}; this student has levels 0 to {len(info) - 1}")
         self.stages = stages
+        self.reductions = tuple(reductions[stage] for stage in stages)
         self.dims = tuple(int(info[stage]["num_chs"]) for stage in stages)
 
     def _rule(self, reductions: list[int]) -> tuple[int, int]:
@@ -82,7 +100,11 @@ class StudentTaps(nn.Module):
         third, fourth = maps
         if self.is_plain and self.stages[1] == len(self.model.feature_info) - 1:
             prefix = int(getattr(self.model, "num_prefix_tokens", 0))
-            fourth = last[:, prefix:].transpose(1, 2).reshape(fourth.shape)  # the last one is normed
+            # The last one is normed; where that is done after pooling, the norm there serves.
+            norm, behind_pool = getattr(self.model, "norm", None), getattr(self.model, "fc_norm", None)
+            late = isinstance(norm, nn.Identity) and isinstance(behind_pool, nn.Module)
+            normed = last if behind_pool is None or not late else behind_pool(last)
+            fourth = normed[:, prefix:].transpose(1, 2).reshape(fourth.shape)
         return StudentMaps(third, fourth, self.model.forward_head(last))
 
 
@@ -105,6 +127,15 @@ class ScaleKD(nn.Module):
         student_stages: Feature levels to take.
         scale: Weight of grids of other sizes than 7 x 7, see `mimic_spatial`.
         norm: Norm of the projectors: `batch`, or `layer` for ConvNeXt students.
+        kd_weight: Weight of the teacher's answers; the labels have the rest.
+        temperature: Of the teacher's answers.
+        criterion: Loss of logits against labels.
+        teacher_drop_path: See `Teacher`.
+        recompute_tail: Recompute the tail's activations in the backward pass.
+
+    Attributes:
+        student_grid: (H, W) of the student's last map.
+        last_grid: (h, w) of the teacher's.
 
     Raises:
         UsageError: Teacher and student do not fit as asked.
@@ -128,10 +159,17 @@ class ScaleKD(nn.Module):
         student_stages: tuple[int, int] | None = None,
         scale: Scale = "sum",
         norm: str = "batch",
+        kd_weight: float = 0.5,
+        temperature: float = 1.0,
+        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        teacher_drop_path: bool = False,
+        recompute_tail: bool = False,
     ) -> None:
         super().__init__()
         self.student = StudentTaps(student, student_stages)
-        self.teacher = Teacher(teacher, tpp_blocks)
+        self.teacher = Teacher(teacher, tpp_blocks, teacher_drop_path)
+        self.kd_weight, self.temperature = kd_weight, temperature
+        self.criterion, self.recompute_tail = criterion, recompute_tail
         self.alpha, self.dfm, self.tpp, self.cap, self.scale = alpha, dfm, tpp and cap, cap, scale
         classes = int(student.num_classes)
         self.kd = kd
@@ -142,9 +180,11 @@ class ScaleKD(nn.Module):
         dim3, dim4 = self.teacher.dims
         with torch.no_grad():
             modes = [(module, module.training) for module in student.modules()]
-            third, fourth, _ = self.student.eval()(torch.zeros(1, int(student_channels(student)), *student_size))
+            third, fourth, _ = self.student.eval()(torch.zeros(1, in_chans(student), *student_size))
             for module, training in modes:
                 module.training = training
+        self.last_grid = grid4
+        self.student_grid = (int(fourth.shape[-2]), int(fourth.shape[-1]))
         heads3, heads4 = num_heads or (default_heads(dim3), default_heads(dim4))
         scale3, scale4 = softmax_scale if isinstance(softmax_scale, tuple) else (softmax_scale, softmax_scale)
         views = 2 if dfm else 1
@@ -183,31 +223,37 @@ class ScaleKD(nn.Module):
         """Return the losses for given features, see `forward`."""
         target = seen.features
         parts: dict[str, Tensor] = {}
-        queries: list[Tensor | None] = [None] * len(self.stage4)
-        for view, projector in enumerate(self.stage3):
-            perceived = self.teacher.tail(projector(third), seen)
-            parts["loss_s3_alt" if view else "loss_s3"] = self._mimic(view, perceived, target)
-            queries[view] = perceived  # not detached: the last stage trains the earlier one too
-        for view, projector in enumerate(self.stage4):
-            tokens = projector(fourth, queries[view]) if self.cap else _resized(projector(fourth), target)
-            parts["loss_s4_alt" if view else "loss_s4"] = self._mimic(view, tokens, target)
-        share = 0.5 if self.kd else 1.0
-        parts["ori_loss"] = share * F.cross_entropy(logits.float(), labels)
+        for stage, projections in zip(("s3", "s4"), self.project(third, fourth, seen), strict=True):
+            for view, tokens in enumerate(projections):
+                parts[f"loss_{stage}_alt" if view else f"loss_{stage}"] = self._mimic(view, tokens, target)
+        weight = self.kd_weight if self.kd else 0.0
+        parts["ori_loss"] = (1 - weight) * self.criterion(logits.float(), labels)
         if self.kd:
             if seen.logits is None:
                 raise UsageError("the teacher gave no answers to learn from; set kd=false")
-            parts["loss_kd"] = kd_loss(logits, seen.logits, weight=1 - share)
+            parts["loss_kd"] = kd_loss(logits, seen.logits, self.temperature, weight)
         return {"loss": torch.stack(list(parts.values())).sum(), **parts, "logits": logits}
+
+    def project(self, third: Tensor, fourth: Tensor, seen: Seen) -> Projected:
+        """Return both maps of the student in the teacher's space."""
+        perceived = [self._tail(projector(third), seen) for projector in self.stage3]
+        # Not detached: the last stage trains the earlier one too.
+        queries: Sequence[Tensor | None] = perceived or [None] * len(self.stage4)
+        last = [
+            projector(fourth, query) if self.cap else _resized(projector(fourth), seen.features)
+            for projector, query in zip(self.stage4, queries, strict=True)
+        ]
+        return Projected(perceived, last)
+
+    def _tail(self, tokens: Tensor, seen: Seen) -> Tensor:
+        if self.recompute_tail and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(self.teacher.tail, tokens, seen, use_reentrant=False)
+            return recomputed
+        return self.teacher.tail(tokens, seen)
 
     def _mimic(self, view: int, tokens: Tensor, target: Tensor) -> Tensor:
         compare = mimic_alternative if view else mimic_spatial
         return compare(tokens, target, self.alpha[view], self.scale)
-
-
-def student_channels(model: Any) -> int:
-    """Return the channels of the images a timm model takes."""
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return first.in_channels * first.groups if first.groups > 1 else first.in_channels
 
 
 def _resized(features: Tensor, target: Tensor) -> Tensor:

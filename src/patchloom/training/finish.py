@@ -70,6 +70,7 @@ class Finish(Callback):
             "steps": steps,
             "settings": dataclasses.asdict(config),
             "from": None if parent is None else {"path": parent, "lineage": read_lineage(parent)},
+            **method.lineage(),
         }
 
     def summary(self, trainer: lp.Trainer, method: Method) -> dict[str, Any]:

@@ -6,6 +6,7 @@ images, kinds of targets, class weights, metrics and the report's table come wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,13 +149,29 @@ class LabelledMethod(Method):
         super().on_train_batch_start(batch, batch_idx)
         self.targets.weighing = self.late()
 
-    @torch.no_grad()
     def validate(self, device: torch.device) -> dict[str, Any]:
         """Return the figures of the test images, see `Targets.measure`."""
         if self.test is None:
             return {}
-        config = self.config
         model = self.bundle_model()
+        return self.measure(*self.outputs(lambda images: self.answer(model, normalize(images, model)), device, model))
+
+    @torch.no_grad()
+    def outputs(
+        self, answer: Callable[[Tensor], Tensor], device: torch.device, model: torch.nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Return what is said of the test images, and their labels in the order of the outputs.
+
+        Args:
+            answer: Takes images (B, C, H, W) in [0, 1] of the encoder's size, returns (B, …).
+            device: Where it computes.
+            model: Is put into eval mode meanwhile.
+
+        Raises:
+            UsageError: No test image can be read.
+        """
+        assert self.test is not None
+        config = self.config
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         answers, labels = [], []
@@ -169,8 +186,7 @@ class LabelledMethod(Method):
         for batch in loader:
             if not batch["key"]:
                 continue
-            inputs = normalize(self.pixels(batch["image"].to(device)), model)
-            answers.append(self.answer(model, inputs).float().cpu())
+            answers.append(answer(self.pixels(batch["image"].to(device))).float().cpu())
             labels.append(batch["label"])
         for module, training in modes:
             module.training = training
@@ -179,7 +195,7 @@ class LabelledMethod(Method):
         found = torch.cat(labels)
         if isinstance(self.test, Source) and self.test.class_names != self.class_names:
             found = _renumbered(found, self.test.class_names or [], self.class_names)
-        return self.measure(torch.cat(answers), found)
+        return torch.cat(answers), found
 
     def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
         """Return what is measured of test images: logits (B, C)."""

@@ -155,6 +155,10 @@ class Method(lp.LightningModule):
         """Return figures for `summary.json`."""
         return {}
 
+    def lineage(self) -> dict[str, Any]:
+        """Return what made the model besides its data, its settings and the weights it began with."""
+        return {}
+
     def bundle_model(self) -> Encoder:
         """Return what is shipped: the encoder, or its moving average."""
         return self.encoder if self.ema is None else self.ema.module

@@ -7,7 +7,7 @@ Fine-tuning, training from scratch and distillation derive their settings from `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import trunc_normal_
@@ -19,6 +19,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import FinetuneTransform, make_mixup
 from patchloom.encoders import Encoder, create_encoder, depth, has_tokens
 from patchloom.errors import UsageError
+from patchloom.training.config import TrainConfig
 from patchloom.training.labelled import LabelledConfig, LabelledMethod
 from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
@@ -106,7 +107,7 @@ class SupervisedMethod(LabelledMethod):
     """
 
     any_backbone = True
-    config_class = SupervisedConfig
+    config_class: ClassVar[type[TrainConfig]] = SupervisedConfig
     config: SupervisedConfig
 
     def __init__(self, config: SupervisedConfig, source: Source | StreamSource) -> None:
