@@ -162,6 +162,21 @@ def test_order_changes_with_epoch_and_seed_only() -> None:
     assert order() != order(seed=1)
 
 
+def test_repeated_images_come_in_a_row_and_are_drawn_for_anew() -> None:
+    order = EpochOrder(10, 4, seed=0, shuffle=True, repeats=3)
+    slots = [slot for batch in order.batches(0) for slot in batch]
+    assert len(slots) == 10  # the epoch is as long, and shows a third of the images
+    images = [slot.image for slot in slots]
+    assert images[:9:3] == images[1:9:3] == images[2:9:3]
+    assert len(set(images)) == 4
+    assert len(set(slots)) == 10
+    assert list(order.batches(0, 1)) == list(order.batches(0))[1:]
+    long = EpochOrder(4, 4, seed=0, shuffle=True, repeats=2, epoch_length=16)
+    slots = [slot for batch in long.batches(1) for slot in batch]
+    assert sorted(slot.image for slot in slots) == sorted([0, 1, 2, 3] * 4)
+    assert len(set(slots)) == 16
+
+
 def test_draws_differ_by_image_epoch_and_turn() -> None:
     found = [
         tuple(row)

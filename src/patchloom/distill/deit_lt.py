@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
+from patchloom.distill.teachers import DistillConfig, DistillMethod
 from patchloom.distill.two_heads import DistillationTokenLoss, require_two_heads, teacher_view, two_heads
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
-from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.metrics import read_metrics, series
-from patchloom.training.supervised import SupervisedConfig, SupervisedMethod
 from patchloom.training.targets import Weighting
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ PARTS = ("accuracy", "balanced_accuracy", "accuracy_head", "accuracy_mid", "accu
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeiTLTConfig(SupervisedConfig):
+class DeiTLTConfig(DistillConfig):
     """Settings of DeiT-LT; the defaults are the paper's for CIFAR-10-LT and CIFAR-100-LT."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -38,14 +37,14 @@ class DeiTLTConfig(SupervisedConfig):
         "inaturalist": {"epochs": 1000, "reweight_from": 0.9, "mixup_late": True},
     }
 
-    teacher: str | None = None
+    teacher: str
     """CNN trained on the same images: a run (adapt scratch --preset ldam_sam makes one), a bundle, or a timm name"""
-    teacher_size: int | None = None
-    """Side of the images the teacher sees, to which the student's input is resized; default: what it was made for"""
+    renormalize: bool = False
+    """Normalise the student's view by the teacher's own mean and deviation; paper: the teacher gets it as it is"""
     antialias: bool = False
-    """Smooth before the student's input is made smaller for the teacher; paper: not"""
-    distillation: Literal["hard", "soft", "none"] = "hard"
-    """What the distillation token learns: the teacher's first choice (paper), its shares, or, without it, the labels"""
+    """Smooth before the student's view is made smaller for the teacher; paper: not"""
+    distillation: Literal["hard", "soft"] = "hard"
+    """What the distillation token learns: the teacher's first choice (paper) or its whole distribution"""
     alpha: float = 0.5
     """Weight of the distillation token's loss, in [0, 1]; the class token's is 1 - alpha; paper: 0.5"""
     temperature: float = 1.0
@@ -88,18 +87,13 @@ class DeiTLTConfig(SupervisedConfig):
             raise UsageError(
                 "soft distillation cannot be weighted by class; set class_weights=none, or distillation=hard"
             )
-        if self.teacher is None and self.distillation != "none":
-            raise UsageError(
-                "give a teacher: a run, bundle or timm name of a CNN trained on these images (patchloom adapt scratch "
-                "--preset ldam_sam trains one), or distillation=none"
-            )
         if self.weighted_labels and self.mixup_late:
             raise UsageError("mixed labels are not weighted by class; leave weighted_labels or mixup_late out")
         if self.logit_adjustment or self.ordinal_distance or self.experts:
             raise UsageError("deit_lt goes without logit_adjustment, ordinal_distance and experts; leave them out")
 
 
-class DeiTLTMethod(SupervisedMethod):
+class DeiTLTMethod(DistillMethod):
     """A ViT with a token for the labels and one for a CNN, which is asked about the student's own strong views."""
 
     config_class = DeiTLTConfig
@@ -114,13 +108,16 @@ class DeiTLTMethod(SupervisedMethod):
             )
         if unknown := int((labels < 0).sum()):
             raise UsageError(f"{unknown} images of {config.data} have no class; leave them out")
-        self.teacher: Any = None
-        order = None
-        if config.teacher is not None and config.distillation != "none":
-            self.teacher, order = open_teacher(config.teacher, self.class_names)
-        self.loss = DistillationTokenLoss(
-            config.alpha, config.distillation, config.temperature, self.targets.weights, order
-        )
+        self.teacher.check_classes(self.class_names)
+        if not config.renormalize and any(
+            tuple(self.teacher.model.pretrained_cfg[name]) != tuple(self.encoder.pretrained_cfg[name])
+            for name in ("mean", "std")
+        ):
+            self.notice(
+                "the teacher was trained on images normalised otherwise, and is shown the student's as they are, as "
+                "published; renormalize changes that"
+            )
+        self.loss = DistillationTokenLoss(config.alpha, config.distillation, config.temperature, self.targets.weights)
 
     def build_encoder(self) -> Encoder:
         """Return the student with both heads.
@@ -136,23 +133,20 @@ class DeiTLTMethod(SupervisedMethod):
         """Return True: the classes are unequal."""
         return True
 
-    def train(self, mode: bool = True) -> DeiTLTMethod:
-        """Train the student; the teacher stays in eval mode, its batch norms as they were learnt."""
-        super().train(mode)
-        if getattr(self, "teacher", None) is not None:
-            self.teacher.eval()
-        return self
-
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the loss, its two parts and the cosine of the two features."""
         config, late = self.config, self.targets.weighing
         mixing = config.mixup_late or not late
         images, labels = self.mixed(batch) if mixing else (batch["image"], batch["label"])
-        said = None if self.teacher is None else self.ask(images)
         out = two_heads(self.encoder, images)
         weighted = late and self.targets.weights is not None
         losses = self.loss(
-            out.cls, out.dist, labels, said, weighted=weighted, weighted_base=weighted and config.weighted_labels
+            out.cls,
+            out.dist,
+            labels,
+            self.teacher(self.view(images)),
+            weighted=weighted,
+            weighted_base=weighted and config.weighted_labels,
         )
         return {
             "loss": losses["loss"],
@@ -161,17 +155,11 @@ class DeiTLTMethod(SupervisedMethod):
             "feature_cosine": out.cosine.mean(),
         }
 
-    @torch.no_grad()
-    def ask(self, images: Tensor) -> Tensor:
-        """Return the teacher's logits for the student's very input, resized."""
-        logits: Tensor = self.teacher(teacher_view(images, self.teacher_side(), self.config.antialias))
-        return logits
-
-    def teacher_side(self) -> int:
-        """Return the side of the images the teacher sees, in pixels."""
-        if self.config.teacher_size is not None:
-            return self.config.teacher_size
-        return int(self.teacher.pretrained_cfg["input_size"][-1])
+    def view(self, images: Tensor) -> Tensor:
+        """Return what the teacher is shown: the student's very input, augmented and mixed, at the teacher's size."""
+        if self.config.renormalize:
+            return self.teacher.view(images, self.encoder, "bicubic", self.config.antialias)
+        return teacher_view(images, self.teacher.size[0], self.config.antialias)
 
     def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
         """Return both heads' logits and the cosine of their features, (B, 2 C + 1)."""
@@ -184,28 +172,15 @@ class DeiTLTMethod(SupervisedMethod):
         figures = self.targets.measure((cls + dist) / 2, labels)
         for name, logits in (("cls", cls), ("dist", dist)):
             own = self.targets.measure(logits, labels)
-            figures |= {f"{name}_{part}": own[part] for part in PARTS if part in own}
+            figures |= {f"{name}_{part}": own[part] for part in (*PARTS, "per_class_accuracy") if part in own}
         return {**figures, "test_feature_cosine": float(cosine.mean())}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.teacher is not None:
-            leave_out(checkpoint, "teacher", self.teacher)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.teacher is not None:
-            put_back(checkpoint, "teacher", self.teacher, f"the teacher {self.config.teacher}")
-
     def summary(self) -> dict[str, Any]:
-        """Return what was learnt from: classes and groups, teacher, stages, the batch of a step."""
+        """Return what was learnt from: classes and groups, teacher, when the second stage began, a step's batch."""
         config = self.config
         world = self.trainer.world_size if self._trainer is not None else 1
         return {
             **super().summary(),
-            "teacher": config.teacher if self.teacher is not None else None,
-            "teacher_size": None if self.teacher is None else self.teacher_side(),
-            "distillation": config.distillation,
             "second_stage_step": round(config.reweight_from * self.total_steps),
             "global_batch": config.batch_size * config.accumulate * world,
         }
@@ -242,31 +217,3 @@ class DeiTLTMethod(SupervisedMethod):
             f"the features have a cosine of {figures['test_feature_cosine']:.3f}."
         )
         return [Section(title="Two heads", text=text, table=table, figures=drawn), *super().report_sections(images)]
-
-
-def open_teacher(path: str, class_names: list[str]) -> tuple[Any, Tensor | None]:
-    """Return a frozen classifier in eval mode, and the student's number of each of its classes where these differ.
-
-    Args:
-        path: A run, a bundle, or a timm name.
-        class_names: The student's classes.
-
-    Raises:
-        UsageError: There is no such model, or it tells other classes apart.
-    """
-    from patchloom.bundle import load, open_encoder
-
-    teacher = load(path) if Path(path).exists() else open_encoder(path)
-    if teacher.num_classes != len(class_names):
-        raise UsageError(
-            f"the teacher {path} tells {teacher.num_classes} classes apart and the data has {len(class_names)}; it has "
-            f"to be trained on the same classes"
-        )
-    known = list(teacher.pretrained_cfg.get("label_names") or class_names)
-    if set(known) != set(class_names):
-        other = sorted(set(known) - set(class_names))[:3]
-        raise UsageError(
-            f"the teacher {path} knows classes the data does not have: {', '.join(other)}; train it on the same ones"
-        )
-    order = None if known == class_names else torch.tensor([class_names.index(name) for name in known])
-    return teacher.requires_grad_(False).eval(), order
