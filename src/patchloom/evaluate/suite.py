@@ -214,12 +214,12 @@ def _write_report(
         sections.append(Section(title=" · ".join(pair), figures=figures, table=table))
         paired = [_readable_difference(row) for row in differences if (row["data"], row["protocol"]) == pair]
         if paired:
-            columns = tuple(name for name in paired[0] if name not in ("data", "protocol"))
+            shown = [name for name in paired[0] if name not in ("data", "protocol")]
             sections.append(
                 Section(
                     title=f"{' · '.join(pair)}: differences",
                     text="The same images, paired; p, Holm allows for all comparisons of this report.",
-                    table=[{name: row[name] for name in columns} for row in paired],
+                    table=[{name: row[name] for name in shown} for row in paired],
                 )
             )
     write_report(
