@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import ResPostBlock
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchloom.encoders import create_encoder, embed, run_block
 from patchloom.encoders.blocks import LearnedBiasAttention
@@ -86,3 +88,56 @@ def test_the_blocks_of_an_encoder_with_relative_positions_use_it(name, monkeypat
     found = torch.autograd.grad(last.square().sum(), list(encoder.parameters()), allow_unused=True)
     torch.testing.assert_close(encoder.norm(last), encoder.forward_features(images), rtol=1e-4, atol=1e-4)
     assert sum(gradient is not None and bool(gradient.any()) for gradient in found) > 10
+
+
+def graph_bytes(output):
+    """Return the bytes a graph keeps beside parameters, each storage once."""
+    kept, seen, todo = {}, set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [parent for parent, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                raw = getattr(node, name)
+                for saved in raw if isinstance(raw, (tuple, list)) else [raw]:
+                    held = saved.data[1] if isinstance(saved.data, tuple) else saved.data
+                    if isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter):
+                        kept[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_and_activations_are_computed_again_and_gradients_stay_equal_to_the_bit(name):
+    torch.manual_seed(0)
+    encoder = create_encoder(name)
+    block = encoder.blocks[0].train()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, embed(encoder, torch.zeros(2, 3, *encoder.patch_embed.img_size)).x.shape[1], encoder.embed_dim)
+    kwargs = embed(encoder, torch.zeros(2, 3, *encoder.patch_embed.img_size)).kwargs_of(0)
+    gradients, sizes = [], []
+    for keep_all in (True, False):
+        entering = x.clone().requires_grad_()
+        output = run_block(block, entering, kwargs, keep_all=keep_all)
+        sizes.append(graph_bytes(output))
+        wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        gradients.append(torch.autograd.grad(output.square().sum(), [entering, *wanted], allow_unused=True))
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_a_block_whose_activations_are_computed_again_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    block = create_encoder("vit_tiny_patch16_224").blocks[0].double()
+    x = torch.randn(1, 5, 192, dtype=torch.float64, requires_grad=True)
+    found = []
+    for keep_all in (True, False):
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivative
+            output = run_block(block, x, keep_all=keep_all)
+        (slope,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0])

@@ -1,7 +1,9 @@
 """One block of an encoder, run with less work than a plain call where that changes nothing.
 
-Two savings, both exact: attention whose position bias is learned keeps no attention matrices on a CPU
-(`LearnedBiasAttention`), and a block of which only some rows are read computes its MLP for those alone.
+Three savings, all exact: attention whose position bias is learned keeps no attention matrices on a CPU
+(`LearnedBiasAttention`); what a norm or an activation gave is computed again on the way back, from what it was given,
+instead of being kept beside it (a third of a block's memory for a few elementwise passes); and a block of which only
+some rows are read computes its MLP for those alone.
 
 >>> import torch
 >>> from patchloom.encoders import create_encoder
@@ -37,6 +39,7 @@ def run_block(
     kwargs: Mapping[str, Any] | None = None,
     rows: Tensor | None = None,
     kept: Tensor | None = None,
+    keep_all: bool = False,
 ) -> Tensor:
     """Return a block's output.
 
@@ -48,14 +51,17 @@ def run_block(
             of blocks that mix tokens there). Default: all.
         kept: (B, L) int64, which of the encoder's tokens x holds; needed where tokens were dropped and the block has
             a relative-position table of its own.
+        keep_all: Keep what norms and activations give; within a checkpoint, which has its own way to keep nothing.
     """
     kwargs = kwargs or {}
     compiled = block._compiled_call_impl is not None  # to its compiler hooks and modes are obstacles
-    biased = isinstance(block, BeitBlock) and x.device.type == "cpu" and torch.is_grad_enabled() and not compiled
+    on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not compiled
+    biased = on_cpu and isinstance(block, BeitBlock)
     attention: AbstractContextManager[Any] = LearnedBiasAttention() if biased else nullcontext()
     narrowed = rows is not None and isinstance(block, TOKENWISE_MLP) and not compiled
     table = nullcontext() if kept is None else _table_of(block.attn, kept)
-    with table, attention, _mlp_of(block, rows) if narrowed and rows is not None else nullcontext():
+    lean = _given_again(block) if on_cpu and not keep_all else nullcontext()
+    with lean, table, attention, _mlp_of(block, rows) if narrowed and rows is not None else nullcontext():
         output: Tensor = block(x, **kwargs)
     return output
 
@@ -79,6 +85,40 @@ def _mlp_of(block: Any, rows: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _given_again(block: nn.Module) -> Iterator[None]:
+    """Let a block keep what its norms and activations are given, for its gradients, and not also what they give."""
+    given: dict[int, tuple[Tensor, nn.Module, Tensor]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # The output is held until the block is done, so that no other tensor can come to lie at its address.
+        given[output.data_ptr()] = (output, module, inputs[0].detach())
+
+    def pack(tensor: Tensor) -> Any:
+        output, module, source = given.get(tensor.data_ptr(), (None, None, None))
+        if output is None or output.numel() != tensor.numel() or not tensor.is_contiguous():
+            return tensor
+        return module, source, tensor.shape
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        module, source, shape = packed
+        with torch.no_grad():
+            again: Tensor = type(module).forward(module, source)  # past hooks, which would narrow or note it
+        return again.view(shape)
+
+    cheap = (nn.LayerNorm, nn.GELU, nn.SiLU)
+    handles = [module.register_forward_hook(note) for module in block.modules() if isinstance(module, cheap)]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        given.clear()
 
 
 @contextmanager

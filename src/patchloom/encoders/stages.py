@@ -137,7 +137,7 @@ def run_blocks(
         block, kwargs = encoder.blocks[number], embedded.kwargs_of(number)
         read = rows if number + 1 == stop else None
         if recompute:
-            x = checkpoint(run_block, block, x, kwargs, read, embedded.kept, use_reentrant=False)
+            x = checkpoint(run_block, block, x, kwargs, read, embedded.kept, True, use_reentrant=False)
         else:
             x = run_block(block, x, kwargs, read, embedded.kept)
         if number + 1 in taps:
