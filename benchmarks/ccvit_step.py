@@ -59,9 +59,9 @@ def ours(batch: int, device: str, precision: str) -> Callable[[], None]:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             output = model(corrupted, masked, supervised)
         total = loss(output, ids, targets)["loss"]
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()  # as the engine and transformers' Trainer do
 
     return step
 
@@ -88,9 +88,9 @@ def peer(batch: int, device: str, precision: str) -> Callable[[], None]:
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             total = model(pixel_values=images, bool_masked_pos=masked, labels=ids).loss
-        optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        optimizer.zero_grad()  # as the engine and transformers' Trainer do
 
     return step
 

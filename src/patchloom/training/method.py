@@ -259,6 +259,7 @@ class Method(lp.LightningModule):
             average_experts_(experts_of(self.encoder), rate(self.global_step))
         if self.ema is not None:
             self.ema.update(self.encoder)
+        optimizer.zero_grad()  # now, not before the next backward pass: the next forward pass then has their memory
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
