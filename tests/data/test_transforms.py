@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -190,6 +191,19 @@ def test_finetune_transform_is_normalised_and_erases() -> None:
     assert 0 < (erased != image).float().mean() < 0.5
     with pytest.raises(UsageError, match="not on 1 channels"):
         plain(picture(channels=1), generator())
+
+
+def test_the_strongest_augmentation_leaves_no_bit_and_is_no_error() -> None:
+    transform = FinetuneTransform(16, auto_augment="rand-m10-n15-p1-inc1", erasing=0.0)
+    operation = next(
+        op for step in transform._recipe.transforms for op in getattr(step, "ops", ()) if "Poster" in op.name
+    )
+    image = Image.fromarray(picture(8, 8).permute(1, 2, 0).numpy())
+    assert not np.asarray(operation.aug_fn(image, 0)).any()
+    assert np.array_equal(np.asarray(operation.aug_fn(image, 8)), np.asarray(image))
+    assert np.array_equal(np.asarray(operation.aug_fn(image, 2)), np.asarray(image) & 0b11000000)
+    for seed in range(40):
+        assert transform(picture(20, 20), generator(seed))["image"].isfinite().all()
 
 
 def test_a_padded_crop_shows_the_whole_image_moved() -> None:

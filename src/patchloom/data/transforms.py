@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
@@ -239,6 +239,10 @@ class FinetuneTransform:
             re_mode="pixel",
             re_count=1,
         )
+        for step in recipe.transforms:
+            for operation in getattr(step, "ops", ()):
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
         if self.padding is None:
             return recipe
         whole = [Resize(self.size, InterpolationMode(self.interpolation)), CenterCrop(self.size)]
@@ -345,6 +349,13 @@ def seeded_globals(generator: torch.Generator) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep so many bits of each channel; to keep none, as RandAugment may ask, is an error to newer Pillow."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _positive(name: str, value: int) -> int:
