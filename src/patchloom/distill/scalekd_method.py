@@ -180,8 +180,8 @@ class ScaleKDMethod(DistillMethod):
     def _say_how_grids_meet(self) -> None:
         taps, (height, width) = self.model.student, self.model.last_grid
         if taps.substituted:
-            levels = " and ".join(str(reduction) for reduction in taps.reductions)
-            self.notice(f"the student has no maps at a 16th and a 32nd of the image; those at 1/{levels} are taken")
+            levels = " and ".join(f"1/{reduction}" for reduction in taps.reductions)
+            self.notice(f"the student has no maps at a 16th and a 32nd of the image; those at {levels} are taken")
         own = self.model.student_grid
         if own != (height, width):
             how = "cross-attention" if self.config.cap else "bilinear resampling"

@@ -2,6 +2,7 @@
 
 Settings and training method that every distillation into a classifier derives from.
 
+>>> import timm, torch
 >>> teacher = FrozenTeacher(timm.create_model("cifar_resnet20", num_classes=10), "a teacher")
 >>> student = timm.create_model("vit_tiny_patch16_224", num_classes=10)
 >>> teacher(teacher.view(torch.randn(2, 3, 224, 224), student)).shape
