@@ -99,6 +99,7 @@ class Sharp(FinetuneMethod):
 
 @pytest.fixture(scope="module", autouse=True)
 def encoder(tmp_path_factory):
+    torch.manual_seed(0)
     size = {"image_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}
     path = save_bundle(create_encoder("ccvit_tiny_patch4_32", **size), tmp_path_factory.mktemp("sam") / "small")
     SETTINGS["encoder"] = str(path)
@@ -128,7 +129,7 @@ def test_both_passes_draw_alike_and_the_second_is_where_the_gradient_leads(tmp_p
 
 
 def test_a_step_counts_as_one_batch_however_it_is_accumulated(tmp_path):
-    plain = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "max_steps": 2}
+    plain = {"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "max_steps": 2, "optimizer": "sgd", "lr": 0.1}
     whole = weights(run(tmp_path / "whole", **plain, batch_size=16))
     parts = weights(run(tmp_path / "parts", **plain, batch_size=8, accumulate=2))
     without = weights(run(tmp_path / "without", FinetuneMethod, **plain, batch_size=16))
