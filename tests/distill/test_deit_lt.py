@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from patchloom import load_reference
+from patchloom.bundle import load
 from patchloom.distill.cnn_teachers import CIFARResNet, PaCoTeacher
 from patchloom.distill.two_heads import DeiTLT, DistillationTokenLoss, resized_positions
 from patchloom.errors import UsageError
+from patchloom.reference import import_reference
 from patchloom.training.long_tail import (
     class_groups,
     effective_number_weights,
@@ -230,6 +232,24 @@ def test_a_published_paco_teacher_is_its_pooled_feature_and_a_linear_map(kind):
     del state["module.linear.weight"]
     with pytest.raises(UsageError, match=r"lacks linear\.weight"):
         load_reference("deit_lt", {"state_dict": state})
+
+
+@pytest.mark.parametrize("kind", ["paco", "ldam", "paco_resnet50"])
+def test_published_teachers_are_imported_as_bundles(kind, tmp_path):
+    if kind == "ldam":
+        model = randomised(CIFARResNet(20, 7, True)).eval()
+        state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    else:
+        backbone = CIFARResNet(20, 0) if kind == "paco" else timm.create_model("resnet50", num_classes=0)
+        model = PaCoTeacher(backbone, 64 if kind == "paco" else 2048, 7).eval()
+        state = {
+            name.replace("backbone.", "module.encoder_q.") if "backbone." in name else f"module.{name}": value
+            for name, value in model.state_dict().items()
+        }
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    import_reference("deit_lt", str(tmp_path / "published.pth"), str(tmp_path / "bundle"))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(load(tmp_path / "bundle")(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_sees_the_students_input_made_small_and_stays_in_eval_mode():

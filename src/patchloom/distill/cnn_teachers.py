@@ -5,6 +5,7 @@ Cui et al. 2021, arXiv 2107.12028. Specification `deit_lt`, section 2.2.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,14 @@ class PaCoTeacher(nn.Module):
         self.backbone = backbone
         self.linear = nn.Linear(feat_dim, num_classes)
         self.num_classes = num_classes
+
+    @property
+    def encoder(self) -> Any:
+        """The same network as one model of timm, whose classifier is the linear layer; a copy, which a bundle holds."""
+        model = copy.deepcopy(self.backbone)
+        model.reset_classifier(self.num_classes)
+        model.get_classifier().load_state_dict(self.linear.state_dict())
+        return model.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) for (B, 3, H, W) normalised images."""

@@ -92,12 +92,18 @@ def _paco(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _cifar_resnet(state: Mapping[str, Tensor]) -> CIFARResNet:
-    blocks = len({name.split(".")[1] for name in state if name.startswith("layer1.")})
+    layers = 6 * len({name.split(".")[1] for name in state if name.startswith("layer1.")}) + 2
     head = next((state[name] for name in ("fc.weight", "linear.weight") if name in state), None)
-    if head is None:
-        return CIFARResNet(6 * blocks + 2, 0)
-    cosine = "fc.bias" not in state and "linear.bias" not in state
-    return CIFARResNet(6 * blocks + 2, head.shape[1] if cosine else head.shape[0], cosine)
+    cosine = head is not None and "fc.bias" not in state and "linear.bias" not in state
+    classes = 0 if head is None else head.shape[1] if cosine else head.shape[0]
+    name = f"cifar_resnet{layers}"
+    if not timm.is_model(name):
+        return CIFARResNet(layers, classes, cosine)
+    # By its name, so that a bundle can hold it.
+    model: Any = timm.create_model(name, num_classes=classes, cosine_head=cosine)
+    model.patchloom_args = {"architecture": name, "model_args": {"cosine_head": True} if cosine else {}}
+    made: CIFARResNet = model
+    return made
 
 
 def _as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
