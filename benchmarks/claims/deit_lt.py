@@ -218,7 +218,7 @@ def main() -> None:
         text = table(series, list(SEEDS[: number + 1]), options.epochs)
         print(f"\n{text}", flush=True)
         if options.write:
-            rewrite(PAGE, "claims", text)
+            rewrite(PAGE, "claims", f"{text}\n\n![Accuracy of each class by each head](../pictures/deit_lt.png)")
             (PAGE.parents[1] / "pictures" / "deit_lt.png").write_bytes(picture(series, list(SEEDS[: number + 1])))
 
 
