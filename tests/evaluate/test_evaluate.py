@@ -16,10 +16,14 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 
 import patchloom as pl
 from patchloom.bundle import load, save_bundle
+from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate import EVALUATIONS
 from patchloom.evaluate.figures import classification_figures, wilson
+from patchloom.evaluate.metrics import SCORES
+from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
@@ -180,7 +184,8 @@ def test_figures_are_scikit_learns():
     truth, said = (torch.randint(0, 4, (50,), generator=generator) for _ in range(2))
     truth[truth == 2] = 1  # a class that does not occur
     features = Features(torch.zeros(50, 2), truth, [""] * 50, [("x", "y")])
-    found = classification_figures(said, features, features._replace(keys=[""] * 50), list("abcd"))
+    predictions = Predictions([""] * 50, said.numpy(), truth.numpy(), "accuracy", list("abcd"))
+    found = classification_figures(predictions, features, features._replace(keys=[""] * 50))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, said))
     present = [0, 1, 3]
     recall = recall_score(truth, said, labels=present, average=None, zero_division=0)
@@ -272,7 +277,8 @@ def test_every_score_has_an_interval_around_it(bundle, data):
 def test_all_right_is_not_all_sure():
     truth = torch.arange(30) % 3
     features = Features(torch.zeros(30, 2), truth, [str(n) for n in range(30)], [])
-    found = classification_figures(truth, features, features, list("abc"))
+    predictions = Predictions(features.keys, truth.numpy(), truth.numpy(), "accuracy", list("abc"))
+    found = classification_figures(predictions, features, features)
     assert found["interval"] == pytest.approx(wilson(1.0, 30))
     assert found["interval"][0] < 0.9
 
@@ -342,3 +348,25 @@ def test_the_second_evaluation_extracts_nothing(bundle, data, tmp_path, monkeypa
     pl.evaluate("linear", encoder=bundle, cache=str(tmp_path / "c"), **data, **QUICK)
     with pytest.raises(AssertionError, match="extracted again"):
         pl.evaluate("knn", encoder=bundle, cache=str(tmp_path / "other"), **data, **QUICK)
+
+
+def test_images_of_one_patient_are_drawn_together(bundle, data, tmp_path):
+    """As if each patient were one draw: the interval is that of the statistics with groups, and the files keep them."""
+    test = open_source(data["test"])
+    keys = [test.key(index) for index in range(len(test))]
+    file, kept = tmp_path / "patients.csv", tmp_path / "said.npz"
+    file.write_text("key,group\n" + "".join(f"{key},{number // 12}\n" for number, key in enumerate(keys)))
+    asked = {"encoder": bundle, "untrained": True, **data, **QUICK}
+    alone, together = pl.evaluate("knn", **asked), pl.evaluate("knn", groups=str(file), predictions=str(kept), **asked)
+    said = Predictions.load(kept)
+    owners = np.array([keys.index(key) // 12 for key in said.keys])
+    drawn = {"draws": asked.get("draws", 1000), "seed": asked.get("seed", 0)}
+    wanted = bootstrap_interval(SCORES["accuracy"], said.predicted, said.targets, groups=owners, **drawn)
+    assert together["accuracy"] == alone["accuracy"] < 1
+    assert together["interval"] == [wanted.low, wanted.high] != alone["interval"]
+    assert said.interval(**drawn) == wanted
+    file.write_text("key,group\nsomebody,1\n")
+    with pytest.raises(UsageError, match="names no group for 24 of 24 images"):
+        pl.evaluate("knn", groups=str(file), **asked)
+    with pytest.raises(UsageError, match="few_shot draws episodes"):
+        pl.evaluate("few_shot", groups=str(file), **asked)

@@ -92,7 +92,7 @@ class Compare:
             scores.append({"encoder": label, "score": interval.value, "interval": [interval.low, interval.high]})
         return {
             "score_name": said[0].score_name,
-            "test": "DeLong" if _is_one_finding(said[0]) else "paired bootstrap",
+            "test": "DeLong" if _is_one_finding(said[0]) and said[0].groups is None else "paired bootstrap",
             "n": len(said[0].keys),
             "scores": scores,
             "differences": differences,
@@ -150,20 +150,17 @@ def paired_differences(
     ]
 
 
-def compare_predictions(
-    first: Predictions, second: Predictions, *, draws: int = 1000, seed: int = 0, groups: Sequence[Any] | None = None
-) -> Difference:
+def compare_predictions(first: Predictions, second: Predictions, *, draws: int = 1000, seed: int = 0) -> Difference:
     """Return by how much the second scores higher than the first, on the same images.
 
-    DeLong's test where the score is the AUROC of one finding, and no groups are given; else the paired bootstrap,
-    stratified by class.
+    DeLong's test where the score is the AUROC of one finding, and images are in no groups; else the paired bootstrap,
+    stratified by class, or over the groups of the first.
 
     Args:
         first: What one encoder said.
         second: What another said of the same images, in any order.
         draws: Draws of the bootstrap.
         seed: Seed of the draws.
-        groups: (n,) patient or slide of each image of `first`: groups are drawn, not images.
 
     Raises:
         UsageError: They are of different images, or of different scores.
@@ -171,10 +168,10 @@ def compare_predictions(
     if first.score_name != second.score_name:
         raise UsageError(f"{first.score_name} and {second.score_name} cannot be compared; use one evaluation for both")
     second = second.ordered_like(first)
-    if _is_one_finding(first) and groups is None:
+    if _is_one_finding(first) and first.groups is None:
         return delong(first.predicted.reshape(-1), second.predicted.reshape(-1), first.targets.reshape(-1))
     return paired_bootstrap(
-        first.score, first.predicted, second.predicted, first.targets, draws=draws, seed=seed, groups=groups
+        first.score, first.predicted, second.predicted, first.targets, draws=draws, seed=seed, groups=first.groups
     )
 
 

@@ -42,6 +42,8 @@ class FewShotConfig(EvaluationConfig):
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("episodes", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.groups is not None:
+            raise UsageError("few_shot draws episodes, not images, so groups has no meaning here; leave it out")
         if self.classifier not in ("nearest", "logistic"):
             raise unknown_name("classifier", self.classifier, ("nearest", "logistic"))
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from patchloom.evaluate.metrics import accuracy, balanced_accuracy, macro_f1, mean_auroc
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import Interval, bootstrap_interval
+from patchloom.evaluate.statistics import Interval
 from patchloom.features.extract import Features
 
 # Beyond this many classes the area under the curve of each against the rest says little and costs much.
@@ -21,24 +21,15 @@ MOST_AREAS = 20
 
 
 def classification_figures(
-    predicted: Tensor,
-    train: Features,
-    test: Features,
-    class_names: list[str],
-    *,
-    scores: Tensor | None = None,
-    draws: int = 1000,
-    seed: int = 0,
+    said: Predictions, train: Features, test: Features, *, draws: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """Return accuracy with its interval, balanced and per-class accuracy, counts and unreadable images.
 
     Args:
-        predicted: (n,) int64 classes.
+        said: Predicted classes of the n test images; with `scores` (votes, probabilities or logits by class) the mean
+            AUROC of each class against the rest is given too.
         train: What was learnt from.
-        test: The n features `predicted` was made from, with the true classes.
-        class_names: Names by class.
-        scores: (n, C) votes, probabilities or logits by class; with them the mean AUROC of each class against the
-            rest is given too.
+        test: The n features that was said of.
         draws: Bootstrap draws of each interval.
         seed: Seed of the draws.
 
@@ -47,17 +38,16 @@ def classification_figures(
         is that of `score`, the accuracy: by the bootstrap, or Wilson's where all or no images are told rightly and
         draws of them cannot differ.
     """
-    said = Predictions(test.keys, predicted.numpy(), test.labels.numpy(), "accuracy", class_names)
-    right, classes = predicted == test.labels, len(class_names)
+    class_names = said.class_names
+    right, classes = torch.from_numpy(said.predicted) == test.labels, len(class_names)
     shown = test.labels.bincount(minlength=classes).double()
     shares = test.labels[right].bincount(minlength=classes) / shown
     present = shown > 0
     per_class = {name: float(shares[number]) for number, name in enumerate(class_names) if present[number]}
     found = {score.name: said.interval(score, draws=draws, seed=seed) for score in (accuracy, balanced_accuracy)}
     found["macro_f1"] = said.interval(macro_f1, draws=draws, seed=seed)
-    if scores is not None and 2 <= classes <= MOST_AREAS:
-        area = bootstrap_interval(mean_auroc, scores.numpy(), said.targets, draws=draws, seed=seed)
-        found["auroc"] = area
+    if said.scores is not None and 2 <= classes <= MOST_AREAS:
+        found["auroc"] = said.interval(mean_auroc, draws=draws, seed=seed)
     share, n = found["accuracy"].value, len(right)
     if share in (0.0, 1.0):
         low, high = wilson(share, n)

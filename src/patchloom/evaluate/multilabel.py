@@ -13,7 +13,7 @@ from patchloom.evaluate.figures import counts
 from patchloom.evaluate.linear_grid import LinearGrid, LinearGridConfig
 from patchloom.evaluate.metrics import label_macro_f1, mean_auroc, per_label_auroc
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import Interval, delong_interval
+from patchloom.evaluate.statistics import Interval, bootstrap_interval, delong_interval
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import Features, torch_device
 from patchloom.features.knn import knn_votes
@@ -70,13 +70,16 @@ class MultiLabel(LinearGrid):
     def _figures(self, scores: Tensor, train: Features, test: Features, names: list[str]) -> dict[str, Any]:
         truth = (test.labels > 0.5).float().masked_fill(test.labels.isnan(), torch.nan).numpy()
         said = scores.double().numpy()
-        self.predictions = Predictions(test.keys, said, truth, "mean_auroc", list(names), about=self.about())
+        groups = self.groups_of(test.keys)
+        self.predictions = Predictions(
+            test.keys, said, truth, "mean_auroc", list(names), about=self.about(), groups=groups
+        )
         areas = per_label_auroc(said, truth)
         if all(area != area for area in areas):
             raise UsageError("no label both occurs and fails to occur among the images to measure on")
-        draws, seed = self.config.draws, self.config.seed
-        mean = self.predictions.interval(draws=draws, seed=seed)
-        f1 = self.predictions.interval(label_macro_f1, draws=draws, seed=seed)
+        drawn: dict[str, Any] = {"draws": self.config.draws, "seed": self.config.seed}
+        mean = self.predictions.interval(**drawn)
+        f1 = self.predictions.interval(label_macro_f1, **drawn)
         each: dict[str, dict[str, Any]] = {}
         for number, (name, area) in enumerate(zip(names, areas, strict=True)):
             column = truth[:, number]
@@ -84,7 +87,11 @@ class MultiLabel(LinearGrid):
             if area != area:
                 each[name] = {"auroc": None, "interval": None, **shown}
                 continue
-            found: Interval = delong_interval(said[:, number], column)
+            found: Interval = (
+                delong_interval(said[:, number], column)
+                if groups is None  # DeLong takes images to be independent
+                else bootstrap_interval(mean_auroc, said[:, [number]], truth[:, [number]], groups=groups, **drawn)
+            )
             each[name] = {"auroc": area, "interval": [found.low, found.high], **shown}
         figures = {
             "score": mean.value,

@@ -40,6 +40,8 @@ class Predictions:
     """(n, C) votes or logits of each class, where `predicted` are classes."""
     about: dict[str, Any] = field(default_factory=dict)
     """Encoder, data and protocol."""
+    groups: Array | None = None
+    """(n,) integers: the patient, slide or scene of each image, where intervals are to draw whole ones"""
 
     def __post_init__(self) -> None:
         """Refuse what does not belong together."""
@@ -55,10 +57,10 @@ class Predictions:
         return SCORES[self.score_name]
 
     def interval(self, score: Score | None = None, *, draws: int = 1000, seed: int = 0) -> Interval:
-        """Return a score (default: the one reported) with its bootstrap interval, stratified by class."""
+        """Return a score (default: the one reported) with its bootstrap interval, stratified by class or by group."""
         chosen = score or self.score
         given = self.scores if chosen.needs == "scores" and self.scores is not None else self.predicted
-        return bootstrap_interval(chosen, given, self.targets, draws=draws, seed=seed)
+        return bootstrap_interval(chosen, given, self.targets, groups=self.groups, draws=draws, seed=seed)
 
     def ordered_like(self, other: Predictions) -> Predictions:
         """Return the predictions in the order of others of the same images.
@@ -77,6 +79,7 @@ class Predictions:
             place = {key: number for number, key in enumerate(self.keys)}
             order = np.array([place[key] for key in other.keys])
             scores = None if self.scores is None else self.scores[order]
+            groups = None if self.groups is None else self.groups[order]
             ordered = Predictions(
                 list(other.keys),
                 self.predicted[order],
@@ -85,6 +88,7 @@ class Predictions:
                 self.class_names,
                 scores,
                 self.about,
+                groups,
             )
         else:
             ordered = self
@@ -110,6 +114,8 @@ class Predictions:
         }
         if self.scores is not None:
             arrays["scores"] = self.scores.astype(np.float32)
+        if self.groups is not None:
+            arrays["groups"] = self.groups
         with tempfile.TemporaryDirectory(prefix=".predictions.", dir=target.parent) as folder:
             temporary = Path(folder) / target.name
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
@@ -134,6 +140,7 @@ class Predictions:
                     [str(name) for name in saved["class_names"]],
                     saved.get("scores"),
                     about,
+                    saved.get("groups"),
                 )
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             if isinstance(error, UsageError):

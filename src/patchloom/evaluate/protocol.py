@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from patchloom.evaluate.figures import classification_figures
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.target import EvaluationConfig, encoder_name
 from patchloom.features.extract import Features
+from patchloom.training.selection import read_groups
 
 
 class Evaluation:
@@ -42,6 +45,10 @@ class Evaluation:
         name = encoder_name(config) or type(config.encoder).__name__
         return {"encoder": name, "train": config.train, "test": config.test, "protocol": type(self).__name__.lower()}
 
+    def groups_of(self, keys: Sequence[str]) -> np.ndarray | None:
+        """Return the group of each test image, where the settings name a file of them."""
+        return None if self.config.groups is None else read_groups(self.config.groups, keys)
+
     def classified(
         self, scores: Tensor, train: Features, test: Features, class_names: list[str], predicted: Tensor | None = None
     ) -> dict[str, Any]:
@@ -63,6 +70,7 @@ class Evaluation:
             list(class_names),
             scores.float().numpy(),
             self.about(),
+            self.groups_of(test.keys),
         )
         draws, seed = self.config.draws, self.config.seed
-        return classification_figures(predicted, train, test, class_names, scores=scores, draws=draws, seed=seed)
+        return classification_figures(self.predictions, train, test, draws=draws, seed=seed)

@@ -59,10 +59,11 @@ class Retrieval(Evaluation):
         values = {"map": precision[asked].double().numpy()}
         for k in config.ks:
             values[f"recall@{k}"] = (first[asked] < k).double().numpy()
-        drawn: dict[str, Any] = {"draws": config.draws, "seed": config.seed, "strata": truth}
-        found = {name: bootstrap_interval(mean_value, one, truth, **drawn) for name, one in values.items()}
         keys = [key for key, used in zip(test.keys, asked.tolist(), strict=True) if used]
-        self.predictions = Predictions(keys, values["map"], truth, "mean_value", about=self.about())
+        groups = self.groups_of(keys)
+        drawn: dict[str, Any] = {"draws": config.draws, "seed": config.seed, "strata": truth, "groups": groups}
+        found = {name: bootstrap_interval(mean_value, one, truth, **drawn) for name, one in values.items()}
+        self.predictions = Predictions(keys, values["map"], truth, "mean_value", about=self.about(), groups=groups)
         figures = {
             "score": found["map"].value,
             "score_name": "map",

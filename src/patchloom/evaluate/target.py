@@ -51,6 +51,9 @@ class EvaluationConfig:
     """Seed of fresh weights and of whatever is drawn"""
     draws: int = 1000
     """Bootstrap draws behind the 95 % interval of each score"""
+    groups: str | None = None
+    """CSV file (columns key, group): test images of one group (patient, slide, scene) are not independent, so intervals
+    and comparisons draw whole groups"""
     cache: str = "auto"
     """Folder where features are kept for the next evaluation (see patchloom cache); auto is its usual place, none keeps
     nothing"""

@@ -33,6 +33,7 @@ from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.evaluate.target import EvaluationConfig, resolve_encoder
 from patchloom.features.extract import torch_device
+from patchloom.training.selection import read_groups
 
 SlicePool = Literal["mean", "max", "attention"]
 C = 1.0
@@ -114,7 +115,8 @@ class Volumes:
         scores = self._scores(learnt, measured.bags, len(names))
         said = scores.argmax(1)
         about = {"encoder": str(config.encoder)[:200], "test": config.test, "slice_pool": config.slice_pool}
-        self.predictions = Predictions(measured.keys, said, measured.labels, "mean_auroc", names, scores, about)
+        groups = None if config.groups is None else read_groups(config.groups, measured.keys)
+        self.predictions = Predictions(measured.keys, said, measured.labels, "mean_auroc", names, scores, about, groups)
         area = self.predictions.interval(draws=config.draws, seed=config.seed)
         right = self.predictions.interval(accuracy, draws=config.draws, seed=config.seed)
         skipped = learnt.skipped + measured.skipped

@@ -13,6 +13,7 @@ images are held out whatever the label budget.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ def hold_out(source: Source, share: float, seed: int, groups: str | None = None)
     everything = np.arange(len(source))
     labels = None if source.labels is None or source.labels.ndim > 1 else source.labels
     if groups is not None:
-        numbers = read_groups(groups, source)
+        numbers = read_groups(groups, [source.key(index) for index in range(len(source))])
         if len(np.unique(numbers)) < 2:
             raise UsageError(f"{groups} puts all images in one group, so no group is left to measure on")
         learnt, held = _by_group(everything, labels, numbers, share, seed)
@@ -139,8 +140,12 @@ def class_counts(source: Source) -> Tensor:
     return torch.from_numpy(counts.astype(np.int64))
 
 
-def read_groups(path: str, source: Source) -> np.ndarray:
-    """Return the group of each image of a source, (n,) int64.
+def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
+    """Return the group (patient, slide, scene) of each image named, (n,) int64.
+
+    Args:
+        path: CSV file with the columns `key` (name of an image) and `group`.
+        keys: Names of the images.
 
     Raises:
         UsageError: No such file, no such columns, or images it does not name.
@@ -153,7 +158,6 @@ def read_groups(path: str, source: Source) -> np.ndarray:
         if not {"key", "group"} <= set(rows.fieldnames or ()):
             raise UsageError(f"{path} has the columns {rows.fieldnames}; it needs key (name of the image) and group")
         found = {row["key"]: row["group"] for row in rows}
-    keys = [source.key(index) for index in range(len(source))]
     missing = [key for key in keys if key not in found]
     if missing:
         raise UsageError(f"{path} names no group for {len(missing)} of {len(keys)} images, such as {missing[0]}")
