@@ -153,6 +153,20 @@ def test_the_teachers_own_normalisation_is_an_option(folder, teacher, capsys):
     torch.testing.assert_close(method.view(images), (images - mean) / std, rtol=1e-5, atol=1e-5)
 
 
+def test_a_pretrained_vit_gives_its_class_token_to_both(folder, teacher, tmp_path):
+    vit = create_backbone("vit_micro_patch4_32", image_size=16)
+    with torch.no_grad():
+        vit.pos_embed.normal_()
+        vit.cls_token.normal_()
+    save_bundle(vit, tmp_path / "vit")
+    with pytest.warns(UserWarning, match="begins as a copy of the class token"):
+        student = made(folder, teacher=teacher, init_from=str(tmp_path / "vit")).encoder
+    assert torch.equal(student.dist_token, vit.cls_token)
+    assert torch.equal(student.pos_embed[:, 1:], vit.pos_embed)
+    assert torch.equal(student.pos_embed[:, 0], vit.pos_embed[:, 0])
+    assert torch.equal(student.blocks[5].mlp.fc2.weight, vit.blocks[5].mlp.fc2.weight)
+
+
 def test_figures_are_of_both_heads_and_of_their_mean(folder, teacher):
     method = made(folder, teacher=teacher, test=folder)
     cls, dist = torch.randn(8, 4), torch.randn(8, 4)

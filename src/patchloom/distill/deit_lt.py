@@ -5,6 +5,7 @@ The model and its loss are in `two_heads`. Rangwani et al. 2024, arXiv 2404.0290
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,19 @@ class DeiTLTMethod(DistillMethod):
         model = super().build_encoder()
         require_two_heads(model)
         return model
+
+    def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let a ViT with a class token alone start a student: its distillation token begins as a copy of that."""
+        own = encoder.state_dict()
+        if "dist_token" not in own or "dist_token" in saved or "cls_token" not in saved:
+            return saved
+        warnings.warn(
+            f"{self.config.init_from} has no distillation token; it begins as a copy of the class token", stacklevel=2
+        )
+        saved = {**saved, "dist_token": saved["cls_token"]}
+        if saved["pos_embed"].shape[1] == own["pos_embed"].shape[1] - 1:
+            saved["pos_embed"] = torch.cat([saved["pos_embed"][:, :1], saved["pos_embed"]], dim=1)
+        return saved
 
     def has_tail(self) -> bool:
         """Return True: the classes are unequal."""

@@ -95,8 +95,12 @@ class Method(lp.LightningModule):
             config.encoder, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
         )
         if config.init_from is not None:
-            load_weights(encoder, config.init_from)
+            load_weights(encoder, config.init_from, self.starting_weights)
         return encoder
+
+    def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of `init_from` as the encoder's; a method may make up what another kind of ViT lacks."""
+        return saved
 
     @property
     def input_size(self) -> int:
@@ -386,15 +390,24 @@ def _recompute(encoder: Encoder) -> None:
         raise UsageError(f"a {type(encoder).__name__} cannot do grad_checkpointing; leave it out") from error
 
 
-def load_weights(encoder: Encoder, path: str) -> None:
+def load_weights(
+    encoder: Encoder,
+    path: str,
+    convert: Callable[[Encoder, dict[str, Tensor]], dict[str, Tensor]] = lambda encoder, saved: saved,
+) -> None:
     """Fill an encoder with the weights of a bundle or run of the same architecture.
+
+    Args:
+        encoder: What is filled.
+        path: The bundle or run.
+        convert: Turns its tensors into the encoder's, where they are of another kind.
 
     Raises:
         UsageError: The tensors do not match, with how many do.
     """
     from patchloom.bundle import load
 
-    saved = load(path).state_dict()
+    saved = convert(encoder, load(path).state_dict())
     own = encoder.state_dict()
     head = ("head.",)
     usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
