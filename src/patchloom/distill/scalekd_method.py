@@ -225,22 +225,25 @@ class ScaleKDMethod(DistillMethod):
 
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
-        """Return the mean squared distances of unit features on test images, as they are and without their mean."""
+        """Return the mean squared distances of unit features on test images, as they are and without their mean.
+
+        Without dual-view mimicking both are those of the one projection there is.
+        """
         if self.test is None:
             return {}
         if not hasattr(self, "_distances"):
             found, _ = self.outputs(self._distances_of, self.device, self.model)
             names = ("spatial_distance", "frequency_distance")
-            self._distances = dict(zip(names, found.mean(0).tolist(), strict=False))
+            self._distances = dict(zip(names, found.mean(0).tolist(), strict=True))
         return self._distances
 
     def _distances_of(self, images: Tensor) -> Tensor:
-        """Return (B, views) of images in [0, 1]."""
+        """Return (B, 2), see `distances`, of images in [0, 1]."""
         tokens, target = self.projected(normalize(images, self.encoder))
         rows = []
-        for view, said in enumerate(tokens):
+        for without_mean, said in ((False, tokens[0]), (True, tokens[-1])):
             held, told = (part.float() for part in (target, said.transpose(1, 2).unflatten(2, target.shape[-2:])))
-            if view:
+            if without_mean:
                 held, told = (part - part.mean((2, 3), keepdim=True) for part in (held, told))
             rows.append((F.normalize(told, dim=1) - F.normalize(held, dim=1)).square().sum(1).mean((1, 2)))
         return torch.stack(rows, 1)
@@ -259,30 +262,41 @@ class ScaleKDMethod(DistillMethod):
         return self.model.project(third, fourth, seen).last, seen.features
 
     @torch.no_grad()
-    def report_sections(self, images: Tensor) -> list[Section]:
-        """Return how both compare, and the student's projected features beside the teacher's."""
-        from patchloom.report import Section, image_grid
+    def pictures(self, images: Tensor) -> dict[str, Tensor]:
+        """Return rows of pictures: images, the teacher's last features in colours, the student's projected ones.
+
+        Args:
+            images: (n, C, H, W) uint8, or float in [0, 1].
+
+        Returns:
+            Each (n, 3, H, W) float in [0, 1], on the CPU; one set of colours for both models.
+        """
         from patchloom.report.figures import pca_colours
 
-        first, *rest = super().report_sections(images)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        pictures = self.pixels(images).to(self.device)
-        tokens, target = self.projected(normalize(pictures, self.encoder))
+        pixels = self.pixels(images).to(self.device)
+        tokens, target = self.projected(normalize(pixels, self.encoder))
         for module, training in modes:
             module.training = training
         held, grid = target.flatten(2).transpose(1, 2), (int(target.shape[-2]), int(target.shape[-1]))
-        # Unit vectors, as they are compared; one set of colours for both.
-        both = F.normalize(torch.cat([held, tokens[0]]).float(), dim=-1).cpu()
-        painted = F.interpolate(pca_colours(both, grid), size=pictures.shape[-2:], mode="nearest")
-        rows = {"image": pictures.cpu(), "teacher": painted[: len(held)], "student": painted[len(held) :]}
+        both = F.normalize(torch.cat([held, tokens[0]]).float(), dim=-1).cpu()  # unit vectors, as they are compared
+        painted = F.interpolate(pca_colours(both, grid), size=pixels.shape[-2:], mode="nearest")
+        return {"image": pixels.cpu(), "teacher": painted[: len(held)], "student": painted[len(held) :]}
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return how both compare, and the student's projected features beside the teacher's."""
+        from patchloom.report import Section, image_grid
+
+        first, *rest = super().report_sections(images)
         text = (
             "Held-out images; the teacher's last features as red, green and blue, and below what the projector makes "
             "of the student's, in the same colours: where they agree, the student has learnt what the teacher sees."
         )
         for name, value in self.distances().items():
             text += f" {name.replace('_', ' ').capitalize()} on the test images: {value:.3f} (0 to 4)."
-        return [first, Section(title="Features of both", text=text, figures=[image_grid(rows)]), *rest]
+        figure = image_grid(self.pictures(images))
+        return [first, Section(title="Features of both", text=text, figures=[figure]), *rest]
 
 
 # Where modules stand a second time within the method.

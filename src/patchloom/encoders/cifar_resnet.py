@@ -1,4 +1,4 @@
-"""CIFAR's small ResNets as timm models: `cifar_resnet20` to `cifar_resnet110`.
+"""CIFAR's small ResNets as timm models: `cifar_resnet8` to `cifar_resnet110`.
 
 He et al. 2016, section 4.2, shortcut A. The teachers of long-tailed recognition are of this kind.
 
@@ -173,12 +173,18 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"cifar_resnet{depth}": _cfg() for depth in (20, 32, 44, 56, 110)})
+default_cfgs = generate_default_cfgs({f"cifar_resnet{depth}": _cfg() for depth in (8, 20, 32, 44, 56, 110)})
 
 
 def _create(variant: str, depth: int, pretrained: bool, **kwargs: Any) -> CIFARResNet:
     model: CIFARResNet = build_model_with_cfg(CIFARResNet, variant, pretrained, depth=depth, **kwargs)
     return model
+
+
+@register_model
+def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """8 layers: for quick trials."""
+    return _create("cifar_resnet8", 8, pretrained, **kwargs)
 
 
 @register_model

@@ -94,6 +94,7 @@ class LabelledMethod(Method):
         class_names: Names of the classes or labels, in the order of the outputs.
         test: What is measured on, or None.
         targets: Loss and metrics.
+        figures: Those of the latest validation; empty before there was one.
     """
 
     needs_labels = True
@@ -126,6 +127,7 @@ class LabelledMethod(Method):
             counts = class_counts(learnt)
         super().__init__(config, learnt)
         self.test = test
+        self.figures: dict[str, Any] = {}
         self.targets = Targets(
             self.class_names,
             kind=task,
@@ -154,7 +156,10 @@ class LabelledMethod(Method):
         if self.test is None:
             return {}
         model = self.bundle_model()
-        return self.measure(*self.outputs(lambda images: self.answer(model, normalize(images, model)), device, model))
+        self.figures = self.measure(
+            *self.outputs(lambda images: self.answer(model, normalize(images, model)), device, model)
+        )
+        return self.figures
 
     @torch.no_grad()
     def outputs(
@@ -234,7 +239,7 @@ class LabelledMethod(Method):
         """Return the figures of each class."""
         from patchloom.report import Section
 
-        figures = self.validate(self.device)
+        figures = self.figures or self.validate(self.device)  # the probe has just measured at the run's end
         if not figures:
             return []
         what = "the test images" if self.config.test is not None else "held-out images"
