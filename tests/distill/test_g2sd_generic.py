@@ -21,7 +21,7 @@ from patchloom.features.geometry import linear_cka
 from patchloom.masked_models import load_masked_model, save_parts
 from patchloom.training.config import config_from_mapping
 from patchloom.training.metrics import read_metrics, series
-from patchloom.training.run import Run, fit, resolve
+from patchloom.training.run import Run
 
 SMALL = {
     "data": "digits",
@@ -40,7 +40,7 @@ SMALL = {
 
 
 def distil(**settings: Any) -> Run:
-    return fit("distill g2sd_generic", G2SDGenericMethod, resolve(G2SDGenericMethod, settings))
+    return pl.distill("g2sd_generic", **settings)
 
 
 def masked_model(folder: Path, seed: int = 0, side: int = 64, **settings: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from patchloom._lazy import make_callable
 from patchloom.distill.deit_lt import DeiTLTMethod
 from patchloom.distill.g2sd_generic import G2SDGenericMethod
+from patchloom.distill.g2sd_specific import G2SDSpecificMethod
 from patchloom.distill.logit_method import LogitsMethod
 from patchloom.distill.scalekd_method import ScaleKDMethod
 from patchloom.errors import unknown_name
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "scalekd": ScaleKDMethod,
     "deit_lt": DeiTLTMethod,
     "g2sd_generic": G2SDGenericMethod,
+    "g2sd_specific": G2SDSpecificMethod,
 }
 
 

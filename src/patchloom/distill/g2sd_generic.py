@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.bundle import read_lineage
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import NoisyViews, PairedViews
 from patchloom.distill.generic import GenericDistiller
@@ -185,6 +186,11 @@ class G2SDGenericMethod(Method):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies: to all but vectors (class and mask token decay, as published)."""
         return parameter.ndim > 1 and not name.endswith(".bias")
+
+    def lineage(self) -> dict[str, Any]:
+        """Return who taught the model."""
+        name = self.config.teacher
+        return {"teacher": {"path": name, "lineage": read_lineage(name)}}
 
     def summary(self) -> dict[str, Any]:
         """Return how much was hidden, and the sizes of teacher and decoder."""

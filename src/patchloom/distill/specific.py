@@ -28,6 +28,7 @@ from patchloom.encoders import (
     embed,
     embed_dim,
     grid_size,
+    has_tokens,
     image_size,
     in_chans,
     num_prefix_tokens,
@@ -130,13 +131,7 @@ def as_timm(model: DistilledVisionTransformer, drop_path: float = 0.0) -> Any:
         UsageError: Another kind of encoder, or one with parts that timm's distilled layout does not have.
     """
     encoder, classes = model.encoder, model.head.out_features
-    plain = isinstance(encoder, VisionTransformer) and not isinstance(encoder, VisionTransformerDistilled)
-    if not plain or encoder.cls_token is None or num_prefix_tokens(encoder) != 1 or encoder.pos_embed is None:
-        raise UsageError(
-            f"a distillation token goes into a plain ViT of timm with a class token and without registers, and this "
-            f"is a {type(encoder).__name__} with {num_prefix_tokens(encoder)} tokens before its patches; choose a "
-            f"student such as vit_small_patch16_224"
-        )
+    require_plain(encoder)
     if model.pool != "cls":
         raise UsageError("timm's distilled layout reads the class token; set pool to cls")
     made = _distilled_like(encoder, drop_path)
@@ -159,6 +154,22 @@ def as_timm(model: DistilledVisionTransformer, drop_path: float = 0.0) -> Any:
     made.load_state_dict(state)
     _check_same(model, made)
     return made.train(model.training)
+
+
+def require_plain(encoder: Encoder) -> None:
+    """Refuse a student that has no place for a distillation token in timm's layout.
+
+    Raises:
+        UsageError: No ViT of timm's own kind, or one without class token, with registers or with a second token.
+    """
+    plain = isinstance(encoder, VisionTransformer) and not isinstance(encoder, VisionTransformerDistilled)
+    if not plain or encoder.cls_token is None or num_prefix_tokens(encoder) != 1 or encoder.pos_embed is None:
+        front = f" with {num_prefix_tokens(encoder)} tokens before its patches" if has_tokens(encoder) else ""
+        without = ", none of them a class token" if plain and encoder.cls_token is None else ""
+        raise UsageError(
+            f"a distillation token goes into a plain ViT of timm with a class token and without registers, and this "
+            f"is a {type(encoder).__name__}{front}{without}; choose a student such as vit_small_patch16_224"
+        )
 
 
 def hold_position(model: Any) -> None:
