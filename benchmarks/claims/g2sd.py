@@ -36,7 +36,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "systems" / "g2sd.md"
 SEEDS = (0, 1, 2)
 TEACHER, STUDENT = "g2sd_teacher_patch4_32", "g2sd_student_patch4_32"
 # Optimiser steps at --steps 1, each of 64 images.
-TEACHER_STEPS, TUNING_STEPS, GENERIC_STEPS, SPECIFIC_STEPS = 400, 120, 200, 100
+TEACHER_STEPS, TUNING_STEPS, GENERIC_STEPS, SPECIFIC_STEPS = 400, 100, 160, 80
 COMMON: dict[str, Any] = {
     "batch_size": 64,
     "lr": 1e-3,
@@ -225,8 +225,8 @@ def main() -> None:
     folders = {
         "images": subset(options.data, options.out / "data" / "images", 600, seed=0),
         "train": subset(options.data, options.out / "data" / "train", 200, seed=1),
-        "probe": subset(options.data, options.out / "data" / "probe", 300, seed=2),
-        "test": subset(options.test, options.out / "data" / "test", 150, seed=3),
+        "probe": subset(options.data, options.out / "data" / "probe", 200, seed=2),
+        "test": subset(options.test, options.out / "data" / "test", 100, seed=3),
     }
     claims = Claims(Series(options.out), folders, options.steps)
     if not options.table:
