@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import patchloom as pl
+from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.data.subset import MemorySource
 from patchloom.data.transforms import EvalTransform
+from patchloom.distill import teacher_cache
+from patchloom.distill.logit_method import LogitsConfig, LogitsMethod
 from patchloom.distill.teacher_cache import refuse_random_views, teacher_answers
-from patchloom.encoders import normalize
+from patchloom.distill.teachers import FrozenTeacher
+from patchloom.encoders import create_backbone, normalize
 from patchloom.errors import UsageError
 from patchloom.features.cache import list_entries
+from patchloom.training.config import config_from_mapping
 
 QUICK = {"image_size": 16, "num_workers": 0, "batch_size": 4}
 
@@ -90,11 +98,9 @@ def test_a_changed_weight_image_or_size_makes_them_anew(teacher, images, tmp_pat
 
 
 def test_what_cannot_be_kept_is_refused(teacher, images, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"with mixup 0\.8, teacher_view augmented the teacher sees another view every"
-    ):
-        refuse_random_views({"mixup": 0.8, "cutmix": 0.0, "teacher_view": "augmented"}, "turn it off")
-    refuse_random_views({"mixup": 0.0, "auto_augment": None}, "turn it off")
+    with pytest.raises(UsageError, match=r"with mixup=0\.8, teacher_view=augmented it would see another view every"):
+        refuse_random_views({"mixup": 0.8, "cutmix": 0.0, "teacher_view": "augmented"})
+    refuse_random_views({"mixup": 0.0, "auto_augment": None})
     source = open_source(str(images))
     answers = teacher_answers(teacher, source, cache="none", **QUICK)
     with pytest.raises(UsageError, match=r"no answer for b/broken\.png.*could not be read"):
@@ -106,3 +112,80 @@ def test_what_cannot_be_kept_is_refused(teacher, images, tmp_path):
         broken.write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"no image of .* is readable"):
         teacher_answers(teacher, open_source(str(images)), cache=tmp_path / "c", **QUICK)
+
+
+SMALL: dict[str, Any] = {
+    "encoder": "test_vit",
+    "image_size": 32,
+    "teacher_image_size": 16,
+    "batch_size": 3,
+    "max_steps": 2,
+    "val_fraction": 0.0,
+    "num_workers": 0,
+    "probe_every": 0,
+    "log_every": 1,
+    "precision": "32-true",
+    "accelerator": "cpu",
+}
+FIXED = {"teacher_view": "fixed", "mixup": 0.0, "cutmix": 0.0}
+
+
+@pytest.fixture
+def bundle(tmp_path) -> str:
+    torch.manual_seed(0)
+    model = create_backbone("test_resnet", image_size=16)
+    model.reset_classifier(2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["b", "a"]}  # another order than the data's
+    save_bundle(model, tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run.model / "model.safetensors")
+
+
+def test_runs_with_kept_answers_equal_runs_without_and_start_at_once(bundle, images, tmp_path, monkeypatch):
+    (images / "b" / "broken.png").unlink()
+    settings = {**SMALL, **FIXED, "data": str(images), "teacher": bundle, "kind": "soft"}
+    memory = pl.distill("logits", **settings, out=str(tmp_path / "memory"))
+    kept = {**settings, "cache_teacher": True, "cache": str(tmp_path / "c")}
+    first = pl.distill("logits", **kept, out=str(tmp_path / "first"))
+    monkeypatch.setattr(FrozenTeacher, "forward", lambda *args: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(teacher_cache, "make_loader", lambda *args, **kwargs: pytest.fail("asked again"))
+    second = pl.distill("logits", **kept, out=str(tmp_path / "second"))
+    for other in (first, second):
+        assert all(torch.equal(value, weights(memory)[name]) for name, value in weights(other).items())
+
+
+def test_kept_answers_are_in_the_order_of_the_classes(bundle, images, tmp_path):
+    config = config_from_mapping(
+        LogitsConfig, {**SMALL, **FIXED, "data": str(images), "teacher": bundle, "out": "unused"}
+    )
+    made = LogitsMethod(config, open_source(str(images)))
+    source = open_source(str(images))
+    made.kept = teacher_answers(made.teacher.model, source, cache="none", **QUICK)
+    key = source.key(0)
+    raw = made.kept.of([key])
+    assert torch.equal(made.answers({"key": [key]}, torch.zeros(1, 3, 32, 32)), raw.flip(1))
+
+
+@pytest.mark.parametrize("method", ["logits", "g2sd_specific"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_teacher": True}, {"teacher_view": "fixed"}, {**FIXED, "cutmix": 1.0, "cache_teacher": True}],
+)
+def test_random_views_are_not_kept(method, settings, bundle, images, tmp_path):
+    with pytest.raises(UsageError, match="it would see another view every time; set teacher_view=fixed, mixup=0"):
+        pl.distill(method, **SMALL, data=str(images), teacher=bundle, out=str(tmp_path / "run"), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_second_stage_takes_kept_answers_and_experts(bundle, images, tmp_path):
+    (images / "b" / "broken.png").unlink()
+    settings = {**SMALL, **FIXED, "data": str(images), "teacher": bundle, "cache_teacher": True, "experts": 2}
+    settings |= {"cache": str(tmp_path / "c"), "share_rate": 0.2}
+    run = pl.distill("g2sd_specific", **settings, out=str(tmp_path / "run"))
+    assert not any("experts" in name for name in weights(run))
+    assert list_entries(tmp_path / "c")[0]["images"] == 6
+    plain = pl.distill("logits", **settings, out=str(tmp_path / "logits"))
+    assert not any("experts" in name for name in weights(plain))

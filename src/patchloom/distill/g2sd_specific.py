@@ -14,7 +14,7 @@ from torch import Tensor
 from patchloom.data.base import Source, StreamSource
 from patchloom.distill.logits import hard_distillation_loss, nkd_loss, soft_distillation_loss
 from patchloom.distill.specific import DistilledVisionTransformer, as_timm, hold_position, require_plain
-from patchloom.distill.teachers import DistillConfig, DistillMethod
+from patchloom.distill.teacher_cache import AnswersConfig, AnswersMethod
 from patchloom.encoders import Encoder, depth, normalize
 from patchloom.errors import UsageError
 from patchloom.training.method import Method
@@ -27,7 +27,7 @@ INIT_SCALE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
-class G2SDSpecificConfig(DistillConfig):
+class G2SDSpecificConfig(AnswersConfig):
     """Settings of G2SD's second stage; the defaults are the paper's on ImageNet-1K."""
 
     encoder: str = "vit_small_patch16_224"
@@ -67,7 +67,7 @@ class G2SDSpecificConfig(DistillConfig):
             raise UsageError(f"pool is {self.pool}; beside a distillation token the class token is read, set pool=cls")
 
 
-class G2SDSpecificMethod(DistillMethod):
+class G2SDSpecificMethod(AnswersMethod):
     """A classifier learns from labels and a fine-tuned teacher, each on a token of its own (G2SD, second stage)."""
 
     config_class = G2SDSpecificConfig
@@ -97,7 +97,7 @@ class G2SDSpecificMethod(DistillMethod):
         """Return half the loss of the labels, half that of the teacher; with nkd the one that replaces both."""
         config = self.config
         images, labels = self.mixed(batch)
-        answer = self.teacher(self.teacher.view(images, self.encoder))
+        answer = self.answers(batch, images)
         if config.distillation == "nkd":
             loss = nkd_loss(self.encoder(images), answer, labels, config.nkd_alpha, config.temperature)
             return {"loss": loss}

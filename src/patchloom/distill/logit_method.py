@@ -12,13 +12,13 @@ from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.distill.logits import hard_distillation_loss, kd_loss
-from patchloom.distill.teachers import DistillConfig, DistillMethod
+from patchloom.distill.teacher_cache import AnswersConfig, AnswersMethod
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitsConfig(DistillConfig):
+class LogitsConfig(AnswersConfig):
     """Settings of plain distillation; the recipe is that of training from scratch."""
 
     kind: Literal["hard", "soft"] = "soft"
@@ -47,7 +47,7 @@ class LogitsConfig(DistillConfig):
             raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
 
-class LogitsMethod(DistillMethod):
+class LogitsMethod(AnswersMethod):
     """Any student learns the answers of any teacher of the same classes, beside the labels."""
 
     config_class: ClassVar[type[TrainConfig]] = LogitsConfig
@@ -62,7 +62,7 @@ class LogitsMethod(DistillMethod):
         config = self.config
         images, labels = self.mixed(batch)
         logits = self.encoder(images)
-        answers = self.teacher(self.teacher.view(images, self.encoder))
+        answers = self.answers(batch, images)
         if config.kind == "hard":
             taught = config.alpha * hard_distillation_loss(logits, answers)
         else:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import EvalTransform
+from patchloom.distill.teachers import DistillConfig, DistillMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.features.cache import Produce, Take, cache_folder, kept_rows, source_hash, weights_hash
@@ -119,26 +121,92 @@ def teacher_answers(
     return TeacherAnswers(_in_memory(produce) if found is None else found, source.name)
 
 
-def refuse_random_views(settings: Mapping[str, float | str | None], remedy: str) -> None:
-    """Refuse to keep answers where images are mixed, or the teacher sees each as it was augmented.
+def refuse_random_views(settings: Mapping[str, float | str | None]) -> None:
+    """Refuse to ask once per image where images are mixed, or the teacher sees each as it was augmented.
 
     Args:
         settings: What makes a view random, by the name of its setting; 0, None and "" stand for off.
-        remedy: What to do instead.
 
     Raises:
         UsageError: One of them is on.
     """
     on = [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
         for name, value in settings.items()
         if value
     ]
     if on:
         raise UsageError(
-            f"cache_teacher keeps one answer per image, and with {', '.join(on)} the teacher sees another view every "
-            f"time; {remedy}"
+            f"a teacher is asked once per image, and with {', '.join(on)} it would see another view every time; set "
+            f"teacher_view=fixed, mixup=0 and cutmix=0, or leave cache_teacher out"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig(DistillConfig):
+    """Settings of learning a teacher's answers, which can be kept."""
+
+    teacher_view: Literal["augmented", "fixed"] = "augmented"
+    """What the teacher is shown: each image as the student sees it, or always as it is evaluated, asked once per image
+    before training (for a run without mixup and cutmix)"""
+    cache_teacher: bool = False
+    """Keep these answers on disk, so that the next run with the same teacher and images starts at once; for
+    teacher_view=fixed"""
+    cache: str = "auto"
+    """Folder of kept answers; auto is that of kept features, see patchloom cache"""
+
+    def __post_init__(self) -> None:
+        """Refuse views that change and are to be kept."""
+        super().__post_init__()
+        if self.teacher_view == "fixed" or self.cache_teacher:
+            fixed = {"mixup": self.mixup, "cutmix": self.cutmix}
+            changing = {**fixed, "teacher_view": "augmented" if self.teacher_view == "augmented" else None}
+            refuse_random_views(changing)
+
+
+class AnswersMethod(DistillMethod):
+    """Learning of a teacher's answers, asked in every step or once per image."""
+
+    config: AnswersConfig
+    kept: TeacherAnswers | None = None
+
+    def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
+        """Ask the teacher about all images in one process, where the answers are to be found on disk by the others."""
+        super().prepare(source, run_dir)
+        if self.config.cache_teacher:
+            self.ask()
+
+    def load_prepared(self, run_dir: Path) -> None:
+        """Have the teacher's answers ready, where it is asked once per image."""
+        super().load_prepared(run_dir)
+        if self.config.teacher_view == "fixed":
+            self.kept = self.ask()
+
+    def ask(self) -> TeacherAnswers:
+        """Return the teacher's answers about all images, from disk where they are kept there."""
+        config = self.config
+        return teacher_answers(
+            self.teacher.model,
+            self.source,
+            image_size=self.teacher.size[0],
+            cache=config.cache if config.cache_teacher else None,
+            name=config.teacher,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            device=self.trainer.strategy.root_device,
+        )
+
+    def answers(self, batch: dict[str, Any], images: Tensor) -> Tensor:
+        """Return the teacher's logits (B, C) of a batch.
+
+        Args:
+            batch: What the loader gave.
+            images: (B, C, H, W), its images as the student sees them.
+        """
+        if self.kept is None:
+            answered: Tensor = self.teacher(self.teacher.view(images, self.encoder))
+            return answered
+        return self.teacher.in_order(self.kept.of(batch["key"]).to(images.device))
 
 
 def _in_memory(produce: Produce) -> Features:
