@@ -15,7 +15,8 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.distill.logits import hard_distillation_loss, nkd_loss, soft_distillation_loss
 from patchloom.distill.specific import DistilledVisionTransformer, as_timm, hold_position, require_plain
 from patchloom.distill.teacher_cache import AnswersConfig, AnswersMethod
-from patchloom.encoders import Encoder, depth, normalize
+from patchloom.distill.two_heads import two_heads
+from patchloom.encoders import Encoder, depth
 from patchloom.errors import UsageError
 from patchloom.training.method import Method
 
@@ -113,40 +114,38 @@ class G2SDSpecificMethod(AnswersMethod):
         """Return the layer of a parameter; the distillation token learns as fast as the classifiers, as published."""
         return depth(self.encoder) + 1 if name.endswith("dist_token") else super().layer(name)
 
-    def heads(self, images: Tensor) -> Tensor:
-        """Return the logits of both classifiers, (B, 2, C), for images in [0, 1] of the student's size."""
-        model = self.bundle_model()
-        x = model.forward_features(normalize(images, model))
-        return torch.stack([model.head(x[:, 0]), model.head_dist(x[:, 1])], dim=1)
+    def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
+        """Return the logits of both classifiers, (B, 2 C); of the one there is with nkd, (B, C)."""
+        if self.config.distillation == "nkd":
+            return super().answer(model, inputs)
+        out = two_heads(model, inputs)
+        return torch.cat([out.cls, out.dist], dim=1)
 
-    @torch.no_grad()
-    def compared(self) -> dict[str, float]:
-        """Return, beside how teacher and student compare, how often each of the two classifiers is right."""
-        found = super().compared()
-        if self.config.distillation == "nkd" or self.test is None or "label_head_accuracy" in found:
-            return found
-        logits, labels = self.outputs(self.heads, self.device, self.bundle_model())
+    def measure(self, answers: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Return the figures of the mean of both classifiers, and how often each of them is right."""
+        if self.config.distillation == "nkd":
+            return super().measure(answers, labels)
+        heads = answers.chunk(2, dim=1)
         known = labels >= 0
-        for number, name in enumerate(("label_head_accuracy", "teacher_head_accuracy")):
-            found[name] = float((logits[:, number].argmax(1) == labels)[known].float().mean())
-        return found
+        figures = self.targets.measure((heads[0] + heads[1]) / 2, labels)
+        for name, logits in zip(("label_head_accuracy", "teacher_head_accuracy"), heads, strict=True):
+            figures[name] = float((logits.argmax(1) == labels)[known].float().mean())
+        return figures
 
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return what both classifiers make of the test images, and how teacher and student compare."""
         from patchloom.report import Section
 
-        found = self.compared()
-        sections = super().report_sections(images)
-        if "label_head_accuracy" not in found:
+        figures, sections = self.figures or self.validate(self.device), super().report_sections(images)
+        if "label_head_accuracy" not in figures:
             return sections
-        figures = self.validate(self.device)
         rows: list[dict[str, object]] = [
             {"classifier": name, "accuracy": f"{value:.1%}"}
             for name, value in (
-                ("of the labels (class token)", found["label_head_accuracy"]),
-                ("of the teacher's choices (distillation token)", found["teacher_head_accuracy"]),
+                ("of the labels (class token)", figures["label_head_accuracy"]),
+                ("of the teacher's choices (distillation token)", figures["teacher_head_accuracy"]),
                 ("mean of both, which is shipped", figures["accuracy"]),
-                ("teacher", found["teacher_accuracy"]),
+                ("teacher", self.compared()["teacher_accuracy"]),
             )
         ]
         text = "The two classifiers read two tokens of one encoder; what is shipped averages their outputs."
