@@ -56,6 +56,11 @@ def test_a_plain_classifier_decides_as_its_cosines_do(name):
         expected = features @ head.weight.T / (features.norm(dim=1, keepdim=True) * head.weight.norm(dim=1))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert float(found.abs().max()) <= 1 + 1e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model.forward_head(model.forward_features(images), pre_logits=True).float()
+            said = cosines(model, images)
+        exact = torch.nn.functional.normalize(half, dim=1) @ torch.nn.functional.normalize(head.weight, dim=1).T
+        torch.testing.assert_close(said, exact, rtol=1e-5, atol=1e-5)
         classify_by_angle_(model)
         assert torch.equal(model(images).argmax(1), found.argmax(1))
         torch.testing.assert_close(cosines(model, images), found)

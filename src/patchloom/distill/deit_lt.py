@@ -203,7 +203,7 @@ class DeiTLTMethod(DistillMethod):
         """Return how each head fares, how their features part, and the figures of each class."""
         from patchloom.report import Section, curves
 
-        figures = self.validate(self.device)
+        figures = self.figures or self.validate(self.device)
         if not figures:
             return []
         own = {"cls": "cls_", "dist": "dist_", "avg": ""}

@@ -62,14 +62,15 @@ class LDAM(nn.Module):
 
 
 def cosines(model: Any, images: Tensor) -> Tensor:
-    """Return the cosine of each image's feature and each class's vector, (B, C), of a timm classifier.
+    """Return the cosine of each image's feature and each class's vector, (B, C) float32, of a timm classifier.
 
     Args:
         model: Its classifier is one linear layer; the bias takes no part.
         images: (B, 3, H, W), normalised.
     """
     features = model.forward_head(model.forward_features(images), pre_logits=True)
-    return F.normalize(features.float(), dim=1) @ F.normalize(model.get_classifier().weight.float(), dim=1).T
+    with torch.autocast(images.device.type, enabled=False):  # the scale would multiply what half precision rounds off
+        return F.normalize(features.float(), dim=1) @ F.normalize(model.get_classifier().weight.float(), dim=1).T
 
 
 @torch.no_grad()
