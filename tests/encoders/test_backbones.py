@@ -123,8 +123,10 @@ def test_sizes_that_are_fixed_are_refused_and_others_followed():
     mixer = create_backbone("mixer_s32_224", image_size=64)
     with pytest.raises(UsageError, match=r"works at \(64, 64\) only"):
         set_image_size(mixer, 96)
-    with pytest.raises(UsageError, match="cannot be made so"):
+    with pytest.raises(UsageError, match="cifar_resnet20 has no stochastic depth; set drop_path=0"):
         create_backbone("cifar_resnet20", drop_path=0.1)
+    with pytest.raises(UsageError, match="cifar_resnet20 cannot be made so"):
+        create_backbone("cifar_resnet20", banana=1)
     with pytest.raises(UsageError, match="did you mean cifar_resnet20"):
         create_backbone("cifar_resnet2")
 

@@ -127,6 +127,8 @@ def create_backbone(
     try:
         model: Encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, **regularised, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
+        if drop_path and "drop_path_rate" in str(error):
+            raise UsageError(f"{name} has no stochastic depth; set drop_path=0") from error
         said = " ".join(str(error).split())
         raise UsageError(f"{name} cannot be made so ({said}); change image_size, drop_path or in_chans") from error
     known = dict(model.pretrained_cfg)

@@ -15,7 +15,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from patchloom.encoders import depth, embed_dim, num_prefix_tokens
+from patchloom.encoders import depth, embed_dim, num_prefix_tokens, require_tokens
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
 from patchloom.evaluate.metrics import Score, accuracy
@@ -138,6 +138,7 @@ def probe_features(config: Any, several: bool) -> tuple[Features, Features, Feat
     layers: Sequence[int] | None = None
     most = max(config.blocks)
     if encoder is not None:
+        require_tokens(encoder)
         if most > depth(encoder):
             raise UsageError(f"blocks holds {most}; the encoder has {depth(encoder)} blocks")
         layers = tuple(range(-most, 0))
