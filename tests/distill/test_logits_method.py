@@ -106,6 +106,17 @@ def test_a_network_evaluates_and_embeds_like_an_encoder(data, teacher, tmp_path)
     assert again.summary["teacher_accuracy"] == pytest.approx(run.summary["accuracy"])
 
 
+@pytest.mark.parametrize("method", ["logits", "scalekd"])
+def test_an_adapter_can_be_the_teacher(data, tmp_path, method):
+    encoder = write_teacher(tmp_path / "e", classes=())
+    engine = {name: SMALL[name] for name in ("batch_size", "max_steps", "num_workers", "probe_every", "accelerator")}
+    adapted = pl.adapt("linear", **engine, data=data, encoder=encoder, out=str(tmp_path / "adapted"))
+    run = pl.distill(method, **SMALL, data=data, teacher=str(adapted.path), out=str(tmp_path / "run"))
+    assert run.summary["teacher_accuracy"] == pytest.approx(adapted.summary["accuracy"])
+    assert "teacher_loss" in run.summary or "loss_kd" in run.summary
+    assert read_lineage(run.path)["teacher"]["path"] == str(adapted.path)
+
+
 def test_experts_teach_nothing_new_to_the_loss_and_are_folded_in_the_bundle(data, teacher, tmp_path):
     settings = {**SMALL, "encoder": teacher, "experts": 2, "share_rate": 0.5}
     run = pl.distill("logits", **settings, data=data, teacher=teacher, out=str(tmp_path / "run"))

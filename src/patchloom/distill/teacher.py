@@ -59,6 +59,8 @@ class Teacher(nn.Module):
         super().__init__()
         if not isinstance(model, (*FAMILIES, SwinTransformer)):
             raise UsageError(f"a {type(model).__name__} cannot be this teacher; use a ViT, BEiT, EVA or Swin of timm")
+        if any(getattr(block, "carried_tokens", 0) for block in getattr(model, "blocks", ())):
+            raise UsageError("this teacher's adapter carries prompts from block to block, which its tail cannot")
         self.model: Any = model.requires_grad_(False).eval()
         self.drop_path = drop_path
         self.is_swin = isinstance(model, SwinTransformer)

@@ -12,6 +12,7 @@ torch.Size([2, 10])
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
 from patchloom.training.frozen import leave_out, put_back
+from patchloom.training.run import is_first_process
 from patchloom.training.supervised import SupervisedConfig, SupervisedMethod
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class FrozenTeacher(nn.Module):
         described: Any = model.pretrained_cfg
         known = described.get("label_names")
         self.class_names: list[str] | None = None if known is None else [str(label) for label in known]
+        adapter = getattr(self.model, "active_adapter", None)
+        if adapter is not None and self.model.adapters[adapter].head is not None and self.class_names is not None:
+            self.model.num_classes = len(self.class_names)  # the adapter's classifier; the encoder has none of its own
         self.register_buffer("order", None, persistent=False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -230,7 +235,8 @@ class DistillMethod(SupervisedMethod):
     def notice(self, text: str) -> None:
         """Say something once, now on the error stream and later in the report."""
         self.notices.append(text)
-        print(f"note: {text}", file=sys.stderr)
+        if is_first_process():
+            print(f"note: {text}", file=sys.stderr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -243,7 +249,10 @@ class DistillMethod(SupervisedMethod):
     def lineage(self) -> dict[str, Any]:
         """Return who taught the model."""
         name = self.config.teacher
-        return {"teacher": {"path": name, "lineage": read_lineage(name) if Path(name).exists() else {}}}
+        found: dict[str, Any] = {}
+        with suppress(UsageError):  # a timm name, or an adapter, which keeps no lineage in timm's layout
+            found = read_lineage(name)
+        return {"teacher": {"path": name, "lineage": found}}
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say about the model, and the teacher's size."""

@@ -95,7 +95,7 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
     method = method_class(config, source)
     run_dir = Path(config.out)
     is_new = not run_dir.exists()
-    if _is_first_process():
+    if is_first_process():
         _claim(run_dir, config)
         write_config(config, run_dir / "config.yaml", command)
     checkpoint = run_dir / "checkpoints" / LAST
@@ -105,7 +105,7 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         return read_run(run_dir)
     with _quiet():
         trainer = _trainer(method, method.source, run_dir, command)
-        if _is_first_process():
+        if is_first_process():
             _announce(method, method.source, trainer)
         try:
             trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
@@ -225,7 +225,8 @@ def _is_complete(checkpoint: Path, run_dir: Path) -> bool:
     return finished and (run_dir / "summary.json").exists() and (run_dir / "model").exists()
 
 
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks for all, before the trainer knows."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
