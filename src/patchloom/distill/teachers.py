@@ -51,14 +51,13 @@ class FrozenTeacher(nn.Module):
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
-        self.model: Any = model.requires_grad_(False).eval()
-        self.name = name
-        described: Any = model.pretrained_cfg
-        known = described.get("label_names")
+        given: Any = model.requires_grad_(False).eval()
+        self.model, self.name = given, name
+        known = given.pretrained_cfg.get("label_names")
         self.class_names: list[str] | None = None if known is None else [str(label) for label in known]
-        adapter = getattr(self.model, "active_adapter", None)
-        if adapter is not None and self.model.adapters[adapter].head is not None and self.class_names is not None:
-            self.model.num_classes = len(self.class_names)  # the adapter's classifier; the encoder has none of its own
+        adapter = getattr(given, "active_adapter", None)
+        if adapter is not None and given.adapters[adapter].head is not None and self.class_names is not None:
+            given.num_classes = len(self.class_names)  # the adapter's classifier; the encoder has none of its own
         self.register_buffer("order", None, persistent=False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
