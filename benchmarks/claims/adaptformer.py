@@ -2,7 +2,7 @@
 
     python -m benchmarks.claims.adaptformer --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
-The encoder knows five classes and learns the other five from 120 images of each, see `benchmarks.claims.transfer`.
+The encoder knows five classes and learns the other five from 500 images of each, see `benchmarks.claims.transfer`.
 Every run leaves its figures in `--out`, so an interrupted series goes on where it stopped; `--write` puts the table
 into docs/systems/adaptformer.md.
 """
@@ -27,7 +27,7 @@ from patchloom.report import curves
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "adaptformer.md"
 WIDTHS = (1, 4, 16, 64)
-PROMPTS = (1, 16)
+PROMPTS = (1, 16, 64)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "full": ("finetune", {}),

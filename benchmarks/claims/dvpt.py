@@ -2,7 +2,7 @@
 
     python -m benchmarks.claims.dvpt --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
-The encoder knows five classes and learns the other five from 120 images of each, see `benchmarks.claims.transfer`.
+The encoder knows five classes and learns the other five from 500 images of each, see `benchmarks.claims.transfer`.
 Every run leaves its figures in `--out`, so an interrupted series goes on where it stopped; `--write` puts the table
 into docs/systems/dvpt.md.
 """

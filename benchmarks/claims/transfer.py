@@ -20,6 +20,7 @@ from patchloom.encoders import create_encoder
 
 KNOWN = ("airplane", "automobile", "bird", "cat", "deer")
 SEEDS = (0, 1, 2)
+LABELS = 500  # images of each new class
 ENGINE = {"num_workers": 0, "probe_every": 0, "log_every": 20, "precision": "32-true", "accelerator": "cpu"}
 PRETRAIN = {"epochs": 6, "batch_size": 64, "lr": 1e-3, "lr_base_batch": None, "warmup_epochs": 1, "layer_decay": 1.0}
 GENTLE = {"auto_augment": None, "color_jitter": 0.2, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_path": 0.0}
@@ -51,7 +52,7 @@ def data(series: Series, train: Path, test: Path) -> dict[str, Path]:
     other = subset(test, made / "transfer_test", 300, seed=12)
     return {
         "known": classes(small, made / "known", True),
-        "new": subset(classes(small, made / "new_all", False), made / "new", 120, seed=13),
+        "new": subset(classes(small, made / "new_all", False), made / f"new_{LABELS}", LABELS, seed=13),
         "test": classes(other, made / "new_test", False),
     }
 
@@ -91,7 +92,7 @@ def adapted(
 
     def compute() -> dict[str, Any]:
         out = series.out / f"run_{name}"
-        recipe = {"epochs": 12, "batch_size": 32, **ENGINE, **CROP, **RECIPES.get(method, {}), **settings}
+        recipe = {"epochs": 10, "batch_size": 32, **ENGINE, **CROP, **RECIPES.get(method, {}), **settings}
         run = pl.adapt(
             method,
             data=str(folders["new"]),
