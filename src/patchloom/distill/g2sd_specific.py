@@ -129,7 +129,7 @@ class G2SDSpecificMethod(AnswersMethod):
         known = labels >= 0
         figures = self.targets.measure((heads[0] + heads[1]) / 2, labels)
         for name, logits in zip(("label_head_accuracy", "teacher_head_accuracy"), heads, strict=True):
-            figures[name] = float((logits.argmax(1) == labels)[known].float().mean())
+            figures[name] = float((logits.argmax(1) == labels)[known].double().mean())
         return figures
 
     def report_sections(self, images: Tensor) -> list[Section]:
