@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 training folder, one sub-folder per class")
     parser.add_argument("--test", type=Path, required=True, help="CIFAR-10 test folder")
     parser.add_argument("--out", type=Path, default=Path("scratch/claims/deit_lt"), help="where figures are kept")
-    parser.add_argument("--epochs", type=int, default=16, help="of every model")
+    parser.add_argument("--epochs", type=int, default=12, help="of every model")
     parser.add_argument("--images", type=int, default=1000, help="of the most frequent class")
     parser.add_argument("--test-images", type=int, default=150, help="of each class")
     parser.add_argument("--write", action="store_true", help="write the tables to docs/systems/deit_lt.md")
