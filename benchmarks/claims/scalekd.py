@@ -197,7 +197,11 @@ def main() -> None:
     text = table(series, seeds)
     print(f"\n{text}")
     if options.write:
-        rewrite(PAGE, "claims", text)
+        shown = (
+            "Test images, the teacher's last features in colours, and what the projector makes of the ResNet's, in the "
+            "same colours (seed 0):\n\n![features of both](../pictures/scalekd.png)"
+        )
+        rewrite(PAGE, "claims", f"{text}\n\n{shown}")
         PICTURE.write_bytes((series.out / "features.png").read_bytes())
 
 
