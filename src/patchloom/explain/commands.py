@@ -107,7 +107,8 @@ class TraitsGallery:
             raise UsageError(f"top is {config.top}; show at least one head")
         if config.against is not None and config.class_name is None:
             raise UsageError(f"against={config.against} needs class_name: the class that is told from it")
-        subject = open_subject(config, needs_classes=True)
+        of_class = None if config.against is None else config.class_name
+        subject = open_subject(config, needs_classes=True, of_class=of_class)
         return self._traits(subject) if config.against is None else self._contrast(subject)
 
     def _traits(self, subject: Subject) -> Gallery:
@@ -181,10 +182,6 @@ class TraitsGallery:
         assert config.against is not None
         a, b = (class_number(name, subject.class_names) for name in (config.class_name, config.against))
         own = (subject.true == a).nonzero().flatten()
-        if len(own) == 0 and bool((subject.true >= 0).any()):
-            raise UsageError(
-                f"none of the images drawn is of class {config.class_name}; raise limit, or give a folder of them"
-            )
         rows = own if len(own) else torch.arange(len(subject.keys))
         inputs = subject.inputs[rows.to(next(subject.model.parameters()).device)]
         parts = [traits_between(subject.model, x, a, b) for x in inputs.split(config.batch_size)]

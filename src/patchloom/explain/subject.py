@@ -87,12 +87,13 @@ class Subject:
         return self.class_names[number] if number >= 0 else "unknown"
 
 
-def open_subject(config: ExplainConfig, *, needs_classes: bool) -> Subject:
+def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | None = None) -> Subject:
     """Open the model and read the images.
 
     Args:
         config: Settings.
         needs_classes: Refuse a model without classes.
+        of_class: Where the images are labelled, draw them from this class alone.
 
     Raises:
         UsageError: There is no such model, class or image.
@@ -105,6 +106,12 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool) -> Subject:
     source = open_source(config.images, in_chans=in_chans(encoder), seed=config.seed)
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} is a stream; explanations are of single images, so give a folder of them")
+    labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None
+    if of_class is not None and labels_known:
+        if of_class not in (source.class_names or []):
+            raise UsageError(f"{config.images} has no images of class {of_class}; give a folder that does")
+        own = np.asarray(source.labels) == (source.class_names or []).index(of_class)
+        source = SubsetSource(source, np.flatnonzero(own))
     chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
     height, width = image_size(encoder)
     if height != width:
