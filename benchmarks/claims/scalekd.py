@@ -23,7 +23,7 @@ import patchloom as pl
 from benchmarks.claims.ccvit import Series, subset
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
-from patchloom.distill.scalekd_method import ScaleKDConfig, ScaleKDMethod
+from patchloom.distill.scalekd import ScaleKDConfig, ScaleKDMethod
 from patchloom.encoders.micro import vit_micro_patch4_32
 from patchloom.report import image_grid
 from patchloom.training.config import config_from_mapping, read_config

@@ -15,7 +15,7 @@ import patchloom as pl
 from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.distill.g2sd_specific import G2SDSpecificConfig, G2SDSpecificMethod
-from patchloom.distill.logits import nkd_loss
+from patchloom.distill.losses import nkd_loss
 from patchloom.distill.specific import specific_loss
 from patchloom.distill.teachers import denormalize
 from patchloom.encoders import create_backbone, create_encoder, image_size, normalize

@@ -8,8 +8,8 @@ from patchloom._lazy import make_callable
 from patchloom.distill.deit_lt import DeiTLTMethod
 from patchloom.distill.g2sd_generic import G2SDGenericMethod
 from patchloom.distill.g2sd_specific import G2SDSpecificMethod
-from patchloom.distill.logit_method import LogitsMethod
-from patchloom.distill.scalekd_method import ScaleKDMethod
+from patchloom.distill.logits import LogitsMethod
+from patchloom.distill.scalekd import ScaleKDMethod
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
-from patchloom.distill.logits import hard_distillation_loss, nkd_loss, soft_distillation_loss
+from patchloom.distill.losses import hard_distillation_loss, nkd_loss, soft_distillation_loss
 from patchloom.distill.specific import DistilledVisionTransformer, as_timm, hold_position, require_plain
 from patchloom.distill.teacher_cache import AnswersConfig, AnswersMethod
 from patchloom.distill.two_heads import two_heads

@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchloom.distill.logits import hard_distillation_loss, nkd_loss
+from patchloom.distill.losses import hard_distillation_loss, nkd_loss
 from patchloom.encoders import (
     Encoder,
     create_encoder,

@@ -16,7 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.distill.logits import soft_distillation_loss
+from patchloom.distill.losses import soft_distillation_loss
 from patchloom.errors import UsageError
 
 

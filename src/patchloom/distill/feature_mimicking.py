@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from patchloom.distill.logits import kd_loss
+from patchloom.distill.losses import kd_loss
 from patchloom.distill.projector import (
     CrossAttentionProjector,
     Scale,
@@ -23,7 +23,7 @@ from patchloom.distill.projector import (
     mimic_alternative,
     mimic_spatial,
 )
-from patchloom.distill.teacher import Seen, Teacher
+from patchloom.distill.split_teacher import Seen, Teacher
 from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
 

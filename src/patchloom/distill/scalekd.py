@@ -1,6 +1,6 @@
 """ScaleKD as a training method: recipes, the teacher's view of the images, what the report shows.
 
-The algorithm itself is in `scale_kd`. Fan et al. 2024, arXiv 2411.06786.
+The algorithm itself is in `feature_mimicking`. Fan et al. 2024, arXiv 2411.06786.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.data.base import Source, StreamSource
+from patchloom.distill.feature_mimicking import ScaleKD
 from patchloom.distill.projector import Scale
-from patchloom.distill.scale_kd import ScaleKD
 from patchloom.distill.teachers import DistillConfig, DistillMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import patchloom as pl
 from evaluate.small_images import write_images
 from patchloom.data import open_source
-from patchloom.distill.scalekd_method import ScaleKDConfig, ScaleKDMethod
+from patchloom.distill.scalekd import ScaleKDConfig, ScaleKDMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.training.config import config_from_mapping

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from patchloom import load_reference
-from patchloom.distill.scale_kd import ScaleKD, StudentTaps
-from patchloom.distill.teacher import Teacher
+from patchloom.distill.feature_mimicking import ScaleKD, StudentTaps
+from patchloom.distill.split_teacher import Teacher
 from patchloom.errors import UsageError
 
 
