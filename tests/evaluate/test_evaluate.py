@@ -137,7 +137,7 @@ def test_a_timm_name_means_its_published_weights(monkeypatch):
         asked.update(kwargs, name=name)
         return create_encoder(name, image_size=32, **TINY)
 
-    monkeypatch.setattr("patchloom.encoders.create_encoder", create)
+    monkeypatch.setattr("patchloom.encoders.create_backbone", create)
     resolve_encoder(EvaluationConfig(encoder="vit_tiny_patch16_224", train="a", test="b"))
     assert asked == {"name": "vit_tiny_patch16_224", "pretrained": True}
 
