@@ -180,7 +180,8 @@ def open_encoder(model: str | Path | nn.Module) -> Any:
             is returned as it is.
 
     Raises:
-        UsageError: There is no such model, it has no published weights, or the module is no image model of timm.
+        UsageError: There is no such model, it has no published weights or they cannot be fetched, or the module is no
+            image model of timm.
     """
     if isinstance(model, nn.Module):
         made_from(model)
@@ -192,7 +193,15 @@ def open_encoder(model: str | Path | nn.Module) -> Any:
 
     if timm.is_model(name) and not timm.models.is_model_pretrained(name):
         raise UsageError(f"{name} has no published weights; give the path of a bundle or run")
-    return create_backbone(name, pretrained=True).eval()
+    try:
+        return create_backbone(name, pretrained=True).eval()
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no such file, or a file of another model
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(
+            f"the weights of {name} could not be fetched ({said}); give the path of a bundle or run"
+        ) from error
 
 
 def find_bundle(path: str | Path) -> Path:

@@ -142,6 +142,15 @@ def test_a_timm_name_means_its_published_weights(monkeypatch):
     assert asked == {"name": "vit_tiny_patch16_224", "pretrained": True}
 
 
+def test_weights_that_cannot_be_fetched_are_said_in_one_sentence(monkeypatch):
+    def create(name, **kwargs):
+        raise FileNotFoundError("no connection\nto the hub")
+
+    monkeypatch.setattr("patchloom.encoders.create_backbone", create)
+    with pytest.raises(UsageError, match=r"vit_tiny_patch16_224 could not be fetched .*connection to the hub\); give"):
+        resolve_encoder(EvaluationConfig(encoder="vit_tiny_patch16_224", train="a", test="b"))
+
+
 def test_another_image_size_is_taken(bundle, data):
     result = pl.evaluate("knn", encoder=bundle, image_size=24, **data, **QUICK)
     assert result["dim"] == 48
