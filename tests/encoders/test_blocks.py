@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchloom.encoders import create_encoder, embed, run_block
-from patchloom.encoders.blocks import LearnedBiasAttention
+from patchloom.encoders.blocks import LayerScaledLinear, LearnedBiasAttention
 
 NAMES = ["vit_tiny_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224", "ccvit_tiny_patch8_64"]
 
@@ -125,9 +127,93 @@ def test_norms_and_activations_are_computed_again_and_gradients_stay_equal_to_th
         sizes.append(graph_bytes(output))
         wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
         gradients.append(torch.autograd.grad(output.square().sum(), [entering, *wanted], allow_unused=True))
+    scaled = hasattr(block, "gamma_1") and block.gamma_1 is not None  # learns by another formula, see below
     for one, other in zip(*gradients, strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
+        assert (one is None and other is None) or torch.equal(one, other) or scaled
     assert sizes[1] < 0.9 * sizes[0]
+
+
+def scaled_block(name):
+    """Return a block with layer scale, every parameter random, in float64, and what it is given."""
+    torch.manual_seed(0)
+    encoder = create_encoder(name, **({} if "eva" in name or "ccvit" in name else {"init_values": 0.1})).double()
+    if name.startswith("eva"):
+        encoder.blocks[0].gamma_1 = nn.Parameter(torch.empty(encoder.embed_dim, dtype=torch.float64))
+        encoder.blocks[0].gamma_2 = nn.Parameter(torch.empty(encoder.embed_dim, dtype=torch.float64))
+    block = encoder.blocks[0].train()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    embedded = embed(encoder, torch.randn(2, 3, *encoder.patch_embed.img_size, dtype=torch.float64))
+    return block, embedded.x.detach(), embedded.kwargs_of(0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_scale_learns_the_same_without_the_output_it_scales(name):
+    block, x, kwargs = scaled_block(name)
+    wanted = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    weight = torch.randn_like(x)
+    gradients, sizes = [], []
+    for run in (lambda x: run_block(block, x, kwargs), lambda x: block(x, **kwargs)):
+        entering = x.clone().requires_grad_()
+        output = run(entering)
+        nodes, todo = set(), [output.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                todo += [parent for parent, _ in node.next_functions]
+        sizes.append(sum("LayerScaledLinear" in type(node).__name__ for node in nodes))
+        gradients.append(torch.autograd.grad((output * weight).sum(), [entering, *wanted]))
+    assert sizes == [2, 0]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_layer_scale_scales_is_not_kept():
+    sizes = []
+    for kept in (False, True):
+        linear, scale = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        with nullcontext() if kept else LayerScaledLinear():
+            sizes.append(graph_bytes(scale * linear(torch.ones(2, 3, 8, requires_grad=True))))
+    assert sizes[0] == 2 * 3 * 8 * 4 <= sizes[1] / 2  # the input alone
+
+
+@pytest.mark.parametrize("why", ["hook", "retained", "frozen", "dtype", "other tensor"])
+def test_a_product_that_is_not_a_plain_layer_scale_is_left_alone(why):
+    torch.manual_seed(0)
+    linear, scale = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+    x = torch.randn(3, 4, requires_grad=True)
+    seen = []
+    if why == "frozen":
+        linear.weight.requires_grad_(False)
+    if why == "dtype":
+        scale = nn.Parameter(torch.randn(4, dtype=torch.float64))
+    with LayerScaledLinear():
+        y = linear(x)
+        if why == "hook":
+            y.register_hook(seen.append)
+        if why == "retained":
+            y.retain_grad()
+        output = scale * (y + 0 if why == "other tensor" else y)
+    assert "LayerScaledLinear" not in type(output.grad_fn).__name__
+    output.sum().backward()
+    torch.testing.assert_close(scale.grad, y.detach().sum(0).to(scale.dtype))
+    if why == "hook":
+        torch.testing.assert_close(seen[0], scale.detach().expand(3, 4))
+    if why == "retained":
+        torch.testing.assert_close(y.grad, scale.detach().expand(3, 4))
+
+
+def test_a_layer_scale_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    linear, scale = nn.Linear(4, 5).double(), nn.Parameter(torch.randn(5, dtype=torch.float64))
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def scaled(x, weight, bias):
+        with LayerScaledLinear():
+            return scale * F.linear(x, weight, bias)
+
+    assert torch.autograd.gradgradcheck(scaled, (x, linear.weight, linear.bias))
+    assert torch.autograd.gradcheck(scaled, (x, linear.weight, linear.bias))
 
 
 def test_a_block_whose_activations_are_computed_again_can_be_differentiated_twice():

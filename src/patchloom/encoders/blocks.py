@@ -1,9 +1,10 @@
 """One block of an encoder, run with less work than a plain call where that changes nothing.
 
-Three savings, all exact: attention whose position bias is learned keeps no attention matrices on a CPU
+Four savings, all exact: attention whose position bias is learned keeps no attention matrices on a CPU
 (`LearnedBiasAttention`); what a norm or an activation gave is computed again on the way back, from what it was given,
-instead of being kept beside it (a third of a block's memory for a few elementwise passes); and a block of which only
-some rows are read computes its MLP for those alone.
+instead of being kept beside it (a third of a block's memory for a few elementwise passes); a layer scale learns from
+the gradient of the projection before it, whose output need not be kept (`LayerScaledLinear`); and a block of which
+only some rows are read computes its MLP for those alone.
 
 >>> import torch
 >>> from patchloom.encoders import create_encoder
@@ -61,7 +62,9 @@ def run_block(
     narrowed = rows is not None and isinstance(block, TOKENWISE_MLP) and not compiled
     table = nullcontext() if kept is None else _table_of(block.attn, kept)
     lean = _given_again(block) if on_cpu and not keep_all else nullcontext()
-    with lean, table, attention, _mlp_of(block, rows) if narrowed and rows is not None else nullcontext():
+    scaled = LayerScaledLinear() if on_cpu and not keep_all else nullcontext()
+    mlp = _mlp_of(block, rows) if narrowed and rows is not None else nullcontext()
+    with lean, scaled, table, attention, mlp:
         output: Tensor = block(x, **kwargs)
     return output
 
@@ -182,3 +185,61 @@ class _BiasedAttention(torch.autograd.Function):
         grad_q = torch.bmm(flat, k).mul_(scale)
         grad_k = torch.bmm(flat.transpose(1, 2), q).mul_(scale)
         return grad_q.view(shape), grad_k.view(shape), grad_v.view(shape), grad_bias
+
+
+class LayerScaledLinear(TorchFunctionMode):
+    """Within it, a linear map followed by a learned scale of each channel (layer scale) keeps its input only.
+
+    The scale's gradient is found without the map's output: for y = γ (W a + b), where g is the gradient of y and
+    G = Σ g aᵀ over tokens, the gradient of W is γ G, row by row, and that of γ the sum of each row of G W, plus b Σ g.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        self.given: tuple[Any, ...] = ()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what a linear map gives, and take over its product with a scale; everything else passes."""
+        kwargs = kwargs or {}
+        product = self.output
+        if func is Tensor.mul and len(args) == 2 and product is not None:
+            scale = args[0] if args[1] is product else args[1] if args[0] is product else None
+            watched = product.retains_grad or product._backward_hooks  # its own gradient is asked for
+            if isinstance(scale, nn.Parameter) and not watched and _scales(scale, *self.given):
+                given, self.output, self.given = self.given, None, ()
+                return _LayerScaledLinear.apply(product.detach(), *given, scale)
+        output = func(*args, **kwargs)
+        if func is F.linear:
+            plain = len(args) == 3 and not kwargs  # as `nn.Linear` calls it
+            self.output, self.given = (output, args) if plain else (None, ())
+        return output
+
+
+def _scales(scale: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether this is the case that `_LayerScaledLinear` computes, and a smaller one than the plain two steps."""
+    learned = scale.requires_grad and weight.requires_grad and (bias is None or bias.requires_grad)
+    kinds = {tensor.dtype for tensor in (scale, inputs, weight)}
+    exact = len(kinds) == 1 and kinds <= {torch.float32, torch.float64} and not torch.is_autocast_enabled("cpu")
+    return learned and exact and scale.shape == weight.shape[:1]
+
+
+class _LayerScaledLinear(torch.autograd.Function):
+    """γ (W a + b) for a (..., n), W (m, n), b and γ (m), given W a + b besides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, bias, scale)
+        return product * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias, scale = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        unscaled = grad.T @ inputs.flatten(0, -2)
+        total = grad.sum(0)
+        grad_scale = (unscaled * weight).sum(1) + (0 if bias is None else bias * total)
+        grad_inputs = ((grad * scale) @ weight).view_as(inputs)
+        return None, grad_inputs, unscaled * scale.unsqueeze(1), None if bias is None else total * scale, grad_scale
