@@ -119,6 +119,7 @@ def tokenizer_claims(train: Tensor, test: Tensor) -> dict[str, Any]:
         "peer_mse": curve,
         "encode": images_per_second(tokenizers[512].encode, test),
         "peer_encode": images_per_second(peer.eval().encode, test),
+        "peer_codes_used": int(peer.encode(test).unique().numel()),
         "codes_used": int(tokenizers[512].encode(test).unique().numel()),
         "patch_variance": float(patches.var(dim=(0, 1), correction=0).mean()),
         "mse": mse,
@@ -144,7 +145,8 @@ def train_peer(
         seconds += time.perf_counter() - start
         if step % 50 == 0:
             with torch.no_grad():
-                mse = float(F.mse_loss(peer(test[:500])[0], test[:500]))
+                mse = float(F.mse_loss(peer.eval()(test[:500])[0], test[:500]))
+                peer.train()
             curve.append([round(seconds, 1), mse])
             if mse <= enough or seconds > most_seconds:
                 break

@@ -2,7 +2,9 @@
 
 A Vision Transformer encodes each patch to a unit vector, the nearest of K learned unit vectors is its token, and a
 second Vision Transformer decodes the tokens to pixels. Trained by reconstruction error, straight-through estimator
-and commitment loss (van den Oord et al. 2017; Yu et al. 2022, arXiv 2110.04627, factorised and normalised codes).
+and commitment loss (van den Oord et al. 2017; Yu et al. 2022, arXiv 2110.04627, factorised and normalised codes). As
+in BEiT v2's tokenizer, codes start from encoded patches and follow them by a moving average; a code that is hardly
+used starts again from an encoded patch, since otherwise most would never be used at all.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ class VQPeer(nn.Module):
         depth: Blocks of each.
         code_dim: Length of a code.
         beta: Weight of the commitment loss.
+        decay: Of the codes' moving average, per step.
     """
+
+    codebook: Tensor  # (num_codes, code_dim), unit vectors
+    shares: Tensor  # (num_codes,), of a batch's patches, averaged; all zero before the first step
 
     def __init__(
         self,
@@ -37,12 +43,13 @@ class VQPeer(nn.Module):
         depth: int = 4,
         code_dim: int = 32,
         beta: float = 0.25,
+        decay: float = 0.99,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.num_codes = num_codes
         self.grid = (image_size // patch_size, image_size // patch_size)
-        self.beta = beta
+        self.beta, self.decay = beta, decay
         common = {
             "embed_dim": dim,
             "depth": depth,
@@ -53,7 +60,8 @@ class VQPeer(nn.Module):
         }
         self.encoder = VisionTransformer(img_size=image_size, patch_size=patch_size, **common)
         self.to_code = nn.Linear(dim, code_dim)
-        self.codebook = nn.Parameter(F.normalize(torch.randn(num_codes, code_dim), dim=-1))
+        self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
+        self.register_buffer("shares", torch.zeros(num_codes))
         self.decoder = VisionTransformer(img_size=self.grid, patch_size=1, in_chans=code_dim, **common)
         self.to_pixels = nn.Linear(dim, 3 * patch_size**2)
 
@@ -62,18 +70,39 @@ class VQPeer(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [0, 1] → ids (B, h, w)."""
-        nearest = (self._vectors(images) @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
-        return nearest.view(-1, *self.grid)
+        return (self._vectors(images) @ self.codebook.T).argmax(-1).view(-1, *self.grid)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images: (B, 3, H, W) in [0, 1] → (reconstruction of the same shape, scalar training loss)."""
         vectors = self._vectors(images)
-        codes = F.normalize(self.codebook, dim=-1)
-        quantised = codes[(vectors @ codes.T).argmax(-1)]
+        if self.training and not self.shares.any():
+            self.codebook.copy_(self._drawn(vectors, self.num_codes))
+            self.shares.fill_(1 / self.num_codes)
+        ids = (vectors @ self.codebook.T).argmax(-1)
+        quantised = self.codebook[ids]
         passed = vectors + (quantised - vectors).detach()  # straight-through
         lattice = passed.transpose(1, 2).unflatten(2, self.grid)  # (B, code_dim, h, w)
         pixels = self.to_pixels(self.decoder(lattice))
-        commitment = self.beta * (vectors - quantised.detach()).square().sum(-1).mean()
-        attraction = (quantised - vectors.detach()).square().sum(-1).mean()
-        loss = F.mse_loss(pixels, patchify(images * 2 - 1, self.patch_size)) + commitment + attraction
+        loss = F.mse_loss(pixels, patchify(images * 2 - 1, self.patch_size)) + self.beta * F.mse_loss(
+            vectors, quantised
+        )
+        if self.training:
+            self._follow(vectors.detach().flatten(0, 1), ids.flatten())
         return (unpatchify(pixels, self.patch_size, self.grid) + 1) / 2, loss
+
+    @torch.no_grad()
+    def _follow(self, vectors: Tensor, ids: Tensor) -> None:
+        """Move each code towards the mean of its vectors; let codes that are hardly used start again."""
+        counts = torch.bincount(ids, minlength=self.num_codes).to(vectors.dtype)
+        means = F.normalize(torch.zeros_like(self.codebook).index_add_(0, ids, vectors), dim=-1)
+        moved = F.normalize(torch.lerp(means, self.codebook, self.decay), dim=-1)
+        self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
+        self.shares.lerp_(counts / len(ids), 1 - self.decay)
+        rare = self.shares < 0.03 / self.num_codes
+        self.codebook[rare] = self._drawn(vectors, int(rare.sum()))
+        self.shares[rare] = 1 / self.num_codes
+
+    @staticmethod
+    def _drawn(vectors: Tensor, number: int) -> Tensor:
+        vectors = vectors.detach().flatten(0, -2)
+        return vectors[torch.randint(len(vectors), (number,))]
