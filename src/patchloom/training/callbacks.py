@@ -40,6 +40,8 @@ class Progress(Callback):
         assert isinstance(pl_module, Method)
         self.started = self.said = self.batch_ended = time.monotonic()
         self.first_step = trainer.global_step
+        if trainer.is_global_zero and self.first_step:
+            print(f"going on after step {self.first_step} of {pl_module.total_steps}", file=sys.stderr, flush=True)
         if trainer.is_global_zero and sys.stderr.isatty():
             self.bar = tqdm(total=pl_module.total_steps, initial=self.first_step, unit="step", dynamic_ncols=True)
 
