@@ -26,6 +26,11 @@ def test_overview_names_every_command(capsys):
         assert f"  {name} " in out
 
 
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "patchloom", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("patchloom ")
+
+
 @pytest.mark.parametrize("name", [n for n, c in cli.COMMANDS.items() if isinstance(c, cli.Command)])
 def test_every_command_explains_all_its_options(name, capsys):
     with pytest.raises(SystemExit) as stop:

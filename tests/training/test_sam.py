@@ -138,7 +138,7 @@ def test_a_step_counts_as_one_batch_however_it_is_accumulated(tmp_path):
     assert any((value - without[name]).abs().max() > 1e-4 for name, value in whole.items())
 
 
-def test_cut_off_and_resumed_equals_never_cut_off(tmp_path):
+def test_cut_off_and_resumed_equals_never_cut_off(tmp_path, capsys):
     once = weights(run(tmp_path / "once", accumulate=2, batch_size=8))
     original, count = Method.training_step, []
 
@@ -153,6 +153,8 @@ def test_cut_off_and_resumed_equals_never_cut_off(tmp_path):
         patch.setattr(Method, "training_step", failing)
         with pytest.raises(RuntimeError, match="cut off"):
             run(tmp_path / "two", accumulate=2, batch_size=8)
+    assert "going on" not in capsys.readouterr().err
     twice = weights(run(tmp_path / "two", accumulate=2, batch_size=8, resume=True))
+    assert "going on after step 2 of" in capsys.readouterr().err
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
