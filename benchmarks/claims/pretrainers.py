@@ -3,8 +3,8 @@
     python -m benchmarks.claims.pretrainers --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
 Every method gives the same small encoder the same number of optimiser steps on the same images, with its own recipe;
-k-NN and a linear probe then learn from the same labelled images. It is `patchloom pretrain compare`, and goes on where
-it was interrupted.
+k-NN and a linear probe then learn from the labels of all of them, and fine-tuning from a fifth. It is
+`patchloom pretrain compare`, and goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LABELS = {
     for key, value in SUPERVISED.items()
     if key not in ("encoder", "batch_size", "num_workers", "probe_every")
 }
+TUNING: dict[str, Any] = {**LABELS, "batch_size": 64, "epochs": 10, "label_fraction": 0.2}
 
 
 def recipe(folders: dict[str, Path], steps: int) -> dict[str, Any]:
@@ -61,7 +62,11 @@ def recipe(folders: dict[str, Path], steps: int) -> dict[str, Any]:
         "seeds": list(SEEDS),
         "defaults": {"batch_size": 64, "num_workers": 0},
         "methods": methods,
-        "evaluate": {"knn": {"num_workers": 0}, "linear": {"num_workers": 0}},
+        "evaluate": {
+            "knn": {"num_workers": 0},
+            "linear": {"num_workers": 0},
+            "finetune": {"num_workers": 0, "settings": TUNING},
+        },
     }
 
 
@@ -89,12 +94,18 @@ def main() -> None:
     rows = [
         [
             row["method"],
-            *(_interval(row, protocol) for protocol in ("knn", "linear")),
+            *(_interval(row, protocol) for protocol in ("knn", "linear", "finetune")),
             f"{float(row['training seconds']):.0f}" if row.get("training seconds") else "–",
         ]
         for row in found
     ]
-    header = [f"{options.steps} steps of 64 images, {len(SEEDS)} seeds", "k-NN, %", "linear probe, %", "seconds"]
+    header = [
+        f"{options.steps} steps of 64 images, {len(SEEDS)} seeds",
+        "k-NN, %",
+        "linear probe, %",
+        "fine-tuned, %",
+        "seconds",
+    ]
     text = f"{machine()}\n\n{markdown_table(header, rows)}"
     print(text)
     if options.write:
