@@ -83,6 +83,32 @@ def test_balls_are_found(encoder, sorted_volumes, slice_pool, tmp_path):
     json.dumps(figures)
 
 
+def test_features_of_slices_are_kept_until_something_changes(encoder, sorted_volumes, tmp_path, monkeypatch):
+    from patchloom.evaluate import volumes
+
+    train, test = sorted_volumes
+    encoded = []
+    original = volumes.slice_encode
+    monkeypatch.setattr(volumes, "slice_encode", lambda *given, **named: encoded.append(1) or original(*given, **named))
+
+    def measure(cache=str(tmp_path / "cache"), model=encoder, **settings):
+        encoded.clear()
+        given = {"window": "ct", "device": "cpu", "lr": 1e-2, "draws": 20, **settings}
+        figures = pl.evaluate("volumes", encoder=model, train=train, test=test, cache=cache, **given)
+        return {name: value for name, value in figures.items() if name != "seconds"}, len(encoded)
+
+    apart, first = measure(cache="none")
+    assert first == 20  # 12 and 8 volumes
+    assert measure() == (apart, 20)
+    assert measure() == (apart, 0)
+    assert measure(slice_pool="max")[1] == 0
+    assert measure(slices=3)[1] == 20
+    changed = copy.deepcopy(encoder)
+    with torch.no_grad():
+        changed.blocks[0].mlp.fc1.weight[0, 0] += 1e-3
+    assert measure(model=changed)[1] == 20
+
+
 def test_slices_keep_their_proportions_and_can_be_fewer(tmp_path):
     from patchloom.data.volumes import open_volumes
 

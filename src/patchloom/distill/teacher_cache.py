@@ -29,7 +29,7 @@ from patchloom.data.transforms import EvalTransform
 from patchloom.distill.teachers import DistillConfig, DistillMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
-from patchloom.features.cache import Produce, Take, cache_folder, kept_rows, source_hash, weights_hash
+from patchloom.features.cache import Take, cache_folder, kept_rows, rows_in_memory, source_hash, weights_hash
 from patchloom.features.extract import Features
 
 
@@ -118,7 +118,7 @@ def teacher_answers(
     }
     root = cache_folder(cache)
     found = None if root is None else kept_rows(root, about, name, source.name, produce)
-    return TeacherAnswers(_in_memory(produce) if found is None else found, source.name)
+    return TeacherAnswers(rows_in_memory(produce) if found is None else found, source.name)
 
 
 def refuse_random_views(settings: Mapping[str, float | str | None]) -> None:
@@ -207,18 +207,3 @@ class AnswersMethod(DistillMethod):
             answered: Tensor = self.teacher(self.teacher.view(images, self.encoder))
             return answered
         return self.teacher.in_order(self.kept.of(batch["key"]).to(images.device))
-
-
-def _in_memory(produce: Produce) -> Features:
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    keys: list[str] = []
-
-    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
-        rows.append(found)
-        labels.append(known)
-        keys.extend(names)
-        return True
-
-    skipped = produce(take)
-    return Features(torch.cat(rows), torch.cat(labels), keys, skipped)

@@ -31,8 +31,9 @@ from patchloom.evaluate.metrics import accuracy, balanced_accuracy
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
-from patchloom.evaluate.target import EvaluationConfig, resolve_encoder
-from patchloom.features.extract import torch_device
+from patchloom.evaluate.target import EvaluationConfig, encoder_name, resolve_encoder
+from patchloom.features.cache import Take, cache_folder, kept_rows, rows_in_memory, weights_hash
+from patchloom.features.extract import Features, torch_device
 from patchloom.training.selection import read_groups
 
 SlicePool = Literal["mean", "max", "attention"]
@@ -203,33 +204,55 @@ def pool_slices(features: Tensor, how: str) -> Tensor:
     return features.mean(0) if how == "mean" else features.amax(0)
 
 
-@torch.no_grad()
 def slice_features(encoder: Encoder, source: VolumeSource, config: VolumesConfig, device: torch.device) -> Bags:
-    """Return the slice features of every readable volume.
+    """Return the slice features of every readable volume; from disk where the same were computed before.
 
     Raises:
         UsageError: None is readable, or features are not finite.
     """
     encoder = copy.deepcopy(encoder).eval().to(device)
-    bags, labels, keys, skipped = [], [], [], []
-    for index in tqdm(range(len(source)), desc="volumes", disable=not sys.stderr.isatty(), leave=False):
-        try:
-            volume = source.read(index)
-        except UnreadableImageError as error:
-            skipped.append((error.key, error.reason))
-            continue
-        images = encoder_images(volume, config.window, image_size(encoder), in_chans(encoder), config.slices)
-        normalised = normalize(images.to(device), encoder)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            found = slice_encode(encoder, normalised[None], pool=config.pool, batch_size=config.batch_size)[0]
-        if not bool(torch.isfinite(found).all()):
-            raise UsageError(f"the features of {volume.key} are not finite; the encoder was saved from a diverged run")
-        bags.append(found.float().cpu())
-        labels.append(volume.label)
-        keys.append(volume.key)
-    if not bags:
-        raise UsageError(f"no volume of {source.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
-    return Bags(bags, np.array(labels, dtype=np.int64), keys, skipped)
+
+    @torch.no_grad()
+    def produce(take: Take) -> list[tuple[str, str]]:
+        skipped = []
+        for index in tqdm(range(len(source)), desc="volumes", disable=not sys.stderr.isatty(), leave=False):
+            try:
+                volume = source.read(index)
+            except UnreadableImageError as error:
+                skipped.append((error.key, error.reason))
+                continue
+            images = encoder_images(volume, config.window, image_size(encoder), in_chans(encoder), config.slices)
+            normalised = normalize(images.to(device), encoder)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                found = slice_encode(encoder, normalised[None], pool=config.pool, batch_size=config.batch_size)[0]
+            if not bool(torch.isfinite(found).all()):
+                raise UsageError(
+                    f"the features of {volume.key} are not finite; the encoder was saved from a diverged run"
+                )
+            # The label of a slice is its volume's number: what class that is may be renamed without computing anew.
+            take(found.float().cpu(), torch.full((len(found),), index), [volume.key] * len(found))
+        if len(skipped) == len(source):
+            raise UsageError(f"no volume of {source.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
+        return skipped
+
+    how = {"slices": config.slices, "window": config.window, "pool": config.pool, "precision": config.precision}
+    about = {
+        "format": 1,
+        "encoder": weights_hash(encoder),
+        "source": source.fingerprint(),
+        "how": {**how, "plane": source.plane, "channel": source.channel, "side": list(image_size(encoder))},
+    }
+    root = cache_folder(config.cache)
+    found = None if root is None else kept_rows(root, about, encoder_name(config), source.name, produce)
+    return _bags(rows_in_memory(produce) if found is None else found, source)
+
+
+def _bags(rows: Features, source: VolumeSource) -> Bags:
+    numbers, counts = torch.unique_consecutive(rows.labels, return_counts=True)
+    assert source.labels is not None
+    bags = [torch.from_numpy(np.array(bag)) for bag in rows.vectors.split(counts.tolist())]
+    keys = [source.key(number) for number in numbers.tolist()]
+    return Bags(bags, source.labels[numbers.numpy()], keys, rows.skipped)
 
 
 def encoder_images(

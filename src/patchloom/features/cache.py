@@ -150,6 +150,22 @@ def kept_rows(
     return features
 
 
+def rows_in_memory(produce: Produce) -> Features:
+    """Return the rows that `kept_rows` would keep, without keeping them."""
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
+    keys: list[str] = []
+
+    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
+        rows.append(found)
+        labels.append(known)
+        keys.extend(names)
+        return True
+
+    skipped = produce(take)
+    return Features(torch.cat(rows), torch.cat(labels), keys, skipped)
+
+
 def cache_folder(cache: str | Path | None = "auto") -> Path | None:
     """Return the folder a setting `cache` means, or None for no cache.
 
