@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchloom.data.mask_transforms import TestImage, TrainCrop, distort_colours, stretched
+from patchloom.data.mask_transforms import TestImage, TrainCrop, distort_colours
+from patchloom.data.pixels import stretched
 from patchloom.errors import UsageError
 
 

@@ -16,7 +16,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.data.pixels import jitter_colors, random_box, resize
-from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
+from patchloom.data.transforms import (
+    EvalTransform,
+    FinetuneTransform,
+    PairedViews,
+    WholeImageTransform,
+    eval_view,
+    make_mixup,
+)
 from patchloom.errors import UsageError
 
 
@@ -156,6 +163,20 @@ def test_eval_transform_leaves_an_image_of_the_right_size_alone() -> None:
     image = picture(32, 32)
     assert torch.equal(EvalTransform(32)(image)["image"], image)
     assert not torch.equal(EvalTransform(32)(picture(33, 32))["image"], image)
+
+
+def test_the_whole_image_is_shown_and_each_channel_stretched():
+    image = picture(40, 60) // 3 + 20
+    image[2] = 77
+    shown = WholeImageTransform(16)(image)["image"]
+    small = F.resize(image, [16, 16], InterpolationMode.BICUBIC, antialias=True).double()
+    for channel in (0, 1):
+        low, high = small[channel].min(), small[channel].max()
+        assert torch.equal(shown[channel].double(), ((small[channel] - low) / (high - low) * 255).round())
+    assert not shown[2].any()  # one value: nothing to stretch
+    assert isinstance(eval_view("whole", 16), WholeImageTransform)
+    with pytest.raises(UsageError, match="unknown view"):
+        eval_view("half", 16)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])

@@ -60,6 +60,7 @@ def test_the_figures_are_those_of_the_run(method, settings, bundle, data, tmp_pa
         ({"method": "finetun"}, "unknown adapt method 'finetun'; did you mean finetune"),
         ({"settings": {"data": "x"}}, "settings holds data, which the evaluation sets itself"),
         ({"encoder": "pixels"}, "raw pixels cannot be trained further"),
+        ({"view": "whole"}, "training chooses its own views"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, message, bundle, data):

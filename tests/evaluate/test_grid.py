@@ -14,6 +14,7 @@ from patchloom.encoders import create_encoder, intermediate_layers, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import _batches, fit_heads
 from patchloom.evaluate.linear_grid import LinearGridConfig, probe_features
+from patchloom.training.config import config_from_mapping
 
 from .small_images import QUICK, TINY, write_images
 
@@ -165,6 +166,8 @@ def test_papers_differ(bundle, data):
     assert len(found["heads"]) == 16
     assert found["refit"]
     assert {head["lr"] for head in found["heads"]} == {1e-3, 5e-3, 1e-2, 5e-2}
+    given = {"preset": "radiology", "encoder": bundle, **data}
+    assert config_from_mapping(LinearGridConfig, given).view == "whole"
     assert len(pl.evaluate("linear_grid", preset="dinov3", encoder="pixels", **data, **QUICK, steps=9)["heads"]) == 13
 
 

@@ -224,6 +224,7 @@ def test_broken_volumes_are_left_out_and_listed(encoder, sorted_volumes, tmp_pat
         ("volumes", {"slice_pool": "average"}, "unknown slice_pool"),
         ("volumes", {"window": "pet"}, "unknown window"),
         ("volumes", {"slices": 0}, "slices is 0"),
+        ("volumes", {"view": "whole"}, "see window instead"),
         ("volumes", {"test": "TRAIN"}, "the same volumes"),
         ("volumes", {"test": "PAINTED"}, "has no classes"),
         ("volumes", {"encoder": "NAN"}, "not finite"),

@@ -75,7 +75,14 @@ def test_workers_batches_and_devices_do_not_make_other_features(encoder, images,
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pool": "avg"}, {"layers": (-1,)}, {"layers": (-2, -1)}, {"image_size": 24}, {"precision": "bf16"}],
+    [
+        {"pool": "avg"},
+        {"layers": (-1,)},
+        {"layers": (-2, -1)},
+        {"image_size": 24},
+        {"precision": "bf16"},
+        {"view": "whole"},
+    ],
 )
 def test_other_ways_of_making_vectors_are_other_entries(encoder, images, tmp_path, settings):
     source = open_source(str(images))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from patchloom.data import MemorySource, Sample, SubsetSource, open_source
 from patchloom.data.base import Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.transforms import WholeImageTransform
 from patchloom.encoders import create_encoder, normalize, pooled
 from patchloom.errors import UsageError
 from patchloom.features.extract import extract
@@ -199,3 +200,14 @@ def test_a_gpu_gives_the_same_features(encoder):
     here, there = (extract(encoder, source_of(), device=d, num_workers=0, progress=False) for d in ("cpu", "cuda"))
     torch.testing.assert_close(here.vectors, there.vectors, rtol=1e-3, atol=1e-3)
     assert next(encoder.parameters()).device.type == "cpu"
+
+
+def test_the_view_is_what_the_encoder_sees(encoder):
+    source = source_of(3, side=24)
+    seen = extract(encoder, source, view="whole", num_workers=0, device="cpu")
+    images = torch.stack([WholeImageTransform(16)(source.read(n).image)["image"] for n in range(3)])
+    with torch.no_grad():
+        torch.testing.assert_close(seen.vectors, pooled(encoder, normalize(images / 255, encoder)))
+    assert not torch.allclose(seen.vectors, extract(encoder, source, num_workers=0, device="cpu").vectors)
+    with pytest.raises(UsageError, match="unknown view"):
+        extract(encoder, source, view="half", num_workers=0, device="cpu")

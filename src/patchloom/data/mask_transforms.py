@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.data.pixels import stretched
 from patchloom.data.segmentation import IGNORED, split_mask
 from patchloom.errors import UsageError
 
@@ -164,14 +165,6 @@ def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
     if not early:
         pixels = (pixels * contrast).clamp(0, 255)
     return pixels.round().to(torch.uint8)
-
-
-def stretched(image: Tensor) -> Tensor:
-    """Return each channel of (C, H, W) uint8 stretched to 0 … 255; one that is constant becomes 0."""
-    low, high = (x.float() for x in torch.aminmax(image.flatten(1), dim=1))
-    spread = (high - low).clamp(min=1e-6)
-    found: Tensor = (image.float() - low[:, None, None]) / spread[:, None, None] * 255
-    return found.round().to(torch.uint8)
 
 
 def _taken_apart(image: Tensor, minmax: bool) -> tuple[Tensor, Tensor]:

@@ -112,3 +112,11 @@ def to_pil(image: Tensor) -> Image.Image:
     """Return a (1 or 3, H, W) uint8 tensor as a Pillow image."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def stretched(image: Tensor) -> Tensor:
+    """Return each channel of (C, H, W) uint8 stretched to 0 … 255; one that is constant becomes 0."""
+    low, high = (x.float() for x in torch.aminmax(image.flatten(1), dim=1))
+    spread = (high - low).clamp(min=1e-6)
+    found: Tensor = (image.float() - low[:, None, None]) / spread[:, None, None] * 255
+    return found.round().to(torch.uint8)

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, to_pil
+from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, stretched, to_pil
 from patchloom.errors import UsageError, unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -163,6 +163,48 @@ class EvalTransform:
     def __repr__(self) -> str:
         """Name the transform with its settings."""
         return _describe(self)
+
+
+class WholeImageTransform:
+    """Resize the whole image to a square, then stretch each channel to its full range (radiology benchmark).
+
+    Nothing is cut off, and proportions are not kept: findings lie at the edge as often as in the middle. A channel of
+    one value becomes black.
+
+    Args:
+        size: Side of the result, pixels.
+        interpolation: "bicubic", "bilinear" or "lanczos", always with antialiasing.
+
+    Raises:
+        UsageError: A size below 1, or the interpolation is unknown.
+    """
+
+    def __init__(self, size: int, interpolation: str = "bicubic") -> None:
+        self.size = _positive("size", size)
+        self.interpolation = _known(interpolation)
+
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return {"image": (C, size, size) uint8}; the generator is not used."""
+        return {"image": stretched(resize(image, (self.size, self.size), self.interpolation))}
+
+    def __repr__(self) -> str:
+        """Name the transform with its settings."""
+        return _describe(self)
+
+
+# What an encoder is shown of an image when it is measured.
+View = Literal["crop", "whole"]
+
+
+def eval_view(view: View, size: int) -> EvalTransform | WholeImageTransform:
+    """Return the transform of that name at a size.
+
+    Raises:
+        UsageError: There is no such view.
+    """
+    if view not in get_args(View):
+        raise unknown_name("view", view, get_args(View))
+    return EvalTransform(size) if view == "crop" else WholeImageTransform(size)
 
 
 class FinetuneTransform:

@@ -42,6 +42,8 @@ class FinetuneConfig(EvaluationConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
+        if self.view != "crop":
+            raise UsageError(f"view is {self.view}, and training chooses its own views; leave it out")
         if taken := [name for name in self.settings if name in OURS]:
             raise UsageError(f"settings holds {taken[0]}, which the evaluation sets itself; leave it out")
         if self.run is not None and Path(self.run).exists():

@@ -33,7 +33,9 @@ class LinearGridConfig(EvaluationConfig):
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
-            "radiology": MappingProxyType({"lrs": (1e-3, 5e-3, 1e-2, 5e-2), "scale_lr": False, "refit": True}),
+            "radiology": MappingProxyType(
+                {"lrs": (1e-3, 5e-3, 1e-2, 5e-2), "scale_lr": False, "refit": True, "view": "whole"}
+            ),
             "dinov3": MappingProxyType({"blocks": (1,)}),
         }
     )

@@ -13,6 +13,7 @@ from torch import nn
 from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import View
 from patchloom.encoders import Encoder, create_backbone, in_chans
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
@@ -37,6 +38,9 @@ class EvaluationConfig:
     """Give the encoder fresh weights first: what training has to beat"""
     image_size: int | None = None
     """Side images are resized and cropped to; default: the encoder's (32 for raw pixels)"""
+    view: View = "crop"
+    """What is shown of an image: crop, its centre; whole, all of it, out of proportion, each channel stretched to its
+    full range (radiology)"""
     pool: Pool = "auto"
     """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
     precision: Precision = "32"
@@ -70,7 +74,8 @@ class EvaluationConfig:
             raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
         if self.image_size is not None and self.image_size < 1:
             raise UsageError(f"image_size is {self.image_size}; it must be at least 1")
-        for kind, value, known in (("pool", self.pool, Pool), ("precision", self.precision, Precision)):
+        choices = (("pool", self.pool, Pool), ("precision", self.precision, Precision), ("view", self.view, View))
+        for kind, value, known in choices:
             if value not in get_args(known):
                 raise unknown_name(kind, value, get_args(known))
         if self.draws < 2:
@@ -223,6 +228,7 @@ def _labelled(
         pool=config.pool if pool is None else pool,
         layers=layers,
         precision=config.precision,
+        view=config.view,
     )
     _check_finite(features, source, config)
     known = features.labels >= 0 if features.labels.ndim == 1 else ~features.labels.isnan().all(1)

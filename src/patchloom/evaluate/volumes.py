@@ -68,6 +68,8 @@ class VolumesConfig(EvaluationConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
+        if self.view != "crop":
+            raise UsageError(f"view is {self.view}, and slices are shown whole, in proportion; see window instead")
         for name, value, known in (("slice_pool", self.slice_pool, SlicePool), ("window", self.window, Window)):
             if value not in get_args(known):
                 raise unknown_name(name, str(value), get_args(known))

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import View
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 from patchloom.features.extract import Features, Pool, Precision, extract_into, side_of, vector_parts
@@ -65,6 +66,7 @@ def cached_features(
     pool: Pool = "auto",
     layers: Sequence[int] | None = None,
     precision: Precision = "32",
+    view: View = "crop",
     progress: bool = True,
 ) -> Features:
     """Return the features of all images of a source as `extract` does, from disk where they are there already.
@@ -81,6 +83,7 @@ def cached_features(
         pool: How tokens become a vector.
         layers: Blocks whose output is taken.
         precision: Number format of the encoder's arithmetic.
+        view: What the encoder is shown of an image.
         progress: Show a bar on a terminal.
 
     Returns:
@@ -94,7 +97,7 @@ def cached_features(
         vector_parts(encoder, pool, layers)  # refuses what cannot be, before anything is hashed
     name = "pixels" if encoder is None else name
     root = cache_folder(cache)
-    how: dict[str, Any] = {"pool": pool, "layers": layers, "precision": precision}
+    how: dict[str, Any] = {"pool": pool, "layers": layers, "precision": precision, "view": view}
     options = {**how, "image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
     options |= {"device": device, "progress": progress}
     if root is None:

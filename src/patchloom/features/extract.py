@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from patchloom.data import EvalTransform, SubsetSource, make_loader
+from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
@@ -56,6 +57,7 @@ def extract(
     pool: Pool = "auto",
     layers: Sequence[int] | None = None,
     precision: Precision = "32",
+    view: View = "crop",
     progress: bool = True,
     limit: int | None = None,
 ) -> Features:
@@ -74,6 +76,7 @@ def extract(
         layers: Blocks whose output is taken, counted from 0, or from the end where negative; default: what the encoder
             gives out. With it the vectors of the blocks stand one after the other, see `vector_parts`.
         precision: Number format of the encoder's arithmetic.
+        view: `crop`, the centre of the image, or `whole`, all of it out of proportion with each channel stretched.
         progress: Show a bar on a terminal.
         limit: Take the first so many images only.
 
@@ -103,6 +106,7 @@ def extract(
         pool=pool,
         layers=layers,
         precision=precision,
+        view=view,
         progress=progress,
     )
     return Features(torch.cat(vectors)[:limit], torch.cat(labels)[:limit], keys[:limit], skipped)
@@ -121,6 +125,7 @@ def extract_into(
     pool: Pool = "auto",
     layers: Sequence[int] | None = None,
     precision: Precision = "32",
+    view: View = "crop",
     progress: bool = True,
 ) -> list[tuple[str, str]]:
     """Hand the features of a source on batch by batch, so that they need never be in memory together.
@@ -137,6 +142,8 @@ def extract_into(
         pool: How tokens become a vector.
         layers: Blocks whose output is taken.
         precision: Number format of the encoder's arithmetic.
+        view: What the encoder is shown of an image.
+        view: What the encoder is shown of an image.
         progress: Show a bar on a terminal.
 
     Returns:
@@ -155,7 +162,7 @@ def extract_into(
     target = torch_device(device)
     loader = make_loader(
         source,
-        EvalTransform(side),
+        eval_view(view, side),
         batch_size,
         seed=0,
         shuffle=False,
