@@ -147,6 +147,8 @@ def test_what_cannot_be_is_refused():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     with pytest.raises(UsageError, match="experts is 1; a mixture needs at least 2"):
         expand_ffn(vit, 1)
+    with pytest.raises(UsageError, match="experts is 197, and an image has 196 patches to share out"):
+        expand_ffn(vit, 197)
     with pytest.raises(UsageError, match="there is no block 12"):
         expand_ffn(vit, 2, layers=[12])
     with pytest.raises(UsageError, match="unknown expert_layers 'alternat'; did you mean alternate"):

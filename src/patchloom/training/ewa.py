@@ -156,12 +156,18 @@ def expand_ffn(
         scope: See `RandomPartitionExperts`.
 
     Raises:
-        UsageError: A block the encoder does not have or that has no feed-forward of its own, or one replaced already.
+        UsageError: A block the encoder does not have or that has no feed-forward of its own, or one replaced already;
+            more experts than an image has patches.
     """
     if not hasattr(encoder, "blocks"):
         raise UsageError(
             f"experts take the place of feed-forwards in the blocks of a ViT, and a {type(encoder).__name__} has none; "
             f"leave experts out"
+        )
+    patches = getattr(getattr(encoder, "patch_embed", None), "num_patches", None)
+    if patches is not None and num_experts > patches:
+        raise UsageError(
+            f"experts is {num_experts}, and an image has {patches} patches to share out among them; take 2 to 8"
         )
     for number in chosen_layers(layers, len(encoder.blocks)):
         block = encoder.blocks[number]
