@@ -25,9 +25,20 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.nifti import (
+    BODY,
+    IN_PLANE,
+    as_slices,
+    body_axes,
+    by,
+    import_nibabel,
+    load_nifti,
+    single_volume,
+    spacing_of,
+)
 from patchloom.data.pixels import resize
 from patchloom.data.segmentation import IGNORED, MOST_CLASSES, colours
-from patchloom.errors import MissingExtraError, UsageError, unknown_name
+from patchloom.errors import UsageError, unknown_name
 
 Window = Literal["minmax", "ct", "mr"]
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -37,9 +48,6 @@ AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 FOLDERS = (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 CT_WINDOW = (-1024.0, 600.0)
 MR_PERCENTILES = (5.0, 95.0)
-# For each of them the axes that run down and across a slice; what runs down is flipped: head or chest on top.
-IN_PLANE = {0: (2, 1), 1: (2, 0), 2: (1, 0)}
-BODY = np.array([[0, 1], [1, 1], [2, 1]])
 # Pixels whose sides differ by more than this are made square.
 SQUARE = 0.02
 KEPT = 8
@@ -141,12 +149,12 @@ class VolumeSource:
             UnreadableImageError: The file cannot be decoded.
             UsageError: It is no single volume, or its mask does not fit it.
         """
-        image = _load(self.files[index], self.key(index))
-        values = _single(image, self.files[index], self.channel, self.key(index))
-        axes = _body_axes(image, self.files[index])
+        image = load_nifti(self.files[index], self.key(index))
+        values = single_volume(image, self.files[index], self.channel, self.key(index))
+        axes = body_axes(image, self.files[index])
         axis = AXES[self.plane]
-        spacing = _spacing(image, axes, self.files[index])
-        stack = _as_slices(values, axes, axis).astype(np.float32)
+        spacing = spacing_of(image, axes, self.files[index])
+        stack = as_slices(values, axes, axis).astype(np.float32)
         if not np.isfinite(stack).all():
             warnings.warn(f"{self.files[index]} holds values that are not finite; they are taken as 0", stacklevel=2)
             stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
@@ -169,8 +177,8 @@ class VolumeSource:
         Raises:
             UnreadableImageError: The file cannot be decoded.
         """
-        image = _load(self.files[index], self.key(index))
-        axes = _body_axes(image, self.files[index])
+        image = load_nifti(self.files[index], self.key(index))
+        axes = body_axes(image, self.files[index])
         return int(image.shape[axes[:, 0].astype(int).tolist().index(AXES[self.plane])])
 
     def fingerprint(self) -> str:
@@ -184,11 +192,11 @@ class VolumeSource:
     def _mask(self, index: int, image: Any, axis: int) -> Tensor:
         assert self.masks is not None
         file = self.masks[index]
-        mask = _load(file, file.name)
-        values = _single(mask, file, None, file.name)
+        mask = load_nifti(file, file.name)
+        values = single_volume(mask, file, None, file.name)
         if values.shape != tuple(image.shape[:3]):
             raise UsageError(
-                f"the mask {file} has {_by(values.shape)} voxels and its volume {_by(image.shape[:3])}; both must agree"
+                f"the mask {file} has {by(values.shape)} voxels and its volume {by(image.shape[:3])}; both must agree"
             )
         if not np.allclose(mask.affine, image.affine, atol=1e-2, rtol=1e-3):
             warnings.warn(
@@ -205,14 +213,14 @@ class VolumeSource:
                 f"numbered from 0, and {IGNORED} for unknown"
             )
         # The mask lies on its volume voxel by voxel, so it turns as its volume does.
-        turned = _as_slices(whole, _body_axes(image, file), axis)
+        turned = as_slices(whole, body_axes(image, file), axis)
         return torch.from_numpy(np.ascontiguousarray(turned).astype(np.uint8))
 
     def _highest(self) -> int:
         assert self.masks is not None
         highest = 0
         for file in self.masks:
-            values = np.asarray(_load(file, file.name).dataobj)
+            values = np.asarray(load_nifti(file, file.name).dataobj)
             known = values[np.isfinite(values) & (values != IGNORED)]
             highest = max(highest, int(known.max(initial=0)))
         if highest >= MOST_CLASSES:
@@ -290,7 +298,7 @@ def open_volumes(
         UsageError: As `VolumeSource`.
         MissingExtraError: Without nibabel.
     """
-    _nibabel()
+    import_nibabel()
     return VolumeSource(path, plane, channel, class_names)
 
 
@@ -305,7 +313,7 @@ def as_images(volume: Volume, window: Window = "minmax") -> Tensor:
         _, down, across = volume.spacing
         warnings.warn(
             f"{volume.key} has pixels of {down:.3g} x {across:.3g} mm; its slices are resampled to square ones "
-            f"({_by(grey.shape[1:])} to {_by(size)})",
+            f"({by(grey.shape[1:])} to {by(size)})",
             stacklevel=2,
         )
     images = (grey * 255).round().to(torch.uint8)[:, None]
@@ -347,7 +355,7 @@ def windowed(slices: Tensor, window: Window = "minmax") -> Tensor:
 
 def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
     """Write a mask (S, H, W) of a volume as NIfTI, on the file's own axes and with its affine; atomically."""
-    nibabel = _nibabel()
+    nibabel = import_nibabel()
     axes, affine, _ = volume.origin
     axis = AXES[plane]
     body = np.flip(mask.numpy(), 1).transpose(np.argsort((axis, *IN_PLANE[axis])))
@@ -357,62 +365,6 @@ def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     nibabel.save(nibabel.Nifti1Image(stored, affine), temporary)
     temporary.replace(path)
-
-
-def _as_slices(values: np.ndarray, axes: np.ndarray, axis: int) -> np.ndarray:
-    """Return voxels as stored as slices (S, H, W) along an axis of the body, right way up."""
-    body = _nibabel().orientations.apply_orientation(values, axes)
-    return np.flip(body.transpose(axis, *IN_PLANE[axis]), 1)
-
-
-def _load(file: Path, key: str) -> Any:
-    try:
-        return _nibabel().load(file)
-    except MissingExtraError:
-        raise
-    except Exception as error:  # damaged headers fail in many ways
-        raise UnreadableImageError(key, " ".join(str(error).split())[:120]) from error
-
-
-def _single(image: Any, file: Path, channel: int | None, key: str) -> np.ndarray:
-    """Return the voxels of one volume, (X, Y, Z) in float64."""
-    shape = tuple(image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) == 4 and channel is None:
-        raise UsageError(
-            f"{file} has 4 dimensions: {shape[3]} volumes of {_by(shape[:3])} voxels; choose one by channel"
-        )
-    if len(shape) not in (3, 4):
-        raise UsageError(f"{file} has {len(shape)} dimensions ({_by(shape)}); a volume has 3")
-    if len(shape) == 4 and channel is not None and not 0 <= channel < shape[3]:
-        raise UsageError(f"channel is {channel} and {file} has {shape[3]} volumes; they count from 0")
-    try:
-        values = np.asarray(image.dataobj).reshape(shape)
-        values = values[..., channel] if len(shape) == 4 else values
-        return values.astype(np.float64)
-    except Exception as error:  # truncated files, coloured voxels
-        raise UnreadableImageError(key, " ".join(str(error).split())[:120]) from error
-
-
-def _body_axes(image: Any, file: Path) -> np.ndarray:
-    """Return where each axis of the file goes in the body, and which way it runs (nibabel's orientation)."""
-    axes = np.asarray(_nibabel().io_orientation(image.affine))[:3]
-    if not np.isfinite(axes).all():
-        warnings.warn(f"the affine of {file} does not tell how it lies; its axes are taken as they are", stacklevel=3)
-        return BODY.astype(float)
-    return axes
-
-
-def _spacing(image: Any, axes: np.ndarray, file: Path) -> np.ndarray:
-    """Return the size of a voxel along the axes of the body, in mm."""
-    stored = np.asarray(image.header.get_zooms()[:3], dtype=np.float64)
-    if not (np.isfinite(stored).all() and (stored > 0).all()):
-        warnings.warn(f"{file} has no valid spacing ({_by(stored)}); voxels are taken as 1 mm", stacklevel=3)
-        stored = np.ones(3)
-    spacing = np.ones(3)
-    spacing[axes[:, 0].astype(int)] = stored
-    return spacing
 
 
 def _volumes_by_name(folder: Path) -> dict[str, Path]:
@@ -450,15 +402,3 @@ def _listed_names(root: Path) -> list[str] | None:
             lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
             return [line.strip() for line in lines if line.strip()]
     return None
-
-
-def _by(sizes: Sequence[float] | np.ndarray) -> str:
-    return "x".join(f"{size:g}" for size in sizes)
-
-
-def _nibabel() -> Any:
-    try:
-        import nibabel
-    except ImportError as error:
-        raise MissingExtraError("nibabel", "medical", "reading volumes") from error
-    return nibabel
