@@ -17,8 +17,9 @@ from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.features import cache as module
-from patchloom.features.cache import cache_folder, cached_features, clear, list_entries, source_hash, weights_hash
+from patchloom.features.cache import cache_folder, cached_features, clear, list_entries
 from patchloom.features.extract import extract
+from patchloom.features.fingerprint import source_hash, weights_hash
 
 QUICK = {"num_workers": 0, "device": "cpu", "batch_size": 4, "progress": False}
 

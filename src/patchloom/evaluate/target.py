@@ -18,8 +18,9 @@ from patchloom.encoders import Encoder, create_backbone, in_chans
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.predictions import check_free
-from patchloom.features.cache import cached_features, source_hash
+from patchloom.features.cache import cached_features
 from patchloom.features.extract import Features, Pool, Precision
+from patchloom.features.fingerprint import source_hash
 
 PIXELS = "pixels"
 

@@ -16,7 +16,6 @@ PATCHLOOM_CACHE_GB gigabytes (20) those not used for longest are deleted; `patch
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,29 +23,26 @@ import sys
 import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import View
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 from patchloom.features.extract import Features, Pool, Precision, extract_into, side_of, vector_parts
+from patchloom.features.fingerprint import digest, place_of_source, source_hash, weights_hash
 
 # Raised when the same encoder and images would give other vectors than before.
 FORMAT = 1
 ABOUT, VECTORS, LABELS, KEYS = "about.json", "vectors.npy", "labels.npy", "keys.npy"
 LIMIT_GB = 20.0
-# Bytes of a tensor that share a checksum.
-BLOCK = 2**16
 Take = Callable[[Tensor, Tensor, list[str]], bool]
 Produce = Callable[[Take], list[tuple[str, str]]]
 # An unfinished entry this old, in seconds, was left by a process that is gone.
@@ -134,11 +130,11 @@ def kept_rows(
     Returns:
         The rows, mapped from the disk, or None where the cache cannot be written; a warning says so.
     """
-    key = _digest(json.dumps(about, sort_keys=True).encode())
+    key = digest(json.dumps(about, sort_keys=True).encode())
     about = {**about, "encoder_name": model_name, "source_name": source_name}
     # Entries of one model by name, one source and one way to make rows lie side by side.
-    about_pair = [model_name or key, _place(source_name), about["how"]]
-    entry = root / _digest(json.dumps(about_pair, sort_keys=True).encode())[:16] / key
+    about_pair = [model_name or key, place_of_source(source_name), about["how"]]
+    entry = root / digest(json.dumps(about_pair, sort_keys=True).encode())[:16] / key
     found = _read(entry)
     if found is not None:
         return found
@@ -233,35 +229,6 @@ def show_cache(cache: str = "auto", clear: bool = False) -> dict[str, Any]:
     if clear:
         return {**found, "deleted": globals()["clear"](cache)}
     return {**found, "entries": entries}
-
-
-def weights_hash(encoder: Encoder | None) -> str:
-    """Return a hash of all that makes an encoder's output: weights, buffers, structure, arguments, normalisation."""
-    if encoder is None:
-        return "pixels"
-    made = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
-    normalised = [(getattr(encoder, "pretrained_cfg", None) or {}).get(part) for part in ("mean", "std")]
-    text = [
-        repr(encoder),
-        repr(made),
-        repr([list(part or ()) for part in normalised]),
-        str(getattr(encoder, "global_pool", None)),
-    ]
-    return _digest("\0".join([*text, *_tensor_hashes(encoder)]).encode())
-
-
-def state_hash(module: nn.Module) -> str:
-    """Return a hash of a module's weights and buffers, by name."""
-    return _digest("\0".join(_tensor_hashes(module)).encode())
-
-
-def source_hash(source: Source | StreamSource) -> str:
-    """Return a hash of the images and labels a source lists."""
-    digest = hashlib.sha256(f"{type(source).__name__}\0{_place(source.name)}\0{source.fingerprint()}".encode())
-    digest.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
-    if source.labels is not None:
-        digest.update(np.ascontiguousarray(source.labels).tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _extracted(encoder: Encoder | None, source: Source | StreamSource, options: dict[str, Any]) -> Features:
@@ -430,30 +397,3 @@ def _size(entry: Path) -> int:
 
 def _delete(entry: Path) -> None:
     shutil.rmtree(entry, ignore_errors=True)
-
-
-def _place(name: str) -> str:
-    """Return the absolute path of a source that is a path, else its name."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _tensor_hashes(module: nn.Module) -> list[str]:
-    """Return name and hash of every parameter and buffer."""
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
-        hashes = list(pool.map(_tensor_hash, [tensor for _, tensor in tensors]))
-    return [f"{name} {value}" for (name, _), value in zip(tensors, hashes, strict=True)]
-
-
-def _tensor_hash(tensor: Tensor) -> str:
-    """Return a hash of shape and bytes: SHA-256 over the CRC of every block, four times as fast as over the bytes.
-
-    A CRC finds every change within 32 bits for certain, and any other but one in four thousand million, per block.
-    """
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    blocks = np.array([zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)], dtype=np.uint32)
-    return _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + blocks.tobytes())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]

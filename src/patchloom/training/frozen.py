@@ -39,7 +39,7 @@ def put_back(checkpoint: dict[str, Any], prefix: str, module: nn.Module, where: 
 
 def _hash_of(module: nn.Module) -> str:
     """Return the module's hash, made once: it is frozen."""
-    from patchloom.features.cache import state_hash
+    from patchloom.features.fingerprint import state_hash
 
     if "_frozen_hash" not in module.__dict__:
         module.__dict__["_frozen_hash"] = state_hash(module)
