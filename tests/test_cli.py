@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
+import patchloom as pl
 from patchloom import cli
 from patchloom.errors import UsageError
 
@@ -24,6 +25,31 @@ def test_overview_names_every_command(capsys):
     assert code == 0
     for name in cli.COMMANDS:
         assert f"  {name} " in out
+
+
+def test_a_command_loads_what_it_needs_and_nothing_else():
+    script = """
+import sys
+from patchloom.evaluate import EVALUATIONS
+assert "torch" not in sys.modules and len(EVALUATIONS) > 10, "naming the evaluations loads nothing"
+assert EVALUATIONS["knn"].__name__ == "KNN"
+print([name for name in ("lightning", "sklearn", "patchloom.evaluate.finetune") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "adapt", "distill", "evaluate"])
+def test_every_name_of_a_table_stands_for_a_class(verb):
+    import importlib
+
+    module = importlib.import_module(f"patchloom.{verb}")
+    table = module.EVALUATIONS if verb == "evaluate" else module.METHODS
+    assert sorted(table) == pl.list_methods(verb)
+    for name in table:
+        assert hasattr(table[name], "config_class"), name
+    with pytest.raises(KeyError):
+        table["nothing"]
 
 
 def test_python_runs_the_package_as_the_command():

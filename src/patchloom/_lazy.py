@@ -1,14 +1,42 @@
-"""What keeps `import patchloom` light: verbs that load when used, encoders that register when timm loads."""
+"""What keeps `import patchloom` light: verbs and methods that load when used, encoders that register with timm."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LazyTable(Mapping[str, T]):
+    """A table of classes by name, each of which is imported when it is asked for.
+
+    Args:
+        places: Where each is, as `module:class`.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> T:
+        """Import and return a class."""
+        module, _, attribute = self.places[name].partition(":")
+        found: T = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names, without importing anything."""
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self.places)
 
 
 class _CallableModule(ModuleType):

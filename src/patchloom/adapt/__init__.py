@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from patchloom._lazy import make_callable
-from patchloom.adapt.adaptformer import AdaptFormerMethod
-from patchloom.adapt.bitfit import BitFitMethod
-from patchloom.adapt.dvpt import DVPTMethod
-from patchloom.adapt.finetune import FinetuneMethod
-from patchloom.adapt.linear import LinearMethod
-from patchloom.adapt.lora import LoRAMethod
-from patchloom.adapt.prompt_cam import PromptCAMMethod
-from patchloom.adapt.scratch import ScratchMethod
-from patchloom.adapt.vpt import VPTMethod
+from patchloom._lazy import LazyTable, make_callable
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
-METHODS: dict[str, type[Method]] = {
-    "finetune": FinetuneMethod,
-    "scratch": ScratchMethod,
-    "linear": LinearMethod,
-    "bitfit": BitFitMethod,
-    "lora": LoRAMethod,
-    "vpt": VPTMethod,
-    "adaptformer": AdaptFormerMethod,
-    "dvpt": DVPTMethod,
-    "prompt_cam": PromptCAMMethod,
-}
+METHODS: Mapping[str, type[Method]] = LazyTable(
+    {
+        "finetune": "patchloom.adapt.finetune:FinetuneMethod",
+        "scratch": "patchloom.adapt.scratch:ScratchMethod",
+        "linear": "patchloom.adapt.linear:LinearMethod",
+        "bitfit": "patchloom.adapt.bitfit:BitFitMethod",
+        "lora": "patchloom.adapt.lora:LoRAMethod",
+        "vpt": "patchloom.adapt.vpt:VPTMethod",
+        "adaptformer": "patchloom.adapt.adaptformer:AdaptFormerMethod",
+        "dvpt": "patchloom.adapt.dvpt:DVPTMethod",
+        "prompt_cam": "patchloom.adapt.prompt_cam:PromptCAMMethod",
+    }
+)
 
 
 def run(method: str, **settings: Any) -> Run:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from patchloom._lazy import make_callable
-from patchloom.distill.deit_lt import DeiTLTMethod
-from patchloom.distill.g2sd_generic import G2SDGenericMethod
-from patchloom.distill.g2sd_specific import G2SDSpecificMethod
-from patchloom.distill.logits import LogitsMethod
-from patchloom.distill.scalekd import ScaleKDMethod
+from patchloom._lazy import LazyTable, make_callable
 from patchloom.errors import unknown_name
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
-METHODS: dict[str, type[Method]] = {
-    "logits": LogitsMethod,
-    "scalekd": ScaleKDMethod,
-    "deit_lt": DeiTLTMethod,
-    "g2sd_generic": G2SDGenericMethod,
-    "g2sd_specific": G2SDSpecificMethod,
-}
+METHODS: Mapping[str, type[Method]] = LazyTable(
+    {
+        "logits": "patchloom.distill.logits:LogitsMethod",
+        "scalekd": "patchloom.distill.scalekd:ScaleKDMethod",
+        "deit_lt": "patchloom.distill.deit_lt:DeiTLTMethod",
+        "g2sd_generic": "patchloom.distill.g2sd_generic:G2SDGenericMethod",
+        "g2sd_specific": "patchloom.distill.g2sd_specific:G2SDSpecificMethod",
+    }
+)
 
 
 def run(method: str, **settings: Any) -> Run:

@@ -7,45 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from patchloom._lazy import make_callable
+from patchloom._lazy import LazyTable, make_callable
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.compare import Compare
-from patchloom.evaluate.few_shot import FewShot
-from patchloom.evaluate.finetune import Finetune
-from patchloom.evaluate.health import Health
-from patchloom.evaluate.knn import KNN
-from patchloom.evaluate.linear import Linear
-from patchloom.evaluate.linear_grid import LinearGrid
-from patchloom.evaluate.logistic_sweep import Logistic
-from patchloom.evaluate.multilabel import MultiLabel
-from patchloom.evaluate.ordinal import Ordinal
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.retrieval import Retrieval
-from patchloom.evaluate.rl import RL
-from patchloom.evaluate.segmentation import Segmentation
-from patchloom.evaluate.slides.protocol import Slides
-from patchloom.evaluate.volume_segmentation import VolumeSegmentation
-from patchloom.evaluate.volumes import Volumes
 from patchloom.training.config import config_from_mapping
 
-EVALUATIONS: dict[str, type[Any]] = {
-    "compare": Compare,
-    "few_shot": FewShot,
-    "finetune": Finetune,
-    "health": Health,
-    "knn": KNN,
-    "linear": Linear,
-    "linear_grid": LinearGrid,
-    "logistic": Logistic,
-    "multilabel": MultiLabel,
-    "ordinal": Ordinal,
-    "retrieval": Retrieval,
-    "rl": RL,
-    "segmentation": Segmentation,
-    "slides": Slides,
-    "volume_segmentation": VolumeSegmentation,
-    "volumes": Volumes,
-}
+EVALUATIONS: Mapping[str, type[Any]] = LazyTable(
+    {
+        "compare": "patchloom.evaluate.compare:Compare",
+        "few_shot": "patchloom.evaluate.few_shot:FewShot",
+        "finetune": "patchloom.evaluate.finetune:Finetune",
+        "health": "patchloom.evaluate.health:Health",
+        "knn": "patchloom.evaluate.knn:KNN",
+        "linear": "patchloom.evaluate.linear:Linear",
+        "linear_grid": "patchloom.evaluate.linear_grid:LinearGrid",
+        "logistic": "patchloom.evaluate.logistic_sweep:Logistic",
+        "multilabel": "patchloom.evaluate.multilabel:MultiLabel",
+        "ordinal": "patchloom.evaluate.ordinal:Ordinal",
+        "retrieval": "patchloom.evaluate.retrieval:Retrieval",
+        "rl": "patchloom.evaluate.rl:RL",
+        "segmentation": "patchloom.evaluate.segmentation:Segmentation",
+        "slides": "patchloom.evaluate.slides.protocol:Slides",
+        "volume_segmentation": "patchloom.evaluate.volume_segmentation:VolumeSegmentation",
+        "volumes": "patchloom.evaluate.volumes:Volumes",
+    }
+)
 
 
 def run(protocol: str, **settings: Any) -> dict[str, Any]:

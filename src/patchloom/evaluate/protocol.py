@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from patchloom.data.groups import read_groups
 from patchloom.evaluate.figures import classification_figures
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.target import EvaluationConfig, encoder_name
 from patchloom.features.extract import Features
-from patchloom.training.selection import read_groups
 
 
 class Evaluation:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from patchloom.data.base import UnreadableImageError
+from patchloom.data.groups import read_groups
 from patchloom.data.volumes import Plane, Volume, VolumeSource, Window, as_images, open_volumes
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError, unknown_name
@@ -35,7 +36,6 @@ from patchloom.evaluate.target import EvaluationConfig, encoder_name, resolve_en
 from patchloom.features.cache import Take, cache_folder, kept_rows, rows_in_memory
 from patchloom.features.extract import Features, torch_device
 from patchloom.features.fingerprint import weights_hash
-from patchloom.training.selection import read_groups
 
 SlicePool = Literal["mean", "max", "attention"]
 C = 1.0

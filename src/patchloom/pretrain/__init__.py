@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from patchloom._lazy import make_callable
+from patchloom._lazy import LazyTable, make_callable
 from patchloom.errors import unknown_name
-from patchloom.pretrain.ccvit import CCViTMethod
-from patchloom.pretrain.dinov2 import Dinov2Method
-from patchloom.pretrain.mae import MAEMethod
-from patchloom.pretrain.tov_vicreg import TOVVICRegMethod
 from patchloom.training.method import Method
 from patchloom.training.run import Run, fit, resolve
 
-METHODS: dict[str, type[Method]] = {
-    "ccvit": CCViTMethod,
-    "dinov2": Dinov2Method,
-    "tov_vicreg": TOVVICRegMethod,
-    "mae": MAEMethod,
-}
+METHODS: Mapping[str, type[Method]] = LazyTable(
+    {
+        "ccvit": "patchloom.pretrain.ccvit:CCViTMethod",
+        "dinov2": "patchloom.pretrain.dinov2:Dinov2Method",
+        "tov_vicreg": "patchloom.pretrain.tov_vicreg:TOVVICRegMethod",
+        "mae": "patchloom.pretrain.mae:MAEMethod",
+    }
+)
 
 
 def run(method: str, **settings: Any) -> Run:

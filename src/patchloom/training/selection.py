@@ -12,9 +12,6 @@ images are held out whatever the label budget.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +20,7 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedG
 from torch import Tensor
 
 from patchloom.data.base import Source
+from patchloom.data.groups import read_groups
 from patchloom.data.subset import SubsetSource
 from patchloom.errors import UsageError
 from patchloom.training.long_tail import long_tail_counts, long_tail_shares, long_tail_subset
@@ -138,30 +136,6 @@ def class_counts(source: Source) -> Tensor:
             f"the class"
         )
     return torch.from_numpy(counts.astype(np.int64))
-
-
-def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
-    """Return the group (patient, slide, scene) of each image named, (n,) int64.
-
-    Args:
-        path: CSV file with the columns `key` (name of an image) and `group`.
-        keys: Names of the images.
-
-    Raises:
-        UsageError: No such file, no such columns, or images it does not name.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"there is no group file {path}; give a CSV file with the columns key and group")
-    with file.open(newline="", encoding="utf-8") as handle:
-        rows = csv.DictReader(handle)
-        if not {"key", "group"} <= set(rows.fieldnames or ()):
-            raise UsageError(f"{path} has the columns {rows.fieldnames}; it needs key (name of the image) and group")
-        found = {row["key"]: row["group"] for row in rows}
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise UsageError(f"{path} names no group for {len(missing)} of {len(keys)} images, such as {missing[0]}")
-    return np.unique([found[key] for key in keys], return_inverse=True)[1]
 
 
 def _by_group(

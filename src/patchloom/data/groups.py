@@ -1,0 +1,35 @@
+"""Images that are not independent: several of one patient, slide or scene, as a CSV file says."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from patchloom.errors import UsageError
+
+
+def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
+    """Return the group (patient, slide, scene) of each image named, (n,) int64.
+
+    Args:
+        path: CSV file with the columns `key` (name of an image) and `group`.
+        keys: Names of the images.
+
+    Raises:
+        UsageError: No such file, no such columns, or images it does not name.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"there is no group file {path}; give a CSV file with the columns key and group")
+    with file.open(newline="", encoding="utf-8") as handle:
+        rows = csv.DictReader(handle)
+        if not {"key", "group"} <= set(rows.fieldnames or ()):
+            raise UsageError(f"{path} has the columns {rows.fieldnames}; it needs key (name of the image) and group")
+        found = {row["key"]: row["group"] for row in rows}
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UsageError(f"{path} names no group for {len(missing)} of {len(keys)} images, such as {missing[0]}")
+    return np.unique([found[key] for key in keys], return_inverse=True)[1]
