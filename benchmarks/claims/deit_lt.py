@@ -194,8 +194,8 @@ def picture(series: Series, seeds: list[int]) -> bytes:
     for name, prefix in ANSWERS.items():
         shares = [list(series.known(f"student_weak_{s}")[f"{prefix}per_class_accuracy"].values()) for s in seeds]  # type: ignore[index]
         lines[name] = (list(range(10)), [100 * float(value) for value in np.mean(shares, axis=0)])
-    title = "Each head's accuracy, from the most frequent class to the rarest"
-    return curves(lines, x_label="class, by number of images", y_label="accuracy, %", title=title).png
+    x_label = "class, from the most frequent to the rarest"
+    return curves(lines, x_label=x_label, y_label="accuracy, %", title="Each head's accuracy").png
 
 
 def _yes(holds: Any) -> str:
