@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 import patchloom as pl
 from benchmarks.claims.ccvit import ENCODER, RECIPE, Series, subset
-from benchmarks.harness import machine, markdown_table, rewrite
+from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 LENGTHS = (0, 10, 30, 80, 160, 300)
@@ -55,9 +55,10 @@ def rank_agreement(pairs: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), float(low), float(high)
 
 
-def few_shot_widths(model: str, folders: dict[str, Path]) -> dict[str, Any]:
-    """Return the width of the 95 % interval of few-shot accuracy by the number of episodes."""
+def few_shot_widths(model: str, seed: int, folders: dict[str, Path]) -> dict[str, Any]:
+    """Return the width of the 95 % interval of few-shot accuracy by the number of episodes, of a seed."""
     settings: dict[str, Any] = {"train": str(folders["train"]), "test": str(folders["test"]), "num_workers": 1}
+    settings["seed"] = seed
     widths = {}
     for episodes in EPISODES:
         low, high = pl.evaluate("few_shot", encoder=model, episodes=episodes, **settings)["interval"]
@@ -101,12 +102,12 @@ def main() -> None:
         )
     if options.only != "ranks":
         model = str(runs / f"ccvit-{LENGTHS[-1]}-0" / "model")
-        widths = series.get("few-shot", lambda: few_shot_widths(model, folders))
-        first = widths[str(EPISODES[0])]
-        rows = [
-            [str(n), f"{widths[str(n)] * 100:.2f}", f"{first * math.sqrt(EPISODES[0] / n) * 100:.2f}"] for n in EPISODES
-        ]
-        header = ["episodes", "width of the interval, points", "as 1/√episodes from the first"]
+        drawn = [series.get(f"few-shot-{s}", lambda k=s: few_shot_widths(model, k, folders)) for s in SEEDS]
+        widths = {n: [100 * widths[str(n)] for widths in drawn] for n in EPISODES}
+        # From the last, since the spread of few episodes is itself poorly known.
+        last = float(np.mean(widths[EPISODES[-1]]))
+        rows = [[str(n), mean_and_deviation(widths[n]), f"{last * math.sqrt(EPISODES[-1] / n):.2f}"] for n in EPISODES]
+        header = ["episodes", "width of the interval, points", "as 1/√episodes from the last"]
         text += f"\n\n{markdown_table(header, rows)}"
     print(text)
     if options.write:
