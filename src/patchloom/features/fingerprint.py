@@ -48,11 +48,11 @@ def state_hash(module: nn.Module) -> str:
 
 def source_hash(source: Source | StreamSource) -> str:
     """Return a hash of the images and labels a source lists."""
-    digest = hashlib.sha256(f"{type(source).__name__}\0{place_of_source(source.name)}\0{source.fingerprint()}".encode())
-    digest.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
+    found = hashlib.sha256(f"{type(source).__name__}\0{place_of_source(source.name)}\0{source.fingerprint()}".encode())
+    found.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
     if source.labels is not None:
-        digest.update(np.ascontiguousarray(source.labels).tobytes())
-    return digest.hexdigest()[:32]
+        found.update(np.ascontiguousarray(source.labels).tobytes())
+    return found.hexdigest()[:32]
 
 
 def place_of_source(name: str) -> str:
