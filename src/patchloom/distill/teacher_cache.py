@@ -29,8 +29,8 @@ from patchloom.data.transforms import EvalTransform
 from patchloom.distill.teachers import DistillConfig, DistillMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
-from patchloom.features.cache import Take, cache_folder, kept_rows, rows_in_memory
-from patchloom.features.extract import Features
+from patchloom.features.cache import cache_folder, kept_rows
+from patchloom.features.extract import Features, Take, rows_in_memory
 from patchloom.features.fingerprint import source_hash, weights_hash
 
 

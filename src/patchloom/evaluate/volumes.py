@@ -33,8 +33,8 @@ from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.evaluate.target import EvaluationConfig, encoder_name, resolve_encoder
-from patchloom.features.cache import Take, cache_folder, kept_rows, rows_in_memory
-from patchloom.features.extract import Features, torch_device
+from patchloom.features.cache import cache_folder, kept_rows
+from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
 
 SlicePool = Literal["mean", "max", "attention"]

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,15 +36,13 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import View
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
-from patchloom.features.extract import Features, Pool, Precision, extract_into, side_of, vector_parts
+from patchloom.features.extract import Features, Pool, Precision, Produce, Take, extract_into, side_of, vector_parts
 from patchloom.features.fingerprint import digest, place_of_source, source_hash, weights_hash
 
 # Raised when the same encoder and images would give other vectors than before.
 FORMAT = 1
 ABOUT, VECTORS, LABELS, KEYS = "about.json", "vectors.npy", "labels.npy", "keys.npy"
 LIMIT_GB = 20.0
-Take = Callable[[Tensor, Tensor, list[str]], bool]
-Produce = Callable[[Take], list[tuple[str, str]]]
 # An unfinished entry this old, in seconds, was left by a process that is gone.
 ABANDONED = 24 * 3600
 
@@ -147,22 +145,6 @@ def kept_rows(
     features = _write(entry, about, produce)
     _keep_within_limit(root, entry)
     return features
-
-
-def rows_in_memory(produce: Produce) -> Features:
-    """Return the rows that `kept_rows` would keep, without keeping them."""
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    keys: list[str] = []
-
-    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
-        rows.append(found)
-        labels.append(known)
-        keys.extend(names)
-        return True
-
-    skipped = produce(take)
-    return Features(torch.cat(rows), torch.cat(labels), keys, skipped)
 
 
 def cache_folder(cache: str | Path | None = "auto") -> Path | None:

@@ -12,7 +12,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class Features(NamedTuple):
     """Names of the n images."""
     skipped: list[tuple[str, str]]
     """Name and reason of images that could not be read."""
+
+
+Take = Callable[[Tensor, Tensor, list[str]], bool]
+Produce = Callable[[Take], list[tuple[str, str]]]
 
 
 def extract(
@@ -83,6 +87,15 @@ def extract(
     Raises:
         UsageError: No image could be read, the size does not fit the encoder, or there is no such device.
     """
+    if limit is not None:
+        source, num_workers = _first(source, limit, num_workers)
+    options: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
+    options |= {"device": device, "pool": pool, "layers": layers, "precision": precision, "view": view}
+    return rows_in_memory(lambda take: extract_into(take, encoder, source, **options, progress=progress), limit)
+
+
+def rows_in_memory(produce: Produce, limit: int | None = None) -> Features:
+    """Return the rows that `produce` hands on, the first so many of them with a limit."""
     vectors: list[Tensor] = []
     labels: list[Tensor] = []
     keys: list[str] = []
@@ -93,22 +106,7 @@ def extract(
         keys.extend(names)
         return limit is None or len(keys) < limit
 
-    if limit is not None:
-        source, num_workers = _first(source, limit, num_workers)
-    skipped = extract_into(
-        take,
-        encoder,
-        source,
-        image_size=image_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        pool=pool,
-        layers=layers,
-        precision=precision,
-        view=view,
-        progress=progress,
-    )
+    skipped = produce(take)
     return Features(torch.cat(vectors)[:limit], torch.cat(labels)[:limit], keys[:limit], skipped)
 
 
