@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import jitter_colors, random_box, resize
+from patchloom.data.pixels import jitter_colors, random_box, resize, shift_hue
 from patchloom.data.transforms import (
     EvalTransform,
     FinetuneTransform,
@@ -198,6 +198,14 @@ def test_color_jitter_acts_before_both_views_and_needs_colours() -> None:
     assert torch.equal(jitter_colors(image, 0.0, generator()), image)
     with pytest.raises(UsageError, match="colour jitter is defined for 1 or 3 channels, not 4"):
         PairedViews(16, color_jitter=0.4)(picture(channels=4), generator())
+
+
+@pytest.mark.parametrize("amount", [-0.1, 0.04, 0.5])
+@pytest.mark.parametrize("shape", [(1, 7), (40, 33)])
+def test_hue_is_torchvision_s_to_one_grey_level(amount: float, shape: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator())
+    image[..., :3] = 90  # colourless
+    assert (shift_hue(image, amount).int() - F.adjust_hue(image, amount).int()).abs().max() <= 1
 
 
 def test_finetune_transform_is_normalised_and_erases() -> None:

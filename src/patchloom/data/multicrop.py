@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import random_box, resize
+from patchloom.data.pixels import random_box, resize, shift_hue
 from patchloom.errors import UsageError
 
 RATIO = (3 / 4, 4 / 3)
@@ -184,7 +184,7 @@ def jitter(crop: Tensor, strengths: tuple[float, float, float, float], generator
         F.adjust_brightness,
         F.adjust_contrast,
         F.adjust_saturation,
-        F.adjust_hue,
+        shift_hue,
     )
     drawn = (2 * torch.rand(4, generator=generator) - 1).tolist()
     for number in torch.randperm(4, generator=generator).tolist():
