@@ -57,9 +57,9 @@ def test_normalisation_uses_own_mean_and_unbiased_variance():
             x = patches[b, n]
             mean = x.sum() / 12
             expected[b, n] = (x - mean) / (((x - mean) ** 2).sum() / 11 + 1e-6).sqrt()
-    found = normalize_patches(patches)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, expected.float(), atol=1e-5)
+    assert torch.allclose(normalize_patches(patches), expected, atol=1e-12)
+    assert torch.allclose(normalize_patches(patches.float()), expected.float(), atol=1e-5)
+    assert normalize_patches(patches.half()).dtype == torch.float32
 
 
 def test_constant_patch_becomes_zeros_even_in_half_precision():

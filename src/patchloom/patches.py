@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.precision import at_least_float32
 
 Order = Literal["chw", "hwc"]
 
@@ -92,7 +93,7 @@ def unpatchify(
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise every patch by its own mean and unbiased variance: (x - mean) / sqrt(var + eps).
 
-    Computed and returned in float32 whatever the input, because a nearly constant patch overflows float16.
+    Computed and returned in float32 (float64 stays), because a nearly constant patch overflows float16.
     A constant patch becomes zeros. Targets of CCViT's pixel loss (specification, section 2.7) and of MAE.
 
     Args:
@@ -100,9 +101,9 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
         eps: Added to the variance.
 
     Returns:
-        float32 of the same shape.
+        float32, or float64 where that came in, of the same shape.
     """
-    patches = patches.float()
+    patches = at_least_float32(patches)
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     return (patches - mean) * torch.rsqrt(variance + eps)
 

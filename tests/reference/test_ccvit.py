@@ -60,9 +60,9 @@ def test_grids_that_are_not_square_need_the_image_size():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("blocks.1.attn.q_bias"), "missing: encoder.blocks.1.attn.q_bias"),
-        (lambda s: s.update(surprise=torch.zeros(1)), "unexpected: encoder.surprise"),
-        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"encoder.norm.bias \(3,\) instead of \(24,\)"),
+        (lambda s: s.pop("blocks.1.attn.q_bias"), "missing: blocks.1.attn.q_bias"),
+        (lambda s: s.update(surprise=torch.zeros(1)), "unexpected: surprise"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm.bias \(3,\) instead of \(24,\)"),
     ],
 )
 def test_tensors_missing_left_over_or_misshapen_are_named(change, message):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.errors import UsageError
+from patchloom.precision import at_least_float32
 
 TARGET_LOWERED_BY = 1000.0
 
@@ -23,7 +24,7 @@ def hard_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: (B, C) logits.
         teacher: (B, C) logits.
     """
-    return F.cross_entropy(student.float(), teacher.argmax(1))
+    return F.cross_entropy(at_least_float32(student), teacher.argmax(1))
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, weight: float = 0.5) -> Tensor:
@@ -37,8 +38,8 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, weight: 
         temperature: τ.
         weight: a.
     """
-    wanted = F.softmax(_exact(teacher.detach()) / temperature, dim=1)
-    said = F.log_softmax(_exact(student) / temperature, dim=1)
+    wanted = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
+    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     return -weight * temperature**2 * (wanted * said).sum(1).mean()
 
 
@@ -50,8 +51,8 @@ def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float 
         teacher: (B, C) logits; no gradient.
         temperature: T; the result is multiplied by T².
     """
-    said = F.log_softmax(_exact(student) / temperature, dim=1)
-    wanted = F.log_softmax(_exact(teacher.detach()) / temperature, dim=1)
+    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    wanted = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
     return F.kl_div(said, wanted, reduction="sum", log_target=True) * temperature**2 / student.numel()
 
 
@@ -63,8 +64,8 @@ def logit_kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         teacher: The same shape; no gradient.
         temperature: τ; the result is multiplied by τ².
     """
-    said = F.log_softmax(_exact(student) / temperature, dim=1)
-    wanted = F.softmax(_exact(teacher.detach()) / temperature, dim=1)
+    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    wanted = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
     return F.kl_div(said, wanted, reduction="mean") * temperature**2
 
 
@@ -82,7 +83,7 @@ def nkd_loss(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 1.
         The target part, -mean p_t[target] log p_s[target], plus the distributed part. Classes whose teacher
         probability equals the target's are left out of the latter along with it, as published.
     """
-    student, teacher = _exact(student), _exact(teacher.detach())
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     label = (target.argmax(1) if target.ndim == 2 else target).unsqueeze(1)
     wanted, said = teacher.softmax(1), student.log_softmax(1)
     at_target = wanted.gather(1, label)
@@ -107,10 +108,6 @@ def channel_wise_distillation(student: Tensor, teacher: Tensor, tau: float = 1.0
     """
     if student.shape != teacher.shape:
         raise UsageError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
-    said = F.log_softmax(_exact(student).flatten(2) / tau, dim=2)
-    wanted = F.softmax(_exact(teacher.detach()).flatten(2) / tau, dim=2)
+    said = F.log_softmax(at_least_float32(student).flatten(2) / tau, dim=2)
+    wanted = F.softmax(at_least_float32(teacher.detach()).flatten(2) / tau, dim=2)
     return -weight * tau**2 * (wanted * said).sum() / (student.shape[0] * student.shape[1])
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -36,6 +36,7 @@ from patchloom.encoders import (
 from patchloom.encoders.attend import Group, attend_block
 from patchloom.errors import UsageError
 from patchloom.patches import normalize_patches, patchify, unpatchify
+from patchloom.precision import at_least_float32
 
 
 class MAEOutput(NamedTuple):
@@ -63,6 +64,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads: Attention heads of a decoder block; paper: 16.
         norm_pix_loss: Normalise every target patch by its own mean and variance; paper: yes.
         mask_ratio: Share of the patches hidden where a call doesn't say, in (0, 1).
+        decoder_mlp_ratio: Hidden width of a decoder block's MLP over the decoder's; paper: 4.
 
     Raises:
         UsageError: A decoder whose width heads or positions do not divide, or without blocks.
@@ -76,6 +78,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads: int = 16,
         norm_pix_loss: bool = True,
         mask_ratio: float = 0.75,
+        decoder_mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
         if decoder_depth < 1:
@@ -96,7 +99,7 @@ class MaskedAutoencoder(nn.Module):
         self.register_buffer("decoder_pos_embed", positions.unsqueeze(0))
         norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm_layer)
+            Block(decoder_dim, decoder_heads, mlp_ratio=decoder_mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
             for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
@@ -137,7 +140,7 @@ class MaskedAutoencoder(nn.Module):
         decoded, _ = attend_block(self.decoder_blocks[-1], Group(hidden), Group(seen, is_guest=True))
         pred = self.decoder_pred(self.decoder_norm(decoded))
         targets = _rows(patchify(images, self.patch_size, "hwc"), order[:, visible:])
-        return F.mse_loss(pred.float(), self._as_target(targets))
+        return F.mse_loss(at_least_float32(pred), self._as_target(targets))
 
     def encode(
         self, images: Tensor, mask_ratio: float | None = None, noise: Tensor | None = None
@@ -216,8 +219,8 @@ class MaskedAutoencoder(nn.Module):
             (B, C, H, W) in the space of `images`.
         """
         output = self(images, mask_ratio, noise)
-        patches = patchify(images, self.patch_size, "hwc").float()
-        said = output.pred.float()
+        patches = at_least_float32(patchify(images, self.patch_size, "hwc"))
+        said = at_least_float32(output.pred)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
             said = said * (variance + 1e-6).sqrt() + mean
@@ -264,7 +267,7 @@ class MaskedAutoencoder(nn.Module):
         return x
 
     def _as_target(self, patches: Tensor) -> Tensor:
-        return normalize_patches(patches) if self.norm_pix_loss else patches.float()
+        return normalize_patches(patches) if self.norm_pix_loss else at_least_float32(patches)
 
 
 def visible_count(patches: int, mask_ratio: float) -> int:
@@ -319,7 +322,7 @@ def mae_loss(patches: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool = True)
         norm_pix: Compare with patches normalised by their own mean and unbiased variance.
 
     Returns:
-        (), float32.
+        (), float32, or float64 where that came in.
 
     Raises:
         UsageError: Nothing is hidden.
@@ -327,8 +330,8 @@ def mae_loss(patches: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool = True)
     hidden = mask.sum()
     if not hidden > 0:
         raise UsageError("no patch is hidden, so there is nothing to compare")
-    targets = normalize_patches(patches) if norm_pix else patches.float()
-    per_patch = (pred.float() - targets).square().mean(dim=-1)
+    targets = normalize_patches(patches) if norm_pix else at_least_float32(patches)
+    per_patch = (at_least_float32(pred) - targets).square().mean(dim=-1)
     return (per_patch * mask).sum() / hidden
 
 

@@ -187,6 +187,8 @@ class CCViTMethod(Method):
                 device=self.trainer.strategy.root_device,
                 progress=ProgressLine(),
             )
+        else:
+            self.tokenizer.warn_of_duplicates()
         self.tokenizer.save(path)
 
     def load_prepared(self, run_dir: Path) -> None:
@@ -340,7 +342,7 @@ class MaskedViews:
         min_block: int,
     ) -> None:
         self.views = views
-        self.masks = BlockMaskGenerator(grid, num_masked, min_block=min(min_block, max(1, num_masked)))
+        self.masks = BlockMaskGenerator(grid, num_masked, min_block=min_block)
         self.replacements = ReplacementSampler(num_replaced)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

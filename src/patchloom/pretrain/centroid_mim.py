@@ -39,6 +39,7 @@ from patchloom.encoders import (
 )
 from patchloom.errors import UsageError
 from patchloom.patches import normalize_patches, patchify
+from patchloom.precision import at_least_float32
 
 Mode = Literal["dual", "token", "pixel", "soft_centroid"]
 
@@ -128,21 +129,14 @@ class CentroidMIM(nn.Module):
             x: (B, C, H, W) corrupted images, normalised.
             masked: (B, N) or (B, h, w) bool, True where the mask token replaces the patch embedding; None hides
                 nothing.
-            targets: (B, N) or (B, h, w) bool, patches to predict (masked and replaced); default: `masked`.
+            targets: (B, N) or (B, h, w) bool, patches to predict (masked and replaced); default: `masked`, or all.
             return_all_tokens: Predict every patch, whatever `targets` says.
 
         Returns:
             Predictions for M = number of true entries of `targets` (or B·N), batch-major.
-
-        Raises:
-            UsageError: Neither `masked`, `targets` nor `return_all_tokens` says what to predict.
         """
-        rows = None
-        if not return_all_tokens:
-            wanted = targets if targets is not None else masked
-            if wanted is None:
-                raise UsageError("give masked or targets, or set return_all_tokens, to say which patches to predict")
-            rows = wanted.flatten(1)
+        wanted = targets if targets is not None else masked
+        rows = None if wanted is None or return_all_tokens else wanted.flatten(1)
         main, early = self.forward_features(x, masked, rows)
         if rows is not None:
             main, early = main[rows], early[rows] if early is not None else None
@@ -228,14 +222,14 @@ class CentroidMIMLoss(nn.Module):
             return self._soft_centroid(output, pixel_targets, centroids)
         parts: dict[str, Tensor] = {}
         if self.mode != "pixel":
-            parts["token_loss"] = F.cross_entropy(output.token_logits.float(), token_targets)
+            parts["token_loss"] = _cross_entropy(output.token_logits, token_targets)
         if self.mode == "token":
             if output.condenser_logits is not None:
-                parts["condenser_token_loss"] = F.cross_entropy(output.condenser_logits.float(), token_targets)
+                parts["condenser_token_loss"] = _cross_entropy(output.condenser_logits, token_targets)
         elif output.pixels is None:
             raise UsageError(f"the {self.mode} loss needs a pixel head; a shared head or none predicts tokens only")
         else:
-            parts["pixel_loss"] = F.mse_loss(output.pixels.float(), pixel_targets.float())
+            parts["pixel_loss"] = _squared_error(output.pixels, pixel_targets)
         weights = {"pixel_loss": self.pixel_weight}
         weighted = [weights.get(name, self.token_weight) * value for name, value in parts.items()]
         return {"loss": torch.stack(weighted).sum(), **parts}
@@ -244,13 +238,27 @@ class CentroidMIMLoss(nn.Module):
         if centroids is None or output.condenser_logits is None:
             raise UsageError("soft_centroid needs the centroids and a condenser with a token head")
         parts = {
-            name: F.mse_loss(logits.float().softmax(-1) @ centroids.float(), targets.float())
+            name: _squared_error(_expected(logits, centroids), targets)
             for name, logits in (
                 ("soft_loss", output.token_logits),
                 ("condenser_soft_loss", output.condenser_logits),
             )
         }
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(at_least_float32(logits), targets)
+
+
+def _squared_error(said: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(at_least_float32(said), at_least_float32(targets))
+
+
+def _expected(logits: Tensor, centroids: Tensor) -> Tensor:
+    """Return the mean centroid (M, C p²) under the predicted shares."""
+    shares = at_least_float32(logits).softmax(-1)
+    return shares @ centroids.to(shares)
 
 
 def pixel_targets(images: Tensor, size: int) -> Tensor:

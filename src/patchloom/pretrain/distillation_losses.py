@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError
+from patchloom.precision import at_least_float32
 
 
 class SoftmaxCentering(nn.Module):
@@ -46,7 +47,7 @@ class SoftmaxCentering(nn.Module):
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
         """Return (B, K) rows that sum to 1, for (B, K) logits."""
-        logits = _at_least_float(logits)
+        logits = at_least_float32(logits)
         probabilities = ((logits - self.center) / temperature).softmax(-1)
         if self.training:
             self.update(logits)
@@ -76,7 +77,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_samples: int | None = N
     Returns:
         (B, K), rows sum to 1.
     """
-    scaled = _at_least_float(logits) / temperature
+    scaled = at_least_float32(logits) / temperature
     if n_samples is None:
         n_samples = int(_over_ranks(torch.tensor(float(len(logits)), device=logits.device)))
     if n_samples == 0:
@@ -149,7 +150,7 @@ def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
     if len(x) < 2:
         raise UsageError("KoLeo needs at least 2 images per process; raise batch_size, or set koleo_weight=0")
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(_at_least_float(x), eps=eps)
+        x = F.normalize(at_least_float32(x), eps=eps)
         with torch.no_grad():
             similarity = x @ x.T
             nearest = similarity.fill_diagonal_(-1).argmax(1)
@@ -179,7 +180,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, tempera
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
-        x = _at_least_float(logits) / temperature
+        x = at_least_float32(logits) / temperature
         targets, weights = targets.to(x.dtype), weights.to(x.dtype)
         if x.numel() == 0:
             ctx.save_for_backward(x)
@@ -201,10 +202,6 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (ready,) = ctx.saved_tensors
         return (ready * gradient).to(ctx.kind), None, None, None
-
-
-def _at_least_float(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _over_ranks(x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from patchloom.encoders.masked_autoencoder import visible_count
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
+from patchloom.precision import at_least_float32
 
 
 class CNNOutput(NamedTuple):
@@ -76,7 +77,7 @@ class MaskedAutoencoderCNN(nn.Module):
         pred = self.network(images * (1 - hidden))
         if pred.shape != images.shape:
             raise UsageError(f"the network returns {tuple(pred.shape)} for images of {tuple(images.shape)}")
-        errors = (pred.float() - images.float()).square()
+        errors = (at_least_float32(pred) - at_least_float32(images)).square()
         if self.masked_only:
             loss = (errors * hidden).sum() / (hidden.sum() * images.shape[1])
         else:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, embed_dim
 from patchloom.errors import UsageError
+from patchloom.precision import at_least_float32
 from patchloom.training.gather import gathered
 
 PERMUTATIONS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(3)))
@@ -119,7 +120,7 @@ class TOVVICReg(nn.Module):
         if labels is None:
             labels = draw_orders(len(view1), balanced=self.balanced, device=view1.device)
         logits, targets = self.order_head(triplet, labels)
-        parts["temporal"] = F.binary_cross_entropy_with_logits(_precise(logits), _precise(targets))
+        parts["temporal"] = F.binary_cross_entropy_with_logits(at_least_float32(logits), at_least_float32(targets))
         loss = (
             self.sim * parts["invariance"]
             + self.temporal * parts["temporal"]
@@ -200,7 +201,7 @@ def vicreg_terms(z_x: Tensor, z_y: Tensor, eps: float = 1e-4, gamma: float = 1.0
         Scalars `invariance`, `variance` and `covariance`; half precision is computed in float32, whatever the autocast.
     """
     with torch.autocast(z_x.device.type, enabled=False):
-        x, y = _precise(z_x), _precise(z_y)
+        x, y = at_least_float32(z_x), at_least_float32(z_y)
         count, width = x.shape
         invariance = F.mse_loss(x, y)
         x, y = x - x.mean(0), y - y.mean(0)
@@ -247,11 +248,6 @@ def initialize_encoder(encoder: Encoder) -> None:
     for name in ("cls_token", "reg_token", "pos_embed"):
         if isinstance(parameter := getattr(encoder, name, None), nn.Parameter):
             trunc_normal_(parameter, std=0.02)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """Return half-precision values in float32: sums over a thousand dimensions overflow them."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _init_linear(layer: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 
 KNOWN = ("name", "patch_size", "embed_dim", "num_classes", "final_relu")
@@ -58,9 +58,7 @@ def _decoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Modul
         told = {"embed_dim": len(state["up1.upconv.weight"]), "num_classes": state["up4.upconv.weight"].shape[1]}
     else:
         raise UsageError(f"the checkpoint has no tensor of a known decoder; it has {', '.join(list(state)[:4])}")
-    for name, value in told.items():
-        if config.get(name, value) != value:
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    agree(config, told)
     patch = int(config.get("patch_size", 14))
     if "decoder.weight" in state:
         return fill(LinearSegHead(**told, patch_size=patch), state).eval()

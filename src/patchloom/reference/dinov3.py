@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 
 # (width, depth, gated MLP): the timm model.
 NAMES = {
@@ -85,9 +85,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         told["num_heads"] = width // (4 * len(state[PERIODS]))
     free = ("image_size", "img_size", "num_heads", "pos_embed_rope_normalize_coords", "pos_embed_rope_base")
     check_settings(config, (*free, *told))
-    for name, value in told.items():
-        if config.get(name, value) != value:
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    agree(config, told)
     heads = told.get("num_heads", config.get("num_heads"))
     if heads is None:
         raise UsageError("the checkpoint has no rope_embed.periods; give num_heads")

@@ -13,11 +13,19 @@ from patchloom.encoders import Encoder, create_encoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill, has, require
 
 # Settings under the published names and ours. What shapes tell may be given all the same, and has to agree.
-SETTINGS = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "img_size", "input_size")
-WITHOUT_EFFECT = ("drop_path", "drop_path_rate", "drop_rate", "attn_drop_rate", "qk_scale", "model")
+SETTINGS = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "drop_path")
+WITHOUT_EFFECT = ("drop_rate", "attn_drop_rate", "qk_scale", "model")
+OTHER_NAMES = {
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "drop_path_rate": "drop_path",
+    "nb_classes": "num_classes",
+    "decoder_dim": "decoder_embed_dim",
+    "decoder_heads": "decoder_num_heads",
+}
 DECODER = ("mask_token", "decoder_")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Attention heads of the published widths; others have one for 64 channels."""
@@ -29,9 +37,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Args:
         state: Tensors under the published names.
         **config: What shapes do not tell: `num_heads` (default: the published sizes'), `decoder_num_heads` (16),
-            `norm_pix_loss` (True), `mask_ratio` (0.75), and `image_size`: (H, W) for a grid that is not square, or
-            another size than the checkpoint's, to which its positions are then resized bicubically. `img_size` and
-            `input_size` are other names of it.
+            `norm_pix_loss` (True), `mask_ratio` (0.75), `drop_path` (0, of the encoder's last block in training), and
+            `image_size`: (H, W) for a grid that is not square, or another size than the checkpoint's, to which its
+            positions are then resized bicubically. Other published names of these are understood.
 
     Returns:
         `MaskedAutoencoder` for a pre-training checkpoint with its decoder; a timm `VisionTransformer` without head for
@@ -45,6 +53,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     """Return our module with a published state dict in it, see `load`; `defaults` stand in for what is not given."""
+    config = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no ViT of MAE")
@@ -52,16 +61,16 @@ def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config
     check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
     if config.get("global_pool") in ("avg", "token"):  # timm's words for the published switch
         config["global_pool"] = config["global_pool"] == "avg"
-    for name, value in told.items():
-        if value is not None and config.get(name, value) != value:
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
-    if any(name.startswith(DECODER) for name in state):
+    agree(config, {name: value for name, value in told.items() if value is not None})
+    if has(state, *DECODER):
         return _autoencoder(dict(state), {**defaults, **config})
-    pooled = "fc_norm.weight" in state
+    pooled = has(state, "fc_norm.")
     encoder, state = _encoder(state, config, "avg" if pooled else "token")
-    if "head.weight" in state:
+    if has(state, "head.weight", "head.bias"):
+        require(state, "head.weight")
         encoder.reset_classifier(len(state["head.weight"]))
-    elif "head.1.weight" in state:  # a linear probe: statistics of the feature, then the classifier
+    elif has(state, "head."):  # a linear probe: statistics of the feature, then the classifier
+        require(state, "head.1.weight")
         classes, width = state["head.1.weight"].shape
         encoder.reset_classifier(classes)
         encoder.head = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes))
@@ -70,9 +79,8 @@ def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config
 
 def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     own = {name: value for name, value in state.items() if name.startswith(DECODER)}
+    require(state, "decoder_embed.weight", "decoder_blocks.0.mlp.fc1.weight")
     encoder, rest = _encoder({name: value for name, value in state.items() if name not in own}, config, "token")
-    if "decoder_embed.weight" not in own:
-        raise UsageError(f"the checkpoint has part of a decoder only ({', '.join(sorted(own)[:4])})")
     model = MaskedAutoencoder(
         encoder,
         decoder_dim=len(own["decoder_embed.weight"]),
@@ -80,11 +88,14 @@ def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Modu
         decoder_heads=int(config.get("decoder_num_heads", 16)),
         norm_pix_loss=bool(config["norm_pix_loss"]),
         mask_ratio=float(config["mask_ratio"]),
+        decoder_mlp_ratio=len(own["decoder_blocks.0.mlp.fc1.weight"]) / len(own["decoder_embed.weight"]),
     )
+    encoder.pos_embed.requires_grad_(False)  # sines and cosines, stored but not trained
     positions = own.get("decoder_pos_embed")
     if positions is not None and positions.shape[1] != model.decoder_pos_embed.shape[1]:
         own["decoder_pos_embed"] = _resized(positions, model.grid)
-    return fill(model, {**{f"encoder.{name}": value for name, value in rest.items()}, **own}).eval()
+    tensors = {**{f"encoder.{name}": value for name, value in rest.items()}, **own}
+    return fill(model, tensors, published=lambda name: name.removeprefix("encoder.")).eval()
 
 
 def _encoder(
@@ -94,6 +105,9 @@ def _encoder(
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     positions = state["pos_embed"]
     size = _image_size(positions, patch, config)
+    heads = int(config.get("num_heads") or HEADS.get(width) or max(1, width // 64))
+    if width % heads:
+        raise UsageError(f"num_heads={heads} does not divide the width of {width}")
     encoder = create_encoder(
         "vit_base_patch16_224",
         image_size=size,
@@ -101,9 +115,10 @@ def _encoder(
         patch_size=patch,
         embed_dim=width,
         depth=_count(state, "blocks"),
-        num_heads=int(config.get("num_heads") or HEADS.get(width) or max(1, width // 64)),
+        num_heads=heads,
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        qkv_bias=_has_qkv_bias(state),
+        drop_path=float(config.get("drop_path", 0.0)),
         global_pool=global_pool,
     )
     grid = patch_grid(size, patch)
@@ -114,8 +129,7 @@ def _encoder(
 
 def _image_size(positions: Tensor, patch: int, config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (H, W): as told, or of a square grid."""
-    told = config.get("image_size") or config.get("img_size") or config.get("input_size")
-    if told is not None:
+    if (told := config.get("image_size")) is not None:
         return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
     side = math.isqrt(positions.shape[1] - 1)
     if side**2 != positions.shape[1] - 1:
@@ -142,13 +156,16 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "depth": _count(state, "blocks"),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "global_pool": "fc_norm.weight" in state,
+        "qkv_bias": _has_qkv_bias(state),
+        "global_pool": has(state, "fc_norm."),
         "num_classes": None if head is None else len(head),
-        "nb_classes": None if head is None else len(head),
         "decoder_embed_dim": len(state["decoder_embed.weight"]) if has_decoder else None,
         "decoder_depth": _count(state, "decoder_blocks") if has_decoder else None,
     }
+
+
+def _has_qkv_bias(state: Mapping[str, Tensor]) -> bool:
+    return any(name.endswith(".attn.qkv.bias") for name in state)
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.slides.mil import HEADS
 from patchloom.reference import dinov2
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 
 # A tensor that only this head has. A mean pool has nothing but its classifier.
 TELLS = {
@@ -93,9 +93,7 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     told = _told_by_shapes(found, state)
     config = _spelled_as_ours(found, config)
     check_settings(config, ("metadata_cols", *UNTOLD[found], *told))
-    for name, value in told.items():
-        if name in config and _plain(config[name]) != _plain(value):
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    agree(config, told)
     arguments = {"metadata_cols": 3, **told, **config}
     if found == "chowder":
         arguments |= _extremes(arguments, state)
@@ -242,8 +240,3 @@ def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in state:
         raise UsageError(f"the checkpoint has no {name}; missing: {name}")
     return state[name]
-
-
-def _plain(value: Any) -> Any:
-    """Return a list for any sequence or None, so that none and no hidden layers are equal."""
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else value

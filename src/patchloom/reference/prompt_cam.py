@@ -14,7 +14,7 @@ from torch import Tensor
 from patchloom.adapt.class_prompts import NAME, PromptCAM
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 
 SETTINGS = ("num_heads", "patch_size", "img_size", "no_embed_class", "act", "norm_eps")
 PROMPTS = "vpt.prompt_embeddings"
@@ -58,8 +58,7 @@ def _our_name(name: str) -> str:
 def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
     """Return a fresh `VisionTransformer` of the shapes in the state dict."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    if config.get("patch_size", patch) != patch:
-        raise UsageError(f"patch_size={config['patch_size']}, but the checkpoint's tensors say {patch}; leave it out")
+    agree(config, {"patch_size": patch})
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"num_heads={heads} does not divide the width of {width}")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
 from patchloom.segment.necks import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
 from patchloom.segment.upernet import UPerHead
@@ -132,9 +132,7 @@ def _part(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     told = _told(kind, state)
     given = {("num_classes" if name == "num_labels" else name): value for name, value in config.items()}
     check_settings(given, (*UNTOLD[kind], *told))
-    for name, value in told.items():
-        if name in given and _plain(given[name]) != _plain(value):
-            raise UsageError(f"{name}={given[name]}, but the checkpoint's tensors say {value}; leave it out")
+    agree(given, told)
     arguments = {**told, **given}
     counters = [name.removesuffix("running_mean") + "num_batches_tracked" for name in state if "running_mean" in name]
     return fill(_made(kind, arguments, state), state, may_lack=counters).eval()
@@ -223,7 +221,3 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     while pattern.format(number) in state:
         number += 1
     return number
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value

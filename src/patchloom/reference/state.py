@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def read_state(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
 
     Args:
         checkpoint: State dict, possibly inside wrapper keys such as `model`; or the path of one (a pickle, read
-            with `weights_only=True`, or safetensors), or of a DeepSpeed run's folder file.
+            with `weights_only=True`, or safetensors), or of the folder of a DeepSpeed checkpoint.
 
     Raises:
         UsageError: There is no such file, or no tensors in it, or it holds objects that are not plain data.
@@ -41,6 +41,11 @@ def read_state(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():  # what DeepSpeed writes: one file of states for each rank of the model
+        found = sorted(path.glob("*model_states.pt"))
+        if len(found) != 1:
+            raise UsageError(f"{path} is a folder with {len(found)} files *model_states.pt; give the checkpoint's file")
+        path = found[0]
     if not path.is_file():
         raise UsageError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":
@@ -61,22 +66,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], *, may_lack: Iterable[str] = ()) -> nn.Module:
+def fill(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    may_lack: Iterable[str] = (),
+    published: Callable[[str], str] = str,
+) -> nn.Module:
     """Load all of `state` into all of `module`, or refuse.
 
     Args:
         module: Our module.
         state: Tensors under our names.
         may_lack: Names of the module that the checkpoint need not have.
+        published: The name a tensor has in the checkpoint, by our name: messages speak of the file.
 
     Raises:
         UsageError: Tensors missing, left over or of another shape, by name and count.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in state and name not in set(may_lack)]
-    unexpected = [name for name in state if name not in own]
+    missing = [published(name) for name in own if name not in state and name not in set(may_lack)]
+    unexpected = [published(name) for name in state if name not in own]
     shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        f"{published(name)} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
@@ -104,3 +116,37 @@ def check_settings(config: Mapping[str, Any], known: Iterable[str]) -> None:
     for name in config:
         if name not in names:
             raise unknown_name("setting", name, names)
+
+
+def require(state: Mapping[str, Tensor], *names: str) -> None:
+    """Refuse a checkpoint that lacks a tensor which its others call for.
+
+    Raises:
+        UsageError: Names what is missing.
+    """
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise UsageError(f"missing: {', '.join(missing)}")
+
+
+def has(state: Mapping[str, Tensor], *prefixes: str) -> bool:
+    """Return whether a tensor's name begins with one of the prefixes."""
+    return any(name.startswith(prefixes) for name in state)
+
+
+def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse settings that contradict what the tensors tell.
+
+    Raises:
+        UsageError: Names the setting and both values.
+    """
+    for name, value in told.items():
+        if name in config and _comparable(config[name], value) != _comparable(value, value):
+            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+
+
+def _comparable(value: Any, told: Any) -> Any:
+    """Return a list for any sequence or None, and one number for equal sides where the tensors tell one."""
+    if not isinstance(value, (list, tuple)):
+        return [] if value is None else value
+    return value[0] if isinstance(told, int) and value and len(set(value)) == 1 else list(value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError
 from patchloom.reference import mae
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 
 # Models of momentum-contrast files hold the network twice, and a queue.
 QUERY_ENCODER, OTHERS = "encoder_q.", ("encoder_k.", "queue")
@@ -23,7 +23,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Args:
         state: Tensors under the published names: a ViT's, a DenseNet-121's or a ResNet-50's. Of a U-Net
             (`model.encoder.…`) and of a momentum-contrast file (`encoder_q.…`) the encoder is taken.
-        **config: As for `mae`; here `norm_pix_loss` defaults to False and `mask_ratio` to 0.9. CNNs take none.
+        **config: As for `mae`; here `norm_pix_loss` defaults to False and `mask_ratio` to 0.9. CNNs: `num_classes` or
+            `nb_classes`, which has to agree with the classifier, and the published name `model`.
 
     Returns:
         `MaskedAutoencoder`, a timm `VisionTransformer`, or torchvision's CNN; without classifier where there is none.
@@ -33,8 +34,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     """
     if "patch_embed.proj.weight" in state:
         return mae.load_with({"norm_pix_loss": False, "mask_ratio": 0.9}, state, **config)
-    check_settings(config, ())
-    return _cnn(_encoder_of(state))
+    check_settings(config, ("num_classes", "nb_classes", "model"))
+    return _cnn(_encoder_of(state), config)
 
 
 def _encoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def _encoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _cnn(state: dict[str, Tensor]) -> nn.Module:
+def _cnn(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     from torchvision import models
 
     # Files from before 2017 have dots where modules may have none now.
@@ -62,6 +63,8 @@ def _cnn(state: dict[str, Tensor]) -> nn.Module:
         begun = ", ".join(list(state)[:4])
         raise UsageError(f"the checkpoint is neither a ViT nor a DenseNet-121 nor a ResNet-50 (its tensors: {begun})")
     weight = state.get(f"{head}.weight")
+    if weight is not None:
+        agree(config, {"num_classes": len(weight), "nb_classes": len(weight)})
     width = getattr(model, head).in_features
     setattr(model, head, nn.Identity() if weight is None else nn.Linear(width, len(weight)))
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]

@@ -14,7 +14,7 @@ from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 from patchloom.pretrain.vicreg import TOVVICReg
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill
 
 FRAME_SIDE = 84
 SETTINGS = ("num_heads", "image_size", "projector", "sim", "std", "cov", "temporal", "balanced", "chronological")
@@ -58,9 +58,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
             raise UsageError(f"the checkpoint has no {name}, so it is no TOV-VICReg encoder")
     told = _told_by_shapes(own)
     check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
-    for name, value in told.items():
-        if config.get(name, value) not in (value, [value], (value,)):
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
+    agree(config, told)
     encoder = _encoder(own, told, config)
     grid = encoder.patch_embed.grid_size
     own["pos_embed"] = resampled_positions(own["pos_embed"], (int(grid[0]), int(grid[1])), _size(config))
@@ -147,8 +145,7 @@ def _training_module(
 ) -> nn.Module:
     places = sorted(int(n.split(".")[1]) for n, v in heads.items() if n.startswith("projector.") and v.ndim == 2)
     widths = "-".join(str(len(heads[f"projector.{place}.weight"])) for place in places)
-    if config.get("projector", widths) != widths:
-        raise UsageError(f"projector={config['projector']}, but the checkpoint's tensors say {widths}; leave it out")
+    agree(config, {"projector": widths})
     weights = {name: config[name] for name in SETTINGS[3:] if name in config}
     model = TOVVICReg(encoder, projector=widths, **weights)
     tensors = {f"encoder.{name}": value for name, value in own.items()}

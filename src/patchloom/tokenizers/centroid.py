@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -191,6 +192,15 @@ class CentroidTokenizer(nn.Module):
         """Return how many centroids equal an earlier one; each makes a class that never occurs."""
         return self.num_codes - self._index().num_distinct
 
+    def warn_of_duplicates(self) -> None:
+        """Warn where several centroids are the same patch: of equals only the first is ever a token."""
+        if duplicates := self.num_duplicates():
+            warnings.warn(
+                f"{duplicates} of {self.num_codes} centroids equal another one and are never used; the images have "
+                f"few different patches, so lower k",
+                stacklevel=3,
+            )
+
     @classmethod
     def fit(
         cls,
@@ -240,6 +250,7 @@ class CentroidTokenizer(nn.Module):
         )
         tokenizer = cls(result.centroids.cpu(), patch_size, in_chans)
         tokenizer.counts, tokenizer.facts = result.counts.cpu(), facts
+        tokenizer.warn_of_duplicates()
         return tokenizer
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -6,6 +6,7 @@ Fine-tuning, training from scratch and distillation derive their settings from `
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -112,8 +113,12 @@ class SupervisedMethod(LabelledMethod):
 
     def __init__(self, config: SupervisedConfig, source: Source | StreamSource) -> None:
         super().__init__(config, source)
-        # Mixed images have shares of classes; several labels each have nothing to mix.
-        mixed = (config.mixup > 0 or config.cutmix > 0) and self.targets.kind != "multi"
+        mixed = config.mixup > 0 or config.cutmix > 0
+        if mixed and self.targets.kind == "multi":
+            warnings.warn(
+                "mixup and cutmix mix classes; they are left out, as images have several labels", stacklevel=2
+            )
+            mixed = False
         self.mix = (
             make_mixup(
                 len(self.class_names),

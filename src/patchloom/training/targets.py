@@ -266,11 +266,12 @@ def quadratic_weighted_kappa(confusion_matrix: Tensor) -> float:
 def _multilabel_figures(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
     scores = logits.float().sigmoid()
     areas: dict[str, float] = {}
-    precisions, f1s = [], []
+    undefined, precisions, f1s = [], [], []
     for number, name in enumerate(names):
         known = ~labels[:, number].isnan()
         truth = (labels[known, number] > 0.5).long()
         if not 0 < int(truth.sum()) < len(truth):  # always or never there: ranking it means nothing
+            undefined.append(name)
             continue
         score = scores[known, number]
         areas[name] = float(binary_auroc(score, truth))
@@ -278,9 +279,16 @@ def _multilabel_figures(logits: Tensor, labels: Tensor, names: Sequence[str]) ->
         f1s.append(float(binary_f1_score(score, truth)))
     if not areas:
         raise UsageError("no label both occurs and fails to occur among the images to measure on")
+    if undefined:
+        warnings.warn(
+            f"{len(undefined)} of {len(names)} labels always or never occur among the images to measure on and have no "
+            f"AUROC: {', '.join(undefined)}",
+            stacklevel=2,
+        )
     return {
         "auroc": sum(areas.values()) / len(areas),
         "average_precision": sum(precisions) / len(precisions),
         "f1": sum(f1s) / len(f1s),
         "per_label_auroc": areas,
+        "undefined_labels": undefined,
     }
