@@ -26,6 +26,7 @@ from torch import nn
 
 from patchloom import __version__
 from patchloom.encoders import has_tokens, image_size, in_chans
+from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
@@ -68,7 +69,7 @@ def save_bundle(
     _check_rebuilds(config, state)
     versions = {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__}
     about: dict[str, Any] = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
-    if type(encoder).__module__.startswith("patchloom."):
+    if type(encoder).__module__.startswith("patchloom.") and not isinstance(encoder, AnySizeVisionTransformer):
         about["opened_by"] = "patchloom.load; timm alone does not know this architecture"
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -78,6 +78,43 @@ def test_other_sizes_take_positions_by_the_published_rule(registers):
         same(own.norm(last), forward(state, larger))
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_backbone_takes_images_of_any_size_as_published(registers):
+    state = backbone(registers)
+    model = pl.load_reference("dinov2", state, num_heads=HEADS)
+    for size in ((28, 24), (SIDE, SIDE), (12, 36)):
+        same(model(images(2, *size)), forward(state, images(2, *size))[:, 0])
+    with pytest.raises(UsageError, match="not divisible by patch size 4"):
+        model(images(1, 30, 30))
+
+
+def test_intermediate_layers_are_normed_as_published():
+    state = backbone(2)
+    model = pl.load_reference("dinov2", state, num_heads=HEADS)
+    expected = forward(state, images(2, 28, 24))
+    ((patches, class_token),) = model.get_intermediate_layers(images(2, 28, 24), 1, return_class_token=True)
+    same(class_token, expected[:, 0])
+    same(patches, expected[:, 3:])
+    maps = model.get_intermediate_layers(images(2, 28, 24), [0, 2], reshape=True)
+    same(maps[1], expected[:, 3:].transpose(1, 2).reshape(2, WIDTH, 7, 6))
+    assert maps[0].shape == maps[1].shape
+    assert not torch.allclose(model.get_intermediate_layers(images(), 1, norm=False)[0], patches[:, :25])
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_half_precision_weights_lose_nothing_more(registers):
+    halves = {name: value.half() for name, value in backbone(registers).items()}
+    exact = {name: value.float() for name, value in halves.items()}
+    model = pl.load_reference("dinov2", halves, num_heads=HEADS, image_size=(28, 24))
+    torch.testing.assert_close(model(images(2, 28, 24)), forward(exact, images(2, 28, 24))[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_training_goes_on_from_the_published_mask_token():
+    model = pl.load_reference("dinov2", backbone(), num_heads=HEADS)
+    student = DINOv2(model, out_dim=8, hidden_dim=8, bottleneck_dim=4).student
+    torch.testing.assert_close(student.mask_token.detach(), backbone()["mask_token"])
+
+
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize(("registers", "gated"), [(0, False), (0, True), (2, False)])
 def test_the_layout_of_transformers_gives_the_same(in_memory, registers, gated):
@@ -213,6 +250,10 @@ def test_phikon_of_the_first_version_is_its_teacher():
         (lambda s: s.update({"extra": torch.zeros(1)}), {}, "unexpected: extra"),
         (lambda s: s.pop("pos_embed"), {}, "has no pos_embed"),
         (lambda s: s.pop("cls_token"), {}, "has no cls_token"),
+        (lambda s: s.pop("mask_token"), {}, "missing: mask_token"),
+        (lambda s: s.update({"head.weight": torch.zeros(1)}), {}, "unexpected: head.weight"),
+        (lambda s: None, {"depth": 7}, "depth=7, but the checkpoint's tensors say 3"),
+        (lambda s: None, {"ffn_layer": "swiglufused"}, "ffn_layer=swiglufused, but the checkpoint's tensors are .* mlp"),
         (lambda s: None, {"num_head": 4}, "did you mean num_heads"),
         (lambda s: None, {"num_heads": 5}, "divisible by num_heads"),
         (lambda s: None, {"image_size": 30}, r"image_size \(30, 30\) is not divisible by the patch size 4"),
@@ -224,6 +265,17 @@ def test_what_does_not_fit_is_refused_by_name(change, settings, message):
     change(state)
     with pytest.raises(UsageError, match=message):
         pl.load_reference("dinov2", state, **{"num_heads": HEADS, **settings})
+
+
+@pytest.mark.parametrize("prefix", ["teacher.backbone.", "student.backbone.", "backbone."])
+def test_what_belongs_to_no_part_is_refused(prefix):
+    state = prefixed(backbone(), prefix)
+    assert pl.load_reference("dinov2", state, num_heads=HEADS)
+    with pytest.raises(UsageError, match="unexpected: junk.weight"):
+        pl.load_reference("dinov2", {**state, "junk.weight": torch.zeros(2)}, num_heads=HEADS)
+    with pytest.raises(UsageError, match="unexpected: junk.weight"):
+        layout = transformers_layout(backbone(), prefix="dinov2.")
+        pl.load_reference("dinov2", {**layout, "junk.weight": torch.zeros(2)}, num_heads=HEADS)
 
 
 def test_a_grid_that_is_not_square_is_told():

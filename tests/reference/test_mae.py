@@ -56,6 +56,32 @@ def test_pretraining_layout_gives_the_published_outputs(system, norm_pix, grid, 
         torch.testing.assert_close(model.loss(images, ratio, noise).double(), expected["loss"], atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_in_float64_keeps_its_digits():
+    model = pl.load_reference("mae", pretraining(), **SETTINGS).double()
+    images = images_of((4, 4)).double()
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(6))
+    expected = autoencode(pretraining(), images, noise, 0.75, heads=HEADS, decoder_heads=2, norm_pix=True)
+    assert model(images, noise=noise).loss.dtype == torch.float64
+    assert abs(float(model.loss(images, noise=noise)) - float(model(images, noise=noise).loss)) < 1e-12
+    assert abs(float(model(images, noise=noise).loss) - float(expected["loss"])) < 1e-6
+
+
+def test_other_published_names_and_sizes_of_the_decoder():
+    state = pretraining()
+    for number in range(2):
+        block = f"decoder_blocks.{number}.mlp"
+        state |= {f"{block}.fc1.weight": torch.randn(32, 16), f"{block}.fc1.bias": torch.randn(32)}
+        state[f"{block}.fc2.weight"] = torch.randn(16, 32)
+    model = pl.load_reference("mae", state, num_heads=HEADS, decoder_heads=2, decoder_dim=16, patch_size=(4, 4))
+    assert model.decoder_blocks[0].mlp.fc1.out_features == 32
+    assert not model.encoder.pos_embed.requires_grad
+    tuned = pl.load_reference("mae", {**vit_layout(DEPTH, WIDTH, PATCH, (4, 4)), **norm_layout("fc_norm", WIDTH)},
+                              num_heads=HEADS, drop_path=0.2)  # fmt: skip
+    assert [block.drop_path1.drop_prob for block in tuned.blocks[1:]] == [pytest.approx(0.2)]
+    with pytest.raises(UsageError, match="num_heads=5 does not divide the width of 24"):
+        pl.load_reference("mae", state, num_heads=5)
+
+
 def test_the_recipes_are_the_defaults():
     state = pretraining()
     mae, thorax = (pl.load_reference(system, state, **SETTINGS) for system in ("mae", "thorax_mae"))

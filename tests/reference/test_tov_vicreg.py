@@ -192,10 +192,13 @@ def test_weights_of_the_loss_are_settings_and_wrong_ones_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("backbone.blocks.1.norm1.bias"), r"missing: encoder.blocks.1.norm1.bias"),
-        (lambda s: s.update({"backbone.surprise": torch.zeros(1)}), "unexpected: encoder.surprise"),
+        (lambda s: s.pop("backbone.blocks.1.norm1.bias"), r"missing: backbone.blocks.1.norm1.bias"),
+        (lambda s: s.update({"backbone.surprise": torch.zeros(1)}), "unexpected: backbone.surprise"),
         (lambda s: s.update({"temporal_order_predictor.0.bias": torch.zeros(2)}), r"\(2,\) instead of \(1,\)"),
         (lambda s: s.pop("backbone.pos_embed"), "has no pos_embed"),
+        (lambda s: s.pop("projector.6.weight"), "missing: projector.6.weight"),
+        (lambda s: s.update({"projector.junk": torch.zeros(2, 2)}), "unexpected: projector.junk"),
+        (lambda s: s.pop("temporal_order_predictor.0.bias"), "missing: temporal_order_predictor.0.bias"),
         (lambda s: s.update({"backbone.pos_embed": torch.zeros(1, 8, WIDTH)}), "no square"),
     ],
 )

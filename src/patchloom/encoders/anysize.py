@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from patchloom.encoders.properties import Encoder, grid_size, image_size
 from patchloom.encoders.resize import EXTRA_ROWS, resize_relative_table
-from patchloom.encoders.stages import Embedded, embed, insert_mask_token
+from patchloom.encoders.stages import Embedded, embed, insert_mask_token, run_blocks
 from patchloom.errors import UsageError
 
 Grid = tuple[int, int]
@@ -44,6 +45,7 @@ class PositionRule:
 
 TIMM_RULE = PositionRule()
 DINOV2_RULE = PositionRule(antialias=False, offset=0.1)
+"""DINO's, which DINOv2 without registers and BEiT v2's descendants follow"""
 
 
 def embed_any_size(
@@ -79,6 +81,63 @@ def embed_any_size(
     if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
         embedded = Embedded(norm_pre(embedded.x), embedded.block_kwargs, embedded.rope_by_block)
     return embedded
+
+
+class AnySizeVisionTransformer(VisionTransformer):
+    """A timm ViT that takes images of any size patches fill, as the published DINOv2 does.
+
+    It is made of a `VisionTransformer` by `take_any_size`, has its weights and saves as it does.
+    """
+
+    position_rule: PositionRule
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the normed tokens (B, P + N, D) of (B, C, H, W) normalised images."""
+        if (x.shape[-2], x.shape[-1]) == image_size(self):
+            return super().forward_features(x, attn_mask, is_causal)
+        if attn_mask is not None or is_causal:
+            raise UsageError(f"attention masks are for images of {image_size(self)} pixels only")
+        last, _ = run_blocks(self, embed_any_size(self, x, rule=self.position_rule))
+        normed: Tensor = self.norm(last)
+        return normed
+
+    def get_intermediate_layers(  # type: ignore[override]
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Return patch tokens after some blocks, as the published method of this name does (specification, 2.1).
+
+        Args:
+            x: (B, C, H, W) normalised images.
+            n: How many of the last blocks, or which, from 0.
+            reshape: Give maps (B, D, h, w) instead of tokens (B, N, D).
+            return_class_token: Give pairs of patches and class token (B, D).
+            norm: Pass each through the final norm.
+        """
+        total = len(self.blocks)
+        numbers = [number + 1 for number in (range(total - n, total) if isinstance(n, int) else n)]
+        embedded = embed_any_size(self, x, rule=self.position_rule)
+        _, taps = run_blocks(self, embedded, stop=max(numbers), taps=numbers)
+        grid = grid_size(self, (x.shape[-2], x.shape[-1]))
+        found: list[Any] = []
+        for number in numbers:
+            out = self.norm(taps[number]) if norm else taps[number]
+            patches = out[:, self.num_prefix_tokens :]
+            if reshape:
+                patches = patches.transpose(1, 2).reshape(len(x), -1, *grid)
+            found.append((patches, out[:, 0]) if return_class_token else patches)
+        return tuple(found)
+
+
+def take_any_size(encoder: Encoder, rule: PositionRule = TIMM_RULE) -> Encoder:
+    """Let a `VisionTransformer` take images of any size from now on, in place, and return it."""
+    encoder.__class__ = AnySizeVisionTransformer
+    encoder.position_rule = rule
+    return encoder
 
 
 def resample_positions(positions: Tensor, old: Grid, new: Grid, prefix: int, rule: PositionRule = TIMM_RULE) -> Tensor:

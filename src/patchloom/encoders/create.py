@@ -193,8 +193,8 @@ def _check_size(name: str, arguments: dict[str, Any]) -> None:
     height, width = (patch, patch) if isinstance(patch, int) else patch
     if height != width:
         raise UsageError(f"patch_size is {(height, width)}; patches here are square")
-    if tuple(built.patch_embed.img_size) == arguments["img_size"]:
-        return  # patches of some models do not fill their own size
+    if any(side % height for side in built.patch_embed.img_size) and min(arguments["img_size"]) >= height:
+        return  # patches of some models do not fill their own size: they leave out what is over, at any size
     patch_grid(arguments["img_size"], int(height))
 
 

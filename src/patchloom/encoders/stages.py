@@ -92,6 +92,11 @@ def embed(
     require_tokens(encoder)
     if keep is not None and masked is None and _embeds_patches_apart(encoder):
         return _embed_kept(encoder, images, keep)
+    if getattr(encoder.patch_embed, "strict_img_size", False) and images.shape[-2:] != encoder.patch_embed.img_size:
+        raise UsageError(
+            f"images of {images.shape[-2]}x{images.shape[-1]} pixels; the encoder is set up for "
+            f"{'x'.join(map(str, encoder.patch_embed.img_size))}, and its positions are resampled by set_image_size"
+        )
     x = encoder.patch_embed(images)
     if masked is not None:
         x = insert_mask_token(x, masked, mask_token)

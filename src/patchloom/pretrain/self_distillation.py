@@ -122,7 +122,9 @@ class Distilled(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim(encoder)))
+        known = getattr(encoder, "mask_token", None)  # that of a published backbone, which lies beside its weights
+        fresh = torch.zeros(1, embed_dim(encoder))
+        self.mask_token = nn.Parameter(known.detach().clone() if isinstance(known, Tensor) else fresh)
         self.dino_head = dino_head
         self.ibot_head = ibot_head
         self.rule = rule

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from patchloom.encoders import create_encoder
+from patchloom.encoders import create_encoder, grid_size
+from patchloom.encoders.anysize import DINOV2_RULE, resample_positions
 from patchloom.encoders.resize import EXTRA_ROWS, set_image_size
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
@@ -65,9 +67,17 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     agree(config, told)
     model = _pretrained(state, config) if has(state, "lm_head.", "mask_token") else _finetuned(state, config)
     if (size := config.get("image_size")) is not None:
-        encoder = model.encoder if isinstance(model, CentroidMIM) else model
-        set_image_size(encoder, size if isinstance(size, int) else (int(size[0]), int(size[1])))
+        _resize(model.encoder if isinstance(model, CentroidMIM) else model, size)
     return model
+
+
+def _resize(encoder: Any, size: int | tuple[int, int]) -> None:
+    """Set an encoder up for another size; absolute positions as the published forward pass resamples them."""
+    positions, old = encoder.pos_embed, grid_size(encoder)
+    set_image_size(encoder, size if isinstance(size, int) else (int(size[0]), int(size[1])))
+    if positions is not None:
+        with torch.no_grad():
+            encoder.pos_embed.copy_(resample_positions(positions, old, grid_size(encoder), 1, DINOV2_RULE))
 
 
 def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

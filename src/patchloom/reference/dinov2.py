@@ -8,7 +8,7 @@ teacher).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
-from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE, PositionRule, resample_positions
+from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE, PositionRule, resample_positions, take_any_size
 from patchloom.errors import UsageError
+from patchloom.precision import at_least_float32
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2, Distilled
 from patchloom.reference.dinov2_names import from_transformers, is_transformers, renamed
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill, require
 
 # What shapes do not tell.
 SETTINGS = ("num_heads", "image_size", "img_size", "interpolate_offset", "interpolate_antialias", "drop_path")
@@ -33,14 +34,20 @@ SPELLINGS = {
     "n_heads": "num_heads",
     "num_attention_heads": "num_heads",
     "drop_path_rate": "drop_path",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "head_n_prototypes": "out_dim",
+    "head_bottleneck_dim": "bottleneck_dim",
+    "head_hidden_dim": "hidden_dim",
+    "head_nlayers": "nlayers",
 }
-# Settings that change training or initial values, not what a trained model computes, or that shapes tell.
-WITHOUT_EFFECT = {
-    *("init_values", "layerscale", "layerscale_value", "drop_path_uniform", "block_chunks", "qkv_bias", "proj_bias"),
-    *("ffn_bias", "ffn_layer", "arch", "patch_size", "embed_dim", "depth", "mlp_ratio", "num_register_tokens"),
-    *("in_chans", "separate_head", "out_dim", "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim"),
-    *("head_nlayers", "bottleneck_dim", "hidden_dim", "nlayers", "use_bn", "hidden_size", "num_hidden_layers"),
-}
+# Settings that change training or initial values, not what a trained model computes.
+WITHOUT_EFFECT = ("init_values", "layerscale", "layerscale_value", "drop_path_uniform", "block_chunks", "arch")
+# What shapes tell: it may be given and has to agree.
+TOLD = ("patch_size", "embed_dim", "depth", "in_chans", "num_register_tokens", "qkv_bias", "proj_bias", "ffn_bias")
+TOLD_OF_MLP = ("mlp_ratio", "ffn_layer")
+TOLD_OF_HEADS = ("separate_head", "out_dim", "bottleneck_dim", "hidden_dim", "nlayers", "use_bn")
+CENTRES = {"dino_loss.center": "dino_centering.center", "ibot_patch_loss.center": "ibot_centering.center"}
 NAMES = {384: "small", 768: "base", 1024: "large"}
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 MIMIC_CXR = ((0.5307,) * 3, (0.2583,) * 3)
@@ -59,8 +66,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
     Returns:
         A timm `VisionTransformer` for a backbone, its forward the normed class token, with `mask_token` (1, D) beside
-        its weights; a `DINOHead` for a head alone; a `Distilled` for a backbone with heads; a `DINOv2` for student
-        and teacher.
+        its weights, which takes images of any size patches fill; a `DINOHead` for a head alone; a `Distilled` for a
+        backbone with heads; a `DINOv2` for student and teacher.
 
     Raises:
         UsageError: Unknown setting, or tensors missing or left over.
@@ -80,7 +87,7 @@ def is_dinov2(state: Mapping[str, Tensor]) -> bool:
 
 def _load(state: Mapping[str, Tensor], statistics: tuple[Any, Any], config: dict[str, Any]) -> nn.Module:
     config = {SPELLINGS.get(name, name): value for name, value in config.items()}
-    check_settings(config, (*SETTINGS, *LOSS_SETTINGS, *WITHOUT_EFFECT))
+    check_settings(config, (*SETTINGS, *LOSS_SETTINGS, *WITHOUT_EFFECT, *TOLD, *TOLD_OF_MLP, *TOLD_OF_HEADS))
     if is_transformers(state):
         state = from_transformers(state)
         return _encoder(state, config, PositionRule(antialias="register_tokens" in state), statistics)[0]
@@ -90,14 +97,26 @@ def _load(state: Mapping[str, Tensor], statistics: tuple[Any, Any], config: dict
         return _both(state, student, teacher, config, statistics)
     # One network is enough; where there are two without heads, the teacher is what is shipped.
     network = teacher or student or dict(state)
-    backbone = _part(network, "backbone.") or {n: v for n, v in network.items() if not n.startswith("head.")}
+    if not _has_layer_scale(network):  # Phikon's first version: iBOT's teacher comes with its head
+        network = {name: value for name, value in network.items() if not name.startswith("head.")}
+    if teacher or student:
+        _refuse(name for name in state if not name.startswith(("student.", "teacher.", *CENTRES)))
+    backbone = _part(network, "backbone.")
     if not _heads(network):
         if "mlp.0.weight" in network or "mlp.weight" in network:
             return fill(_head(network), network).eval()
-        return _encoder(backbone, config, None, statistics)[0]
-    if not _part(network, "backbone."):
+        if backbone:
+            _refuse(name for name in network if not name.startswith("backbone."))
+        return _encoder(backbone or network, config, None, statistics)[0]
+    if not backbone:
         raise UsageError("the checkpoint has heads and no backbone; load each head alone, without its prefix")
     return _distilled(network, config, statistics).eval()
+
+
+def _refuse(names: Iterable[str]) -> None:
+    """Refuse tensors that belong to nothing that is loaded."""
+    if left := list(names):
+        raise UsageError(f"unexpected: {', '.join(left[:6])}{f' and {len(left) - 6} more' if len(left) > 6 else ''}")
 
 
 def _both(
@@ -123,13 +142,12 @@ def _both(
         **{name: config[name] for name in LOSS_SETTINGS if name in config},
     )
     ours = {f"{name}.{inner}": value for name, each in made.items() for inner, value in each.state_dict().items()}
-    centres = {"dino_loss.center": "dino_centering.center", "ibot_patch_loss.center": "ibot_centering.center"}
     rest = {n: v for n, v in state.items() if not n.startswith(("student.", "teacher."))}
-    for published, name in centres.items():
+    for published, name in CENTRES.items():
         if published in rest:
             ours[name] = rest.pop(published).reshape(1, -1)
-    # Sinkhorn-Knopp has no centres.
-    return fill(model, {**ours, **rest}, may_lack=centres.values()).eval()
+    # Sinkhorn-Knopp has no centres, and a file without them goes on from zeros, as training starts.
+    return fill(model, {**ours, **rest}, may_lack=CENTRES.values()).eval()
 
 
 def _distilled(network: Mapping[str, Tensor], config: dict[str, Any], statistics: tuple[Any, Any]) -> Distilled:
@@ -138,13 +156,18 @@ def _distilled(network: Mapping[str, Tensor], config: dict[str, Any], statistics
     heads = {name: _head(_part(network, f"{name}.")) for name in _heads(network)}
     if "dino_head" not in heads:
         raise UsageError("the checkpoint has an ibot_head and no dino_head")
+    agree(config, {"separate_head": "ibot_head" in heads, **_shape_of(heads["dino_head"])})
     made = Distilled(encoder, heads["dino_head"], heads.get("ibot_head"), rule)
     mask_token = encoder.mask_token
     del encoder.mask_token  # it stands beside the encoder here
     ours = {f"encoder.{name}": value for name, value in encoder.state_dict().items()} | {"mask_token": mask_token}
     ours |= {name: value for name, value in network.items() if not name.startswith("backbone.")}
-    fill(made, ours)
+    fill(made, ours, published=lambda name: name.replace("encoder.", "backbone.", 1))
     return made
+
+
+def _has_layer_scale(state: Mapping[str, Tensor]) -> bool:
+    return any(".ls1." in name or ".ls2." in name for name in state)
 
 
 def _heads(network: Mapping[str, Tensor]) -> list[str]:
@@ -188,10 +211,14 @@ def _encoder(
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "cls_token"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no DINOv2 backbone")
-    state = dict(state)
+    # Sums and resampling of half-precision values would lose digits.
+    state = {name: at_least_float32(value) for name, value in state.items()}
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     rule = _rule(rule or (TIMM_RULE if registers else DINOV2_RULE), config)
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    plain = not _has_layer_scale(state)
+    if not plain:
+        require(state, "mask_token")
     mask_token = state.pop("mask_token", torch.zeros(1, width)).reshape(1, width)
     grid = _positions(state, config, patch, rule)
     if registers:
@@ -208,8 +235,27 @@ def _encoder(
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"the width {width} is not divisible by num_heads {heads}; give the number the model has")
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    biased = any(key.endswith(".attn.qkv.bias") for key in state)
+    agree(
+        config,
+        {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "in_chans": channels,
+            "num_register_tokens": registers,
+            "qkv_bias": biased,
+            "proj_bias": any(key.endswith(".attn.proj.bias") for key in state),
+            "ffn_bias": any(key.endswith(".mlp.fc1.bias") for key in state),
+        },
+    )
+    if str(config.get("ffn_layer", "mlp")).startswith("swiglu") != gated and "ffn_layer" in config:
+        raise UsageError(
+            f"ffn_layer={config['ffn_layer']}, but the checkpoint's tensors are those of "
+            f"{'swiglu' if gated else 'mlp'}; leave it out"
+        )
     size = NAMES.get(width, "base")
-    plain = "blocks.0.ls1.gamma" not in state
     name = f"vit_{size}_patch16_224" if plain or patch == 16 else f"vit_{size}_patch14_dinov2"
     prefix: dict[str, Any] = {"reg_tokens": registers, "no_embed_class": True} if registers else {}
     encoder = create_encoder(
@@ -218,11 +264,11 @@ def _encoder(
         in_chans=channels,
         patch_size=patch,
         embed_dim=width,
-        depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        depth=depth,
         num_heads=heads,
         # The number of hidden units is cut off to a whole number, which must not lose one.
         mlp_ratio=ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        qkv_bias=biased,
         init_values=None if plain else 1e-5,
         **prefix,
     )
@@ -231,7 +277,7 @@ def _encoder(
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     # Beside the weights, not among them: a bundle holds timm's own tensors.
     encoder.register_buffer("mask_token", mask_token.clone(), persistent=False)
-    return encoder.eval(), rule
+    return take_any_size(encoder, rule).eval(), rule
 
 
 def _rule(rule: PositionRule, config: Mapping[str, Any]) -> PositionRule:

@@ -74,7 +74,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole = next(name for name in state if name.endswith("embeddings.patch_embeddings.projection.weight"))
     prefix = whole.removesuffix("embeddings.patch_embeddings.projection.weight")
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    found = {OUTSIDE[name]: inner.pop(name) for name in list(inner) if name in OUTSIDE}
+    left = {name: value for name, value in state.items() if not name.startswith((prefix, "classifier."))}
+    found = left if prefix else {}
+    found |= {OUTSIDE[name]: inner.pop(name) for name in list(inner) if name in OUTSIDE}
     for name in list(inner):
         if name not in inner:
             continue  # taken with another

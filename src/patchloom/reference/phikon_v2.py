@@ -5,6 +5,7 @@ The names of the tensors tell which head it is, their shapes nearly all else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.slides.mil import HEADS
 from patchloom.reference import dinov2
-from patchloom.reference.state import agree, check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill, has
 
 # A tensor that only this head has. A mean pool has nothing but its classifier.
+# Modules that only one of the heads has; what all have comes last.
 TELLS = {
-    "abmil": "attention_layer.att.weight",
-    "dsmil": "tiles_queries.hidden_layers.0.weight",
-    "chowder": "score_model.hidden_layers.0.weight",
-    "transmil": "cor.norm1.weight",
-    "hiptmil": "gat.attention_c.weight",
-    "meanpool": "mlp.0.weight",
+    "abmil": "attention_layer.",
+    "dsmil": "tiles_queries.",
+    "chowder": "score_model.",
+    "transmil": "cor.",
+    "hiptmil": "gat.",
+    "meanpool": "mlp.",
 }
 # Names the head itself may go by.
 SPELLINGS = {"mean_pool": "meanpool", "hipt": "hiptmil", "hipt_mil": "hiptmil", "trans_mil": "transmil"}
@@ -79,9 +81,7 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     head = config.pop("model", head)
     if head is None and dinov2.is_dinov2(state):
         return dinov2.load(state, **config)  # the tile encoder
-    found = next((name for name, tensor in TELLS.items() if tensor in state), None)
-    if found is None and "mlp.0.0.weight" in state:
-        found = "meanpool"
+    found = next((name for name, module in TELLS.items() if has(state, module)), None)
     if head is not None:
         head = SPELLINGS.get(head.lower(), head.lower())
         if head not in HEADS:
@@ -119,7 +119,7 @@ def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "d_model_attention": tiles[-1],
             "mlp_hidden": mlp[1:-1],
             "out_features": mlp[-1],
-            "bias": "tiles_emb.hidden_layers.0.bias" in state,
+            "bias": _has_bias(state, "tiles_emb"),
         }
     if head == "chowder":
         tiles = _tile_widths(state, "score_model")
@@ -128,7 +128,7 @@ def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "tiles_mlp_hidden": tiles[1:-1],
             "out_features": tiles[-1],
             "mlp_hidden": _mlp_widths(state)[1:-1],
-            "bias": "score_model.hidden_layers.0.bias" in state,
+            "bias": _has_bias(state, "score_model"),
         }
     if head == "dsmil":
         scores, values, queries = (_tile_widths(state, f"tiles_{name}") for name in ("scores", "values", "queries"))
@@ -141,16 +141,16 @@ def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
             "tiles_values_mlp_hidden": values[1:-1],
             "tiles_queries_mlp_hidden": queries[1:-1],
             "mlp_hidden": _mlp_widths(state)[1:-1],
-            "bias": "tiles_scores.hidden_layers.0.bias" in state,
+            "bias": _has_bias(state, "tiles_"),
         }
     if head == "transmil":
         return _transmil(state)
-    return {"in_features": _width_in(state, "phi.0.weight"), "out_features": len(state["classifier.weight"])}
+    return {"in_features": _width_in(state, "phi.0.weight"), "out_features": len(_tensor(state, "classifier.weight"))}
 
 
 def _transmil(state: Mapping[str, Tensor]) -> dict[str, Any]:
     projected = "proj.0.weight" in state
-    width = len(state["cor.norm1.weight"])
+    width = len(_tensor(state, "cor.norm1.weight"))
     told: dict[str, Any] = {
         "in_features": _width_in(state, "proj.0.weight") if projected else width,
         "proj_dim": width if projected else None,
@@ -202,6 +202,10 @@ def _spelled_as_ours(head: str, config: dict[str, Any]) -> dict[str, Any]:
     short = {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if head == "meanpool" else SHORT
     config = {short.get(name, name): value for name, value in config.items()}
     config.pop("position_encoding", None)  # there is one only
+    if config.get("proj_dropout", 0.0) is None:  # published for: none
+        del config["proj_dropout"]
+    if head == "meanpool" and config.get("bias") is True:  # what it has
+        del config["bias"]
     if head == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
         config |= {"n_top": extreme, "n_bottom": extreme}
     groups = [config.pop(name, None) for name in ("kw_cor", "kw_agg")] if head == "transmil" else []
@@ -216,7 +220,7 @@ def _spelled_as_ours(head: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _mlp_widths(state: Mapping[str, Tensor]) -> list[int]:
     """Return the widths from the input to the output of `mlp`."""
-    last = max((int(name.split(".")[1]) for name in state if name.startswith("mlp.")), default=0)
+    last = max((int(found[1]) for name in state if (found := re.match(r"mlp\.(\d+)\.", name))), default=0)
     names = [f"mlp.{number}.0.weight" for number in range(last)] + [f"mlp.{last}.weight"]
     return _widths([_tensor(state, name) for name in names])
 
@@ -224,8 +228,13 @@ def _mlp_widths(state: Mapping[str, Tensor]) -> list[int]:
 def _tile_widths(state: Mapping[str, Tensor], name: str) -> list[int]:
     """Return the widths from the input to the output of a network on tiles, whose activations count as layers."""
     prefix = f"{name}.hidden_layers."
-    numbers = sorted({int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)})
+    layer = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    numbers = sorted({int(found[1]) for key in state if (found := layer.match(key))})
     return _widths([_tensor(state, f"{prefix}{number}.weight") for number in numbers or [0]])
+
+
+def _has_bias(state: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(name) and ".hidden_layers." in key and key.endswith(".bias") for key in state)
 
 
 def _widths(weights: list[Tensor]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid
+from patchloom.precision import at_least_float32
 from patchloom.pretrain.vicreg import TOVVICReg
-from patchloom.reference.state import agree, check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill, require
 
 FRAME_SIDE = 84
 SETTINGS = ("num_heads", "image_size", "projector", "sim", "std", "cov", "temporal", "balanced", "chronological")
@@ -31,6 +32,8 @@ WITHOUT_EFFECT = ("img_size", "drop_rate", "attn_drop_rate", "drop_path_rate", "
 # Where other methods' checkpoints, which the published loader takes too, keep their encoder.
 PREFIXES = ("backbone.", "base_encoder.", "vit.", "encoder.")
 HEADS = ("projector.", "temporal_order_predictor.")
+NORM = re.compile(r"projector\.(\d+)\.running_mean")
+PROJECTOR = re.compile(r"projector\.(\d+)\.weight")
 
 
 def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
@@ -85,6 +88,7 @@ def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[in
     Raises:
         UsageError: The positions are of no square grid.
     """
+    positions = at_least_float32(positions)  # resampled half-precision values would lose digits
     own = positions[:, 1:]
     side = math.isqrt(own.shape[1])
     if side**2 != own.shape[1]:
@@ -118,7 +122,7 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qkv_bias": any(name.endswith(".attn.qkv.bias") for name in state),
         "num_classes": 0,
     }
 
@@ -129,22 +133,25 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _encoder(state: Mapping[str, Tensor], told: Mapping[str, Any], config: Mapping[str, Any]) -> Encoder:
-    """Return a fresh encoder of the shapes in the state dict, for frames of the wanted size."""
-    size, patch = _size(config), int(told["patch_size"])
-    if size != (FRAME_SIDE, FRAME_SIDE):
-        patch_grid(size, patch)  # frames of 84 alone may have a remainder: the published patches leave it out
+    """Return a fresh encoder of the shapes in the state dict, for frames of the wanted size.
+
+    A side may have a remainder: the published patches leave it out, and so do timm's.
+    """
     shape = {name: told[name] for name in ("embed_dim", "depth", "mlp_ratio", "qkv_bias", "patch_size")}
     heads = config.get("num_heads") or max(1, told["embed_dim"] // 64)
     return create_encoder(
-        "vit_tiny_patch8_84", image_size=size, in_chans=told["in_chans"], num_heads=int(heads), **shape
+        "vit_tiny_patch8_84", image_size=_size(config), in_chans=told["in_chans"], num_heads=int(heads), **shape
     )
 
 
 def _training_module(
     encoder: Encoder, own: Mapping[str, Tensor], heads: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> nn.Module:
-    places = sorted(int(n.split(".")[1]) for n, v in heads.items() if n.startswith("projector.") and v.ndim == 2)
-    widths = "-".join(str(len(heads[f"projector.{place}.weight"])) for place in places)
+    linear = {int(found[1]): v for n, v in heads.items() if (found := PROJECTOR.fullmatch(n)) and v.ndim == 2}
+    places = sorted(linear)
+    norms = [int(found[1]) for name in heads if (found := NORM.fullmatch(name))]
+    require(heads, *(f"projector.{norm + 2}.weight" for norm in norms))  # a linear layer follows
+    widths = "-".join(str(len(linear[place])) for place in places)
     agree(config, {"projector": widths})
     weights = {name: config[name] for name in SETTINGS[3:] if name in config}
     model = TOVVICReg(encoder, projector=widths, **weights)
@@ -153,4 +160,10 @@ def _training_module(
         name.replace("temporal_order_predictor.0.", "order_head.linear."): value for name, value in heads.items()
     }
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
-    return fill(model, tensors, may_lack=counters).eval()
+    return fill(model, tensors, may_lack=counters, published=_published_name).eval()
+
+
+def _published_name(name: str) -> str:
+    if name.startswith("encoder."):
+        return f"backbone.{name.removeprefix('encoder.')}"
+    return name.replace("order_head.linear.", "temporal_order_predictor.0.")

@@ -11,7 +11,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
     The warm-up includes both of its ends (0 at step 0, `peak` at step `warmup` - 1); the cosine takes
     t = 0 … total - warmup - 1 over T = total - warmup steps, so `end` itself is approached, not reached
-    (CCViT specification, section 3.1, as in BEiT).
+    before the run is over (CCViT specification, section 3.1, as in BEiT).
 
     Args:
         step: Optimiser step, from 0.
@@ -22,8 +22,9 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
     """
     if step < warmup:
         return peak * step / max(1, warmup - 1)
-    t = min(step, total - 1) - warmup
-    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * t / max(1, total - warmup)))
+    if step >= total:
+        return end
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def warmup_drops(step: int, total: int, warmup: int, peak: float, drops: Sequence[float], factor: float) -> float:
