@@ -15,6 +15,8 @@ from patchloom.bundle import load, save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.training.config import config_from_mapping
+from patchloom.training.lars import Lars
 
 SMALL = {
     "data": "digits",
@@ -110,6 +112,27 @@ def test_a_run_leaves_a_small_file_that_evaluates_and_resumes(tmp_path, base):
     twice = load_file(again.model / "adapter.safetensors")
     assert set(once) == set(twice)
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_the_linear_probe_of_masked_autoencoders(base):
+    config_class = METHODS["linear"].config_class
+    config = config_from_mapping(config_class, {"preset": "mae", "out": "unused", "encoder": str(base), **SMALL})
+    method = METHODS["linear"](config, open_source("digits"))
+    optimizer = method.configure_optimizers()
+    assert isinstance(optimizer, Lars)
+    assert {(group["momentum"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.9, 0.0)}
+    assert (config.lr, config.lr_base_batch, config.pool) == (0.1, 256, "cls")
+    batch = {"image": torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8), "label": torch.arange(16) % 10}
+    for group in optimizer.param_groups:
+        group["lr"] = 20.0
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = method.train().training_loss(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_label_budget_reaches_the_method(base):

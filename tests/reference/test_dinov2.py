@@ -253,7 +253,11 @@ def test_phikon_of_the_first_version_is_its_teacher():
         (lambda s: s.pop("mask_token"), {}, "missing: mask_token"),
         (lambda s: s.update({"head.weight": torch.zeros(1)}), {}, "unexpected: head.weight"),
         (lambda s: None, {"depth": 7}, "depth=7, but the checkpoint's tensors say 3"),
-        (lambda s: None, {"ffn_layer": "swiglufused"}, "ffn_layer=swiglufused, but the checkpoint's tensors are .* mlp"),
+        (
+            lambda s: None,
+            {"ffn_layer": "swiglufused"},
+            "ffn_layer=swiglufused, but the checkpoint",
+        ),
         (lambda s: None, {"num_head": 4}, "did you mean num_heads"),
         (lambda s: None, {"num_heads": 5}, "divisible by num_heads"),
         (lambda s: None, {"image_size": 30}, r"image_size \(30, 30\) is not divisible by the patch size 4"),
@@ -271,10 +275,10 @@ def test_what_does_not_fit_is_refused_by_name(change, settings, message):
 def test_what_belongs_to_no_part_is_refused(prefix):
     state = prefixed(backbone(), prefix)
     assert pl.load_reference("dinov2", state, num_heads=HEADS)
-    with pytest.raises(UsageError, match="unexpected: junk.weight"):
+    with pytest.raises(UsageError, match="unexpected: junk"):
         pl.load_reference("dinov2", {**state, "junk.weight": torch.zeros(2)}, num_heads=HEADS)
-    with pytest.raises(UsageError, match="unexpected: junk.weight"):
-        layout = transformers_layout(backbone(), prefix="dinov2.")
+    layout = transformers_layout(backbone(), prefix="dinov2.")
+    with pytest.raises(UsageError, match="unexpected: junk"):
         pl.load_reference("dinov2", {**layout, "junk.weight": torch.zeros(2)}, num_heads=HEADS)
 
 

@@ -18,6 +18,7 @@ from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
 from patchloom.errors import UsageError
 from patchloom.training.labelled import LabelledConfig, LabelledMethod
+from patchloom.training.lars import Lars
 from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
 
@@ -35,10 +36,10 @@ class AdapterConfig(LabelledConfig):
     """Passes over the images; paper: 100"""
     batch_size: int = 128
     """Images per device and forward pass; paper: 128 on each of 8 GPUs"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
     """Optimiser; paper: SGD with momentum"""
     momentum: float = 0.9
-    """Momentum of SGD; paper: 0.9"""
+    """Momentum of SGD and LARS; paper: 0.9"""
     lr: float = 0.1
     """Peak learning rate for a global batch of lr_base_batch; paper: 0.1 for 256, so 0.4 for its batch of 1024"""
     lr_base_batch: int | None = 256
@@ -166,6 +167,8 @@ class AdapterMethod(LabelledMethod):
         if config.optimizer == "adamw":
             return super().configure_optimizers()
         groups = parameter_groups(self, depth=depth(self.encoder), decay=self.decays)
+        if config.optimizer == "lars":
+            return Lars(groups, momentum=config.momentum)
         return make_optimizer("sgd", groups, betas=config.betas, eps=config.eps, momentum=config.momentum)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

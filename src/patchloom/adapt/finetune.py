@@ -14,14 +14,18 @@ from torch import nn
 
 from patchloom.training.supervised import SupervisedConfig, SupervisedMethod
 
+MAE: dict[str, Any] = {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(SupervisedConfig):
     """Settings of fine-tuning; the defaults are the paper's for a base encoder on ImageNet-1K."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # MAE's recipe for a base encoder: arXiv 2111.06377.
-        "mae": {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0},
+        # MAE's recipe for a base, a large and a huge encoder: arXiv 2111.06377.
+        "mae": MAE,
+        "mae_large": {**MAE, "lr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.2},
+        "mae_huge": {**MAE, "lr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.3},
         # Findings on chest X-rays from a small encoder: arXiv 2210.12843.
         "thorax": {
             "epochs": 75,
