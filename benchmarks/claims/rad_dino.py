@@ -152,7 +152,7 @@ def findings(out: Series, name: str, root: Path) -> float:
         labelled = {"train": f"chexpert:{root / 'few'}", "test": f"chexpert:{root}:val"}
         return pl.evaluate("multilabel", encoder=encoder, num_workers=0, cache="none", **labelled)
 
-    return float(out.get(f"findings_{name}", compute)["auroc"])
+    return float(out.get(f"findings_{name}", compute)["mean_auroc"])
 
 
 def table(out: Series, has_camvid: bool) -> str:
@@ -195,7 +195,7 @@ def table(out: Series, has_camvid: bool) -> str:
             bool((dense - plain).mean() >= 1),
         )
     continued, fresh = (
-        np.array([(out.known(f"findings_dinov2_{kind}_{seed}") or {})["auroc"] for seed in SEEDS])
+        np.array([(out.known(f"findings_dinov2_{kind}_{seed}") or {})["mean_auroc"] for seed in SEEDS])
         for kind in ("continued", "fresh")
     )
     add(
