@@ -1,4 +1,4 @@
-"""The radiology benchmark's decoders, one and several in a file."""
+"""The radiology benchmark's decoders and linear probes, one and several in a file."""
 
 from __future__ import annotations
 
@@ -88,3 +88,129 @@ def test_an_unknown_name_is_refused():
     state["decoders_dict.linear:lr=0_1.decoder.bias"] = torch.zeros(2)
     with pytest.raises(UsageError, match="did you mean linear:lr=0_1"):
         pl.load_reference("dinov2_radiology", state, name="linear:lr=0_01")
+
+
+def probe_layout(blocks: int, avgpool: bool, width: int = 8, classes: int = 3, seed: int = 0):
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "linear.weight": torch.randn(classes, (blocks + avgpool) * width, generator=draw, dtype=torch.float64),
+        "linear.bias": torch.randn(classes, generator=draw, dtype=torch.float64),
+    }
+
+
+def layers(batch: int = 2, width: int = 8, seed: int = 0):
+    """Four pairs of patches and class token."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [((batch, 5, width), (batch, width))] * 4
+    return [tuple(torch.randn(s, generator=draw, dtype=torch.float64) for s in pair) for pair in shapes]
+
+
+def read(tokens, blocks: int, avgpool: bool):
+    """The published input of a probe: class tokens, oldest first, then the mean patch of the last block."""
+    return torch.cat([*(c for _, c in tokens[-blocks:]), *([tokens[-1][0].mean(1)] if avgpool else [])], 1)
+
+
+def answer(state, x):
+    return x @ state["linear.weight"].T + state["linear.bias"]
+
+
+SPELLED = {
+    "dinov2": lambda n, b: f"classifier_{n}_blocks_avgpool_{b}_lr_0_00250",
+    "radiology": lambda n, b: f"linear:blocks={n}:avgpool={b}:lr=0_0010000000",
+}
+GRID = [(1, False), (1, True), (4, False), (4, True)]
+
+
+@pytest.mark.parametrize("ddp", ["", "module."])
+@pytest.mark.parametrize("volumes", ["", "model."])
+@pytest.mark.parametrize("spelling", SPELLED)
+def test_probes_of_every_spelling_give_the_published_logits(spelling, volumes, ddp, tmp_path):
+    states = {SPELLED[spelling](n, b): probe_layout(n, b, seed=i) for i, (n, b) in enumerate(GRID)}
+    whole = {
+        f"{ddp}classifiers_dict.{name}.{volumes}{key}": value
+        for name, one in states.items()
+        for key, value in one.items()
+    }
+    path = tmp_path / "model_final.pth"  # as fvcore writes it
+    torch.save({"model": whole, "optimizer": {"state": {}}, "scheduler": {"last_epoch": 3}, "iteration": 9}, path)
+    found = pl.load_reference("dinov2_radiology", path, num_classes=3, embed_dim=8)
+    assert list(found) == list(states)
+    assert not found.training
+    tokens = layers()
+    logits = found([tokens] if volumes else tokens)
+    for (blocks, avgpool), (name, state) in zip(GRID, states.items(), strict=True):
+        x = read(tokens, blocks, avgpool)
+        torch.testing.assert_close(logits[name], answer(state, x.mean(0, keepdim=True) if volumes else x))
+        one = pl.load_reference("dinov2_radiology", {"model": whole}, classifier=name)
+        assert (one.blocks, one.avgpool, one.embed_dim, one.num_classes) == (blocks, avgpool, 8, 3)
+        assert one.volumes == bool(volumes)
+        assert torch.equal(one.linear.weight, state["linear.weight"])
+
+
+def test_a_probe_alone_needs_no_name_where_it_is_told_what_it_reads():
+    state = probe_layout(4, True)
+    tokens = layers()
+    for prefix in ("", "classifiers_dict.best."):
+        named = {f"{prefix}{key}": value for key, value in state.items()}
+        probe = pl.load_reference("dinov2_radiology", named, blocks=4, avgpool=True)
+        torch.testing.assert_close(probe(tokens), answer(state, read(tokens, 4, True)))
+    one = {f"classifiers_dict.{SPELLED['dinov2'](4, True)}.{k}": v.float() for k, v in state.items()}
+    probe = pl.load_reference("dinov2_radiology", one)
+    assert probe.linear.weight.dtype == torch.float32
+    assert pl.load_reference("dinov2_radiology", one, name="classifier_4_blocks_avgpool_True_lr_0.00250").blocks == 4
+
+
+PROBE = f"classifiers_dict.{SPELLED['dinov2'](4, True)}."
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda s: s.pop(f"{PROBE}linear.bias"), {}, f"missing: {PROBE}linear.bias$"),
+        (lambda s: s.update({f"{PROBE}x": torch.zeros(1)}), {}, f"unexpected: {PROBE}x$"),
+        (
+            lambda s: s.update({f"{PROBE}linear.wieght": s.pop(f"{PROBE}linear.weight")}),
+            {},
+            f"missing: {PROBE}linear.weight; unexpected: {PROBE}linear.wieght",
+        ),
+        (lambda s: s.update({"head.bias": torch.zeros(1)}), {}, "unexpected: head.bias; a probe's tensors stand under"),
+        (
+            lambda s: s.update({f"{PROBE}linear.bias": torch.zeros(4)}),
+            {},
+            rf"{PROBE}linear.bias \(4,\) instead of \(3,\)",
+        ),
+        (lambda s: s.update({f"{PROBE}linear.weight": torch.zeros(3)}), {}, "a probe's is"),
+        (
+            lambda s: s.update({f"{PROBE}linear.weight": torch.zeros(3, 41)}),
+            {},
+            "41 columns, which 4 class tokens and a",
+        ),
+        (lambda s: None, {"num_classes": 4}, "num_classes=4, but the checkpoint's tensors say 3"),
+        (lambda s: None, {"embed_dim": 16}, "embed_dim=16, but the checkpoint's tensors say 8"),
+        (lambda s: None, {"blocks": 1}, "blocks=1, but"),
+        (lambda s: None, {"avgpool": False}, "avgpool=False, but"),
+        (lambda s: None, {"patch_size": 14}, "unknown setting 'patch_size'"),
+        (lambda s: None, {"classifier": "classifier_4_blocks_avgpool_True_lr_1"}, "did you mean classifier_4_blocks"),
+        (
+            lambda s: s.update({f"{PROBE}model.linear.bias": s.pop(f"{PROBE}linear.bias")}),
+            {},
+            f"missing: {PROBE}linear.bias; unexpected: {PROBE}model.linear.bias",
+        ),
+        (
+            lambda s: s.update({k.replace("_4_", "_3_"): v for k, v in s.items()}),
+            {},
+            "width 8 and classifier_3_blocks_avgpool_True_lr_0_00250 one of width 10",
+        ),
+    ],
+)
+def test_a_probe_that_does_not_fit_is_refused_by_its_published_names(change, config, message):
+    state = {f"{PROBE}{key}": value for key, value in probe_layout(4, True).items()}
+    change(state)
+    with pytest.raises(UsageError, match=message):
+        pl.load_reference("dinov2_radiology", state, **config)
+
+
+@pytest.mark.parametrize("config", [{}, {"blocks": 4}, {"avgpool": True}, {"blocks": 0, "avgpool": True}])
+def test_a_name_that_tells_nothing_needs_settings(config):
+    with pytest.raises(UsageError, match="give how many blocks it reads"):
+        pl.load_reference("dinov2_radiology", probe_layout(4, True), **config)

@@ -19,6 +19,7 @@ from patchloom.encoders import depth, embed_dim, num_prefix_tokens, require_toke
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
 from patchloom.evaluate.metrics import Score, accuracy
+from patchloom.evaluate.probe import probe_columns
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
 from patchloom.features.extract import Features, torch_device
@@ -157,15 +158,13 @@ def probe_features(config: Any, several: bool) -> tuple[Features, Features, Feat
         return train, val, test, names, {"pixels": slice(0, train.vectors.shape[1])}
     width = embed_dim(encoder)
     if not has_class_token:
-        inputs = {f"mean over patches of {n} blocks": slice((most - n) * width, most * width) for n in config.blocks}
+        inputs = {f"mean over patches of {n} blocks": probe_columns(width, n, most=most) for n in config.blocks}
         return train, val, test, names, inputs
     order = [2 * layer for layer in range(most)] + [2 * most - 1]
     columns = torch.cat([torch.arange(part * width, (part + 1) * width) for part in order])
     train, val, test = (one._replace(vectors=one.vectors[:, columns]) for one in (train, val, test))
     inputs = {
-        f"class token of {n} block{'s' * (n > 1)}{', mean over patches' * added}": slice(
-            (most - n) * width, (most + added) * width
-        )
+        f"class token of {n} block{'s' * (n > 1)}{', mean over patches' * added}": probe_columns(width, n, added, most)
         for n in config.blocks
         for added in config.avgpool
     }

@@ -1,67 +1,154 @@
-"""Published decoders of the DINOv2 radiology benchmark (specification `dinov2_radiology`, section 4).
+"""Published linear probes and decoders of the DINOv2 radiology benchmark, and DINOv2's own linear probes.
 
-A checkpoint holds one decoder per learning rate tried, as `decoders_dict.<type>:lr=….`.
+Specification `dinov2_radiology`, section 4. A checkpoint holds one probe for each choice of blocks, pooling and
+learning rate (`classifiers_dict.<name>.linear.…`), or one decoder for each learning rate (`decoders_dict.<name>.…`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.probe import LinearProbe, LinearProbes
 from patchloom.reference.state import agree, check_settings, fill
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 
-KNOWN = ("name", "patch_size", "embed_dim", "num_classes", "final_relu")
+CLASSIFIERS, DECODERS = "classifiers_dict.", "decoders_dict."
+OF_PROBES = ("name", "blocks", "avgpool", "embed_dim", "num_classes")
+OF_DECODERS = ("name", "patch_size", "embed_dim", "num_classes", "final_relu")
+SPELLINGS = {"classifier": "name", "use_n_blocks": "blocks", "use_avgpool": "avgpool"}
+# classifier_4_blocks_avgpool_True_lr_0_00100 of DINOv2, linear:blocks=4:avgpool=True:lr=0_0010000000 of the benchmark.
+TOLD_BY_NAME = re.compile(r"(\d+)(?:_blocks_|:)avgpool[_=](True|False)")
+# What stands between a probe's name and its tensors: a probe of volumes wraps one of slices.
+OF_VOLUMES = "model."
+PROBE_WRAPPERS = ("", OF_VOLUMES, "module.", f"module.{OF_VOLUMES}")
 
 
 def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
-    """Return a decoder, or all of them by name.
+    """Return a linear probe or a decoder, or all of them by name.
 
     Args:
-        state: Tensors of one decoder (`decoder.*`, or `up1.*` to `up4.*`), or of several under `decoders_dict.`.
-        **config: `name` of the one wanted; `patch_size` (14); `final_relu` (True: as released).
+        state: Tensors of several probes under `classifiers_dict.` or of one (`linear.weight`, `linear.bias`); or of
+            several decoders under `decoders_dict.` or of one (`decoder.*`, or `up1.*` to `up4.*`).
+        **config: `name` (or `classifier`) of the one wanted. Of probes, `blocks` and `avgpool` where the name does not
+            tell them; of decoders, `patch_size` (14) and `final_relu` (True: as released). `num_classes` and
+            `embed_dim` may be given and have to agree.
 
     Returns:
-        The decoder, taking tokens and their grid; where there are several and none is named, an `nn.ModuleDict`.
+        A `LinearProbe`, or where there are several and none is named `LinearProbes`; a decoder, taking tokens and their
+        grid, or an `nn.ModuleDict`.
 
     Raises:
-        UsageError: No such decoder, unknown settings, or tensors missing or left over.
+        UsageError: No such probe or decoder, unknown settings, or tensors missing or left over.
     """
-    check_settings(config, KNOWN)
-    marker = "decoders_dict."
+    config = {SPELLINGS.get(name, name): value for name, value in config.items()}
+    make: Callable[[Mapping[str, Tensor], Mapping[str, Any], str], nn.Module]
+    container: type[nn.ModuleDict]
+    if any(CLASSIFIERS in name for name in state) or any(
+        f"{wrapper}linear.weight" in state for wrapper in PROBE_WRAPPERS
+    ):
+        known, marker, kind, make, container = OF_PROBES, CLASSIFIERS, "probe", _probe, LinearProbes
+    else:
+        known, marker, kind, make, container = OF_DECODERS, DECODERS, "decoder", _decoder, nn.ModuleDict
+    check_settings(config, known)
     if not any(marker in name for name in state):
-        return _decoder(state, config)
+        return make(state, config, "")
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if marker not in name:
-            raise UsageError(f"unexpected: {name}; a decoder's tensors stand under {marker}")
-        # Names of decoders hold no dots: those of the learning rate are written as underscores.
-        decoder, _, rest = name.partition(marker)[2].partition(".")
-        found.setdefault(decoder, {})[rest.removeprefix("module.").removeprefix("model.")] = tensor
+        if not name.startswith(marker):
+            raise UsageError(f"unexpected: {name}; a {kind}'s tensors stand under {marker}")
+        # Names of members hold no dots: those of the learning rate are written as underscores.
+        member, _, rest = name.removeprefix(marker).partition(".")
+        found.setdefault(member, {})[rest] = tensor
     wanted = config.get("name")
     if wanted is not None:
+        wanted = str(wanted).replace(".", "_")
         if wanted not in found:
-            raise unknown_name("decoder", str(wanted), found)
-        return _decoder(found[wanted], config)
-    made = {name: _decoder(tensors, config) for name, tensors in found.items()}
-    return next(iter(made.values())) if len(made) == 1 else nn.ModuleDict(made)
+            raise unknown_name(kind, wanted, found)
+        found = {wanted: found[wanted]}
+    made = {name: make(tensors, config, f"{marker}{name}.") for name, tensors in found.items()}
+    if len(made) == 1:
+        return next(iter(made.values()))
+    _check_widths({name: one for name, one in made.items() if isinstance(one, LinearProbe)})
+    return container(made)
 
 
-def _decoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -> LinearProbe:
+    """Return a probe of tensors that stand under `title` in the file."""
+    wrapper = max(PROBE_WRAPPERS, key=lambda each: sum(name.startswith(f"{each}linear.") for name in state))
+    needed = [f"{wrapper}linear.weight", f"{wrapper}linear.bias"]
+    missing = [f"{title}{name}" for name in needed if name not in state]
+    unexpected = [f"{title}{name}" for name in state if name not in needed]
+    if missing or unexpected:
+        listed = (("missing", missing), ("unexpected", unexpected))
+        raise UsageError("; ".join(f"{what}: {', '.join(names[:6])}" for what, names in listed if names))
+    weight = state[needed[0]]
+    if weight.ndim != 2:
+        raise UsageError(f"{title}{needed[0]} has shape {tuple(weight.shape)}; a probe's is (classes, columns)")
+    classes, columns = weight.shape
+    told: dict[str, Any] = {"num_classes": classes}
+    if (match := TOLD_BY_NAME.search(title)) is not None:
+        told |= {"blocks": int(match[1]), "avgpool": match[2] == "True"}
+    agree(config, told)
+    blocks, avgpool = (told.get(name, config.get(name)) for name in ("blocks", "avgpool"))
+    if type(blocks) is not int or blocks < 1 or type(avgpool) is not bool:
+        raise UsageError(
+            f"blocks is {blocks!r} and avgpool {avgpool!r} for {title}{needed[0]}, whose name does not tell them; give "
+            f"how many blocks it reads, at least 1, and True or False"
+        )
+    width, rest = divmod(columns, blocks + avgpool)
+    if rest:
+        raise UsageError(
+            f"{title}{needed[0]} has {columns} columns, which {blocks} class tokens{' and a mean' * avgpool} do not "
+            f"share"
+        )
+    agree(config, {"embed_dim": width})
+    made = LinearProbe(width, classes, blocks, avgpool, volumes=wrapper.endswith(OF_VOLUMES))
+    made.to(torch.promote_types(weight.dtype, torch.float32))
+    ours = {name.removeprefix(wrapper): value for name, value in state.items()}
+    fill(made, ours, published=lambda name: f"{title}{wrapper}{name}")
+    return made.eval()
+
+
+def _check_widths(probes: Mapping[str, LinearProbe]) -> None:
+    """Refuse probes whose names cannot all be right: those of a file read the same encoder."""
+    widths: dict[int, str] = {}
+    for name, probe in probes.items():
+        widths.setdefault(probe.embed_dim, name)
+    if len(widths) > 1:
+        (first, one), (second, other) = list(widths.items())[:2]
+        raise UsageError(
+            f"by their names and columns, {one} reads an encoder of width {first} and {other} one of width {second}; "
+            f"one of the names is wrong"
+        )
+
+
+def _decoder(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -> nn.Module:
+    """Return a decoder of tensors that stand under `title` in the file."""
+    wrapper = next(
+        (each for each in ("module.model.", "module.", "model.") if all(n.startswith(each) for n in state)), ""
+    )
+    state = {name.removeprefix(wrapper): value for name, value in state.items()}
     if "decoder.weight" in state:
         classes, width = state["decoder.weight"].shape[:2]
         told = {"embed_dim": width, "num_classes": classes}
     elif "up1.upconv.weight" in state and "up4.upconv.weight" in state:
         told = {"embed_dim": len(state["up1.upconv.weight"]), "num_classes": state["up4.upconv.weight"].shape[1]}
     else:
-        raise UsageError(f"the checkpoint has no tensor of a known decoder; it has {', '.join(list(state)[:4])}")
+        raise UsageError(
+            f"the checkpoint has no tensor of a known decoder or probe; it has {', '.join(list(state)[:4])}"
+        )
     agree(config, told)
     patch = int(config.get("patch_size", 14))
+    module: nn.Module
     if "decoder.weight" in state:
-        return fill(LinearSegHead(**told, patch_size=patch), state).eval()
-    module = UNetSegHead(**told, patch_size=patch, final_relu=bool(config.get("final_relu", True)))
+        module = LinearSegHead(**told, patch_size=patch)
+    else:
+        module = UNetSegHead(**told, patch_size=patch, final_relu=bool(config.get("final_relu", True)))
     counters = [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
-    return fill(module, state, may_lack=counters).eval()
+    return fill(module, state, may_lack=counters, published=lambda name: f"{title}{wrapper}{name}").eval()
