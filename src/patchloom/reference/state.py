@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError
 
+TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher", "student")
 
 
@@ -57,7 +59,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = TERMINAL_COLOURS.sub("", str(error)).strip().split("\n")[0]
         raise UsageError(
             f"{path} cannot be read as plain tensors ({reason}); save its state dict alone with torch.save"
         ) from error
