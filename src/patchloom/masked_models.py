@@ -119,6 +119,22 @@ def load_masked_model(path: str | Path) -> MaskedModel:
     return model.eval()
 
 
+def load_mask_token(path: str | Path) -> Tensor | None:
+    """Return what stood for hidden patches in front of an encoder's blocks, (…, D), where its bundle has kept that.
+
+    Args:
+        path: Run or bundle of the encoder. That of an autoencoder has a mask token of its decoder, which is another.
+
+    Raises:
+        UsageError: The file beside the bundle is damaged or belongs to another encoder.
+    """
+    folder = next((each for each in (Path(path), Path(path) / "model") if (each / PARTS).exists()), None)
+    if folder is None:
+        return None
+    state, about = _parts(folder)
+    return state["mask_token"] if about["kind"] == "mask_token" else None
+
+
 def _parts(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors and settings from the file beside a bundle, or from the checkpoint of its run."""
     file = folder / PARTS

@@ -10,8 +10,11 @@ import timm
 import torch
 
 import patchloom as pl
+from patchloom.bundle import save_bundle
 from patchloom.data import open_source
+from patchloom.encoders.mask_token import MaskTokenEncoder
 from patchloom.errors import UsageError
+from patchloom.masked_models import save_parts
 from patchloom.pretrain.dinov2 import PRESETS, Dinov2Config, Dinov2Method, linear, local_size
 from patchloom.training.config import config_from_mapping
 
@@ -252,6 +255,23 @@ def test_training_goes_on_from_encoder_and_heads(run, tmp_path):
     assert after["pos_embed"].shape[1] == 1 + 36  # a higher resolution, the last phase of the paper
     with pytest.raises(UsageError, match=r"do not fit: .* use the out_dim"):
         pl.pretrain("dinov2", **{**settings, "out": str(tmp_path / "other"), "out_dim": 40})
+
+
+@pytest.mark.parametrize("setting", ["init_from", "encoder"])
+def test_the_students_mask_token_starts_from_that_of_the_bundle(setting, run, tmp_path):
+    plain = method(**{setting: str(run.model)})
+    assert not plain.model.student.mask_token.any()
+    encoder = pl.load(run.model)
+    token = torch.randn(1, 1, 32)
+    save_bundle(encoder, tmp_path / "bundle")
+    save_parts(MaskTokenEncoder(encoder, token), tmp_path / "bundle")
+    made = method(**{setting: str(tmp_path / "bundle")})
+    for network in (made.model.student, made.model.teacher):
+        assert torch.equal(network.mask_token, token[0])
+    assert made.model.student.mask_token.requires_grad
+    assert not any(name.endswith("encoder.mask_token") for name in made.state_dict())
+    on = pl.pretrain("dinov2", **{**SMALL, "max_steps": 1, setting: str(tmp_path / "bundle")}, out=str(tmp_path / "on"))
+    assert pl.load(on.model)(torch.randn(1, 3, 16, 16)).shape == (1, 32)
 
 
 def test_init_from_names_the_architecture(run, tmp_path):

@@ -9,6 +9,7 @@ import patchloom as pl
 from patchloom.encoders import embed, run_blocks, tokens
 from patchloom.encoders.anysize import DINOV2_RULE, embed_any_size
 from patchloom.errors import UsageError
+from patchloom.masked_models import load_mask_token, load_masked_model
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2, Distilled
 from patchloom.reference import import_reference
 
@@ -60,6 +61,32 @@ def test_the_mask_token_is_kept_beside_the_encoder_and_out_of_its_bundle(tmp_pat
         "dinov2", str(tmp_path / "dinov2.pth"), out=str(tmp_path / "bundle"), settings={"num_heads": HEADS}
     )
     same(pl.load(bundle)(images()), forward(state, images())[:, 0])
+
+
+def test_an_imported_backbone_keeps_its_mask_token_beside_the_bundle(tmp_path):
+    masks = torch.rand(2, GRID**2, generator=torch.Generator().manual_seed(0)) < 0.4
+    expected = {"dinov2": backbone(), "rad_dino": backbone(registers=2, seed=4)}
+    for system, state in expected.items():
+        torch.save(state, tmp_path / f"{system}.pth")
+        out = import_reference(system, str(tmp_path / f"{system}.pth"), str(tmp_path / system), {"num_heads": HEADS})
+        assert torch.equal(load_mask_token(out).flatten(), state["mask_token"].flatten())
+        model = load_masked_model(out)
+        last, _ = run_blocks(model.encoder, embed(model.encoder, images(), masks, model.mask_token))
+        same(model.encoder.norm(last), forward(state, images(), masks))
+    torch.save({n: v for n, v in backbone().items() if n != "mask_token"}, tmp_path / "none.pth")
+    out = import_reference("dinov2", str(tmp_path / "none.pth"), str(tmp_path / "none"), {"num_heads": HEADS})
+    assert load_mask_token(out) is None
+
+
+@pytest.mark.parametrize("of", ["both", "teacher"])
+def test_a_training_checkpoint_is_imported_as_the_teachers_encoder(of, tmp_path):
+    state = training_state(True)
+    teacher = network_of(state, "teacher.")
+    torch.save({"model": state} if of == "both" else {"teacher": teacher}, tmp_path / "training.pth")
+    out = import_reference("dinov2", str(tmp_path / "training.pth"), str(tmp_path / "out"), {"num_heads": HEADS})
+    inner = network_of(teacher, "backbone.")
+    same(pl.load(out)(images()), forward(inner, images())[:, 0])
+    assert torch.equal(load_mask_token(out).flatten(), inner["mask_token"].flatten())
 
 
 @pytest.mark.parametrize("registers", [0, 2])

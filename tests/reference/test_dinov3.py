@@ -13,6 +13,8 @@ import patchloom as pl
 from patchloom.bundle import save_bundle
 from patchloom.encoders import embed, final_norm, num_prefix_tokens, run_blocks, tokens
 from patchloom.errors import UsageError
+from patchloom.masked_models import load_masked_model
+from patchloom.reference import import_reference
 
 D, DEPTH, HEADS, PATCH, STORAGE = 32, 3, 2, 4, 4
 
@@ -154,6 +156,18 @@ def test_an_ordinary_checkpoint_becomes_a_bundle_that_computes_the_same(tmp_path
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(pl.load(tmp_path / "model")(images), model(images))
+
+
+def test_an_imported_checkpoint_keeps_its_mask_token_beside_the_bundle(tmp_path):
+    state = layout()
+    torch.save(state, tmp_path / "dinov3.pth")
+    out = import_reference("dinov3", str(tmp_path / "dinov3.pth"), str(tmp_path / "out"), {"image_size": 16})
+    model = load_masked_model(out)
+    images, masks = torch.randn(2, 3, 16, 16), torch.rand(2, 16) < 0.4
+    with torch.no_grad():
+        last, _ = run_blocks(model.encoder, embed(model.encoder, images, masks, model.mask_token))
+        found = final_norm(model.encoder, last)
+    torch.testing.assert_close(found, published(state, images, masks), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

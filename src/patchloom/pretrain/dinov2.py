@@ -25,6 +25,7 @@ from patchloom.data.multicrop import MultiCrop
 from patchloom.encoders import Encoder, create_encoder, depth, grid_size, normalize, num_prefix_tokens, patch_size
 from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE
 from patchloom.errors import UsageError
+from patchloom.masked_models import load_mask_token
 from patchloom.patches import patch_grid
 from patchloom.pretrain.dinov2_config import PRESETS, Dinov2Config
 from patchloom.pretrain.distillation_losses import (
@@ -108,6 +109,9 @@ class Dinov2Method(Method):
                 raise UsageError(f"registers are for fresh encoders; {start} is trained already, leave them unset")
             encoder = create_encoder(start, **size, pretrained=not Path(start).exists())
             _check_architecture(encoder, config)
+            if (token := load_mask_token(start)) is not None:
+                # The student's starts from it; the bundle of the run holds the encoder alone.
+                encoder.register_buffer("mask_token", token.reshape(1, -1), persistent=False)
         if config.pixel_mean is not None:
             statistics = {"mean": config.pixel_mean, "std": config.pixel_std}
             encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}

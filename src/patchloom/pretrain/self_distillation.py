@@ -111,7 +111,7 @@ class Distilled(nn.Module):
     """An encoder with its mask token and heads: the student, or its moving average.
 
     Args:
-        encoder: Encoder without head that has a class token.
+        encoder: Encoder without head that has a class token; its `mask_token` (1, D) is taken over where it has one.
         dino_head: Head of the class token.
         ibot_head: Head of the patch tokens; None: `dino_head` serves both.
         rule: How absolute positions are resampled for crops of another size.
@@ -122,9 +122,9 @@ class Distilled(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        known = getattr(encoder, "mask_token", None)  # that of a published backbone, which lies beside its weights
-        fresh = torch.zeros(1, embed_dim(encoder))
-        self.mask_token = nn.Parameter(known.detach().clone() if isinstance(known, Tensor) else fresh)
+        token = getattr(encoder, "mask_token", None)
+        token = torch.zeros(1, embed_dim(encoder)) if token is None else token.detach().clone().reshape(1, -1)
+        self.mask_token = nn.Parameter(token)
         self.dino_head = dino_head
         self.ibot_head = ibot_head
         self.rule = rule

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.reference import (
@@ -102,15 +102,18 @@ def import_reference(
     from patchloom.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.bundle import save_bundle
     from patchloom.distill.specific import DistilledVisionTransformer, as_timm
+    from patchloom.encoders.mask_token import MaskTokenEncoder
     from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
     from patchloom.masked_models import save_parts
     from patchloom.pretrain.centroid_mim import CentroidMIM
+    from patchloom.pretrain.self_distillation import DINOv2
 
     if Path(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
     module = load_reference(system, checkpoint, **config)
     module = getattr(module, "autoencoder", module)  # of a student of G2SD
+    module = module.teacher if isinstance(module, DINOv2) else module  # what its authors ship
     if isinstance(module, DistilledVisionTransformer):
         module = as_timm(module)
     encoder = getattr(module, "encoder", module)
@@ -122,6 +125,9 @@ def import_reference(
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
     if isinstance(module, (MaskedAutoencoder, CentroidMIM)):
         save_parts(module, out)
+    elif isinstance(token := getattr(module, "mask_token", None), Tensor) and bool(token.any()):
+        # A checkpoint that has none is given zeros, with which training starts anyway.
+        save_parts(MaskTokenEncoder(encoder, token.detach().reshape(1, 1, -1)), out)
     for name, insertion in inserted.items():
         if getattr(insertion, "kind", None) in KINDS:
             insert(encoder, insertion, name)
