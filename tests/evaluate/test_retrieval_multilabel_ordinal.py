@@ -11,9 +11,13 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_
 
 import patchloom as pl
 from patchloom.errors import UsageError
+from patchloom.evaluate.metrics import per_label_auroc
+from patchloom.evaluate.multilabel import MultiLabelConfig
 from patchloom.evaluate.ordinal import in_order
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.retrieval import ranks
+from patchloom.evaluate.target import labelled_features
+from patchloom.features.mlknn import mlknn_predict
 
 from .small_images import QUICK, write_images
 
@@ -96,7 +100,7 @@ def test_an_image_without_its_like_is_left_out_and_said(data, tmp_path):
     assert found["notes"] == ["1 images have no other of their class to find, and are left out"]
 
 
-@pytest.mark.parametrize("probe", ["linear", "knn"])
+@pytest.mark.parametrize("probe", ["linear", "knn", "mlknn"])
 def test_several_labels_each(probe, tables, tmp_path):
     path = tmp_path / "p.npz"
     found = pl.evaluate(
@@ -116,6 +120,30 @@ def test_several_labels_each(probe, tables, tmp_path):
     assert found["interval"][0] <= found["score"] <= found["interval"][1]
     assert found["per_label"]["never"]["auroc"] is None
     assert "without AUROC: never" in found["notes"][0]
+
+
+def test_neighbours_are_asked_as_told(tables):
+    settings = {"encoder": "pixels", "image_size": 8, **tables, **QUICK}
+    found = pl.evaluate("multilabel", probe="mlknn", k=5, ks=[9, 100], **settings)
+    assert (found["probe"], found["k"], found["smoothing"], found["exclude_self"]) == ("mlknn", 5, 1.0, False)
+    assert list(found["mean_auroc_by_k"]) == ["5", "9", "45"]
+    assert found["mean_auroc_by_k"]["5"] == pytest.approx(found["score"])
+    train, test, _ = labelled_features(
+        MultiLabelConfig(encoder="pixels", image_size=8, **tables, **QUICK), several=True, may_be_same=True
+    )
+    for options in ({}, {"smoothing": 0.1, "exclude_self": True}):
+        said = mlknn_predict(train.vectors, train.labels, test.vectors, ks=(9,), **options)[9]
+        areas = per_label_auroc(said.numpy(), test.labels.numpy())
+        found = pl.evaluate("multilabel", probe="mlknn", k=9, **options, **settings)
+        assert found["score"] == pytest.approx(np.nanmean(areas))
+    # Whatever the probe, where train is test an image is told by all others.
+    for probe in ("knn", "mlknn"):
+        same = pl.evaluate("multilabel", probe=probe, **{**settings, "test": tables["train"]})
+        assert same["leave_one_out"]
+        assert same["score"] < 1
+    few = pl.evaluate("multilabel", probe="mlknn", shots=3, shots_by="dinov3", **settings)
+    assert few["k"] == 3
+    assert few["train_images"] <= 6
 
 
 def test_labels_are_matched_by_name(tables, tmp_path):
@@ -140,6 +168,10 @@ def test_each_kind_of_label_has_its_evaluation(data, tables):
         pl.evaluate("multilabel", encoder="pixels", **data, **QUICK)
     with pytest.raises(UsageError, match=r"several labels per image .* patchloom evaluate multilabel"):
         pl.evaluate("knn", encoder="pixels", **tables, **QUICK)
+    with pytest.raises(UsageError, match=r"smoothing is 0\.0"):
+        pl.evaluate("multilabel", encoder="pixels", smoothing=0.0, **tables, **QUICK)
+    with pytest.raises(UsageError, match="k is 0"):
+        pl.evaluate("multilabel", encoder="pixels", ks=[0], **tables, **QUICK)
     with pytest.raises(UsageError, match="unknown probe"):
         pl.evaluate("multilabel", encoder="pixels", probe="svm", **tables, **QUICK)
 

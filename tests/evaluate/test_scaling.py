@@ -7,16 +7,9 @@ import csv
 import numpy as np
 import pytest
 
+from patchloom.data import open_source
 from patchloom.errors import UsageError
-from patchloom.evaluate.scaling import nested_shots, scaling
-
-
-def test_label_sets_are_nested_and_balanced():
-    labels = np.repeat([0, 1, 2], [10, 20, 3])
-    few, more = nested_shots(labels, 2, seed=4), nested_shots(labels, 5, seed=4)
-    assert set(few) < set(more)
-    assert np.bincount(labels[more]).tolist() == [5, 5, 3]
-    assert set(nested_shots(labels, 5, seed=5)) != set(more)
+from patchloom.evaluate.scaling import scaling
 
 
 def test_a_grid_of_sizes_and_labels_is_measured(tmp_path):
@@ -36,12 +29,29 @@ def test_a_grid_of_sizes_and_labels_is_measured(tmp_path):
     assert (tmp_path / "s" / "report.html").read_text().count("data:image/png") == 2
 
 
+def test_labels_are_drawn_as_published(tmp_path):
+    arguments = {"encoders": ["pixels"], "train": "digits", "test": "digits:test", "num_workers": 0}
+    arguments |= {"image_sizes": [8], "seeds": 2, "protocol": "knn"}
+    images = {}
+    for by, shots in (("dinov2", [3]), ("dinov3", [0.05, 2]), ("radiology", [40])):
+        scaling(**arguments, out=str(tmp_path / by), shots=shots, shots_by=by)
+        with (tmp_path / by / "scaling.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        images[by] = [(row["shots"], row["images"]) for row in rows]
+    assert images["dinov2"] == [("3", "30")]
+    share = sum(int(count * 0.05) for count in np.bincount(open_source("digits").labels))
+    assert images["dinov3"] == [("0.05", str(share)), ("2", "20")]
+    assert images["radiology"] == [("40", "40")]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"encoders": []}, "at least one encoder"),
         ({"protocol": "kn"}, "did you mean knn"),
         ({"shots": [0]}, "at least 1"),
+        ({"seeds": 0}, "at least 1"),
+        ({"shots_by": "dinov1"}, "did you mean dinov"),
     ],
 )
 def test_impossible_requests_are_refused(change, message, tmp_path):

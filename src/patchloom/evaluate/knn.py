@@ -9,13 +9,13 @@ import torch
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
+from patchloom.evaluate.subset import SubsetConfig, learning_features, shot_neighbours
 from patchloom.features.extract import torch_device
 from patchloom.features.knn import knn_votes
 
 
 @dataclass(frozen=True, kw_only=True)
-class KNNConfig(EvaluationConfig):
+class KNNConfig(SubsetConfig):
     """Settings of the k-NN evaluation; the defaults are DINO's."""
 
     k: int = 20
@@ -43,13 +43,13 @@ class KNN(Evaluation):
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
         config = self.config
-        train, test, class_names = labelled_features(config, may_be_same=True)
+        train, test, class_names = learning_features(config, may_be_same=True)
         leave_one_out = train is test
         votes = knn_votes(
             train.vectors,
             train.labels,
             test.vectors,
-            ks=[config.k, *(config.ks or [])],
+            ks=shot_neighbours([config.k, *(config.ks or [])], config.shots, config.shots_by),
             temperature=config.temperature,
             num_classes=len(class_names),
             leave_one_out=leave_one_out,
@@ -59,6 +59,7 @@ class KNN(Evaluation):
         said = {number: found.cpu() for number, found in votes.items()}
         figures = self.classified(said[k], train, test, class_names)
         used: dict[str, Any] = {"k": k, "temperature": config.temperature, "leave_one_out": leave_one_out}
+        used |= config.drawn()
         if config.ks:
             shares = {str(number): (found.argmax(1) == test.labels).double() for number, found in said.items()}
             used["accuracy_by_k"] = {number: float(right.mean()) for number, right in shares.items()}

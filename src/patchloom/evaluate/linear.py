@@ -13,7 +13,7 @@ from torch import Tensor
 from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
+from patchloom.evaluate.subset import SubsetConfig, learning_features
 from patchloom.features.extract import Features, torch_device
 
 CHOICES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -23,7 +23,7 @@ ROUGHLY = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(EvaluationConfig):
+class LinearConfig(SubsetConfig):
     """Settings of the linear probe."""
 
     c: float | None = None
@@ -47,7 +47,7 @@ class Linear(Evaluation):
 
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
-        train, test, class_names = labelled_features(self.config)
+        train, test, class_names = learning_features(self.config)
         logits, used = self.fitted(train, test, len(class_names))
         return {**self.classified(logits, train, test, class_names), **used}
 
@@ -60,7 +60,8 @@ class Linear(Evaluation):
             raise UsageError(f"{config.train} has one class only; a classifier needs two")
         c, near = (config.c, None) if config.c is not None else self._choose(x, y, classes)
         model = fit_logistic(x, y, classes, c=c, max_iter=config.max_iter, start=near)
-        return model.logits(test.vectors).cpu(), {"c": c, "steps": model.steps, "converged": model.converged}
+        used = {"c": c, "steps": model.steps, "converged": model.converged, **config.drawn()}
+        return model.logits(test.vectors).cpu(), used
 
     def _choose(self, x: Tensor, y: Tensor, classes: int) -> tuple[float, LogisticModel | None]:
         """Return the penalty that does best on a held-out fifth of the training images; the strongest of equals.

@@ -21,7 +21,8 @@ from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
 from patchloom.evaluate.metrics import Score, accuracy
 from patchloom.evaluate.probe import probe_columns
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
+from patchloom.evaluate.subset import SubsetConfig, learning_features, taken
+from patchloom.evaluate.target import labelled_features, resolve_encoder
 from patchloom.features.extract import Features, torch_device
 
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -29,15 +30,21 @@ FEWEST_STEPS, PASSES = 1000, 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearGridConfig(EvaluationConfig):
+class LinearGridConfig(SubsetConfig):
     """Settings of the linear grid; the defaults are DINOv2's."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         {
             "radiology": MappingProxyType(
-                {"lrs": (1e-3, 5e-3, 1e-2, 5e-2), "scale_lr": False, "refit": True, "view": "whole"}
+                {
+                    "lrs": (1e-3, 5e-3, 1e-2, 5e-2),
+                    "scale_lr": False,
+                    "refit": True,
+                    "view": "whole",
+                    "shots_by": "radiology",
+                }
             ),
-            "dinov3": MappingProxyType({"blocks": (1,)}),
+            "dinov3": MappingProxyType({"blocks": (1,), "shots_by": "dinov3"}),
         }
     )
 
@@ -58,7 +65,7 @@ class LinearGridConfig(EvaluationConfig):
     probe_batch: int = 128
     """Images per optimiser step"""
     refit: bool = False
-    """Train the chosen head again on train and the images it was chosen on"""
+    """Train the chosen head again on train and the images it was chosen on; never with shots"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -114,7 +121,8 @@ class LinearGrid(Evaluation):
         which, _ = grid.heads[best]
         lr = config.lrs[best % len(config.lrs)]
         logits = grid.logits(test.vectors, best).cpu()
-        if config.refit:
+        refit = config.refit and config.shots is None  # few shots would not be few with validation images among them
+        if refit:
             x, y = torch.cat([train.vectors, val.vectors]), torch.cat([train.labels, val.labels])
             logits = fit_heads(x, y, inputs=[columns[which]], lrs=[lr * factor], **settings).logits(test.vectors, 0)
         described = [
@@ -125,7 +133,8 @@ class LinearGrid(Evaluation):
             "selected_on": config.val or "a held-out tenth of train",
             "best": described[best],
             "steps": settings["steps"],
-            "refit": config.refit,
+            "refit": refit,
+            **config.drawn(),
             "heads": described,
         }
         return train, test, names, logits.cpu(), chosen
@@ -149,7 +158,7 @@ def probe_features(config: Any, several: bool) -> tuple[Features, Features, Feat
     how: dict[str, Any] = {"layers": layers, "pool": "cls+avg" if has_class_token else "avg", "several": several}
     if encoder is None:
         how["pool"] = None
-    train, test, names = labelled_features(config, **how)
+    train, test, names = learning_features(config, **how)
     if config.val is not None:
         _, val, _ = labelled_features(replace(config, test=config.val), **how)
     else:
@@ -182,12 +191,7 @@ def _split(train: Features, seed: int) -> tuple[Features, Features]:
     fits = len(sizes) > 0 and sizes.min() >= 2 and len(sizes) <= min(held, total - held)
     parts = train_test_split(np.arange(total), test_size=held, random_state=seed, stratify=labels if fits else None)
     first, second = (torch.from_numpy(np.sort(part)) for part in parts)
-    return _taken(train, first), _taken(train, second)._replace(skipped=[])
-
-
-def _taken(features: Features, chosen: Tensor) -> Features:
-    keys = [features.keys[number] for number in chosen.tolist()]
-    return Features(features.vectors[chosen], features.labels[chosen], keys, features.skipped)
+    return taken(train, first), taken(train, second)._replace(skipped=[])
 
 
 def _value(score: Score, grid: HeadGrid, number: int, val: Features) -> float:

@@ -16,7 +16,8 @@ from torch import Tensor
 from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
+from patchloom.evaluate.subset import SubsetConfig, learning_features
+from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import Features, torch_device
 
 CHOICES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
@@ -26,7 +27,7 @@ ROUGHLY, WELL = 1e-4, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticConfig(EvaluationConfig):
+class LogisticConfig(SubsetConfig):
     """Settings of the sweep; the defaults are DINOv2's."""
 
     val: str | None = None
@@ -55,7 +56,7 @@ class Logistic(Evaluation):
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""
         config = self.config
-        train, test, names = labelled_features(config)
+        train, test, names = learning_features(config)
         device = torch_device(config.device)
         x, y = train.vectors.to(device).double(), train.labels.to(device)
         if len(y.unique()) < 2:
@@ -70,6 +71,7 @@ class Logistic(Evaluation):
             "tried": tried,
             "steps": model.steps,
             "converged": model.converged,
+            **config.drawn(),
         }
         return {**self.classified(model.logits(test.vectors.double()).cpu(), train, test, names), **used}
 

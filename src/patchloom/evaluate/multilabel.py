@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,29 +16,49 @@ from patchloom.evaluate.linear_grid import LinearGrid, LinearGridConfig
 from patchloom.evaluate.metrics import label_macro_f1, mean_auroc, per_label_auroc
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import Interval, bootstrap_interval, delong_interval
-from patchloom.evaluate.target import labelled_features
+from patchloom.evaluate.subset import learning_features, shot_neighbours
 from patchloom.features.extract import Features, torch_device
 from patchloom.features.knn import knn_votes
+from patchloom.features.mlknn import mlknn_predict
+
+Probe = Literal["linear", "knn", "mlknn"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabelConfig(LinearGridConfig):
     """Settings of the multi-label evaluation."""
 
-    probe: Literal["linear", "knn"] = "linear"
-    """The grid of linear heads with binary cross-entropy, or the weighted vote of neighbours"""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+        {
+            **LinearGridConfig.PRESETS,
+            "radiology": MappingProxyType({**LinearGridConfig.PRESETS["radiology"], "k": 5}),
+        }
+    )
+
+    probe: Probe = "linear"
+    """The grid of linear heads with binary cross-entropy; knn, the weighted vote of neighbours; or mlknn, Bayes' rule
+    on how many neighbours have a label"""
     k: int = 20
-    """Neighbours that vote, for probe=knn"""
+    """Neighbours that are asked, for knn and mlknn"""
+    ks: list[int] | None = None
+    """Other numbers of neighbours to report the mean AUROC of in the same pass, such as [5, 20, 50, 100, 200]"""
     temperature: float = 0.07
-    """Lower lets near neighbours dominate the vote"""
+    """Lower lets near neighbours dominate the vote, for knn"""
+    smoothing: float = 1.0
+    """Added to every count of mlknn; published: 1"""
+    exclude_self: bool = False
+    """While mlknn counts what goes with a label, no training image is its own neighbour; published: it is"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        if self.probe not in ("linear", "knn"):
-            raise unknown_name("probe", self.probe, ("linear", "knn"))
-        if self.k < 1:
-            raise UsageError(f"k is {self.k}; at least one neighbour has to vote")
+        if self.probe not in get_args(Probe):
+            raise unknown_name("probe", self.probe, get_args(Probe))
+        for k in [self.k, *(self.ks or [])]:
+            if k < 1:
+                raise UsageError(f"k is {k}; at least one neighbour has to vote")
+        if not self.smoothing > 0:
+            raise UsageError(f"smoothing is {self.smoothing}; it must be above 0")
         if not self.temperature > 0:
             raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
@@ -48,24 +70,35 @@ class MultiLabel(LinearGrid):
 
     def figures(self) -> dict[str, Any]:
         """Return the mean AUROC and what goes with it."""
-        config = self.config
-        if config.probe == "knn":
-            train, test, names = labelled_features(config, several=True, may_be_same=True)
-            votes = knn_votes(
-                train.vectors,
-                train.labels,
-                test.vectors,
-                ks=(config.k,),
-                temperature=config.temperature,
-                leave_one_out=train is test,
-                device=torch_device(config.device),
-            )
-            scores = next(iter(votes.values())).cpu()
-            chosen: dict[str, Any] = {"k": next(iter(votes)), "temperature": config.temperature}
-        else:
+        if self.config.probe == "linear":
             train, test, names, logits, chosen = self.best_head(mean_auroc, several=True)
             scores = logits.sigmoid()
+        else:
+            train, test, names, scores, chosen = self._told_by_neighbours()
         return {**self._figures(scores, train, test, names), **chosen}
+
+    def _told_by_neighbours(self) -> tuple[Features, Features, list[str], Tensor, dict[str, Any]]:
+        """Return train, test, names, the votes or probabilities (n, L) of test, and how they came about."""
+        config = self.config
+        train, test, names = learning_features(config, several=True, may_be_same=True)
+        arguments: dict[str, Any] = {
+            "ks": shot_neighbours([config.k, *(config.ks or [])], config.shots, config.shots_by),
+            "leave_one_out": train is test,
+            "device": torch_device(config.device),
+        }
+        if config.probe == "knn":
+            own: dict[str, Any] = {"temperature": config.temperature}
+            found = knn_votes(train.vectors, train.labels, test.vectors, **own, **arguments)
+        else:
+            own = {"smoothing": config.smoothing, "exclude_self": config.exclude_self}
+            found = mlknn_predict(train.vectors, train.labels, test.vectors, **own, **arguments)
+        k = min(config.k, max(found))
+        chosen = {"probe": config.probe, "k": k, **own, "leave_one_out": train is test, **config.drawn()}
+        if config.ks:
+            truth = test.labels.numpy()
+            areas = {number: float(mean_auroc(said.cpu().numpy(), truth)) for number, said in found.items()}
+            chosen["mean_auroc_by_k"] = {str(number): area for number, area in areas.items()}
+        return train, test, names, found[k].cpu(), chosen
 
     def _figures(self, scores: Tensor, train: Features, test: Features, names: list[str]) -> dict[str, Any]:
         truth = (test.labels > 0.5).float().masked_fill(test.labels.isnan(), torch.nan).numpy()

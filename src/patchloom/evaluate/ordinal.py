@@ -10,7 +10,7 @@ import torch
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.linear import Linear, LinearConfig
 from patchloom.evaluate.metrics import kappa, mean_grade_error
-from patchloom.evaluate.target import labelled_features
+from patchloom.evaluate.subset import learning_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Ordinal(Linear):
     def figures(self) -> dict[str, Any]:
         """Return quadratic kappa and what goes with it."""
         config = self.config
-        train, test, names = labelled_features(config)
+        train, test, names = learning_features(config)
         order = in_order(names, config.grades)
         place = torch.tensor([order.index(name) for name in names])
         train, test = (one._replace(labels=place[one.labels]) for one in (train, test))

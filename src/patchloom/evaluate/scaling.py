@@ -11,17 +11,17 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
+from patchloom.data.groups import read_groups
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.logistic import fit_logistic
+from patchloom.evaluate.subset import Protocol, check_shots, few_shot_subset, shot_neighbours, taken
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
 from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, replace_text, run_cells, write_csv
 
 PROTOCOLS = ("logistic", "knn")
+NEIGHBOURS = 20
 
 
 def scaling(
@@ -30,7 +30,9 @@ def scaling(
     test: str,
     out: str,
     image_sizes: list[int] | None = None,
-    shots: list[int] | None = None,
+    shots: list[float] | None = None,
+    shots_by: Protocol = "nested",
+    patients: str | None = None,
     seeds: int = 3,
     protocol: Literal["logistic", "knn"] = "logistic",
     untrained: bool = False,
@@ -50,6 +52,9 @@ def scaling(
         out: Folder of the study: scaling.md, scaling.csv and report.html.
         image_sizes: Sides of the images in pixels; default: what each encoder was made for.
         shots: Labels per class to learn from; default: 1, 5, 10, 50 and all there are.
+        shots_by: How labelled images are drawn: nested, or as published: dinov2, dinov3 (shots below 1 are shares),
+            radiology (so many in all, evenly spaced, or of each class so many patients).
+        patients: CSV file (columns key, group) of the patients of the training images, for radiology.
         seeds: Draws of the labelled images; scores are means over them with 95 % intervals.
         protocol: Probe on the frozen features: logistic regression or k-NN.
         untrained: Give the encoders fresh weights first.
@@ -68,11 +73,15 @@ def scaling(
         raise UsageError("scaling needs at least one encoder")
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
-    wanted = [1, 5, 10, 50] if shots is None else sorted(set(shots))
-    if any(shot < 1 for shot in wanted) or seeds < 1:
-        raise UsageError(f"shots {shots} and seeds {seeds} have to be at least 1")
+    wanted = [1, 5, 10, 50] if shots is None else [int(s) if s == int(s) else s for s in sorted(set(shots))]
+    for shot in wanted:
+        check_shots(shot, shots_by, patients is not None)
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; it has to be at least 1")
     shared = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
-    probe = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
+    probe: dict[str, Any] = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
+    if shots_by != "nested":  # studies made before there was a choice go on
+        probe |= {"shots_by": shots_by, "patients": patients}
     sizes: list[int | None] = [None] if image_sizes is None else [*image_sizes]
     cells = [
         Cell(
@@ -82,8 +91,9 @@ def scaling(
         for encoder in encoders
         for size in sizes
     ]
-    asked = {"encoders": encoders, "image_sizes": image_sizes, "shots": shots, "seeds": seeds, "protocol": protocol}
-    folder = claim_folder(out, {**asked, **shared}, overwrite)
+    asked = {"encoders": encoders, "image_sizes": image_sizes, "seeds": seeds, "protocol": protocol}
+    drawn = {"shots": shots, "shots_by": shots_by, "patients": patients}
+    folder = claim_folder(out, {**asked, **drawn, **shared}, overwrite)
 
     def work(cell: Cell) -> dict[str, Any]:
         settings = {name: cell.settings[name] for name in ("encoder", "image_size", *shared)}
@@ -98,44 +108,32 @@ def scaling(
     return text
 
 
-def nested_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Return the indices of up to `shots` images per class; more shots of a seed contain fewer ones.
-
-    Args:
-        labels: (n,) classes.
-        shots: Images per class; a class with fewer gives all it has.
-        seed: Of the draw.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    shuffled = labels[order]
-    chosen = [order[shuffled == label][:shots] for label in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
-
-
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     train, test, class_names = labelled_features(config)
+    by, patients = probe.get("shots_by", "nested"), probe.get("patients")
+    grouped = None if patients is None else read_groups(patients, train.keys)
     points = []
     for shots in [*probe["shots"], *([None] if probe["all"] else [])]:
-        draws = range(probe["seeds"]) if shots is not None else range(1)
+        draws = range(probe["seeds"]) if shots is not None and by != "radiology" else range(1)  # that one draws nothing
         scores, used = [], 0
+        most = max(shot_neighbours([NEIGHBOURS], shots, by))
         for seed in draws:
-            chosen = (
-                torch.arange(len(train.labels))
-                if shots is None
-                else torch.from_numpy(nested_shots(train.labels.numpy(), shots, seed))
-            )
-            scores.append(_score(train, test, chosen, len(class_names), probe["protocol"]))
-            used = len(chosen)
+            learnt = train
+            if shots is not None:
+                chosen = few_shot_subset(train.labels, shots, protocol=by, seed=seed, patients=grouped)
+                learnt = taken(train, chosen)
+            scores.append(_score(learnt, test, len(class_names), probe["protocol"], most))
+            used = len(learnt.labels)
         mean, low, high = mean_and_interval(scores)
         points.append({"shots": shots, "images": used, "accuracy": mean, "low": low, "high": high})
     return {"points": points, "dim": int(test.vectors.shape[1]), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _score(train: Features, test: Features, chosen: torch.Tensor, classes: int, protocol: str) -> float:
-    x, y = train.vectors[chosen], train.labels[chosen]
+def _score(train: Features, test: Features, classes: int, protocol: str, most: int) -> float:
+    x, y = train.vectors, train.labels
     if protocol == "knn":
-        said = knn_predict(x, y, test.vectors, k=min(20, len(y)), temperature=0.07, num_classes=classes)
+        said = knn_predict(x, y, test.vectors, k=min(most, len(y)), temperature=0.07, num_classes=classes)
     else:
         said = fit_logistic(x, y, classes, c=1.0).predict(test.vectors)
     return float((said == test.labels).double().mean())

@@ -106,7 +106,9 @@ def knn_votes(
     Raises:
         UsageError: As for `knn_predict`; or `leave_one_out` with other test features than training features.
     """
-    _check(train, train_labels, ks, temperature, leave_one_out, len(test))
+    check_neighbours(train, train_labels, ks, leave_one_out, len(test))
+    if not temperature > 0:
+        raise UsageError(f"temperature is {temperature}; it must be above 0")
     classes = _class_count(train_labels, num_classes)
     most = len(train) - leave_one_out
     kept = sorted({min(k, most) for k in ks})
@@ -214,9 +216,12 @@ def _label_votes(labels: Tensor, nearest: Tensor, weights: Tensor) -> Tensor:
     return torch.cat(votes)
 
 
-def _check(
-    train: Tensor, labels: Tensor, ks: Sequence[int], temperature: float, leave_one_out: bool, tests: int
-) -> None:
+def check_neighbours(train: Tensor, labels: Tensor, ks: Sequence[int], leave_one_out: bool, tests: int) -> None:
+    """Refuse what has no nearest neighbours; arguments as for `knn_votes`, `tests` being m.
+
+    Raises:
+        UsageError: Names what is wrong.
+    """
     if len(train) < 1 + leave_one_out:
         raise UsageError("k-NN needs at least one training image" + (" besides the one asked about" * leave_one_out))
     if len(train) != len(labels):
@@ -226,8 +231,6 @@ def _check(
     for k in ks:
         if k < 1:
             raise UsageError(f"k is {k}; at least one neighbour has to vote")
-    if not temperature > 0:
-        raise UsageError(f"temperature is {temperature}; it must be above 0")
     if leave_one_out and tests != len(train):
         raise UsageError("leave_one_out compares training features with one another; give them as test too")
 
