@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.probe import LinearProbe, LinearProbes
-from patchloom.reference.state import agree, check_settings, fill
+from patchloom.reference.state import agree, check_settings, fill, has
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 
 CLASSIFIERS, DECODERS = "classifiers_dict.", "decoders_dict."
@@ -134,21 +134,27 @@ def _decoder(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str)
         (each for each in ("module.model.", "module.", "model.") if all(n.startswith(each) for n in state)), ""
     )
     state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    if "decoder.weight" in state:
-        classes, width = state["decoder.weight"].shape[:2]
-        told = {"embed_dim": width, "num_classes": classes}
-    elif "up1.upconv.weight" in state and "up4.upconv.weight" in state:
-        told = {"embed_dim": len(state["up1.upconv.weight"]), "num_classes": state["up4.upconv.weight"].shape[1]}
-    else:
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise UsageError(f"missing: {title}{wrapper}{name}")
+        return tuple(state[name].shape)
+
+    linear = has(state, "decoder.")
+    if not linear and not has(state, "up1.", "up2.", "up3.", "up4."):
         raise UsageError(
             f"the checkpoint has no tensor of a known decoder or probe; it has {', '.join(list(state)[:4])}"
         )
-    agree(config, told)
-    patch = int(config.get("patch_size", 14))
-    module: nn.Module
-    if "decoder.weight" in state:
-        module = LinearSegHead(**told, patch_size=patch)
+    if linear:
+        classes, width = shape("decoder.weight")[:2]
     else:
-        module = UNetSegHead(**told, patch_size=patch, final_relu=bool(config.get("final_relu", True)))
+        width, classes = shape("up1.upconv.weight")[0], shape("up4.upconv.weight")[1]
+    agree(config, {"embed_dim": width, "num_classes": classes})
+    patch = int(config.get("patch_size", 14))
+    module: nn.Module = (
+        LinearSegHead(width, classes, patch)
+        if linear
+        else UNetSegHead(width, classes, patch, final_relu=bool(config.get("final_relu", True)))
+    )
     counters = [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
     return fill(module, state, may_lack=counters, published=lambda name: f"{title}{wrapper}{name}").eval()

@@ -19,7 +19,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.segment.layers import ConvBN, Head, check_channels, resized_concat
+from patchloom.segment.layers import ConvBN, Head, check_channels, resized_concat, select_maps
 
 
 class LinearHead(Head):
@@ -31,6 +31,7 @@ class LinearHead(Head):
         dropout: Probability of dropping a channel.
         norm: `bn` for BatchNorm, `ln` for LayerNorm over channels, `none`.
         dropout_first: Drop channels before the norm instead of after it, as DINOv3 does.
+        in_index: Which of the maps; default: all.
 
     Raises:
         UsageError: Unknown norm.
@@ -43,6 +44,7 @@ class LinearHead(Head):
         dropout: float = 0.0,
         norm: Literal["none", "bn", "ln"] = "none",
         dropout_first: bool = False,
+        in_index: int | Sequence[int] | None = None,
     ) -> None:
         self.in_channels = _total(in_channels)
         super().__init__(self.in_channels, num_classes, dropout)
@@ -52,10 +54,11 @@ class LinearHead(Head):
         if norm != "none":
             self.norm = nn.BatchNorm2d(self.in_channels) if norm == "bn" else LayerNorm2d(self.in_channels)
         self.dropout_first = dropout_first
+        self.in_index = in_index
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of the first map."""
-        x = resized_concat(maps)
+        x = resized_concat(select_maps(maps, self.in_index))
         check_channels(x, self.in_channels, "the linear head")
         if self.dropout_first:
             logits: Tensor = self.conv_seg(self.norm(self.dropout(x)))
@@ -71,6 +74,7 @@ class BNHead(Head):
         num_classes: Classes.
         dropout: Probability of dropping a channel; published: 0.
         resize_factors: A factor for the size of each map; default: none.
+        in_index: Which of the maps; default: all.
     """
 
     def __init__(
@@ -79,30 +83,33 @@ class BNHead(Head):
         num_classes: int,
         dropout: float = 0.0,
         resize_factors: Sequence[float] | None = None,
+        in_index: int | Sequence[int] | None = None,
     ) -> None:
         self.in_channels = _total(in_channels)
         super().__init__(self.in_channels, num_classes, dropout)
         self.bn = nn.BatchNorm2d(self.in_channels)
         self.resize_factors = resize_factors
+        self.in_index = in_index
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of the first map."""
-        x = resized_concat(maps, self.resize_factors)
+        x = resized_concat(select_maps(maps, self.in_index), self.resize_factors)
         check_channels(x, self.in_channels, "the BatchNorm head")
         return self.classify(self.bn(x))
 
 
 class FCNHead(Head):
-    """3x3 convolutions on one map: the auxiliary head of UPerNet.
+    """Convolutions on one map: the auxiliary head of UPerNet.
 
     Args:
-        in_channels: Channels of the map.
+        in_channels: Channels of the map; of several side by side, their sum.
         num_classes: Classes.
         channels: Width.
         num_convs: Convolutions; 0 for none.
         concat_input: Join the map to what the convolutions made of it, by one more convolution.
-        in_index: Which of the maps.
+        in_index: Which of the maps; several are put side by side.
         dropout: Probability of dropping a channel.
+        kernel_size: Side of the kernels.
 
     Raises:
         UsageError: Without convolutions, the width has to be that of the map.
@@ -115,8 +122,9 @@ class FCNHead(Head):
         channels: int = 256,
         num_convs: int = 1,
         concat_input: bool = False,
-        in_index: int = 2,
+        in_index: int | Sequence[int] = 2,
         dropout: float = 0.1,
+        kernel_size: int = 3,
     ) -> None:
         super().__init__(channels, num_classes, dropout)
         if num_convs == 0 and channels != in_channels:
@@ -124,12 +132,12 @@ class FCNHead(Head):
         self.in_index = in_index
         self.in_channels = in_channels
         widths = [in_channels, *[channels] * num_convs]
-        self.convs = nn.Sequential(*(ConvBN(a, b, 3) for a, b in pairwise(widths)))
-        self.conv_cat = ConvBN(in_channels + channels, channels, 3) if concat_input else None
+        self.convs = nn.Sequential(*(ConvBN(a, b, kernel_size) for a, b in pairwise(widths)))
+        self.conv_cat = ConvBN(in_channels + channels, channels, kernel_size) if concat_input else None
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of its map."""
-        x = _chosen(maps, self.in_index)
+        x = resized_concat(select_maps(maps, self.in_index))
         check_channels(x, self.in_channels, "the convolutional head")
         out = self.convs(x)
         if self.conv_cat is not None:
@@ -179,7 +187,7 @@ class SETRUPHead(Head):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h * s, w * s), s = up_scale ** num_convs."""
-        x = _chosen(maps, self.in_index)
+        x = resized_concat(select_maps(maps, self.in_index))
         check_channels(x, self.in_channels, "SETR's head")
         x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         for stage in self.up_convs:
@@ -189,9 +197,3 @@ class SETRUPHead(Head):
 
 def _total(in_channels: int | Sequence[int]) -> int:
     return in_channels if isinstance(in_channels, int) else sum(in_channels)
-
-
-def _chosen(maps: Sequence[Tensor], index: int) -> Tensor:
-    if not -len(maps) <= index < len(maps):
-        raise UsageError(f"in_index is {index} and there are {len(maps)} maps; choose one of them")
-    return maps[index]

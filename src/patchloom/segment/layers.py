@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.errors import UsageError
+
+T = TypeVar("T")
 
 
 class ConvBN(nn.Module):
@@ -101,6 +103,20 @@ def resized_concat(maps: Sequence[Tensor | Sequence[Tensor]], factors: Sequence[
             for x, factor in zip(flat, factors, strict=True)
         ]
     return torch.cat([resize(x, flat[0].shape[-2:]) for x in flat], dim=1)
+
+
+def select_maps(maps: Sequence[T], in_index: int | Sequence[int] | None) -> list[T]:
+    """Return the maps that a head takes: one, several in the order named, or with None all.
+
+    Raises:
+        UsageError: There is no such map.
+    """
+    if in_index is None:
+        return list(maps)
+    for index in (indices := [in_index] if isinstance(in_index, int) else in_index):
+        if not -len(maps) <= index < len(maps):
+            raise UsageError(f"in_index is {in_index} and there are {len(maps)} maps; choose among them")
+    return [maps[index] for index in indices]
 
 
 def check_channels(x: Tensor, expected: int, head: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError
-from patchloom.segment.layers import ConvBN, Head, check_channels, resize
+from patchloom.segment.layers import ConvBN, Head, check_channels, resize, select_maps
 
 
 class UPerHead(Head):
@@ -27,6 +27,7 @@ class UPerHead(Head):
         channels: Width; published: 512, 768 for a base and 1024 for a large encoder of BEiT's kind.
         pool_scales: Sides of the pooled maps.
         dropout: Probability of dropping a channel.
+        in_index: Which of the maps, finest first; default: all.
 
     Raises:
         UsageError: Fewer than two maps.
@@ -39,11 +40,13 @@ class UPerHead(Head):
         channels: int = 512,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
+        in_index: Sequence[int] | None = None,
     ) -> None:
         super().__init__(channels, num_classes, dropout)
         if len(in_channels) < 2:
             raise UsageError(f"UPerNet takes several maps, finest first; in_channels is {list(in_channels)}")
         self.in_channels = tuple(in_channels)
+        self.in_index = in_index
         *finer, coarsest = in_channels
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBN(coarsest, channels)) for scale in pool_scales
@@ -55,6 +58,7 @@ class UPerHead(Head):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return logits (B, num_classes, h, w) at the size of the first map."""
+        maps = select_maps(maps, self.in_index)
         if len(maps) != len(self.in_channels):
             raise UsageError(f"UPerNet was made for {len(self.in_channels)} maps and gets {len(maps)}")
         for x, width in zip(maps, self.in_channels, strict=True):
