@@ -26,7 +26,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     >>> print(unknown_name("method", "ccvti", ["ccvit", "mae"]))
     unknown method 'ccvti'; did you mean ccvit? (known: ccvit, mae)
     """
-    known = sorted(choices)
+    known = sorted(set(choices))
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     listing = f" (known: {', '.join(known)})" if len(known) <= 20 else ""

@@ -90,7 +90,6 @@ def test_an_unknown_name_is_refused():
         pl.load_reference("dinov2_radiology", state, name="linear:lr=0_01")
 
 
-<<<<<<< HEAD
 def probe_layout(blocks: int, avgpool: bool, width: int = 8, classes: int = 3, seed: int = 0):
     draw = torch.Generator().manual_seed(seed)
     return {
@@ -215,7 +214,8 @@ def test_a_probe_that_does_not_fit_is_refused_by_its_published_names(change, con
 def test_a_name_that_tells_nothing_needs_settings(config):
     with pytest.raises(UsageError, match="give how many blocks it reads"):
         pl.load_reference("dinov2_radiology", probe_layout(4, True), **config)
-=======
+
+
 @pytest.mark.parametrize("prefix", ["", "module.decoders_dict.unet:lr=0_1.module."])
 @pytest.mark.parametrize("kind", ["linear", "unet"])
 def test_whichever_tensor_is_missing_is_named_as_the_file_has_it(kind, prefix):
@@ -225,4 +225,3 @@ def test_whichever_tensor_is_missing_is_named_as_the_file_has_it(kind, prefix):
         with pytest.raises(UsageError) as error:
             pl.load_reference("dinov2_radiology", {k: v for k, v in state.items() if k != name})
         assert f"missing: {name.removeprefix('module.')}" in str(error.value)
->>>>>>> cbc095f (Published decoders: necks inside the encoder, parts on their own, several auxiliary heads and detectron2's pyramid load; settings under published names do what they say; what is missing is named as the file has it)

@@ -15,22 +15,26 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
-from patchloom.reference.state import agree, check_settings, fill
+from patchloom.precision import at_least_float32
+from patchloom.reference.dinov3_settings import ARCHITECTURES, PERIODS, is_gated, settled
+from patchloom.reference.state import fill, has
 
-# (width, depth, gated MLP): the timm model.
-NAMES = {
-    (384, 12, False): "vit_small_patch16_dinov3",
-    (384, 12, True): "vit_small_plus_patch16_dinov3",
-    (768, 12, False): "vit_base_patch16_dinov3",
-    (1024, 24, False): "vit_large_patch16_dinov3",
-    (1280, 32, True): "vit_huge_plus_patch16_dinov3",
-    (4096, 40, True): "vit_7b_patch16_dinov3",
-}
 ANY = "vit_base_patch16_dinov3"
-# Parts that take part in training only.
-TRAINING_ONLY = ("local_cls_norm.", "dino_head.", "ibot_head.", "head.")
-NORMALISATIONS = ("separate", "min", "max")
-PERIODS = "rope_embed.periods"
+# What stands beside the backbone in a checkpoint of the training.
+BESIDE = (
+    *("student.", "teacher.", "gram_teacher.", "model_ema."),
+    *("dino_head.", "ibot_head.", "dino_loss.", "ibot_patch_loss."),
+)
+TRAINING_ONLY = "local_cls_norm."
+# Our parts of names and the published ones.
+RENAMED = (
+    ("reg_token", "storage_tokens"),
+    (".gamma_1", ".ls1.gamma"),
+    (".gamma_2", ".ls2.gamma"),
+    (".mlp.fc1_g.", ".mlp.w1."),
+    (".mlp.fc1_x.", ".mlp.w2."),
+    ("norm.prefix_norm.", "cls_norm."),
+)
 
 
 class PrefixNorm(nn.Module):
@@ -59,9 +63,10 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
     Args:
         state: Bare tensors, or under `backbone.` or `teacher.backbone.`.
-        **config: `image_size` it is set up for (224), `num_heads` where the checkpoint has no periods, and
-            `pos_embed_rope_normalize_coords` (separate, min or max), `pos_embed_rope_base` (100). `embed_dim`,
-            `depth`, `patch_size` and `n_storage_tokens` may be given and have to agree.
+        **config: `image_size` it is set up for (224), `num_heads` or `arch` where the checkpoint has no periods,
+            `pos_embed_rope_normalize_coords` (separate, min or max), `norm_layer` (layernormbf16: eps 1e-5, as
+            released; layernorm: 1e-6), `global_pool` (token or avg). Other settings of the published code may be
+            given and have to agree with the tensors (`embed_dim`, `patch_size`, `n_storage_tokens`, `ffn_layer`, …).
 
     Returns:
         timm's `Eva`, pooled by its class token; its buffer `mask_token` (1, 1, D) goes with `encoders.embed`.
@@ -70,113 +75,121 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         UsageError: Unknown settings, a mask of biases that was never set, or tensors missing or left over.
     """
     state = _bare(state)
-    for name in ("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"):
-        if name not in state:
-            raise UsageError(f"this is no DINOv3 backbone; missing: {name}")
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    told = {
-        "embed_dim": width,
-        "in_chans": channels,
-        "patch_size": patch,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        "n_storage_tokens": state["storage_tokens"].shape[1] if "storage_tokens" in state else 0,
-    }
-    if PERIODS in state:
-        told["num_heads"] = width // (4 * len(state[PERIODS]))
-    free = ("image_size", "img_size", "num_heads", "pos_embed_rope_normalize_coords", "pos_embed_rope_base")
-    check_settings(config, (*free, *told))
-    agree(config, told)
-    heads = told.get("num_heads", config.get("num_heads"))
-    if heads is None:
-        raise UsageError("the checkpoint has no rope_embed.periods; give num_heads")
-    if width % (4 * heads):
-        raise UsageError(f"the width {width} is not divisible by 4 x {heads} heads, as rotary positions need")
-    model = _built(state, told, heads, config)
+    settings = settled(state, config)
+    model = _built(state, settings)
     renamed, key_biases = _renamed(state)
-    fill(model, renamed)
+    fill(model, renamed, published=lambda name: _published(name, is_gated(state)))
     for number, bias in key_biases.items():
         model.blocks[number].attn.k_bias.copy_(bias)
-    _set_positions(model, state, str(config.get("pos_embed_rope_normalize_coords", "separate")))
-    if "mask_token" in state:
-        model.register_buffer("mask_token", state["mask_token"].reshape(1, 1, -1).clone(), persistent=False)
+    lost = _set_norms(model, settings) | _set_positions(model, state, settings) | bool(key_biases)
+    if lost:
+        warnings.warn(
+            "this checkpoint has positions, norms or biases of keys that timm's architecture has no place for: the "
+            "encoder computes with them, but a bundle of it would lose them",
+            stacklevel=4,
+        )
+    if not settings["n_storage_tokens"] and "n_storage_tokens" not in config:
+        warnings.warn(
+            "the checkpoint has no storage_tokens, so the encoder has none; if that is meant, give n_storage_tokens=0",
+            stacklevel=4,
+        )
+    if settings.get("pos_embed_rope_dtype", "fp32") != "fp32":
+        warnings.warn("rotary positions are computed in float32, as the released models do, not in half", stacklevel=4)
+    model.register_buffer("mask_token", state["mask_token"].reshape(1, 1, -1).clone(), persistent=False)
     return model
 
 
 def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's tensors without what stands in front of their names or takes part in training only."""
+    """Return the backbone's tensors, in float32 at least, without what stands in front of their names or beside."""
     for prefix in ("teacher.backbone.", "student.backbone.", "backbone."):
-        if any(name.startswith(prefix) for name in state):
+        if has(state, prefix):
+            if unexpected := [name for name in state if not name.startswith((prefix, *BESIDE))]:
+                raise UsageError(
+                    f"unexpected: {', '.join(unexpected[:6])}; beside {prefix} stand parts of the training"
+                )
             state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             break
-    return {name: value for name, value in state.items() if not name.startswith(TRAINING_ONLY)}
+    return {name: at_least_float32(value) for name, value in state.items()}
 
 
-def _built(state: Mapping[str, Tensor], told: Mapping[str, Any], heads: int, config: Mapping[str, Any]) -> Encoder:
+def _built(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encoder:
     """Return the encoder the tensors fit, untrained."""
-    width, blocks = told["embed_dim"], told["depth"]
-    gated = "blocks.0.mlp.w1.weight" in state
-    hidden = state["blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"].shape[0]
-    biased = any(bool(bias.any()) for name, bias in state.items() if name.endswith("attn.qkv.bias"))
-    name = NAMES.get((width, blocks, gated), ANY)
-    if biased and name != NAMES[4096, 40, True]:
+    width, blocks, gated = settings["embed_dim"], settings["depth"], is_gated(state)
+    hidden = len(state["blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"])
+    biased = _has_biases(state)
+    sizes = {(known.embed_dim, known.depth, known.gated): known.timm for known in ARCHITECTURES.values()}
+    name = sizes.get((width, blocks, gated), ANY)
+    if biased and name != ARCHITECTURES["vit7b16"].timm:
         name += "_qkvb"
     gating: dict[str, Any] = {"swiglu_align_to": 1} if gated else {}
     model = create_encoder(
         name,
-        image_size=config.get("image_size", config.get("img_size", 224)),
-        in_chans=told["in_chans"],
-        patch_size=told["patch_size"],
+        image_size=settings.get("image_size", 224),
+        in_chans=settings["in_chans"],
+        patch_size=settings["patch_size"],
         embed_dim=width,
         depth=blocks,
-        num_heads=heads,
+        num_heads=settings["num_heads"],
         mlp_ratio=hidden / width if int(hidden / width * width) == hidden else (hidden + 0.5) / width,
         swiglu_mlp=gated,
         qkv_bias=biased,
-        init_values=1e-5 if "blocks.0.ls1.gamma" in state else None,
-        num_reg_tokens=told["n_storage_tokens"],
-        rope_temperature=float(config.get("pos_embed_rope_base", 100.0)),
-        global_pool="token",
+        init_values=1e-5 if any(".ls1." in name or ".ls2." in name for name in state) else None,
+        num_reg_tokens=settings["n_storage_tokens"],
+        rope_temperature=float(settings.get("pos_embed_rope_base", 100.0)),
+        global_pool=settings.get("global_pool", "token"),
         **gating,
     )
-    if "cls_norm.weight" in state:
+    if settings["untie_cls_and_patch_norms"]:
         own = nn.LayerNorm(width, eps=1e-5)
         model.norm = PrefixNorm(model.norm, own, model.num_prefix_tokens)
     return model
 
 
+def _has_biases(state: Mapping[str, Tensor]) -> bool:
+    """Return whether queries, keys or values have a bias that is not zero: distilled models store zeros."""
+    return any(bool(bias.any()) for name, bias in state.items() if name.endswith("attn.qkv.bias"))
+
+
 def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
     """Return tensors under timm's names, and the biases of keys, by block, that are not zero."""
-    untied = "cls_norm.weight" in state
-    biased = any(bool(bias.any()) for name, bias in state.items() if name.endswith("attn.qkv.bias"))
+    gated, biased = is_gated(state), _has_biases(state)
     renamed: dict[str, Tensor] = {}
     keys: dict[int, Tensor] = {}
     for name, value in state.items():
-        if name in (PERIODS, "mask_token") or name.endswith("attn.qkv.bias_mask"):
+        if name in (PERIODS, "mask_token") or name.startswith(TRAINING_ONLY) or name.endswith("attn.qkv.bias_mask"):
             continue
-        if name.endswith("attn.qkv.bias"):
-            if not biased:
-                continue
+        if not name.endswith("attn.qkv.bias"):
+            renamed[_ours(name, gated, has(state, "cls_norm."))] = value
+        elif biased:
             query, key, bias = _masked(state, name, value).chunk(3)
             stem = name.removesuffix("qkv.bias")
             renamed |= {f"{stem}q_bias": query, f"{stem}v_bias": bias}
             if bool(key.any()):
                 keys[int(name.split(".")[1])] = key
-            continue
-        for theirs, ours in (
-            ("storage_tokens", "reg_token"),
-            (".ls1.gamma", ".gamma_1"),
-            (".ls2.gamma", ".gamma_2"),
-            (".mlp.w1.", ".mlp.fc1_g."),
-            (".mlp.w2.", ".mlp.fc1_x."),
-            (".mlp.w3.", ".mlp.fc2."),
-        ):
-            name = name.replace(theirs, ours)
-        if untied and name.startswith("norm."):
-            name = f"norm.patch_{name}"
-        elif name.startswith("cls_norm."):
-            name = name.replace("cls_norm", "norm.prefix_norm")
-        renamed[name] = value
     return renamed, keys
+
+
+def _ours(name: str, gated: bool, untied: bool) -> str:
+    """Return timm's name of a published tensor."""
+    if name.startswith("norm."):
+        return f"norm.patch_{name}" if untied else name
+    if gated and ".mlp.w3." in name:
+        return name.replace(".mlp.w3.", ".mlp.fc2.")
+    for ours, theirs in RENAMED:
+        if theirs in name:
+            return name.replace(theirs, ours)
+    return name
+
+
+def _published(name: str, gated: bool) -> str:
+    """Return the name a tensor of ours has in a checkpoint."""
+    if gated and ".mlp.fc2." in name:
+        return name.replace(".mlp.fc2.", ".mlp.w3.")
+    name = name.replace("norm.patch_norm.", "norm.")
+    for ours, theirs in RENAMED:
+        if ours in name:
+            return name.replace(ours, theirs)
+    return name
 
 
 def _masked(state: Mapping[str, Tensor], name: str, bias: Tensor) -> Tensor:
@@ -189,26 +202,29 @@ def _masked(state: Mapping[str, Tensor], name: str, bias: Tensor) -> Tensor:
     return bias * mask.to(bias)
 
 
-def _biased(block: Any) -> bool:
-    return getattr(block.attn, "k_bias", None) is not None
+def _set_norms(model: Encoder, settings: Mapping[str, Any]) -> bool:
+    """Give the norms the eps of the published norm layer; return whether it is another than timm's."""
+    if settings.get("norm_layer", "layernormbf16") == "layernormbf16":
+        return False
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    return True
 
 
-def _set_positions(model: Encoder, state: Mapping[str, Tensor], normalisation: str) -> None:
-    """Give the rotary positions the checkpoint's periods, in float32 always, and its normalisation of coordinates."""
-    if normalisation not in NORMALISATIONS:
-        raise UsageError(f"pos_embed_rope_normalize_coords is {normalisation!r}; it is separate, min or max")
+def _set_positions(model: Encoder, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
+    """Give the rotary positions the checkpoint's periods, in float32 always, and its normalisation of coordinates.
+
+    Returns:
+        Whether they are others than timm's.
+    """
     rope = model.rope
-    own = normalisation != "separate" or any(bool(block.attn.k_bias.any()) for block in model.blocks if _biased(block))
-    rope.normalize_coords = normalisation
+    rope.normalize_coords = settings.get("pos_embed_rope_normalize_coords", "separate")
+    own = rope.normalize_coords != "separate"
     if PERIODS in state:
         stored = state[PERIODS].float()
         own = own or not torch.allclose(rope.periods, stored, rtol=1e-5)
         rope.periods.copy_(stored)
-    if own:
-        warnings.warn(
-            "this checkpoint has positions or biases of keys that timm's architecture has no place for: the encoder "
-            "computes with them, but a bundle of it would lose them",
-            stacklevel=4,
-        )
     if rope.pos_embed_cached is not None:
         rope.pos_embed_cached.copy_(rope._create_embed(rope.feat_shape, no_aug=True))
+    return own
