@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import lightning.pytorch as lp
 import pytest
@@ -12,7 +13,7 @@ from patchloom.encoders import create_encoder, final_norm, intermediate_layers, 
 from patchloom.errors import UsageError
 from patchloom.segment import Backbone, FCNHead, LinearHead, Schedule, SegmentationModule, UPerHead, ViTNeck, poly
 from patchloom.segment.backbone import choose_layers
-from patchloom.segment.schedule import layer_decay_param_groups
+from patchloom.segment.schedule import layer_decay_param_groups, one_cycle
 
 
 def small(name: str = "vit_tiny_patch16_224", **kwargs):
@@ -80,6 +81,20 @@ def test_rate_is_polynomial_times_the_warm_up():
     assert poly(1000, 1000, 1e-3) == 0
 
 
+def test_one_cycle_is_half_a_cosine_times_the_warm_up():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    # torch's own, without its rise, is one step ahead.
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2.0, total_steps=100, pct_start=1e-9, anneal_strategy="cos", final_div_factor=1e9
+    )
+    for step in range(1, 100):
+        assert one_cycle(step, 100, 2.0) == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
+        optimizer.step(), theirs.step()
+    regular = 1.5 * (1 + math.cos(math.pi * 30 / 1000)) / 2
+    assert one_cycle(30, 1000, 1.5, warmup=100) == pytest.approx(regular * (1 - 0.7 * (1 - 1e-6)))
+    assert one_cycle(0, 1000, 1.5, warmup=100) == pytest.approx(1.5e-6)
+
+
 def test_layers_learn_at_falling_rates():
     module = SegmentationModule(Backbone(small(), frozen=False), None, LinearHead(32, 3))
     module.backbone.encoder.requires_grad_(True)
@@ -136,6 +151,46 @@ def test_training_lowers_the_loss_and_leaves_the_encoder_alone(loss):
     assert module.losses[-1] < 0.7 * module.losses[0]
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def trained_for(steps, trainer_clip=None, **options):
+    """Return the norm of the gradient that the optimiser took, and the learning rate, at every step."""
+    norms, rates = [], []
+
+    class Watch(lp.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(grads).norm()))
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = SegmentationModule(Backbone(small()), None, LinearHead(32, 2), schedule=Schedule(steps=steps, **options))
+    lp.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+        gradient_clip_val=trainer_clip,
+    ).fit(module, Batches(steps))
+    return norms, rates
+
+
+@pytest.mark.parametrize("where", ["clip_grad", "trainer_clip"])
+def test_gradients_are_clipped_to_the_norm_asked_for(where):
+    free, _ = trained_for(3, warmup=0)
+    clipped, _ = trained_for(3, warmup=0, **{where: 0.01})
+    assert min(free) > 0.02
+    assert clipped == pytest.approx([0.01] * 3, rel=1e-3)
+    # A norm that is small enough is left alone.
+    assert trained_for(3, warmup=0, **{where: 100.0})[0] == free
+
+
+@pytest.mark.parametrize(("decay", "expected"), [("poly", poly), ("one_cycle", one_cycle)])
+def test_the_learning_rate_falls_as_asked(decay, expected):
+    _, rates = trained_for(10, decay=decay, lr=2e-3, warmup=2)
+    assert rates == pytest.approx([expected(step, 10, 2e-3, warmup=2) for step in range(10)])
 
 
 def test_features_made_beforehand_give_the_same_loss():

@@ -10,7 +10,7 @@ from patchloom.segment.metrics import MeanIoU, areas, dice, hausdorff, iou
 from patchloom.segment.module import Schedule, SegmentationModule
 from patchloom.segment.necks import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
-from patchloom.segment.schedule import layer_decay_param_groups, poly
+from patchloom.segment.schedule import layer_decay_param_groups, one_cycle, poly
 from patchloom.segment.upernet import UPerHead
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "hausdorff",
     "iou",
     "layer_decay_param_groups",
+    "one_cycle",
     "poly",
     "segmentation_loss",
 ]

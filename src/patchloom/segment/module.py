@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as lp
@@ -22,7 +23,7 @@ from patchloom.encoders import depth, normalize
 from patchloom.errors import UsageError
 from patchloom.segment.backbone import Backbone
 from patchloom.segment.losses import dice_loss, segmentation_loss
-from patchloom.segment.schedule import layer_decay_param_groups, poly
+from patchloom.segment.schedule import layer_decay_param_groups, one_cycle, poly
 from patchloom.training.optim import set_rates
 
 AUXILIARY_WEIGHT = 0.4
@@ -38,6 +39,8 @@ class Schedule:
     """Peak learning rate"""
     min_lr: float = 0.0
     """Learning rate at the end"""
+    decay: Literal["poly", "one_cycle"] = "poly"
+    """How the learning rate falls: by a power, or as half a cosine"""
     power: float = 1.0
     """Power of the polynomial decay"""
     warmup: int = 1500
@@ -113,15 +116,17 @@ class SegmentationModule(lp.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the rates of the coming step."""
         plan = self.schedule
-        lr = poly(
-            self.global_step,
-            plan.steps,
-            plan.lr,
-            end=plan.min_lr,
-            power=plan.power,
-            warmup=min(plan.warmup, plan.steps // 5),
-        )
+        falls = partial(poly, power=plan.power) if plan.decay == "poly" else one_cycle
+        lr = falls(self.global_step, plan.steps, plan.lr, end=plan.min_lr, warmup=min(plan.warmup, plan.steps // 5))
         set_rates(self.trainer.optimizers[0], lr, plan.weight_decay)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient's global norm as the schedule says; without a word of it, as the trainer says."""
+        if self.schedule.clip_grad is not None:
+            gradient_clip_val, gradient_clip_algorithm = self.schedule.clip_grad, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _levels(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         return maps if self.neck is None else self.neck(maps)

@@ -1,4 +1,4 @@
-"""Learning rate of decoders by iteration: polynomial with warm-up; and layer-wise rates by BEiT's rule.
+"""Learning rate of decoders by iteration: polynomial or half a cosine, with warm-up; layer-wise rates by BEiT's rule.
 
 Specification `segmentation_heads`, section 10.
 
@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from patchloom.training.optim import layer_of, parameter_groups
+from patchloom.training.schedule import cosine
 
 
 def poly(
@@ -38,9 +39,21 @@ def poly(
         warmup_ratio: That factor at step 0.
     """
     rate = (peak - end) * (1 - min(step, total) / total) ** power + end
-    if step < warmup:
-        rate *= 1 - (1 - step / warmup) * (1 - warmup_ratio)
-    return rate
+    return rate * _warmup_factor(step, warmup, warmup_ratio)
+
+
+def one_cycle(
+    step: int, total: int, peak: float, *, end: float = 0.0, warmup: int = 0, warmup_ratio: float = 1e-6
+) -> float:
+    """Return the learning rate of a step: half a cosine from `peak` to `end`, times the warm-up of `poly`.
+
+    DINOv3's schedule for its linear head: the cosine runs from the first step on, the warm-up on top of it.
+    """
+    return cosine(step, total, peak, end) * _warmup_factor(step, warmup, warmup_ratio)
+
+
+def _warmup_factor(step: int, warmup: int, ratio: float) -> float:
+    return 1.0 if step >= warmup else 1 - (1 - step / warmup) * (1 - ratio)
 
 
 def layer_decay_param_groups(model: nn.Module, rate: float, num_layers: int) -> list[dict[str, Any]]:
