@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from patchloom.data.mask_transforms import TestImage, TrainCrop, distort_colours
+from patchloom.data.mask_transforms import TestImage, TrainCrop, distort_colours, resized_size
 from patchloom.data.pixels import stretched
 from patchloom.errors import UsageError
 
@@ -67,6 +68,33 @@ def test_testing_keeps_the_mask_and_resizes_the_image():
     assert TestImage()(pair())["image"].shape == (3, 40, 60)
 
 
+def test_the_longer_side_is_bounded():
+    assert resized_size((40, 60), 20) == (20, 30)
+    assert resized_size((40, 60), 20, 1.5) == (30, 45)
+    assert resized_size((40, 60), None, 0.5) == (20, 30)
+    assert resized_size((10, 100), 20) == (8, 80)  # not 20 x 200: mmsegmentation's scale of 2048 x 512
+
+
+@pytest.mark.parametrize("minmax", [False, True])
+def test_a_size_out_of_proportion_is_that_of_image_and_mask_and_the_range_that_of_the_resized_image(minmax):
+    torch.manual_seed(0)
+    image = torch.cat([torch.randint(60, 160, (3, 40, 60), dtype=torch.uint8), pair()[-1:]])
+    expected = F.interpolate(image[None, :3].float(), (28, 28), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+    if minmax:
+        expected = stretched(expected.to(torch.uint8)).float()
+    tested = TestImage(minmax=minmax, resize=(28, 28))(image)
+    assert (tested["image"].float() - expected).abs().max() <= (8 if minmax else 1)  # rounding, and that stretched
+    assert torch.equal(tested["mask"], image[-1])
+    plain = {"scale": (1.0, 1.0), "max_share": 1.0, "flip": 0.0, "colours": False}
+    view = TrainCrop((28, 28), resize=(28, 28), minmax=minmax, **plain)(image, torch.Generator().manual_seed(0))
+    assert torch.equal(view["image"], tested["image"])
+    nearest = F.interpolate(image[None, -1:].float(), (28, 28), mode="nearest-exact")[0, 0]
+    assert torch.equal(view["mask"].float(), nearest)
+    if minmax:
+        assert view["image"].amin() == 0
+        assert view["image"].amax() == 255
+
+
 def test_colours_change_by_published_amounts():
     torch.manual_seed(0)
     image = torch.randint(40, 200, (3, 16, 16), dtype=torch.uint8)
@@ -97,6 +125,7 @@ def test_channels_are_stretched_and_constant_ones_become_zero():
         ({"crop": (0, 4)}, "at least 1 pixel"),
         ({"crop": (4, 4), "scale": (2.0, 0.5)}, "rising"),
         ({"crop": (4, 4), "flip": 1.5}, "flip is 1.5"),
+        ({"crop": (4, 4), "resize": (4, 4), "short_side": 4}, "give one of them"),
     ],
 )
 def test_impossible_values_are_refused(arguments, message):

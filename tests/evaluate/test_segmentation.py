@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from patchloom.bundle import save_bundle
 from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.evaluate.segmentation import scores_with_intervals
+from patchloom.evaluate.decoders import train_decoder
+from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
+from patchloom.evaluate.segmentation import SegmentationConfig, open_pair
 from patchloom.segment.metrics import Areas, mean_iou
+from patchloom.training.config import config_from_mapping
 from segment_support import paint_pairs
 
 FAST = {"steps": 60, "batch_size": 8, "lr": 2e-2, "num_workers": 0, "warmup": 5, "channels": 16, "device": "cpu"}
@@ -158,9 +162,99 @@ def test_a_class_nowhere_has_no_score_but_the_others_do():
     assert "nowhere" not in scores["per_class_interval"]
 
 
+def test_dice_and_jaccard_are_means_over_the_classes_but_the_background():
+    torch.manual_seed(0)
+    said, truth = torch.randint(0, 4, (6, 30, 30)), torch.randint(0, 3, (6, 30, 30))
+    truth[:, 0] = 255
+    names = ["background", "lung", "heart", "never there"]
+
+    def overlap(kept):
+        scores = {}
+        for number, name in list(enumerate(names))[1:]:
+            one, other = said[kept] == number, truth[kept] == number
+            both, either = float((one & other).sum()), float((one | other).sum())
+            scores[name] = (2 * both / float(one.sum() + other.sum()), both / either)
+        return scores
+
+    for as_published, kept in ((False, truth != 255), (True, (truth != 255) & (truth != 0))):
+        found = [counted_areas(a, b, 4, as_published) for a, b in zip(said, truth, strict=True)]
+        counted = Areas(*(torch.stack(rows) for rows in zip(*found, strict=True)))
+        scores = scores_with_intervals(counted, names, draws=200)
+        expected = overlap(kept)
+        assert scores["per_class_dice"] == pytest.approx({name: both[0] for name, both in expected.items()})
+        assert scores["foreground_dice"] == pytest.approx(np.mean([both[0] for both in expected.values()]))
+        assert scores["foreground_jaccard"] == pytest.approx(np.mean([both[1] for both in expected.values()]))
+        for name in ("foreground_dice", "foreground_jaccard"):
+            low, high = scores[f"{name}_interval"]
+            assert low < scores[name] < high
+
+
+def test_false_alarms_on_the_background_count_unless_scores_are_as_published(encoder, folders):
+    train, test = folders
+    settings = dict(encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 6})
+    own, published = (pl.evaluate("segmentation", as_published=flag, **settings) for flag in (False, True))
+    assert own["miou"] == published["miou"]
+    assert own["foreground_dice"] < published["foreground_dice"]
+    assert own["foreground_jaccard"] < published["foreground_jaccard"]
+    assert set(own["per_class_dice"]) == {"1", "2"}
+    assert (own["as_published"], published["as_published"]) == (False, True)
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    torch.manual_seed(0)
+    return create_encoder(
+        "vit_tiny_patch16_224", image_size=60, patch_size=30, embed_dim=32, depth=5, num_heads=2
+    ).eval()
+
+
+@pytest.mark.parametrize("preset", ["dinov2", "dinov2_ms", "dinov3", "upernet"])
+def test_presets_see_images_as_published_at_the_nearest_size_their_patches_fill(coarse, folders, preset):
+    train, test = folders
+    small = {"steps": 2, "batch_size": 2, "channels": 16, "num_workers": 0, "scales": (0.2, 0.3), "device": "cpu"}
+    with pytest.warns(UserWarning, match=r"crop \(512, 512\) of preset .* patch of 30 pixels.*\(510, 510\)"):
+        figures = pl.evaluate("segmentation", encoder=coarse, train=train, test=test, preset=preset, **small)
+    assert figures["crop"] == [510, 510]
+    made = config_from_mapping(SegmentationConfig, {"encoder": "e", "train": "a", "test": "b", "preset": preset})
+    assert (made.crop, made.short_side, made.stride) == ((512, 512), 512, None)
+    assert (made.decay, made.clip_grad) == (("one_cycle", 35.0) if preset == "dinov3" else ("poly", None))
+    if preset == "dinov2_ms":
+        assert made.scales == (1.0, 1.32, 1.73, 2.28, 3.0)
+    if preset == "upernet":
+        assert figures["layers"] == [0, 1, 3, 4]  # over the whole depth
+
+
+def test_windows_of_a_preset_are_the_published_step_apart(coarse, folders):
+    train, _ = folders
+    settings = {"encoder": coarse, "train": train, "test": train, "num_workers": 0, "steps": 1, "batch_size": 1}
+    config = config_from_mapping(SegmentationConfig, {**settings, "preset": "dinov2", "device": "cpu"})
+    source = open_pair(train, folders[1], 3)[0]
+    with pytest.warns(UserWarning, match="510"):
+        trained = train_decoder(coarse, source, config)
+    assert trained.stride == (341, 341)
+
+
+@pytest.mark.parametrize(("given", "size"), [({}, 450), ({"resize": (60, 90)}, None), ({"crop": (60, 60)}, 450)])
+def test_the_radiology_preset_resizes_out_of_proportion(coarse, folders, given, size):
+    train, test = folders
+    small = {"steps": 2, "batch_size": 2, "num_workers": 0, "device": "cpu"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figures = pl.evaluate(
+            "segmentation", encoder=coarse, train=train, test=test, preset="radiology", **given, **small
+        )
+    assert figures["resize"] == ([size, size] if size else [60, 90])
+    assert figures["crop"] == list(given.get("crop", figures["resize"]))
+    assert any("resize (448, 448) of preset radiology" in str(w.message) for w in said) == bool(size)
+    assert {"foreground_dice", "foreground_jaccard", "per_class_dice"} <= set(figures)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"resize": (32, 32), "short_side": 32}, "exclude each other"),
+        ({"clip_grad": 0.0}, "clip_grad is 0.0; it must be above 0"),
+        ({"decay": "cosine"}, "decay"),
         ({"encoder": "pixels"}, "raw pixels have none"),
         ({"head": "unett"}, "did you mean unet"),
         ({"head": "unet", "layers": (0, 1)}, "head unet takes 5 blocks; layers names 2"),

@@ -122,8 +122,8 @@ def test_slices_keep_their_proportions_and_can_be_fewer(tmp_path):
     assert torch.equal(encoder_images(volume, "minmax", (24, 24), 1, slices=3)[:, 0], images[[0, 4, 8], 0])
 
 
-@pytest.mark.parametrize("head", ["unet", "bn"])
-def test_balls_are_outlined_and_written_back(encoder, painted, tmp_path, head):
+@pytest.mark.parametrize(("head", "size"), [("unet", {}), ("bn", {"resize": (32, 48)}), ("bn", {"short_side": 32})])
+def test_balls_are_outlined_and_written_back(encoder, painted, tmp_path, head, size):
     train, test = painted
     figures = pl.evaluate(
         "volume_segmentation",
@@ -133,6 +133,7 @@ def test_balls_are_outlined_and_written_back(encoder, painted, tmp_path, head):
         head=head,
         loss="dice+ce",
         masks=str(tmp_path / "masks"),
+        **size,
         **FAST,
     )
     assert figures["dice"] > 0.6

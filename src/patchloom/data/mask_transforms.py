@@ -25,6 +25,7 @@ from patchloom.errors import UsageError
 
 Size = tuple[int, int]
 TRIES = 10
+LONGEST = 4
 
 
 class TrainCrop:
@@ -32,14 +33,15 @@ class TrainCrop:
 
     Args:
         crop: (height, width) of the result, pixels. What lies outside the image is 0, and unknown in the mask.
-        short_side: Shorter side of the image before the random scale; None: as it is.
+        short_side: Shorter side of the image before the random scale, see `resized_size`; None: as it is.
+        resize: (height, width) of the image before the random scale instead, out of proportion.
         scale: Least and most of the random factor on the size.
         max_share: A crop is drawn anew, up to ten times, while one class covers more than this share of it.
         flip: Probability of the mirror image.
         vertical_flip: Probability of the image upside down.
         rotate: Most degrees of rotation, either way.
         colours: Change brightness, contrast, saturation and hue.
-        minmax: Stretch each channel of each image to its full range first.
+        minmax: Stretch each channel of each image to its full range once it has its size.
 
     Raises:
         UsageError: A value lies outside its range.
@@ -50,6 +52,7 @@ class TrainCrop:
         crop: Size,
         *,
         short_side: int | None = None,
+        resize: Size | None = None,
         scale: tuple[float, float] = (0.5, 2.0),
         max_share: float = 0.75,
         flip: float = 0.5,
@@ -60,23 +63,27 @@ class TrainCrop:
     ) -> None:
         if min(crop) < 1 or (short_side is not None and short_side < 1):
             raise UsageError(f"crop is {crop} and short_side {short_side}; sides are at least 1 pixel")
+        if resize is not None and (min(resize) < 1 or short_side is not None):
+            raise UsageError(f"resize is {resize} and short_side {short_side}; give one of them, at least 1 pixel")
         if not 0 < scale[0] <= scale[1]:
             raise UsageError(f"scale is {scale}; give two rising positive factors")
         for name, share in (("max_share", max_share), ("flip", flip), ("vertical_flip", vertical_flip)):
             if not 0 <= share <= 1:
                 raise UsageError(f"{name} is {share}; it must be in [0, 1]")
-        self.crop, self.short_side, self.scale = crop, short_side, scale
+        self.crop, self.short_side, self.resize, self.scale = crop, short_side, resize, scale
         self.max_share, self.flip, self.vertical_flip, self.rotate = max_share, flip, vertical_flip, rotate
         self.colours, self.minmax = colours, minmax
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Return {"image": (C, h, w) uint8, "mask": (h, w) uint8} of an image with its mask as last channel."""
-        pixels, mask = _taken_apart(image, self.minmax)
         factor = self.scale[0] + float(torch.rand((), generator=generator)) * (self.scale[1] - self.scale[0])
-        height, width = pixels.shape[-2:]
-        factor *= 1 if self.short_side is None else self.short_side / min(height, width)
-        size = [max(1, round(side * factor)) for side in (height, width)]
-        both = [F.resize(x, size, antialias=True) for x in (pixels, mask)]
+        pixels, mask = split_mask(image)
+        size = _size((pixels.shape[-2], pixels.shape[-1]), self.short_side, self.resize, factor)
+        kind = InterpolationMode.NEAREST if self.resize is None else InterpolationMode.NEAREST_EXACT
+        both = [
+            tv_tensors.Image(_resized(pixels, size, self.resize is not None, self.minmax)),
+            tv_tensors.Mask(F.resize(mask[None], list(size), interpolation=kind)[0]),
+        ]
         both = self._cropped(both, generator)
         draws = torch.rand(3, generator=generator).tolist()
         if draws[0] < self.flip:
@@ -121,21 +128,22 @@ class TestImage:
     """The image at a size for testing, its mask as it is: scores are of the original pixels.
 
     Args:
-        short_side: Shorter side of the image; None: as it is.
+        short_side: Shorter side of the image, see `resized_size`; None: as it is.
         minmax: As in training.
+        resize: (height, width) of the image instead, out of proportion.
     """
 
     __test__ = False  # no test, whatever its name
 
-    def __init__(self, short_side: int | None = None, minmax: bool = False) -> None:
-        self.short_side, self.minmax = short_side, minmax
+    def __init__(self, short_side: int | None = None, minmax: bool = False, resize: Size | None = None) -> None:
+        self.short_side, self.minmax, self.resize = short_side, minmax, resize
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return {"image": (C, h, w) uint8, "mask": (H, W) uint8}; nothing is drawn."""
-        pixels, mask = _taken_apart(image, self.minmax)
-        size = _at_short_side((pixels.shape[-2], pixels.shape[-1]), self.short_side)
-        resized = F.resize(pixels, list(size), antialias=True)
-        return {"image": resized.as_subclass(Tensor).contiguous(), "mask": mask.as_subclass(Tensor).contiguous()}
+        pixels, mask = split_mask(image)
+        size = _size((pixels.shape[-2], pixels.shape[-1]), self.short_side, self.resize)
+        pixels = _resized(pixels, size, self.resize is not None, self.minmax)
+        return {"image": pixels.contiguous(), "mask": mask.contiguous()}
 
 
 def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,14 +175,26 @@ def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
     return pixels.round().to(torch.uint8)
 
 
-def _taken_apart(image: Tensor, minmax: bool) -> tuple[Tensor, Tensor]:
-    pixels, mask = split_mask(image)
-    pixels = stretched(pixels) if minmax else pixels
-    return tv_tensors.Image(pixels), tv_tensors.Mask(mask)
+def resized_size(size: Size, short_side: int | None, factor: float = 1.0) -> Size:
+    """Return the size of an image, its proportions kept.
 
-
-def _at_short_side(size: Size, short_side: int | None) -> Size:
-    if short_side is None:
-        return size
-    factor = short_side / min(size)
+    Args:
+        size: (H, W).
+        short_side: Of the result, before the factor; the longer side is at most four times that (mmsegmentation's
+            2048x512). None: as it is.
+        factor: On both sides.
+    """
+    if short_side is not None:
+        factor *= min(short_side / min(size), LONGEST * short_side / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _size(size: Size, short_side: int | None, resize: Size | None, factor: float = 1.0) -> Size:
+    return resized_size(size, short_side, factor) if resize is None else resized_size(resize, None, factor)
+
+
+def _resized(pixels: Tensor, size: Size, bicubic: bool, minmax: bool) -> Tensor:
+    """Return an image at its size, then stretched: out of proportion bicubically, as the radiology benchmark does."""
+    kind = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+    found: Tensor = F.resize(pixels, list(size), interpolation=kind, antialias=True)
+    return stretched(found) if minmax else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from patchloom.segment.module import Schedule, SegmentationModule
 from patchloom.segment.necks import ViTNeck
 from patchloom.segment.radiology import UNetSegHead
 from patchloom.segment.upernet import UPerHead
+from patchloom.training.config import preset_values
 
 HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
 # How many blocks' maps a head takes.
@@ -55,9 +57,11 @@ class DecoderConfig:
     channels: int = 512
     """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
     crop: tuple[int, int] | None = None
-    """Window the encoder sees, (height, width) in pixels, multiples of its patch; default: the encoder's image size"""
+    """Window the encoder sees, (height, width), multiples of its patch; default: resize, or the encoder's image size"""
     short_side: int | None = None
-    """Shorter side images are resized to, before random scales and before testing; default: as they are"""
+    """Shorter side images are resized to before random scales and testing (the longer to at most four times that)"""
+    resize: tuple[int, int] | None = None
+    """(height, width) images are resized to instead, out of proportion; default: proportions are kept"""
     augment: bool = True
     """Random scales, crops, flips and colours; without, windows of the images are encoded once and kept in memory"""
     scale: tuple[float, float] = (0.5, 2.0)
@@ -73,7 +77,7 @@ class DecoderConfig:
     max_share: float = 0.75
     """A crop is drawn anew, up to ten times, while one class fills more than this share of it"""
     minmax: bool = False
-    """Stretch each channel of each image to its full range first, as the radiology benchmark does"""
+    """Stretch each channel of each resized image to its full range, as the radiology benchmark does"""
     steps: int = 40_000
     """Optimiser steps in all"""
     batch_size: int = 16
@@ -84,8 +88,12 @@ class DecoderConfig:
     """AdamW weight decay, not on vectors and biases"""
     warmup: int = 1500
     """Steps of warm-up; at most a fifth of the run is used"""
+    decay: Literal["poly", "one_cycle"] = "poly"
+    """How the learning rate falls: poly, a power of what is left of the run, or one_cycle, half a cosine (DINOv3's)"""
     power: float = 1.0
     """Power of the polynomial decay of the learning rate"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; default: no clipping"""
     loss: Literal["ce", "dice", "dice+ce"] = "ce"
     """Cross-entropy, Dice, or their sum"""
     average: Literal["valid", "all"] = "valid"
@@ -111,6 +119,7 @@ class DecoderConfig:
             ("loss", self.loss, Literal["ce", "dice", "dice+ce"]),
             ("average", self.average, Literal["valid", "all"]),
             ("blocks", self.blocks, Literal["last", "spread"]),
+            ("decay", self.decay, Literal["poly", "one_cycle"]),
             ("precision", self.precision, Literal["32", "bf16"]),
         ):
             if value not in get_args(known):
@@ -121,8 +130,13 @@ class DecoderConfig:
         for name in ("num_workers", "warmup", "weight_decay", "rotate"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if not self.lr > 0:
-            raise UsageError(f"lr is {self.lr}; it must be above 0")
+        for name, most in (("lr", self.lr), ("clip_grad", self.clip_grad)):
+            if most is not None and not most > 0:
+                raise UsageError(f"{name} is {most}; it must be above 0")
+        if self.resize is not None and self.short_side is not None:
+            raise UsageError(
+                f"resize {self.resize} and short_side {self.short_side} exclude each other; set the other to null"
+            )
         if self.layers is not None and self.head in ("upernet", "unet") and len(self.layers) != BLOCKS[self.head]:
             raise UsageError(f"head {self.head} takes {BLOCKS[self.head]} blocks; layers names {len(self.layers)}")
 
@@ -132,6 +146,11 @@ class Trained(NamedTuple):
 
     module: SegmentationModule
     crop: Size
+    """The window the encoder sees."""
+    resize: Size | None
+    """Size of images out of proportion, or None."""
+    stride: Size
+    """Step between windows in testing where the settings name none: two thirds of the window that was asked for."""
     parameters: int
     """Trained parameters."""
     losses: list[float]
@@ -156,7 +175,9 @@ def train_decoder(encoder: Encoder, source: Source, config: DecoderConfig) -> Tr
         raise UsageError(f"{source.name} has no classes")
     device = torch_device(config.device)
     encoder = copy.deepcopy(encoder)
-    crop = config.crop or image_size(encoder)
+    wanted = config.crop or config.resize or image_size(encoder)
+    config = _fitted(config, encoder)
+    crop = config.crop or config.resize or image_size(encoder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows need not be square
         set_image_size(encoder, crop)
@@ -172,7 +193,38 @@ def train_decoder(encoder: Encoder, source: Source, config: DecoderConfig) -> Tr
         with _quiet():
             _trainer(config, device).fit(module, batches)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Trained(module.to(device).eval(), crop, parameters, module.losses, list(skipped.items()), device)
+    return Trained(
+        module=module.to(device).eval(),
+        crop=crop,
+        resize=config.resize,
+        stride=(max(1, round(wanted[0] * 341 / 512)), max(1, round(wanted[1] * 341 / 512))),
+        parameters=parameters,
+        losses=module.losses,
+        skipped=list(skipped.items()),
+        device=device,
+    )
+
+
+def _fitted(config: DecoderConfig, encoder: Encoder) -> DecoderConfig:
+    """Return settings whose sizes, where a preset gave them, are multiples of the encoder's patch.
+
+    Presets are made for patches of 14 or 16 pixels and name one size for all; sizes that were given stay as they are.
+    """
+    patch, preset = patch_size(encoder), preset_values(type(config), config.preset)
+    changed: dict[str, Any] = {}
+    for name in ("crop", "resize"):
+        size = getattr(config, name)
+        if size is None or size != preset.get(name):
+            continue
+        nearest = tuple(max(1, round(side / patch)) * patch for side in size)
+        if nearest != size:
+            changed[name] = nearest
+            warnings.warn(
+                f"{name} {size} of preset {config.preset} is no multiple of the encoder's patch of {patch} pixels; "
+                f"the nearest is used: {nearest}",
+                stacklevel=2,
+            )
+    return dataclasses.replace(config, **changed)
 
 
 def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> SegmentationModule:
@@ -205,7 +257,9 @@ def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> Segmenta
     schedule = Schedule(
         steps=config.steps,
         lr=config.lr,
+        decay=config.decay,
         power=config.power,
+        clip_grad=config.clip_grad,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
     )
@@ -233,6 +287,7 @@ class _Augmented:
         view = TrainCrop(
             crop,
             short_side=config.short_side,
+            resize=config.resize,
             scale=config.scale,
             max_share=config.max_share,
             flip=config.flip,
@@ -278,7 +333,7 @@ class _Kept:
         masks: list[Tensor] = []
         loader = make_loader(
             source,
-            _SameSize(config.short_side, config.minmax),
+            _SameSize(config.short_side, config.minmax, config.resize),
             1,
             shuffle=False,
             num_workers=config.num_workers,

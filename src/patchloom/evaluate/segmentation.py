@@ -28,27 +28,35 @@ from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.decoders import DecoderConfig, Trained, train_decoder
-from patchloom.evaluate.metrics import Score
-from patchloom.evaluate.statistics import bootstrap_interval
+from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.segment.inference import SCALES, MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
-from patchloom.segment.metrics import Areas, areas, segmentation_scores
+from patchloom.segment.metrics import Areas, areas
 
-Array = np.ndarray
+# Images as the published evaluations on ADE20K see them; windows are two thirds of 512 apart in testing, 341 pixels.
+ADE20K: Mapping[str, Any] = {"crop": (512, 512), "short_side": 512}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(DecoderConfig):
-    """Settings of the segmentation probe; the defaults are DINOv2's linear evaluation on ADE20K."""
+    """Settings of the segmentation probe; the defaults are DINOv2's linear evaluation, at the encoder's own size."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "dinov2": {},
-        "dinov2_ms": {"head": "multilayer", "multiscale": True},
-        "dinov3": {"head": "dinov3", "weight_decay": 1e-3},
-        "upernet": {"head": "upernet", "weight_decay": 0.05, "lr": 1e-4, "steps": 160_000},
+        "dinov2": ADE20K,
+        "dinov2_ms": {**ADE20K, "head": "multilayer", "multiscale": True, "scales": (1.0, 1.32, 1.73, 2.28, 3.0)},
+        "dinov3": {**ADE20K, "head": "dinov3", "weight_decay": 1e-3, "decay": "one_cycle", "clip_grad": 35.0},
+        "upernet": {
+            **ADE20K,
+            "head": "upernet",
+            "blocks": "spread",
+            "weight_decay": 0.05,
+            "lr": 1e-4,
+            "steps": 160_000,
+        },
         "radiology": {
             "head": "unet",
             "loss": "dice",
+            "resize": (448, 448),
             "scale": (1.0, 1.0),
             "flip": 0.25,
             "vertical_flip": 0.25,
@@ -72,7 +80,11 @@ class SegmentationConfig(DecoderConfig):
     stride: tuple[int, int] | None = None
     """Step between windows, (down, across) in pixels; default: two thirds of crop (341 of 512)"""
     multiscale: bool = False
-    """Average the probabilities of six scales from 0.5 to 1.75, each also mirrored"""
+    """Average the probabilities of several scales, each also mirrored"""
+    scales: tuple[float, ...] = SCALES
+    """Those scales"""
+    as_published: bool = False
+    """Leave pixels whose truth is class 0 out of Dice and Jaccard, as radiology's are: false alarms there go unseen"""
     picture: str | None = None
     """Also write a picture of test images with truth and prediction to this PNG file"""
     out: str | None = None
@@ -95,6 +107,8 @@ class Tested(NamedTuple):
 
     areas: Areas
     """(n, K) of each image."""
+    counted: Areas
+    """Those that Dice and Jaccard are counted from."""
     keys: list[str]
     """Names of the n images."""
     skipped: list[tuple[str, str]]
@@ -112,7 +126,7 @@ class Segmentation:
         self.config = config
 
     def run(self) -> dict[str, Any]:
-        """Return mean IoU (a fraction) with its interval over images, IoU by class, and what goes with it."""
+        """Return mean IoU (a fraction) with its interval over images, IoU and Dice by class, and what goes with it."""
         start, config = time.perf_counter(), self.config
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
@@ -125,13 +139,15 @@ class Segmentation:
             self._draw(tested, test, Path(config.picture))
         skipped = trained.skipped + tested.skipped
         return {
-            **scores_with_intervals(tested.areas, test.class_names or [], seed=config.seed),
+            **scores_with_intervals(tested.areas, test.class_names or [], seed=config.seed, counted=tested.counted),
             "n": len(tested.keys),
             "train_images": len(train),
             "head": config.head,
             "layers": list(trained.module.backbone.layers),
             "decoder_parameters": trained.parameters,
             "crop": list(trained.crop),
+            "resize": None if trained.resize is None else list(trained.resize),
+            "as_published": config.as_published,
             "loss_first": trained.losses[0],
             "loss_last": float(np.mean(trained.losses[-20:])),
             "unreadable_images": len(skipped),
@@ -145,20 +161,20 @@ class Segmentation:
         """Return the areas of each test image, at the resolution of its mask."""
         config, module, device = self.config, trained.module.eval(), trained.device
         encoder = module.backbone.encoder
-        stride = config.stride or tuple(max(1, round(side * 341 / 512)) for side in trained.crop)
-        slide = SlidingWindowSegmenter(module, trained.crop, stride, config.batch_size)  # type: ignore[arg-type]
+        slide = SlidingWindowSegmenter(module, trained.crop, config.stride or trained.stride, config.batch_size)
         segmenter: Any = slide if config.inference == "slide" else WholeSegmenter(module)
         if config.multiscale:
-            segmenter = MultiScaleSegmenter(segmenter, SCALES)
+            segmenter = MultiScaleSegmenter(segmenter, config.scales)
         loader = make_loader(
             test,
-            TestImage(config.short_side, config.minmax),
+            TestImage(config.short_side, config.minmax, trained.resize),
             1,  # sizes may differ
             shuffle=False,
             num_workers=config.num_workers,
         )
         wanted = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
-        found, keys, skipped, shown = [], [], [], []
+        found, counted, keys, skipped, shown = [], [], [], [], []
+        classes = len(test.class_names or [])
         for batch in tqdm(loader, desc="segmenting", disable=not sys.stderr.isatty(), leave=False):
             skipped += batch["skipped"]
             if not batch["key"]:
@@ -168,16 +184,17 @@ class Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = segmenter(normalize(images, encoder), target.shape)
             said = logits[0].argmax(0).cpu()
-            found.append(areas(said, target, len(test.class_names or [])))
+            found.append(areas(said, target, classes))
+            counted.append(counted_areas(said, target, classes, config.as_published))
             keys += batch["key"]
             if int(batch["index"][0]) in wanted:
                 shown.append((images[0].cpu(), target, said))
         if not found:
             raise UsageError(f"{test.name} holds no readable image")
-        total = Areas(*(torch.stack(rows) for rows in zip(*found, strict=True)))
+        total, of_overlap = (Areas(*map(torch.stack, zip(*rows, strict=True))) for rows in (found, counted))
         if not int(total.true.sum()):
             raise UsageError(f"the masks of {test.name} hold no pixel whose class is known")
-        return Tested(total, keys, skipped, shown)
+        return Tested(total, of_overlap, keys, skipped, shown)
 
     def _draw(self, tested: Tested, test: MaskSource, path: Path) -> None:
         from patchloom.report.masks import segmentation_figure
@@ -211,79 +228,3 @@ def open_pair(train: str, test: str, channels: int) -> tuple[MaskSource, MaskSou
     if learnt.fingerprint() == measured.fingerprint():
         raise UsageError(f"train {train} and test {test} are the same images; measure on images apart from them")
     return learnt, measured
-
-
-def _miou_of(tables: Array, truth: Array, weights: Array) -> Array:
-    """Return the mean IoU of each draw; `tables` (n, 3, K) holds the areas of each image."""
-    sums = _drawn_areas(tables, weights)
-    return _nanmean(_iou(sums))
-
-
-def _iou_of_one(tables: Array, truth: Array, weights: Array) -> Array:
-    """Return the IoU of one class, areas (n, 3), for each draw."""
-    return _iou(_drawn_areas(tables[:, :, None], weights))[:, 0]
-
-
-mean_iou_score = Score("miou", _miou_of, "areas")
-class_iou_score = Score("iou", _iou_of_one, "areas")
-
-
-def scores_with_intervals(found: Areas, class_names: list[str], seed: int = 0, draws: int = 1000) -> dict[str, Any]:
-    """Return the scores of a whole set with bootstrap intervals over its images.
-
-    Args:
-        found: Areas (n, K) of each image.
-        class_names: K names.
-        seed: Seed of the draws.
-        draws: How many.
-    """
-    scores = segmentation_scores(found.total())
-    tables = torch.stack(list(found), dim=1).numpy().astype(np.float64)
-    nobody = np.zeros(len(tables))  # images are drawn alike, whatever is on them
-
-    def interval(score: Score, part: Array) -> list[float | None]:
-        try:
-            ends = bootstrap_interval(score, part, nobody, draws=draws, seed=seed)
-        except UsageError:  # so rare a class that hardly any draw has it
-            return [None, None]
-        return [_finite(ends.low), _finite(ends.high)]
-
-    names = dict(enumerate(class_names))
-    absent = [names[number] for number, count in enumerate(found.true.sum(0).tolist()) if not count]
-    return {
-        "score": scores["miou"],
-        "score_name": "miou",
-        "miou": scores["miou"],
-        "interval": interval(mean_iou_score, tables),
-        "pixel_accuracy": scores["pixel_accuracy"],
-        "class_accuracy": scores["class_accuracy"],
-        "per_class_iou": {names[number]: _finite(value) for number, value in enumerate(scores["iou"])},
-        "per_class_interval": {
-            names[number]: interval(class_iou_score, tables[:, :, number])
-            for number, value in enumerate(scores["iou"])
-            if _finite(value) is not None
-        },
-        "classes_not_in_test": absent,
-    }
-
-
-def _drawn_areas(tables: Array, weights: Array) -> Array:
-    n = len(tables)
-    return (weights.astype(np.float64) @ tables.reshape(n, -1)).reshape(len(weights), *tables.shape[1:])
-
-
-def _iou(sums: Array) -> Array:
-    """Return (r, K) IoU from (r, 3, K) areas, NaN where undefined."""
-    hit, union = sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(union > 0, hit / union, np.nan)
-
-
-def _nanmean(values: Array) -> Array:
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(defined, values, 0).sum(1) / defined.sum(1)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

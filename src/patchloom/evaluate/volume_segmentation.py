@@ -10,7 +10,6 @@ Specification `dinov2_radiology`, sections 2.7 and 2.8. Dice is taken per volume
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patchloom.data.base import UnreadableImageError
+from patchloom.data.mask_transforms import resized_size
 from patchloom.data.pixels import resize as resize_image
 from patchloom.data.volumes import (
     Plane,
@@ -38,7 +38,7 @@ from patchloom.data.volumes import (
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import DecoderConfig, HeadName, Trained, train_decoder
-from patchloom.evaluate.segmentation import scores_with_intervals
+from patchloom.evaluate.overlap import by_foreground_class, counted_areas, nanmean, plain, scores_with_intervals
 from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.segment.inference import SlidingWindowSegmenter
@@ -170,11 +170,9 @@ class VolumeSegmentation:
                 name = Path(volume.key).name.removesuffix(".gz").removesuffix(".nii")
                 save_mask(said, volume, config.plane, Path(config.masks) / f"{name}.nii.gz")
             truth = volume.mask
-            found = areas(said, truth, classes, 255)
-            scored = found
-            if config.as_published:
-                scored = areas(said, torch.where(truth == 0, 255, truth), classes, 255)
-            cases.append(Case(volume.key, found, dice(scored), self._distances(said, truth, volume, classes)))
+            found = areas(said, truth, classes)
+            scored = dice(counted_areas(said, truth, classes, config.as_published))
+            cases.append(Case(volume.key, found, scored, self._distances(said, truth, volume, classes)))
         if not cases:
             raise UsageError(f"no volume of {test.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
         return cases, skipped
@@ -191,14 +189,12 @@ def segment_volume(trained: Trained, volume: Volume, config: VolumeSegmentationC
     """Return the class of each voxel, (S, H, W) uint8, at the volume's own resolution."""
     module, device = trained.module.eval(), trained.device
     encoder = module.backbone.encoder
-    crop = trained.crop
-    stride = (max(1, round(crop[0] * 341 / 512)), max(1, round(crop[1] * 341 / 512)))
-    segmenter = SlidingWindowSegmenter(module, crop, stride, config.batch_size)
+    segmenter = SlidingWindowSegmenter(module, trained.crop, trained.stride, config.batch_size)
     images = as_images(volume, config.window)
-    if config.short_side is not None:
-        factor = config.short_side / min(images.shape[-2:])
-        size = (max(1, round(images.shape[-2] * factor)), max(1, round(images.shape[-1] * factor)))
-        images = torch.stack([resize_image(image, size, "bilinear") for image in images])
+    size = trained.resize or resized_size((images.shape[-2], images.shape[-1]), config.short_side)
+    if size != tuple(images.shape[-2:]):
+        kind = "bilinear" if trained.resize is None else "bicubic"
+        images = torch.stack([resize_image(image, size, kind) for image in images])
     found = []
     for part in images.split(max(1, config.batch_size)):
         pixels = part.to(device).float().div(255).expand(-1, in_chans(encoder), -1, -1)
@@ -226,8 +222,8 @@ def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dic
         ends = bootstrap_interval(_mean, known, np.zeros(len(known)), seed=seed)
         return [ends.low, ends.high]
 
-    per_case = _nanmean(table, 1)
-    mean = _nanmean(per_case[None], 1)[0]
+    per_case = nanmean(table, 1)
+    mean = nanmean(per_case[None], 1)[0]
     together = Areas(*(torch.stack(rows) for rows in zip(*(case.areas for case in cases), strict=True)))
     pooled = scores_with_intervals(together, class_names, seed)
     width = max((len(case.distance) for case in cases), default=0)
@@ -235,40 +231,27 @@ def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dic
     for row, case in zip(distances, cases, strict=True):
         row[: len(case.distance)] = case.distance
     return {
-        "score": _plain(mean),
+        "score": plain(mean),
         "score_name": "dice",
-        "dice": _plain(mean),
+        "dice": plain(mean),
         "interval": interval(per_case),
-        "per_class_dice": {
-            name: _plain(_nanmean(table[:, number][None], 1)[0]) for number, name in enumerate(class_names[1:])
-        },
+        "per_class_dice": by_foreground_class(nanmean(table, 0), class_names),
         "per_class_interval": {name: interval(table[:, number]) for number, name in enumerate(class_names[1:])},
-        "hausdorff95": _plain(_nanmean(np.where(np.isinf(distances), np.nan, distances).reshape(1, -1), 1)[0])
+        "hausdorff95": plain(nanmean(np.where(np.isinf(distances), np.nan, distances).reshape(1, -1), 1)[0])
         if width
         else None,
         "per_class_hausdorff95": {
-            class_names[1 + number]: _plain(_nanmean(np.where(np.isinf(column), np.nan, column)[None], 1)[0])
+            class_names[1 + number]: plain(nanmean(np.where(np.isinf(column), np.nan, column)[None], 1)[0])
             for number, column in enumerate(distances.T)
         },
         "missed_or_made_up": int(np.isinf(distances).sum()),
         "miou": pooled["miou"],
         "pixel_accuracy": pooled["pixel_accuracy"],
         "classes_not_in_test": pooled["classes_not_in_test"],
-        "cases": {case.key: _plain(value) for case, value in zip(cases, per_case, strict=True)},
+        "cases": {case.key: plain(value) for case, value in zip(cases, per_case, strict=True)},
         "n": len(cases),
     }
 
 
 def _mean(values: np.ndarray, truth: np.ndarray) -> float:
     return float(values.mean())
-
-
-def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Return the mean of what is defined, NaN where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(axis)
-    return np.where(count > 0, np.where(known, values, 0).sum(axis) / np.maximum(count, 1), np.nan)
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
