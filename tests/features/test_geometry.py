@@ -12,23 +12,34 @@ from patchloom.features.geometry import (
     alignment,
     artifact_share,
     attention_entropy,
-    effective_rank,
+    covariance_effective_rank,
     position_leakage,
     uniformity,
 )
+from patchloom.features.representation import singular_value_effective_rank
 
 
 def test_effective_rank_is_the_entropy_of_the_covariance_spectrum():
     x = torch.randn(50, 6, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 0.5, 0.1, 0.01], dtype=torch.float64)
     values = np.linalg.eigvalsh(np.cov(x.numpy().T))
     shares = values / values.sum()
-    assert effective_rank(x) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert covariance_effective_rank(x) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_shares_of_variance_count_fewer_directions_than_those_of_singular_values():
+    torch.manual_seed(0)
+    x = torch.randn(40, 6).double() * torch.tensor([5.0, 3.0, 1.0, 0.5, 0.2, 0.1])
+    values = torch.linalg.svdvals(x - x.mean(0))
+    shares = (values / values.sum()).numpy()
+    assert singular_value_effective_rank(values) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert covariance_effective_rank(x) == pytest.approx(singular_value_effective_rank(values.square()))
+    assert covariance_effective_rank(x) < singular_value_effective_rank(values)
 
 
 def test_effective_rank_at_its_ends():
-    assert effective_rank(torch.ones(5, 3)) == 1.0
-    assert effective_rank(torch.arange(5.0)[:, None] * torch.ones(3)) == pytest.approx(1.0)
-    assert math.isnan(effective_rank(torch.full((3, 2), float("nan"))))
+    assert covariance_effective_rank(torch.ones(5, 3)) == 1.0
+    assert covariance_effective_rank(torch.arange(5.0)[:, None] * torch.ones(3)) == pytest.approx(1.0)
+    assert math.isnan(covariance_effective_rank(torch.full((3, 2), float("nan"))))
 
 
 def test_alignment_and_uniformity_equal_their_formulas():

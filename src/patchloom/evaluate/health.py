@@ -32,7 +32,7 @@ from patchloom.features.geometry import (
     alignment,
     artifact_share,
     attention_entropy,
-    effective_rank,
+    covariance_effective_rank,
     position_leakage,
     uniformity,
 )
@@ -107,7 +107,7 @@ class Health:
         first, second = (self._views(encoder, source, device, name) for name in ("image", "target"))
         figures: dict[str, Any] = {
             "rankme": rank,
-            "effective_rank": effective_rank(last),
+            "effective_rank": covariance_effective_rank(last),
             "cosine": cosine,
             "alignment": alignment(first, second),
             "uniformity": uniformity(last),

@@ -1,7 +1,7 @@
 """How features lie in their space, and what single tokens give away: figures that need no labels.
 
 >>> x = torch.eye(4).repeat(3, 1)
->>> round(effective_rank(x), 2), round(alignment(x, x), 2)
+>>> round(covariance_effective_rank(x), 2), round(alignment(x, x), 2)
 (3.0, 0.0)
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 UNIFORMITY_BLOCK = 2048
 
 
-def effective_rank(features: Tensor) -> float:
+def covariance_effective_rank(features: Tensor) -> float:
     """Return the exponential of the entropy of the shares of variance along the principal axes.
 
-    Roy & Vetterli 2007, on the eigenvalues of the covariance. RankMe (`features.health.rankme`) is the like for the
-    singular values of features that are not centred.
+    Roy & Vetterli 2007, on the eigenvalues of the covariance. On the singular values themselves it is
+    `features.representation.singular_value_effective_rank`; without centring, RankMe (`features.health.rankme`).
 
     Args:
         features: (n, D).

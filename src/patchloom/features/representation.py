@@ -3,7 +3,7 @@
 The four diagnostics of the TOV-VICReg paper, as the specification defines them (section 5).
 
 >>> figures = representation_report(torch.randn(60, 8), torch.arange(60) % 3)
->>> figures["dead_dimensions"], round(figures["similarity_gap"], 1)
+>>> figures["dead_dimensions"], abs(round(figures["similarity_gap"], 1))
 (0, 0.0)
 """
 
@@ -129,7 +129,7 @@ def representation_report(
     values = torch.linalg.svdvals(features - features.mean(0))
     figures: dict[str, Any] = {
         "singular_values": values.tolist(),
-        "effective_rank": effective_rank(values),
+        "effective_rank": singular_value_effective_rank(values),
         "dead_dimensions": int((features.std(0) < 1e-3).sum()),
     }
     figures |= _similarity(features, torch.zeros(len(features), dtype=torch.int64) if groups is None else groups)
@@ -147,8 +147,11 @@ def representation_report(
     return figures
 
 
-def effective_rank(singular_values: Tensor) -> float:
-    """Return exp(entropy of the normalised singular values); 0 where all are 0."""
+def singular_value_effective_rank(singular_values: Tensor) -> float:
+    """Return exp(entropy of the normalised singular values), Roy & Vetterli 2007; 0 where all are 0.
+
+    `features.geometry.covariance_effective_rank` takes their squares, the shares of variance, and so counts fewer.
+    """
     total = singular_values.sum()
     if not total > 0:
         return 0.0
