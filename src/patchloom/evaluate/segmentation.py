@@ -82,7 +82,7 @@ class SegmentationConfig(DecoderConfig):
     multiscale: bool = False
     """Average the probabilities of several scales, each also mirrored"""
     scales: tuple[float, ...] = SCALES
-    """Those scales"""
+    """Factors on the size of the image, for multiscale"""
     as_published: bool = False
     """Leave pixels whose truth is class 0 out of Dice and Jaccard, as radiology's are: false alarms there go unseen"""
     picture: str | None = None
