@@ -58,6 +58,17 @@ def test_deep_grey_is_scaled_by_the_depth_that_holds_it(bits, top, kind):
     assert np.abs(image[0].numpy() - expected).max() <= 1
 
 
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
+def test_pixels_that_are_no_numbers_leave_the_others_as_they_are(odd):
+    values = np.linspace(100, 200, 2400, dtype=np.float32).reshape(40, 60)
+    whole = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", in_chans=1)
+    values[3, 5] = odd
+    image = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", in_chans=1)
+    others = np.isfinite(values)
+    assert torch.equal(image[0][others], whole[0][others])
+    assert image[0, 3, 5] == 0
+
+
 def test_cmyk_jpeg_is_read_in_colour():
     red = Image.new("RGB", (32, 32), (220, 30, 20)).convert("CMYK")
     image = decode_image(encoded(red, "JPEG", quality=95), "x").float().mean((1, 2))

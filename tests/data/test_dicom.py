@@ -61,6 +61,32 @@ def test_windows_and_rescaling_are_applied(tmp_path):
     np.testing.assert_allclose(decode_image(path, "a.dcm", 1)[0].numpy(), expected, atol=1)
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"WindowCenter": "", "WindowWidth": ""},
+        {"WindowCenter": None, "WindowWidth": None},
+        {"WindowCenter": 1000},
+        {"WindowCenter": 1000, "WindowWidth": ""},
+        {"WindowCenter": ["", ""], "WindowWidth": ["", ""]},
+        {"VOILUTSequence": [], "ModalityLUTSequence": [], "VOILUTFunction": ""},
+        {"RescaleSlope": "", "RescaleIntercept": ""},
+        {"RescaleSlope": 2},
+        {"NumberOfFrames": ""},
+    ],
+)
+def test_tags_without_a_value_count_as_absent(tmp_path, tags):
+    plain = decode_image(dicom(tmp_path / "plain.dcm", RAMP), "plain.dcm", 1)
+    assert len(plain.unique()) == RAMP.size
+    np.testing.assert_array_equal(decode_image(dicom(tmp_path / "a.dcm", RAMP, **tags), "a.dcm", 1), plain)
+
+
+def test_an_empty_window_among_several_is_passed_over(tmp_path):
+    one = decode_image(dicom(tmp_path / "one.dcm", RAMP, WindowCenter=900, WindowWidth=500), "one.dcm", 1)
+    several = dicom(tmp_path / "several.dcm", RAMP, WindowCenter=["", 900], WindowWidth=["", 500])
+    np.testing.assert_array_equal(decode_image(several, "several.dcm", 1), one)
+
+
 def test_inverted_images_are_turned_kept_or_refused(tmp_path):
     path = dicom(tmp_path / "a.dcm", RAMP, kind="MONOCHROME1")
     kept = decode_image(path, "a.dcm", 1, monochrome1="keep")

@@ -106,12 +106,15 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     """Return deep grey values as uint8.
 
     Cameras store 10, 12 or 14 bits in 16; the smallest of these depths that holds the image's maximum is taken to
-    be its range, so that a 12-bit image is not a black one. Floats are taken to be in [0, 1], or scaled to their
-    own range where they are not.
+    be its range, so that a 12-bit image is not a black one. Floats are taken to be in [0, 1], or scaled to the range
+    of their finite pixels where they are not; the others become the low end.
     """
     if np.issubdtype(values.dtype, np.floating):
-        finite = np.nan_to_num(values.astype(np.float64))
-        low, high = finite.min(), finite.max()
+        known = np.isfinite(values)
+        if not known.any():
+            raise ValueError("none of its pixels is a finite number")
+        low, high = float(values[known].min()), float(values[known].max())
+        finite = np.where(known, values, low if low < 0 or high > 1 else 0.0).astype(np.float64)
         if low < 0 or high > 1:
             finite = (finite - low) / max(high - low, 1e-12)
         return np.round(finite * 255).astype(np.uint8)

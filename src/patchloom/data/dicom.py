@@ -56,6 +56,7 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about details of the standard that writers get wrong
         file = pydicom.dcmread(io.BytesIO(encoded), force=True)
+        _drop_empty(file)
         kind = str(file.get("PhotometricInterpretation", "MONOCHROME2"))
         if kind == "MONOCHROME1" and monochrome1 == "refuse":
             raise ValueError("it is inverted (MONOCHROME1); set monochrome1=invert to turn it, or keep")
@@ -78,6 +79,34 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
             limits = apply_voi_lut(np.array([-1e9, 1e9]), file)
         grey = _to_bytes(values, float(limits.min()), float(limits.max()))
     return 255 - grey if kind == "MONOCHROME1" and monochrome1 == "invert" else grey
+
+
+# What is asked of a file besides its pixels. Writers leave tags in with nothing in them, which says as much as none.
+ASKED = (
+    *("PhotometricInterpretation", "PixelRepresentation", "NumberOfFrames", "PlanarConfiguration"),
+    *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
+    *("VOILUTSequence", "VOILUTFunction", "WindowCenter", "WindowWidth"),
+)
+
+
+def _drop_empty(file: Any) -> None:
+    """Remove tags without a value; of windows and rescalings, all that lack one of their two numbers."""
+    for name in ASKED:
+        if name in file and (file[name].is_empty or not str(file[name].value).strip()):
+            del file[name]
+    for pair in (("WindowCenter", "WindowWidth"), ("RescaleSlope", "RescaleIntercept")):
+        listed = [_listed(file[name].value) if name in file else [] for name in pair]
+        whole = [both for both in zip(*listed, strict=False) if all(str(value).strip() for value in both)]
+        if any(listed) and len(whole) < max(map(len, listed)):
+            for name, values in zip(pair, zip(*whole, strict=True) if whole else ((), ()), strict=True):
+                if values:
+                    setattr(file, name, list(values))
+                elif name in file:
+                    del file[name]
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | float | int) else list(value)
 
 
 def _storable(file: Any) -> np.ndarray:
