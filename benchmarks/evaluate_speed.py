@@ -28,7 +28,7 @@ from benchmarks.harness import alternate, machine, markdown_table, mean_and_devi
 from patchloom.data import MemorySource, Sample
 from patchloom.encoders import create_encoder, normalize
 from patchloom.evaluate.grid import fit_heads
-from patchloom.evaluate.linear_grid import LRS
+from patchloom.evaluate.linear_grid_config import LRS
 from patchloom.features.cache import cached_features
 from patchloom.features.extract import extract
 from patchloom.features.knn import knn_votes

@@ -18,8 +18,9 @@ from patchloom.data import open_source
 from patchloom.data.subset import MemorySource
 from patchloom.data.transforms import EvalTransform
 from patchloom.distill import teacher_cache
+from patchloom.distill.answers_config import refuse_random_views
 from patchloom.distill.logits import LogitsConfig, LogitsMethod
-from patchloom.distill.teacher_cache import refuse_random_views, teacher_answers
+from patchloom.distill.teacher_cache import teacher_answers
 from patchloom.distill.teachers import FrozenTeacher
 from patchloom.encoders import create_backbone, normalize
 from patchloom.errors import UsageError

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 import patchloom as pl
 from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import fit_logistic
-from patchloom.evaluate.logistic_sweep import CHOICES
+from patchloom.evaluate.logistic_config import CHOICES
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
 
 from .small_images import QUICK, write_images

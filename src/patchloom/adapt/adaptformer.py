@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -26,17 +25,13 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
+from patchloom.adapt.adapter_method import AdapterMethod
+from patchloom.adapt.adaptformer_config import AdaptFormerConfig, Init, Input, Norm, Placement
 from patchloom.adapt.heads import Pool
 from patchloom.adapt.insertion import Insertion
 from patchloom.adapt.readout import Readout
 from patchloom.encoders import Encoder, depth, embed_dim
 from patchloom.errors import UsageError, unknown_name
-
-Placement = Literal["parallel", "sequential"]
-Norm = Literal["none", "in", "out"]
-Init = Literal["zero", "trunc_normal"]
-Input = Literal["residual", "normed"]
 
 
 class BottleneckAdapter(nn.Module):
@@ -203,30 +198,6 @@ def chosen_blocks(encoder: Encoder, blocks: Sequence[int] | None) -> list[int]:
     if wrong := [block for block in chosen if not 0 <= block < count]:
         raise UsageError(f"there is no block {wrong[0]}; the encoder has blocks 0 to {count - 1}")
     return chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptFormerConfig(AdapterConfig):
-    """Settings of AdaptFormer; the defaults are the paper's for images."""
-
-    bottleneck: int = 64
-    """Width of the branch; paper: 64 (1 to 256 tried)"""
-    scale: float = 0.1
-    """Factor on the branch's output; paper: 0.1"""
-    learnable_scale: bool = False
-    """Learn the factor instead, one for each block, from 1"""
-    dropout: float = 0.1
-    """Dropout in the branch; paper: 0.1 for images, 0 for video"""
-    placement: Placement = "parallel"
-    """Beside the MLP (paper) or behind it"""
-    input: Input = "residual"
-    """What a parallel branch reads: the stream before norm2 (published code) or after it (the paper's figure)"""
-    norm: Norm = "none"
-    """Layer norm of the branch: none (paper), before it (in) or after it (out)"""
-    init: Init = "zero"
-    """Initial weights: zero lets training start at the encoder itself; trunc_normal is the published video runs'"""
-    blocks: tuple[int, ...] | None = None
-    """Numbers of the blocks that get a branch, counted from 0; default: all"""
 
 
 class AdaptFormerMethod(AdapterMethod):

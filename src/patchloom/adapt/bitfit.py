@@ -14,13 +14,12 @@ arXiv 2106.10199.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
+from patchloom.adapt.adapter_method import AdapterMethod
+from patchloom.adapt.bitfit_config import BitFitConfig
 from patchloom.adapt.heads import Pool, needs_pool_norm
 from patchloom.adapt.insertion import Insertion, Replacement
 from patchloom.adapt.readout import Readout
@@ -83,18 +82,6 @@ def _is_bias(name: str) -> bool:
     # Not the heads' (they are replaced), nor what an adapter brought along. `q_bias` and `v_bias` are BEiT's and EVA's.
     last = name.rpartition(".")[2]
     return last in ("bias", "q_bias", "v_bias") and not name.startswith(("head.", "adapters."))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BitFitConfig(AdapterConfig):
-    """Settings of BitFit."""
-
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """Optimiser: adamw (paper) or sgd"""
-    lr: float = 1e-3
-    """Peak learning rate; paper: 1e-4 to 1e-3, well above that of full fine-tuning"""
-    lr_base_batch: int | None = None
-    """Scale lr by global batch / lr_base_batch; default: lr is used as it is"""
 
 
 class BitFitMethod(AdapterMethod):

@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from patchloom.adapt.insertion import Insertion, Replacement, active, check_family, insert, insertions
+from patchloom.choices import PromptDepth as Depth
 from patchloom.encoders import (
     Encoder,
     embed,
@@ -36,7 +37,6 @@ from patchloom.encoders import (
 from patchloom.encoders.attend import Group, Rewrite, attend_block, check_separable
 from patchloom.errors import UsageError, unknown_name
 
-Depth = Literal["deep", "shallow"]
 NAME = "prompt_cam"
 """What the adapter is called on an encoder that `PromptCAM` was made of."""
 MOST_CLASSES = 4096

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from patchloom.adapt.insertion import Replacement
+from patchloom.choices import HeadPool as Pool
 from patchloom.encoders import Encoder, embed_dim, num_prefix_tokens
 from patchloom.errors import UsageError
-
-Pool = Literal["auto", "cls", "avg"]
 
 
 class NormalizedLinearHead(nn.Sequential):

@@ -13,13 +13,10 @@ torch.Size([2, 5])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
+from patchloom.adapt.adapter_method import AdapterMethod
 from patchloom.adapt.heads import Pool
 from patchloom.adapt.insertion import Insertion
+from patchloom.adapt.linear_config import LinearConfig
 from patchloom.adapt.readout import Readout
 from patchloom.encoders import Encoder
 
@@ -51,16 +48,6 @@ class LinearHead(Readout, Insertion):
             UsageError: The norm or the pooling of the head is not the encoder's.
         """
         self.check_merges()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig(AdapterConfig):
-    """Settings of the linear classifier; the recipe is that of AdaptFormer's comparison."""
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # MAE's linear probe, for a global batch of 16384: arXiv 2111.06377.
-        "mae": {"optimizer": "lars", "epochs": 90, "warmup_epochs": 10.0, "pool": "cls"},
-    }
 
 
 class LinearMethod(AdapterMethod):

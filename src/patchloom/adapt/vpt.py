@@ -15,22 +15,21 @@ specification, section 2.6).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.adapt.adapter_method import AdapterConfig, AdapterMethod
+from patchloom.adapt.adapter_method import AdapterMethod
 from patchloom.adapt.heads import Pool
 from patchloom.adapt.insertion import Insertion
 from patchloom.adapt.readout import Readout
+from patchloom.adapt.vpt_config import VPTConfig
+from patchloom.choices import PromptDepth as Depth
 from patchloom.encoders import Encoder, embed_dim
 from patchloom.encoders import depth as blocks_of
 from patchloom.errors import UsageError, unknown_name
-
-Depth = Literal["deep", "shallow"]
 
 
 class VisualPrompts(Readout, Insertion):
@@ -94,18 +93,6 @@ class VisualPrompts(Readout, Insertion):
         """Return the prompts in front of block `number`."""
         tokens = self.prompts[0 if self.carried else number].expand(len(x), -1, -1)
         return F.dropout(tokens, self.dropout, self.training)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VPTConfig(AdapterConfig):
-    """Settings of visual prompt tuning; the recipe is that of AdaptFormer's comparison."""
-
-    num_prompts: int = 1
-    """Learnt tokens; paper: 1 in AdaptFormer's comparison, up to 100 in VPT's own"""
-    depth: Depth = "deep"
-    """Tokens of its own for every block (deep), or one set through all blocks (shallow)"""
-    dropout: float = 0.0
-    """Dropout on the tokens"""
 
 
 class VPTMethod(AdapterMethod):

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.choices import View
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, stretched, to_pil
 from patchloom.errors import UsageError, unknown_name
 
@@ -193,7 +194,6 @@ class WholeImageTransform:
 
 
 # What an encoder is shown of an image when it is measured.
-View = Literal["crop", "whole"]
 
 
 def eval_view(view: View, size: int) -> EvalTransform | WholeImageTransform:

@@ -18,12 +18,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.choices import Plane, Window
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.nifti import (
     BODY,
@@ -40,8 +41,6 @@ from patchloom.data.pixels import resize
 from patchloom.data.segmentation import IGNORED, MOST_CLASSES, colours
 from patchloom.errors import UsageError, unknown_name
 
-Window = Literal["minmax", "ct", "mr"]
-Plane = Literal["axial", "coronal", "sagittal"]
 SUFFIXES = (".nii.gz", ".nii")
 # The axis of the body (left-right, back-front, feet-head) along which slices follow one another.
 AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}

@@ -19,9 +19,9 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.choices import Scale
 from patchloom.errors import UsageError
 
-Scale = Literal["sum", "per_token"]
 REFERENCE_POSITIONS = 49
 """Positions of the maps the published weights were chosen for, 7 x 7."""
 

@@ -13,10 +13,9 @@ torch.Size([2, 10])
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from tqdm import tqdm
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import EvalTransform
-from patchloom.distill.teachers import DistillConfig, DistillMethod
+from patchloom.distill.answers_config import AnswersConfig
+from patchloom.distill.teachers import DistillMethod
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.features.cache import cache_folder, kept_rows
@@ -120,49 +120,6 @@ def teacher_answers(
     root = cache_folder(cache)
     found = None if root is None else kept_rows(root, about, name, source.name, produce)
     return TeacherAnswers(rows_in_memory(produce) if found is None else found, source.name)
-
-
-def refuse_random_views(settings: Mapping[str, float | str | None]) -> None:
-    """Refuse to ask once per image where images are mixed, or the teacher sees each as it was augmented.
-
-    Args:
-        settings: What makes a view random, by the name of its setting; 0, None and "" stand for off.
-
-    Raises:
-        UsageError: One of them is on.
-    """
-    on = [
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in settings.items()
-        if value
-    ]
-    if on:
-        raise UsageError(
-            f"a teacher is asked once per image, and with {', '.join(on)} it would see another view every time; set "
-            f"teacher_view=fixed, mixup=0 and cutmix=0, or leave cache_teacher out"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswersConfig(DistillConfig):
-    """Settings of learning a teacher's answers, which can be kept."""
-
-    teacher_view: Literal["augmented", "fixed"] = "augmented"
-    """What the teacher is shown: each image as the student sees it, or always as it is evaluated, asked once per image
-    before training (for a run without mixup and cutmix)"""
-    cache_teacher: bool = False
-    """Keep these answers on disk, so that the next run with the same teacher and images starts at once; for
-    teacher_view=fixed"""
-    cache: str = "auto"
-    """Folder of kept answers; auto is that of kept features, see patchloom cache"""
-
-    def __post_init__(self) -> None:
-        """Refuse views that change and are to be kept."""
-        super().__post_init__()
-        if self.teacher_view == "fixed" or self.cache_teacher:
-            fixed = {"mixup": self.mixup, "cutmix": self.cutmix}
-            changing = {**fixed, "teacher_view": "augmented" if self.teacher_view == "augmented" else None}
-            refuse_random_views(changing)
 
 
 class AnswersMethod(DistillMethod):

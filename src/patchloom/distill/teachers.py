@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,11 +23,12 @@ from torch.nn import functional as F
 
 from patchloom.bundle import load, read_lineage
 from patchloom.data.base import Source, StreamSource
+from patchloom.distill.config import DistillConfig
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
 from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.run import is_first_process
-from patchloom.training.supervised import SupervisedConfig, SupervisedMethod
+from patchloom.training.supervised import SupervisedMethod
 
 if TYPE_CHECKING:
     from patchloom.report import Section
@@ -187,26 +187,6 @@ def _open(name: str) -> Any:
         raise UsageError(
             f"the weights of the teacher {name} could not be fetched ({said}); give the path of a bundle or run"
         ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig(SupervisedConfig):
-    """Settings of teaching a classifier."""
-
-    teacher: str
-    """Path of a bundle or run, or a timm model with published weights"""
-    encoder: str = "resnet18"
-    """Student: any image model of timm, or the path of a bundle or run to start from"""
-    teacher_image_size: int | None = None
-    """Side of the images the teacher is shown, in pixels; default: what it was made for"""
-
-    def __post_init__(self) -> None:
-        """Refuse values no run can have."""
-        super().__post_init__()
-        if self.teacher_image_size is not None and self.teacher_image_size < 1:
-            raise UsageError(f"teacher_image_size is {self.teacher_image_size}; it must be at least 1")
-        if self.strategy == "fsdp":
-            raise UsageError("fsdp shards weights that train, and a teacher's do not; use strategy=ddp")
 
 
 class DistillMethod(SupervisedMethod):

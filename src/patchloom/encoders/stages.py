@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath, PatchEmbed
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from patchloom.choices import Pool
 from patchloom.encoders.blocks import bias_of, run_block
 from patchloom.encoders.properties import (
     Encoder,
@@ -36,8 +37,6 @@ from patchloom.encoders.properties import (
 )
 from patchloom.errors import UsageError, unknown_name
 from patchloom.patches import patchify
-
-Pool = Literal["auto", "cls", "avg", "cls+avg"]
 
 
 class Tokens(NamedTuple):

@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.compare_config import CompareConfig
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import Difference, delong, holm, paired_bootstrap
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """Settings of a comparison."""
-
-    encoders: Any = None
-    """Encoders to compare, such as runs/a,runs/b (in Python also a list), each measured by the evaluation `by`"""
-    files: Any = None
-    """Instead of encoders: files of predictions of the same images, such as a.npz,b.npz"""
-    by: str = "knn"
-    """Evaluation that measures each encoder: knn, linear …"""
-    train: str | None = None
-    """Labelled images to learn from"""
-    test: str | None = None
-    """Labelled images to measure on"""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Other settings of the evaluation, such as --settings.k 5"""
-    against: Literal["all", "first"] = "all"
-    """Compare every pair, or each with the first only"""
-    draws: int = 1000
-    """Draws of the paired bootstrap"""
-    seed: int = 0
-    """Seed of the draws, and of the evaluations"""
-    out: str | None = None
-    """Also write the figures to this JSON file; it must not exist yet"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        if (self.encoders is None) == (self.files is None):
-            raise UsageError("give either encoders or files of predictions to compare")
-        if self.encoders is not None and (self.train is None or self.test is None):
-            raise UsageError("encoders are measured on images: give train and test")
-        if self.draws < 2:
-            raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
-        if self.against not in ("all", "first"):
-            raise unknown_name("against", self.against, ("all", "first"))
-        if self.out is not None and Path(self.out).exists():
-            raise UsageError(f"{self.out} exists; choose another out")
 
 
 class Compare:

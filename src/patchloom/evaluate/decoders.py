@@ -8,8 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import lightning.pytorch as lp
 import torch
@@ -21,7 +20,8 @@ from patchloom.data.base import Source
 from patchloom.data.mask_transforms import TestImage, TrainCrop
 from patchloom.data.segmentation import IGNORED
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, normalize, patch_size, set_image_size
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
+from patchloom.evaluate.decoder_config import BLOCKS, DecoderConfig
 from patchloom.features.extract import torch_device
 from patchloom.segment.backbone import Backbone, choose_layers
 from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
@@ -32,113 +32,7 @@ from patchloom.segment.radiology import UNetSegHead
 from patchloom.segment.upernet import UPerHead
 from patchloom.training.config import preset_values
 
-HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
-# How many blocks' maps a head takes.
-BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "setr": 1, "unet": 5}
 DROPOUT = {"dinov3": 0.1, "upernet": 0.1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Settings of a decoder and of its training."""
-
-    preset: str | None = None
-    """Named recipe that replaces the defaults below; what is given beside it wins"""
-    untrained: bool = False
-    """Give the encoder fresh weights first: what training has to beat"""
-    head: HeadName = "bn"
-    """Decoder: linear, bn (DINOv2's), dinov3's, multilayer (bn on four blocks), upernet, setr, unet (radiology)"""
-    layers: tuple[int, ...] | None = None
-    """Blocks whose maps the decoder takes, from 0, negative from the end; default: as many of the last as it takes"""
-    blocks: Literal["last", "spread"] = "last"
-    """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
-    apply_norm: bool | None = None
-    """Apply the encoder's final norm to each map; default: yes, but for upernet"""
-    channels: int = 512
-    """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
-    crop: tuple[int, int] | None = None
-    """Window the encoder sees, (height, width), multiples of its patch; default: resize, or the encoder's image size"""
-    short_side: int | None = None
-    """Shorter side images are resized to before random scales and testing (the longer to at most four times that)"""
-    resize: tuple[int, int] | None = None
-    """(height, width) images are resized to instead, out of proportion; default: proportions are kept"""
-    augment: bool = True
-    """Random scales, crops, flips and colours; without, windows of the images are encoded once and kept in memory"""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Least and most of the random factor on the size of the image"""
-    flip: float = 0.5
-    """Probability of the mirror image"""
-    vertical_flip: float = 0.0
-    """Probability of the image upside down"""
-    rotate: float = 0.0
-    """Most degrees of random rotation, either way"""
-    colours: bool = True
-    """Random changes of brightness, contrast, saturation and hue"""
-    max_share: float = 0.75
-    """A crop is drawn anew, up to ten times, while one class fills more than this share of it"""
-    minmax: bool = False
-    """Stretch each channel of each resized image to its full range, as the radiology benchmark does"""
-    steps: int = 40_000
-    """Optimiser steps in all"""
-    batch_size: int = 16
-    """Windows per step"""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW"""
-    weight_decay: float = 1e-4
-    """AdamW weight decay, not on vectors and biases"""
-    warmup: int = 1500
-    """Steps of warm-up; at most a fifth of the run is used"""
-    decay: Literal["poly", "one_cycle"] = "poly"
-    """How the learning rate falls: poly, a power of what is left of the run, or one_cycle, half a cosine (DINOv3's)"""
-    power: float = 1.0
-    """Power of the polynomial decay of the learning rate"""
-    clip_grad: float | None = None
-    """Largest global L2 norm of the gradient; default: no clipping"""
-    loss: Literal["ce", "dice", "dice+ce"] = "ce"
-    """Cross-entropy, Dice, or their sum"""
-    average: Literal["valid", "all"] = "valid"
-    """What cross-entropy is averaged over: pixels whose class is known, or all (mmsegmentation 0.20)"""
-    precision: Literal["32", "bf16"] = "32"
-    """Number format of the arithmetic"""
-    num_workers: int = 2
-    """Processes that read images"""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
-    """Seed of fresh weights, order, crops and draws"""
-
-    @property
-    def image_size(self) -> None:
-        """Images keep the size they have; the encoder is set up for `crop`."""
-        return
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        for name, value, known in (
-            ("head", self.head, HeadName),
-            ("loss", self.loss, Literal["ce", "dice", "dice+ce"]),
-            ("average", self.average, Literal["valid", "all"]),
-            ("blocks", self.blocks, Literal["last", "spread"]),
-            ("decay", self.decay, Literal["poly", "one_cycle"]),
-            ("precision", self.precision, Literal["32", "bf16"]),
-        ):
-            if value not in get_args(known):
-                raise unknown_name(name, str(value), get_args(known))
-        for name in ("steps", "batch_size", "channels"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_workers", "warmup", "weight_decay", "rotate"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name, most in (("lr", self.lr), ("clip_grad", self.clip_grad)):
-            if most is not None and not most > 0:
-                raise UsageError(f"{name} is {most}; it must be above 0")
-        if self.resize is not None and self.short_side is not None:
-            raise UsageError(
-                f"resize {self.resize} and short_side {self.short_side} exclude each other; set the other to null"
-            )
-        if self.layers is not None and self.head in ("upernet", "unet") and len(self.layers) != BLOCKS[self.head]:
-            raise UsageError(f"head {self.head} takes {BLOCKS[self.head]} blocks; layers names {len(self.layers)}")
 
 
 class Trained(NamedTuple):

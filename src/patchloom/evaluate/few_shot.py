@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,39 +12,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
+from patchloom.evaluate.few_shot_config import FewShotConfig
 from patchloom.evaluate.figures import counts
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.statistics import mean_interval
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewShotConfig(EvaluationConfig):
-    """Settings of few-shot episodes."""
-
-    ways: int = 5
-    """Classes per episode"""
-    shots: int = 5
-    """Images per class to learn from, of train"""
-    queries: int = 15
-    """Images per class to measure on, of test"""
-    episodes: int = 600
-    """Episodes; the interval shrinks with the root of their number"""
-    classifier: Literal["nearest", "logistic"] = "nearest"
-    """Which of the two the score is: the nearest class mean by cosine similarity, or logistic regression"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("episodes", 2)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.groups is not None:
-            raise UsageError("few_shot draws episodes, not images, so groups has no meaning here; leave it out")
-        if self.classifier not in ("nearest", "logistic"):
-            raise unknown_name("classifier", self.classifier, ("nearest", "logistic"))
+from patchloom.evaluate.target import labelled_features
 
 
 class Episode(NamedTuple):

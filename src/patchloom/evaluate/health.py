@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from patchloom.encoders import (
     normalize,
 )
 from patchloom.errors import UsageError
+from patchloom.evaluate.health_config import HealthConfig
 from patchloom.evaluate.logistic import fit_logistic
 from patchloom.features.extract import torch_device
 from patchloom.features.geometry import (
@@ -39,41 +38,6 @@ from patchloom.features.geometry import (
 from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
 
 PATCH_IMAGES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealthConfig:
-    """Settings of the health figures."""
-
-    encoder: Any
-    """Bundle, run or timm model with published weights; from Python also a module"""
-    data: str
-    """Images to look at; where they have labels, a linear probe on every layer is added"""
-    images: int = 1000
-    """Images taken at most, spread over the source"""
-    batch_size: int = 64
-    """Images at a time"""
-    num_workers: int = 2
-    """Processes that read images"""
-    device: str = "auto"
-    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
-    """Seed of the draw of images and of their views"""
-    out: str | None = None
-    """Also write the figures to this JSON file; it must not exist yet"""
-    report: str | None = None
-    """Also write a page with the curves to this HTML file; it must not exist yet"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        if self.images < 8:
-            raise UsageError(f"images is {self.images}; the figures need at least 8")
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
-        for name in ("out", "report"):
-            path = getattr(self, name)
-            if path is not None and Path(path).exists():
-                raise UsageError(f"{path} exists; choose another {name}")
 
 
 class Health:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,33 +10,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from patchloom.errors import UsageError
+from patchloom.evaluate.linear_config import LinearConfig
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.subset import SubsetConfig, learning_features
+from patchloom.evaluate.subset import learning_features
 from patchloom.features.extract import Features, torch_device
 
 CHOICES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MIDDLE = 0.1
 # Enough to compare penalties by; the final fit goes further.
 ROUGHLY = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig(SubsetConfig):
-    """Settings of the linear probe."""
-
-    c: float | None = None
-    """Inverse strength of the L2 penalty; default: the best of 1e-4 … 10 on a held-out fifth of the training images"""
-    max_iter: int = 500
-    """Most iterations of L-BFGS"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.c is not None and not self.c > 0:
-            raise UsageError(f"c is {self.c}; it must be above 0")
-        if self.max_iter < 1:
-            raise UsageError(f"max_iter is {self.max_iter}; it must be at least 1")
 
 
 class Linear(Evaluation):

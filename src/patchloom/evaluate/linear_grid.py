@@ -5,10 +5,9 @@ Radiology specification, section 2.4. Features come from the cache, so training 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,67 +17,15 @@ from torch import Tensor
 from patchloom.encoders import depth, embed_dim, num_prefix_tokens, require_tokens
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
+from patchloom.evaluate.linear_grid_config import LinearGridConfig
 from patchloom.evaluate.metrics import Score, accuracy
 from patchloom.evaluate.probe import probe_columns
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.subset import SubsetConfig, learning_features, taken
+from patchloom.evaluate.subset import learning_features, taken
 from patchloom.evaluate.target import labelled_features, resolve_encoder
 from patchloom.features.extract import Features, torch_device
 
-LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 FEWEST_STEPS, PASSES = 1000, 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearGridConfig(SubsetConfig):
-    """Settings of the linear grid; the defaults are DINOv2's."""
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-        {
-            "radiology": MappingProxyType(
-                {
-                    "lrs": (1e-3, 5e-3, 1e-2, 5e-2),
-                    "scale_lr": False,
-                    "refit": True,
-                    "view": "whole",
-                    "shots_by": "radiology",
-                }
-            ),
-            "dinov3": MappingProxyType({"blocks": (1,), "shots_by": "dinov3"}),
-        }
-    )
-
-    preset: str | None = None
-    """Settings of another paper: radiology or dinov3"""
-    val: str | None = None
-    """Labelled images to choose the head on; default: a tenth of train, held out"""
-    lrs: tuple[float, ...] = LRS
-    """Learning rates; DINOv2: 13 from 1e-5 to 0.1"""
-    scale_lr: bool = True
-    """Scale learning rates by probe_batch / 256"""
-    blocks: tuple[int, ...] = (1, 4)
-    """How many of the last blocks give their class token"""
-    avgpool: tuple[bool, ...] = (False, True)
-    """Whether the mean over the last block's patches is added"""
-    steps: int | None = None
-    """Optimiser steps; default: ten passes over train, at least 1000 (DINOv2: 12500 on ImageNet)"""
-    probe_batch: int = 128
-    """Images per optimiser step"""
-    refit: bool = False
-    """Train the chosen head again on train and the images it was chosen on; never with shots"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        for name in ("lrs", "blocks", "avgpool"):
-            if not getattr(self, name):
-                raise UsageError(f"{name} is empty; name at least one")
-        if min(self.lrs) <= 0:
-            raise UsageError(f"lrs holds {min(self.lrs)}; learning rates are above 0")
-        if min(self.blocks) < 1:
-            raise UsageError(f"blocks holds {min(self.blocks)}; take at least 1")
-        if self.probe_batch < 1 or (self.steps is not None and self.steps < 1):
-            raise UsageError(f"steps is {self.steps} and probe_batch {self.probe_batch}; both must be at least 1")
 
 
 class LinearGrid(Evaluation):

@@ -6,46 +6,23 @@ tenth. The minima are scikit-learn's; each fit starts from the one before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
+from patchloom.evaluate.logistic_config import LogisticConfig
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.subset import SubsetConfig, learning_features
+from patchloom.evaluate.subset import learning_features
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import Features, torch_device
 
-CHOICES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
 # Weaker penalties take the longest to fit; after this many that do worse than the best, none better is to be expected.
 PATIENCE = 8
 ROUGHLY, WELL = 1e-4, 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogisticConfig(SubsetConfig):
-    """Settings of the sweep; the defaults are DINOv2's."""
-
-    val: str | None = None
-    """Labelled images to choose the penalty on; default: a tenth of train, held out"""
-    cs: tuple[float, ...] = CHOICES
-    """Inverse strengths of the L2 penalty to try, rising; DINOv2: 45 from 1e-6 to 1e5"""
-    max_iter: int = 1000
-    """Most iterations of L-BFGS per penalty"""
-    standardise: bool = False
-    """Bring every feature to mean 0 and deviation 1 first; DINOv2 does not"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if not self.cs or min(self.cs) <= 0 or list(self.cs) != sorted(self.cs):
-            raise UsageError(f"cs is {self.cs}; name at least one strength above 0, in rising order")
-        if self.max_iter < 1:
-            raise UsageError(f"max_iter is {self.max_iter}; it must be at least 1")
 
 
 class Logistic(Evaluation):

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.linear import Linear, LinearConfig
+from patchloom.errors import UsageError
+from patchloom.evaluate.linear import Linear
 from patchloom.evaluate.metrics import kappa, mean_grade_error
+from patchloom.evaluate.ordinal_config import OrdinalConfig
 from patchloom.evaluate.subset import learning_features
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrdinalConfig(LinearConfig):
-    """Settings of the evaluation of grades."""
-
-    grades: list[str] | None = None
-    """Classes from the lowest grade to the highest; default: by number where all names are numbers, else by name"""
-    decide: Literal["likeliest", "expected"] = "likeliest"
-    """The likeliest grade, or the mean over all by probability, rounded"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.decide not in ("likeliest", "expected"):
-            raise unknown_name("decide", self.decide, ("likeliest", "expected"))
 
 
 class Ordinal(Linear):

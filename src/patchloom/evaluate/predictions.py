@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.config import check_free
 from patchloom.evaluate.metrics import SCORES, Score
 from patchloom.evaluate.statistics import Interval, bootstrap_interval
 
@@ -152,11 +153,3 @@ class Predictions:
 
     def _names(self) -> str:
         return str(self.about.get("encoder", "one encoder"))
-
-
-def check_free(path: Path) -> None:
-    """Refuse a place for predictions that is taken or ends in something else than .npz."""
-    if path.suffix != ".npz":
-        raise UsageError(f"predictions is {path}; name a file that ends in .npz")
-    if path.exists():
-        raise UsageError(f"{path} exists; choose another file for predictions")

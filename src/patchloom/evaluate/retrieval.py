@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,12 @@ from patchloom.evaluate.figures import counts
 from patchloom.evaluate.metrics import mean_value
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.protocol import Evaluation
+from patchloom.evaluate.retrieval_config import RetrievalConfig
 from patchloom.evaluate.statistics import bootstrap_interval
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
+from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import torch_device
 
 MOST_SIMILARITIES = 2**25
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig(EvaluationConfig):
-    """Settings of retrieval: images of train are looked for by those of test."""
-
-    ks: tuple[int, ...] = (1, 5, 10)
-    """Numbers of images returned for which recall is given"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if not self.ks or min(self.ks) < 1:
-            raise UsageError(f"ks is {self.ks}; name at least one number of images, each at least 1")
 
 
 class Retrieval(Evaluation):

@@ -15,10 +15,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from patchloom.bundle import open_encoder, save_bundle
 from patchloom.data.atari import AtariGame
 from patchloom.encoders import create_encoder, image_size
 from patchloom.errors import UsageError
+from patchloom.evaluate.rl_config import RLConfig
 from patchloom.features.extract import torch_device
 from patchloom.rl.agent import AgentConfig, RainbowAgent
 from patchloom.rl.loop import LoopConfig, Training
@@ -37,92 +36,6 @@ from patchloom.rl.scores import SCORES, human_normalized
 
 RESULTS, SETTINGS, CURVE = "results.json", "settings.json", "learning_curve.png"
 FREE = ("out", "resume", "overwrite", "device", "checkpoint_every", "preset")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLConfig:
-    """Settings of the reinforcement-learning evaluation; the defaults are the 100k-step protocol."""
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "short": {
-            "steps": 4000,
-            "warmup": 400,
-            "update_every": 4,
-            "target_every": 400,
-            "eval_episodes": 3,
-            "eval_steps": 2000,
-            "seeds": 1,
-            "checkpoint_every": 1000,
-        }
-    }
-
-    encoder: Any
-    """Bundle or run, timm model (with untrained), or nature or data_efficient for a convolutional network"""
-    game: str
-    """Atari game: Pong, Freeway, MsPacman …"""
-    out: str | None = None
-    """Folder of results, learning curve and agents; with it a killed evaluation can be resumed"""
-    preset: str | None = None
-    """short: 4000 steps of one seed, to try things out; it is not the protocol"""
-    untrained: bool = False
-    """Give the encoder fresh weights first: what pre-training has to beat"""
-    freeze: bool = False
-    """Train the agent's head alone; default: the encoder learns too, as in the paper"""
-    frames: int | None = None
-    """Frames the agent sees at once; default: the encoder's channels, 4 for a convolutional network"""
-    steps: int = 100_000
-    """Steps of the agent per seed, four emulator frames each; protocol: 100 000"""
-    seeds: int = 5
-    """Agents trained, each from its own seed"""
-    seed: int = 0
-    """Seed of the first agent; the next ones count on"""
-    warmup: int = 1600
-    """Random steps before learning begins; data-efficient Rainbow: 1600"""
-    update_every: int = 1
-    """Steps per step of learning; data-efficient Rainbow: 1"""
-    target_every: int = 2000
-    """Steps between copies to the target network; data-efficient Rainbow: 2000"""
-    n_step: int = 20
-    """Steps of a return; data-efficient Rainbow: 20"""
-    batch_size: int = 32
-    """Transitions per step of learning; data-efficient Rainbow: 32"""
-    lr: float = 1e-4
-    """Adam's learning rate of the head; data-efficient Rainbow: 1e-4"""
-    encoder_lr: float | None = None
-    """Adam's learning rate of the encoder; default: that of the head"""
-    sticky: float = 0.0
-    """Probability that the emulator repeats the last action; protocol: 0"""
-    frame_skip: int = 4
-    """Emulator frames per step; protocol: 4"""
-    eval_episodes: int = 10
-    """Episodes of the final score, played without noise"""
-    eval_steps: int = 27_000
-    """Most steps of such an episode; protocol: 27 000, half an hour of play"""
-    checkpoint_every: int = 5000
-    """Steps between checkpoints"""
-    device: str = "auto"
-    """Where the agent computes: auto, cpu, cuda or cuda:1"""
-    resume: bool = False
-    """Go on with the evaluation in out where it stopped"""
-    overwrite: bool = False
-    """Delete an earlier evaluation in out first"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        lowest = {"steps": 1, "seeds": 1, "warmup": 1, "update_every": 1, "target_every": 1, "n_step": 1}
-        lowest |= {"batch_size": 1, "eval_episodes": 1, "eval_steps": 1, "checkpoint_every": 1, "seed": 0}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("lr", "encoder_lr"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.frames is not None and self.frames < 1:
-            raise UsageError(f"frames is {self.frames}; an agent sees at least 1")
-        if self.resume and self.overwrite:
-            raise UsageError("resume keeps the evaluation and overwrite deletes it; set one of them")
-        if self.resume and self.out is None:
-            raise UsageError("resume needs out, the folder of the evaluation to go on with")
 
 
 class RL:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -13,80 +11,13 @@ from torch import nn
 from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.transforms import View
 from patchloom.encoders import Encoder, create_backbone, in_chans
 from patchloom.encoders import image_size as size_of
-from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.predictions import check_free
+from patchloom.errors import UsageError
+from patchloom.evaluate.config import EvaluationConfig, is_pixels
 from patchloom.features.cache import cached_features
-from patchloom.features.extract import Features, Pool, Precision
+from patchloom.features.extract import Features, Pool
 from patchloom.features.fingerprint import source_hash
-
-PIXELS = "pixels"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Settings every evaluation shares."""
-
-    encoder: Any
-    """Bundle, run, timm model with published weights, or the word pixels for raw pixels; from Python also a module"""
-    train: str
-    """Labelled images to learn from: a folder with a sub-folder per class, photos, torchvision:NAME …"""
-    test: str
-    """Labelled images to measure on; their classes are among those of train"""
-    untrained: bool = False
-    """Give the encoder fresh weights first: what training has to beat"""
-    image_size: int | None = None
-    """Side images are resized and cropped to; default: the encoder's (32 for raw pixels)"""
-    view: View = "crop"
-    """What is shown of an image: crop, its centre; whole, all of it, out of proportion, each channel stretched to its
-    full range (radiology)"""
-    pool: Pool = "auto"
-    """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
-    precision: Precision = "32"
-    """Number format of the encoder's arithmetic"""
-    batch_size: int = 128
-    """Images at a time"""
-    num_workers: int = 2
-    """Processes that read images"""
-    device: str = "auto"
-    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
-    """Seed of fresh weights and of whatever is drawn"""
-    draws: int = 1000
-    """Bootstrap draws behind the 95 % interval of each score"""
-    groups: str | None = None
-    """CSV file (columns key, group): test images of one group (patient, slide, scene) are not independent, so intervals
-    and comparisons draw whole groups"""
-    cache: str = "auto"
-    """Folder where features are kept for the next evaluation (see patchloom cache); auto is its usual place, none keeps
-    nothing"""
-    predictions: str | None = None
-    """Also write what was said of each test image to this .npz file, for patchloom evaluate compare"""
-    out: str | None = None
-    """Also write the figures to this JSON file; it must not exist yet"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_workers < 0:
-            raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
-        if self.image_size is not None and self.image_size < 1:
-            raise UsageError(f"image_size is {self.image_size}; it must be at least 1")
-        choices = (("pool", self.pool, Pool), ("precision", self.precision, Precision), ("view", self.view, View))
-        for kind, value, known in choices:
-            if value not in get_args(known):
-                raise unknown_name(kind, value, get_args(known))
-        if self.draws < 2:
-            raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
-        if self.out is not None and Path(self.out).exists():
-            raise UsageError(f"{self.out} exists; choose another out")
-        if self.predictions is not None:
-            check_free(Path(self.predictions))
-        if self.untrained and not isinstance(self.encoder, nn.Module) and str(self.encoder) == PIXELS:
-            raise UsageError("raw pixels have no weights to leave untrained; drop untrained")
 
 
 def resolve_encoder(config: EvaluationConfig) -> Encoder | None:
@@ -95,7 +26,7 @@ def resolve_encoder(config: EvaluationConfig) -> Encoder | None:
     Raises:
         UsageError: There is no such encoder, or it has no trained weights and `untrained` is not set.
     """
-    if not isinstance(config.encoder, nn.Module) and str(config.encoder) == PIXELS:
+    if is_pixels(config.encoder):
         return None
     if not config.untrained:
         return open_encoder(config.encoder)

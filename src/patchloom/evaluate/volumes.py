@@ -13,8 +13,7 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.groups import read_groups
-from patchloom.data.volumes import Plane, Volume, VolumeSource, Window, as_images, open_volumes
+from patchloom.data.volumes import Volume, VolumeSource, Window, as_images, open_volumes
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.logistic import fit_logistic
@@ -32,52 +31,11 @@ from patchloom.evaluate.metrics import accuracy, balanced_accuracy
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
-from patchloom.evaluate.target import EvaluationConfig, encoder_name, resolve_encoder
+from patchloom.evaluate.target import encoder_name, resolve_encoder
+from patchloom.evaluate.volumes_config import VolumesConfig
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
-
-SlicePool = Literal["mean", "max", "attention"]
-C = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class VolumesConfig(EvaluationConfig):
-    """Settings of the classification of volumes."""
-
-    train: str
-    """Volumes to learn from: a folder of .nii and .nii.gz files in a sub-folder per class"""
-    test: str
-    """Volumes to measure on, of the same classes"""
-    slice_pool: SlicePool = "mean"
-    """How slices become one volume: their mean, their maximum, or attention over them (ABMIL)"""
-    plane: Plane = "axial"
-    """Along which axis of the body slices follow one another"""
-    window: Window = "minmax"
-    """Grey values: minmax (each slice's own range, published), ct (-1024 to 600), mr (5th to 95th percentile)"""
-    channel: int | None = None
-    """Which of the images of 4-D files; default: such files are refused"""
-    slices: int | None = None
-    """Most slices of a volume, evenly spaced; default: all"""
-    c: float = C
-    """Inverse strength of the L2 penalty of the logistic regression, for mean and max"""
-    epochs: int = 50
-    """Passes over the training volumes, for attention"""
-    lr: float = 1e-3
-    """Learning rate of Adam, for attention"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.view != "crop":
-            raise UsageError(f"view is {self.view}, and slices are shown whole, in proportion; see window instead")
-        for name, value, known in (("slice_pool", self.slice_pool, SlicePool), ("window", self.window, Window)):
-            if value not in get_args(known):
-                raise unknown_name(name, str(value), get_args(known))
-        if self.slices is not None and self.slices < 1:
-            raise UsageError(f"slices is {self.slices}; at least one is needed")
-        if self.epochs < 1 or not self.lr > 0 or not self.c > 0:
-            raise UsageError(f"epochs {self.epochs}, lr {self.lr} and c {self.c} must be at least 1, and above 0")
 
 
 class Bags(NamedTuple):

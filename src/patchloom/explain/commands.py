@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.explain.attention import class_token_maps, grad_cam, gradient_attention, rollout
+from patchloom.explain.commands_config import AttentionConfig, CompareConfig, TraitsConfig
 from patchloom.explain.compare import SHORT, TITLES, compare, explainers_for
 from patchloom.explain.gallery import Gallery, check_out, write_gallery
 from patchloom.explain.prompt_cam import class_attention_maps, rank_heads, traits_between
@@ -22,16 +23,6 @@ from patchloom.report.plots import curves
 
 MOST_HEADS = 6
 """Heads drawn beside each other where none is more important than another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig(ExplainConfig):
-    """Settings of attention maps."""
-
-    layer: int = -1
-    """Block whose heads are shown, from 0; negative from the end"""
-    discard: float = 0.0
-    """Share of the smallest entries that rollout leaves out in each block, in [0, 1)"""
 
 
 class AttentionGallery:
@@ -77,18 +68,6 @@ class AttentionGallery:
             command=_command("attention", config),
             overwrite=config.overwrite,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraitsConfig(ExplainConfig):
-    """Settings of Prompt-CAM's traits."""
-
-    top: int = 4
-    """Most important heads shown; paper: 4"""
-    until: Literal["misclassified"] | None = None
-    """Show instead the fewest heads with which an image is still taken for its class (misclassified)"""
-    against: str | None = None
-    """Another class: show what tells class_name from it, on images of class_name"""
 
 
 class TraitsGallery:
@@ -227,20 +206,6 @@ class TraitsGallery:
             command=_command("prompt_cam", config),
             overwrite=config.overwrite,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig(ExplainConfig):
-    """Settings of a comparison of explanations."""
-
-    methods: tuple[str, ...] = ()
-    """Explanations to compare; default: all the model has (prompt_cam, class_attention, rollout, grad_cam, …)"""
-    steps: int = 50
-    """Steps of insertion and deletion; paper: 50"""
-    pictured: int = 8
-    """Most images drawn; the scores are of all"""
-    limit: int = 64
-    """Most images explained, drawn at random"""
 
 
 class CompareGallery:

@@ -12,22 +12,20 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from patchloom.choices import Pool, Precision
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
-
-Pool = Literal["auto", "cls", "avg", "cls+avg"]
-Precision = Literal["32", "bf16", "16"]
 
 PIXELS_SIDE = 32
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

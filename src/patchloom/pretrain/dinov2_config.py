@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from patchloom.data.multicrop import Augmentation
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from patchloom.data.multicrop import Augmentation
 
 LARGE = {
     "image_size": 224,
@@ -200,6 +202,8 @@ class Dinov2Config(TrainConfig):
 
     def augmentation(self) -> Augmentation:
         """Return what is done to the crops."""
+        from patchloom.data.multicrop import Augmentation
+
         return Augmentation(
             flip=self.flip,
             vertical_flip=self.vertical_flip,

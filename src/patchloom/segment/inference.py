@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.choices import SCALES
 from patchloom.errors import UsageError
 from patchloom.segment.layers import resize
 
 Size = tuple[int, int]
 Model = Callable[[Tensor], Tensor]
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 class WholeSegmenter(nn.Module):

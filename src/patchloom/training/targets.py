@@ -27,11 +27,11 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from patchloom.choices import Weighting
 from patchloom.errors import UsageError, unknown_name
 from patchloom.training.long_tail import effective_number_weights, group_accuracy
 
 Kind = Literal["single", "multi", "ordinal"]
-Weighting = Literal["none", "balanced", "sqrt", "effective"]
 
 # Classes with more images than MANY and with fewer than FEW, as long-tailed recognition counts them.
 MANY, FEW = 100, 20

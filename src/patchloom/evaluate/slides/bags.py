@@ -13,18 +13,17 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.choices import TileChoice as Choice
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tasks import Kind, Task
 from patchloom.evaluate.slides.wsi import SLIDE_SUFFIXES
 
-Choice = Literal["random", "first"]
 MOST_CLASSES = 50
 
 

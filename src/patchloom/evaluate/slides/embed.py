@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,65 +25,18 @@ from tqdm import tqdm
 from patchloom.data.base import UnreadableImageError
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError
+from patchloom.evaluate.slides.embed_config import EmbedConfig, TileConfig
 from patchloom.evaluate.slides.figures import overview, thumbnail_picture
 from patchloom.evaluate.slides.report import write_store_report
 from patchloom.evaluate.slides.store import TileStore, write_json
 from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
 from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
-from patchloom.features.extract import Pool, Precision, torch_device
+from patchloom.features.extract import torch_device
 from patchloom.training.config import config_from_mapping
 
 SKIPPED = "skipped.json"
 BATCHES_AHEAD = 2
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileConfig(TileSettings):
-    """Find the tissue of slides and the tiles on it, to look at before features are made."""
-
-    slides: str
-    """Whole-slide image, or a folder of them (searched with its sub-folders)"""
-    out: str
-    """Folder to write to: one folder per slide, and report.html; slides already there are skipped"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedConfig(TileSettings):
-    """Make the features of the tiles of slides."""
-
-    encoder: Any
-    """Bundle, run, timm model with published weights; from Python also a module"""
-    slides: str
-    """Whole-slide image, or a folder of them (searched with its sub-folders)"""
-    out: str
-    """Folder to write to: one folder per slide, and report.html; slides already there are skipped"""
-    untrained: bool = False
-    """Give the encoder fresh weights: what training has to beat"""
-    image_size: int | None = None
-    """Side tiles are resized to; default: the encoder's"""
-    pool: Pool = "auto"
-    """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
-    precision: Precision = "32"
-    """Number format of the encoder's arithmetic"""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Number format on disk"""
-    batch_size: int = 64
-    """Tiles at a time"""
-    num_workers: int = 2
-    """Threads that read tiles"""
-    device: str = "auto"
-    """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
-    """Seed of fresh weights"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise UsageError(
-                f"batch_size is {self.batch_size} and num_workers {self.num_workers}; at least 1 and 0 are needed"
-            )
 
 
 def tile_slides(slides: str, out: str, **settings: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -23,13 +23,13 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from tqdm import tqdm
 
+from patchloom.choices import Average
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_logits
 from patchloom.evaluate.slides.mil import MILHead
 from patchloom.evaluate.slides.store import write_json
 from patchloom.evaluate.slides.tasks import Task
 
-Average = Literal["probabilities", "logits"]
 GRID = {"lr": (1e-3, 1e-4), "weight_decay": (0.0, 1e-4)}
 """The published grid."""
 

@@ -1,0 +1,118 @@
+"""Settings of the slide-level evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from patchloom.choices import Average, MILHeadName, Pool, Precision, TileChoice
+from patchloom.errors import UsageError
+from patchloom.evaluate.slides.fit_config import FitSettings
+from patchloom.evaluate.slides.tile_config import TileSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidesConfig(TileSettings):
+    """Settings of the slide-level evaluation."""
+
+    train: str
+    """Tile features of the training cohort (a folder made by slides embed); with encoder set: its slides"""
+    train_labels: str
+    """CSV with the columns slide and label, and patient where there are several slides of one"""
+    test: str | None = None
+    """Tile features (or slides) of a test cohort from elsewhere; default: cross-validation on train is all there is"""
+    test_labels: str | None = None
+    """CSV of the test cohort"""
+    compare: str | None = None
+    """Tile features of the same training slides by another encoder, to be compared slide by slide"""
+    compare_test: str | None = None
+    """Tile features of the same test slides by the other encoder"""
+    encoder: Any = None
+    """Make the features first, with this bundle, run or timm model; default: train and test hold features"""
+    store: str = "tile-features"
+    """Where features made with encoder are kept, a folder for each set of slides and encoder"""
+    untrained: bool = False
+    """Give the encoder fresh weights: what training has to beat"""
+    image_size: int | None = None
+    """Side tiles are resized to; default: the encoder's"""
+    pool: Pool = "auto"
+    """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
+    precision: Precision = "32"
+    """Number format of the encoder's arithmetic"""
+    num_workers: int = 2
+    """Threads that read tiles"""
+    head: MILHeadName = "abmil"
+    """How tiles become one answer"""
+    head_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the head, such as --head_args.temperature 2"""
+    task: Literal["auto", "binary", "multiclass", "survival"] = "auto"
+    """What is asked; auto: two classes or several, as the labels say; survival: times, negative where censored"""
+    label_column: str = "label"
+    """Column of the label"""
+    slide_column: str = "slide"
+    """Column of the slide's name"""
+    patient_column: str = "patient"
+    """Column of the patient, if there is one"""
+    n_tiles: int | None = 1000
+    """Most tiles of a slide that are read; null: all"""
+    choice: TileChoice = "random"
+    """Which: a random subset that is always the same, or the first ones"""
+    folds: int = 5
+    """Parts of the training patients"""
+    repeats: int = 3
+    """Times they are parted anew; folds x repeats models answer together"""
+    lr: tuple[float, ...] = (1e-3, 1e-4)
+    """Learning rates of Adam to choose from"""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4)
+    """Weight decays to choose from"""
+    epochs: int = 50
+    """Most passes over the slides; the best number is chosen"""
+    batch_size: int = 16
+    """Slides per step"""
+    average: Average = "probabilities"
+    """What the models' answers are averaged as"""
+    epoch_as_published: bool = False
+    """Count the best epoch from 0, as the published code does"""
+    nested: bool = False
+    """Also choose inside outer folds (folds x folds x repeats): an unbiased score where there is no test cohort"""
+    interval_kind: Literal["percentile", "basic"] = "percentile"
+    """Bootstrap interval; basic is the published benchmark's"""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of weights and of the order of the slides"""
+    out: str | None = None
+    """Also write a folder with report.html, summary.json, predictions.csv and the models; it must not exist yet"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        if (self.test is None) != (self.test_labels is None):
+            raise UsageError("a test cohort needs both test and test_labels")
+        if (self.compare_test is not None) != (self.compare is not None and self.test is not None):
+            raise UsageError("a comparison needs compare, and compare_test where there is a test cohort")
+        if self.compare is not None and self.encoder is not None:
+            raise UsageError("compare takes tile features; make those of both encoders with patchloom slides embed")
+        if self.n_tiles is not None and self.n_tiles < 1:
+            raise UsageError(f"n_tiles is {self.n_tiles}; it must be at least 1")
+        if not self.lr or not self.weight_decay:
+            raise UsageError("lr and weight_decay need at least one value each")
+        if self.out is not None and Path(self.out).exists():
+            raise UsageError(f"{self.out} exists; choose another out")
+        self.fit_settings()
+
+    def fit_settings(self) -> FitSettings:
+        """Return how heads are trained."""
+        from patchloom.features.extract import torch_device
+
+        return FitSettings(
+            head=self.head,
+            head_args=self.head_args,
+            lr=self.lr[0],
+            weight_decay=self.weight_decay[0],
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=str(torch_device(self.device)),
+        )
