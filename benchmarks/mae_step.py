@@ -49,11 +49,11 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor], device: str, precision
 def ours(batch: int, device: str, precision: str) -> Step:
     """Return one training step of ours."""
     from patchloom.encoders import create_encoder
-    from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
+    from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_as_mae
 
     images = pictures(batch, device)
     encoder = create_encoder("vit_base_patch16_224")
-    initialize_encoder(encoder)
+    initialize_as_mae(encoder)
     model = MaskedAutoencoder(encoder, **DECODER)
     return stepper(
         model, lambda: model.loss(images, RATIO, torch.rand(batch, PATCHES, device=device)), device, precision

@@ -12,7 +12,7 @@ import patchloom as pl
 from patchloom.bundle import save_bundle
 from patchloom.encoders import create_encoder, depth, embed, run_blocks
 from patchloom.encoders.mask_token import MaskTokenEncoder
-from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_as_mae
 from patchloom.errors import UsageError
 from patchloom.masked_models import PARTS, load_masked_model, save_parts
 from patchloom.reference import import_reference
@@ -33,7 +33,7 @@ CCVIT = {"encoder": "test_vit", "image_size": 64, "k": 16, "codebook_iters": 1}
 def autoencoder(fill: float | None = None) -> MaskedAutoencoder:
     torch.manual_seed(0)
     encoder = create_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
-    initialize_encoder(encoder)
+    initialize_as_mae(encoder)
     model = MaskedAutoencoder(encoder, decoder_dim=24, decoder_depth=3, decoder_heads=2, mask_ratio=0.5)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2) if fill is None else parameter.data.fill_(fill)

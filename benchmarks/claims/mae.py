@@ -24,7 +24,7 @@ from benchmarks.claims.ccvit import Series, pixels, subset
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
 from patchloom.encoders import normalize
-from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_as_mae
 from patchloom.patches import patchify
 from patchloom.pretrain.mae import MAEConfig, MAEMethod
 
@@ -62,7 +62,7 @@ def cost() -> dict[str, Any]:
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     encoder = mae_claims_patch4_32(num_classes=0)
-    initialize_encoder(encoder)
+    initialize_as_mae(encoder)
     model = MaskedAutoencoder(encoder, 64, 2, 4).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     order = torch.arange(64).expand(64, -1)

@@ -26,7 +26,7 @@ from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.features.extract import extract
-from patchloom.features.knn import knn_accuracy
+from patchloom.features.knn import knn_scores
 from patchloom.training.metrics import read_metrics
 from patchloom.training.metrics import series as column
 
@@ -90,7 +90,7 @@ def encoder_figures(model: Any, train: Path, test: Path) -> dict[str, Any]:
     known, asked = (extract(model, open_source(str(path)), num_workers=0, progress=False) for path in (train, test))
     unit = torch.nn.functional.normalize(asked.vectors, dim=1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).max(1).values
-    accuracy = knn_accuracy(known.vectors, known.labels, asked.vectors, asked.labels, k=20)
+    accuracy = knn_scores(known.vectors, known.labels, asked.vectors, asked.labels, k=20).accuracy
     return {"knn": accuracy, "nearest_cosine": float(nearest.mean())}
 
 

@@ -15,7 +15,7 @@ from patchloom.data import open_source
 from patchloom.distill.g2sd_generic import G2SDGenericConfig, G2SDGenericMethod, default_decoder_dim
 from patchloom.encoders import create_encoder, normalize
 from patchloom.encoders.mask_token import MaskTokenEncoder
-from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_encoder
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_as_mae
 from patchloom.errors import UsageError
 from patchloom.features.geometry import linear_cka
 from patchloom.masked_models import load_masked_model, save_parts
@@ -48,7 +48,7 @@ def masked_model(folder: Path, seed: int = 0, side: int = 64, **settings: Any) -
     torch.manual_seed(seed)
     arguments = {"patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3, **settings}
     encoder = create_encoder("vit_tiny_patch16_224", image_size=side, **arguments)
-    initialize_encoder(encoder)
+    initialize_as_mae(encoder)
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": (0.2, 0.3, 0.4), "std": (0.3, 0.2, 0.1)}
     model = MaskedAutoencoder(encoder, decoder_dim=32, decoder_depth=4, decoder_heads=2)
     for name, parameter in model.named_parameters():

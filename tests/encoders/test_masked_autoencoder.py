@@ -15,7 +15,7 @@ from patchloom.encoders import create_encoder, grid_size, num_prefix_tokens
 from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
     has_fixed_positions,
-    initialize_encoder,
+    initialize_as_mae,
     mae_loss,
     random_masking,
     sincos_positions,
@@ -209,7 +209,7 @@ def test_grids_that_are_not_square_and_one_channel_work():
 def test_initial_weights_are_the_published_ones():
     torch.manual_seed(0)
     encoder = create_encoder("vit_tiny_patch16_224", image_size=32, patch_size=4)
-    initialize_encoder(encoder)
+    initialize_as_mae(encoder)
     assert has_fixed_positions(encoder)
     assert not encoder.pos_embed.requires_grad
     torch.testing.assert_close(encoder.pos_embed[0], sincos_positions(192, grid_size(encoder)))
@@ -219,7 +219,7 @@ def test_initial_weights_are_the_published_ones():
     assert abs(kernel.abs().max() - (6 / (192 + 48)) ** 0.5) < 2e-3
     assert abs(encoder.cls_token.std() - 0.02) < 0.004
     learned = create_encoder("vit_tiny_patch16_224", image_size=32, patch_size=4)
-    initialize_encoder(learned, fixed_positions=False)
+    initialize_as_mae(learned, fixed_positions=False)
     assert learned.pos_embed.requires_grad
     assert not has_fixed_positions(learned)
 

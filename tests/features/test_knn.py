@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchloom.errors import UsageError
 from patchloom.features import knn as module
-from patchloom.features.knn import knn_accuracy, knn_predict, knn_votes, nearest_neighbours
+from patchloom.features.knn import knn_predict, knn_scores, knn_votes, nearest_neighbours
 
 
 def clouds(n: int, dim: int = 6, classes: int = 3, spread: float = 0.8, seed: int = 0):
@@ -69,7 +69,7 @@ def test_a_near_neighbour_outvotes_many_far_ones():
 
 def test_a_cold_vote_stays_finite():
     train, labels = clouds(30)
-    assert knn_accuracy(train, labels, train, labels, k=5, temperature=1e-4) == 1.0
+    assert knn_scores(train, labels, train, labels, k=5, temperature=1e-4).accuracy == 1.0
 
 
 def test_a_large_reference_is_compared_in_smaller_blocks(monkeypatch):
@@ -84,7 +84,7 @@ def test_accuracy_is_the_share_that_is_right():
     train, labels = clouds(60)
     test, truth = clouds(25, seed=1)
     said = knn_predict(train, labels, test, k=3, num_classes=3)
-    assert knn_accuracy(train, labels, test, truth, k=3) == pytest.approx(float((said == truth).double().mean()))
+    assert knn_scores(train, labels, test, truth, k=3).accuracy == pytest.approx(float((said == truth).double().mean()))
 
 
 @pytest.mark.parametrize(

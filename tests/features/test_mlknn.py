@@ -120,3 +120,11 @@ def test_what_cannot_be_is_refused(change, message):
     train, labels, test = data()
     with pytest.raises(UsageError, match=message):
         mlknn_predict(**{"train": train, "train_labels": labels, "test": test, **change})
+
+
+def test_probabilities_have_the_digits_of_float64():
+    # No neighbour has the label: P = prior (1 / 5) / (prior (1 / 5) + (1 - prior) (4 / 5)) with a prior of 1 / 5.
+    train, labels = torch.eye(3), torch.zeros(3, 1)
+    found = mlknn_predict(train, labels, train[:1], ks=(1,))[1]
+    prior, there, absent = 1 / 5, 1 / 2, 4 / 5
+    assert found.item() == pytest.approx(prior * there / (prior * there + (1 - prior) * absent), rel=1e-14)

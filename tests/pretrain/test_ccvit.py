@@ -156,12 +156,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_a_run_ends_with_bundle_figures_and_report(run):
     assert run.summary["steps"] == 3
-    assert 0 <= run.summary["knn_accuracy"] <= 1
+    for figure in ("knn_accuracy", "knn_balanced_accuracy", "knn_majority_share"):
+        assert 0 <= run.summary[figure] <= 1
+        assert figure in (run.path / "metrics.csv").read_text()
     assert run.summary["codebook_size"] == 16
     assert run.summary["early_layers"] == 4
     page = run.report.read_text()
     for title in ("Codebook", "Attention", "Nearest neighbours", "Feature health", "Repeat this run"):
         assert title in page
+    assert "k-NN commonest class" in page
     assert "patchloom pretrain ccvit --data digits" in page
     assert "http" not in page.replace("http-equiv", "").split("<main>")[0]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.pretrain.centroid_mim import CentroidMIM, CentroidMIMLoss, MIMOutput, initialize_encoder, pixel_targets
+from patchloom.pretrain.centroid_mim import CentroidMIM, CentroidMIMLoss, MIMOutput, initialize_as_beit, pixel_targets
 
 PATCH, GRID, WIDTH, HEADS, DEPTH, EARLY, VOCAB = 4, (3, 4), 24, 3, 4, 2, 17
 
@@ -227,7 +227,7 @@ def test_pixel_targets_are_channel_row_column_with_unbiased_variance():
 def test_initialisation_is_the_published_one():
     torch.manual_seed(0)
     encoder = create_encoder("ccvit_tiny_patch4_32", depth=4)
-    initialize_encoder(encoder)
+    initialize_as_beit(encoder)
     weight = encoder.blocks[2].attn.qkv.weight
     assert weight.abs().max() <= 0.02
     # A normal cut at ±σ has the standard deviation 0.5396 σ.

@@ -15,7 +15,7 @@ from patchloom.pretrain.vicreg import (
     TemporalOrderHead,
     TOVVICReg,
     draw_orders,
-    initialize_encoder,
+    initialize_as_dino,
     make_projector,
     vicreg_terms,
 )
@@ -176,7 +176,7 @@ def test_a_single_observation_is_refused():
 
 def test_initialisation_is_the_published_one():
     encoder = create_encoder("vit_tiny_patch8_84", depth=2)
-    initialize_encoder(encoder)
+    initialize_as_dino(encoder)
     assert encoder.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert encoder.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert encoder.blocks[1].mlp.fc1.bias.abs().max() == 0

@@ -232,3 +232,11 @@ def test_the_same_tensors_give_the_same_bytes():
         lambda: bars({"a": 1.0}, y_label="share", title="Bars"),
     ):
         assert draw().png == draw().png
+
+
+def test_a_reference_is_drawn_and_spoken():
+    series = {"accuracy": ([0, 1], [0.6, 0.7])}
+    labels = {"x_label": "step", "y_label": "share", "title": "Accuracy"}
+    marked = curves(series, references={"commonest class": 0.69}, **labels)
+    assert marked.alt == "Accuracy: accuracy ends at 0.7; commonest class 0.69"
+    assert marked.png != curves(series, **labels).png

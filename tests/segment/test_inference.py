@@ -110,3 +110,11 @@ def test_windows_that_leave_pixels_out_are_refused(crop, stride):
 def test_no_scale_is_refused():
     with pytest.raises(UsageError, match="positive factor"):
         MultiScaleSegmenter(WholeSegmenter(model), scales=())
+
+
+def test_a_sliding_window_keeps_the_precision_of_its_model():
+    images = torch.rand(1, 2, 6, 6, dtype=torch.float64)
+    out = SlidingWindowSegmenter(torch.nn.Identity(), 4, 2)(images)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, images, rtol=0, atol=1e-15)
+    assert SlidingWindowSegmenter(torch.nn.Identity(), 4, 2)(images.half()).dtype == torch.float32

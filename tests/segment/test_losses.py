@@ -53,3 +53,14 @@ def test_ignored_pixels_change_nothing():
 def test_unknown_average_is_refused():
     with pytest.raises(UsageError, match="unknown average 'mean'"):
         segmentation_loss(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), average="mean")
+
+
+def test_the_precision_given_is_kept():
+    logits = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    target = torch.randint(0, 3, (1, 8, 8))
+    for loss in (segmentation_loss, dice_loss):
+        assert loss(logits, target).dtype == torch.float64
+        assert loss(logits.half(), target).dtype == torch.float32
+    # A third is not a third in float32.
+    answer = torch.nn.functional.one_hot(torch.tensor([[[0, 0, 1]]]), 2).movedim(-1, 1)
+    assert float(pixel_accuracy(answer, torch.tensor([[[0, 1, 0]]]))) == 1 / 3

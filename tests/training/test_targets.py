@@ -97,6 +97,7 @@ def test_figures_equal_scikit_learn():
     said, truth = LOGITS.argmax(1).numpy(), LABELS.numpy()
     assert figures["accuracy"] == pytest.approx((said == truth).mean())
     assert figures["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, said))
+    assert figures["majority_share"] == pytest.approx(np.bincount(truth).max() / len(truth))
     assert figures["kappa"] == pytest.approx(cohen_kappa_score(truth, said, weights="quadratic"))
     assert figures["mean_grade_error"] == pytest.approx(np.abs(said - truth).mean())
     shares = list(figures["per_class_accuracy"].values())

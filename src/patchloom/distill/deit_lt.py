@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from patchloom.report import Section
 
 HEADS = {"cls": "class token", "dist": "distillation token", "avg": "mean of both"}
-PARTS = ("accuracy", "balanced_accuracy", "accuracy_head", "accuracy_mid", "accuracy_tail")
+PARTS = ("accuracy", "balanced_accuracy", "majority_share", "accuracy_head", "accuracy_mid", "accuracy_tail")
 
 
 class DeiTLTMethod(DistillMethod):

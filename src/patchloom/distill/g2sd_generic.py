@@ -22,7 +22,7 @@ from patchloom.encoders import Encoder, depth, embed_dim, image_size, intermedia
 from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
     has_fixed_positions,
-    initialize_encoder,
+    initialize_as_mae,
     visible_count,
 )
 from patchloom.errors import UsageError
@@ -78,7 +78,7 @@ class G2SDGenericMethod(Method):
         config = self.config
         encoder = super().build_encoder()
         if config.init_from is None and not Path(config.encoder).exists():
-            initialize_encoder(encoder)
+            initialize_as_mae(encoder)
             encoder.pretrained_cfg = {**encoder.pretrained_cfg, **self._statistics}
         elif has_fixed_positions(encoder):
             encoder.pos_embed.requires_grad_(False)

@@ -17,6 +17,7 @@ from patchloom.distill.specific import DistilledVisionTransformer, as_timm, hold
 from patchloom.distill.teacher_cache import AnswersMethod
 from patchloom.distill.two_heads import two_heads
 from patchloom.encoders import Encoder, depth
+from patchloom.features.class_scores import class_scores
 from patchloom.training.method import Method
 
 if TYPE_CHECKING:
@@ -81,10 +82,10 @@ class G2SDSpecificMethod(AnswersMethod):
         if self.config.distillation == "nkd":
             return super().measure(answers, labels)
         heads = answers.chunk(2, dim=1)
-        known = labels >= 0
         figures = self.targets.measure((heads[0] + heads[1]) / 2, labels)
-        for name, logits in zip(("label_head_accuracy", "teacher_head_accuracy"), heads, strict=True):
-            figures[name] = float((logits.argmax(1) == labels)[known].double().mean())
+        for name, logits in zip(("label_head", "teacher_head"), heads, strict=True):
+            scores = class_scores(logits.argmax(1), labels)
+            figures |= {f"{name}_accuracy": scores.accuracy, f"{name}_balanced_accuracy": scores.balanced_accuracy}
         return figures
 
     def report_sections(self, images: Tensor) -> list[Section]:
@@ -94,14 +95,22 @@ class G2SDSpecificMethod(AnswersMethod):
         figures, sections = self.figures or self.validate(self.device), super().report_sections(images)
         if "label_head_accuracy" not in figures:
             return sections
+        found = {**figures, **self.compared()}
         rows: list[dict[str, object]] = [
-            {"classifier": name, "accuracy": f"{value:.1%}"}
-            for name, value in (
-                ("of the labels (class token)", figures["label_head_accuracy"]),
-                ("of the teacher's choices (distillation token)", figures["teacher_head_accuracy"]),
-                ("mean of both, which is shipped", figures["accuracy"]),
-                ("teacher", self.compared()["teacher_accuracy"]),
+            {
+                "classifier": name,
+                "accuracy": f"{found[f'{which}accuracy']:.1%}",
+                "balanced accuracy": f"{found[f'{which}balanced_accuracy']:.1%}",
+            }
+            for name, which in (
+                ("of the labels (class token)", "label_head_"),
+                ("of the teacher's choices (distillation token)", "teacher_head_"),
+                ("mean of both, which is shipped", ""),
+                ("teacher", "teacher_"),
             )
         ]
-        text = "The two classifiers read two tokens of one encoder; what is shipped averages their outputs."
+        text = (
+            "The two classifiers read two tokens of one encoder; what is shipped averages their outputs. Naming the "
+            f"commonest class every time gives {figures['majority_share']:.1%}."
+        )
         return [Section(title="Two classifiers", text=text, table=rows), *sections]

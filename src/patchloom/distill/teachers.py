@@ -26,6 +26,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.distill.config import DistillConfig
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
+from patchloom.features.class_scores import class_scores
 from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.run import is_first_process
 from patchloom.training.supervised import SupervisedMethod
@@ -247,17 +248,21 @@ class DistillMethod(SupervisedMethod):
 
     @torch.no_grad()
     def compared(self) -> dict[str, float]:
-        """Return, on the test images, `teacher_accuracy` and `agreement`: how often both make the same choice."""
+        """Return how well the teacher does on the test images, and how often both make the same choice.
+
+        These are `teacher_accuracy`, `teacher_balanced_accuracy` and `agreement`.
+        """
         if self.test is None or not self.asks_teacher():
             return {}
         if not hasattr(self, "_compared"):
             student = self.bundle_model()
             logits, labels = self.outputs(lambda images: student(normalize(images, student)), self.device, student)
             taught, _ = self.outputs(self._of_teacher, self.device, self.teacher)
-            known = labels >= 0
             choice = taught.argmax(1)
+            scores = class_scores(choice, labels)
             self._compared = {
-                "teacher_accuracy": float((choice == labels)[known].float().mean()),
+                "teacher_accuracy": scores.accuracy,
+                "teacher_balanced_accuracy": scores.balanced_accuracy,
                 "agreement": float((choice == logits.argmax(1)).float().mean()),
             }
         return self._compared
@@ -276,8 +281,8 @@ class DistillMethod(SupervisedMethod):
         text = [f"The student has {about['parameters']:,} parameters, {share:.1%} of its teacher's."]
         if found:
             text.append(
-                f"On the same images the teacher is right for {found['teacher_accuracy']:.1%}, and both say the same "
-                f"for {found['agreement']:.1%}."
+                f"On the same images the teacher is right for {found['teacher_accuracy']:.1%} (balanced accuracy "
+                f"{found['teacher_balanced_accuracy']:.1%}), and both say the same for {found['agreement']:.1%}."
             )
         text += [f"{notice[0].upper()}{notice[1:]}." for notice in self.notices]
         return [Section(title="Teacher and student", text=" ".join(text)), *super().report_sections(images)]

@@ -360,7 +360,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix: int = 1) -> Tensor
     return torch.cat([torch.zeros(prefix, dim), torch.cat(halves, dim=1).float()])
 
 
-def initialize_encoder(encoder: Encoder, fixed_positions: bool = True) -> None:
+def initialize_as_mae(encoder: Encoder, fixed_positions: bool = True) -> None:
     """Initialise an encoder as the published pre-training does (specification, section 2.4).
 
     Linear weights and the flattened patch convolution Xavier-uniform, biases 0 (the convolution's as PyTorch has it),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.compare_config import CompareConfig
+from patchloom.evaluate.compare_config import ComparisonConfig
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import Difference, delong, holm, paired_bootstrap
 
@@ -18,9 +18,9 @@ from patchloom.evaluate.statistics import Difference, delong, holm, paired_boots
 class Compare:
     """Paired difference of two or more encoders on the same images, with interval and p-value."""
 
-    config_class = CompareConfig
+    config_class = ComparisonConfig
 
-    def __init__(self, config: CompareConfig) -> None:
+    def __init__(self, config: ComparisonConfig) -> None:
         self.config = config
         self.predictions = None
 

@@ -10,7 +10,7 @@ from patchloom.errors import UsageError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class ComparisonConfig:
     """Settings of a comparison."""
 
     encoders: Any = None

@@ -19,7 +19,7 @@ from patchloom.data import EvalTransform, make_loader, open_source
 from patchloom.data.base import Source
 from patchloom.encoders import embed_dim, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.finetune_config import FinetuneConfig
+from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.features.extract import Features, torch_device
@@ -28,7 +28,7 @@ from patchloom.features.extract import Features, torch_device
 class Finetune(Evaluation):
     """Train the encoder further on train by a method of patchloom adapt, and measure the classifier on test."""
 
-    config_class = FinetuneConfig
+    config_class = FinetuneEvaluationConfig
 
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction), what goes with it, and what an adapter costs to store."""

@@ -14,7 +14,7 @@ OURS = ("data", "test", "encoder", "out", "seed", "num_workers", "image_size", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(EvaluationConfig):
+class FinetuneEvaluationConfig(EvaluationConfig):
     """Settings of the evaluation by training further."""
 
     method: str = "finetune"

@@ -26,6 +26,7 @@ from patchloom.encoders import (
 from patchloom.errors import UsageError
 from patchloom.evaluate.health_config import HealthConfig
 from patchloom.evaluate.logistic import fit_logistic
+from patchloom.features.class_scores import ClassScores, class_scores
 from patchloom.features.extract import torch_device
 from patchloom.features.geometry import (
     alignment,
@@ -55,7 +56,8 @@ class Health:
         Returns:
             `rankme`, `effective_rank`, `cosine`, `alignment` (two augmented views), `uniformity`, `attention_entropy`
             (a share, by layer), `artifact_share` of patch tokens and `position_leakage` (R²), both by layer;
-            `layer_accuracy` where images have labels; `verdict` in words; `n` and `dim`.
+            `layer_accuracy`, `layer_balanced_accuracy` and `majority_share` where images have labels; `verdict` in
+            words; `n` and `dim`.
 
         Raises:
             UsageError: No encoder, or no readable image.
@@ -82,8 +84,10 @@ class Health:
             "n": len(last),
             "dim": last.shape[1],
         }
-        if (accuracy := self._layer_accuracy(pooled, labels)) is not None:
-            figures["layer_accuracy"] = accuracy
+        if (scores := self._layer_scores(pooled, labels)) is not None:
+            figures["layer_accuracy"] = [one.accuracy for one in scores]
+            figures["layer_balanced_accuracy"] = [one.balanced_accuracy for one in scores]
+            figures["majority_share"] = scores[-1].majority_share
         figures["seconds"] = round(time.perf_counter() - start, 2)
         if config.report is not None:
             write_page(config, figures)
@@ -124,7 +128,8 @@ class Health:
                 norms[number].append(found.patches.float().norm(dim=-1).cpu())
                 if room > 0:
                     patches[number].append(found.patches[:room].float().cpu())
-                    entropy[number].append(attention_entropy(class_attention(encoder, images[:room], number)).cpu())
+                    shares = attention_entropy(class_attention(encoder, images[:room], number))
+                    entropy[number].append(shares.mean(0).cpu())
         if not labels:
             raise UsageError(f"{source.name} holds no readable image")
         return (
@@ -145,20 +150,20 @@ class Health:
             parts.append((found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)).float().cpu())
         return torch.cat(parts)
 
-    def _layer_accuracy(self, pooled: list[Tensor], labels: Tensor) -> list[float] | None:
-        """Return the accuracy of logistic regression on each layer, fitted on every second image of a class."""
+    def _layer_scores(self, pooled: list[Tensor], labels: Tensor) -> list[ClassScores] | None:
+        """Return how well logistic regression does on each layer, fitted on every second image of a class."""
         if labels.ndim > 1 or int((labels >= 0).sum()) < 20 or len(labels[labels >= 0].unique()) < 2:
             return None
         known = labels >= 0
         names, numbers = labels[known].unique(return_inverse=True)
         order = numbers.argsort(stable=True)
         learnt, judged = order[0::2], order[1::2]
-        accuracy = []
+        scores = []
         for layer in pooled:
             x = layer[known]
             model = fit_logistic(x[learnt], numbers[learnt], len(names), c=1.0, max_iter=100)
-            accuracy.append(float((model.predict(x[judged]) == numbers[judged]).double().mean()))
-        return accuracy
+            scores.append(class_scores(model.predict(x[judged]), numbers[judged]))
+        return scores
 
 
 class IndependentViews:
@@ -177,12 +182,20 @@ def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
     from patchloom.report import Section, curves, write_report
 
     titles = {
-        "layer_accuracy": ("Linear probe by layer", "accuracy"),
         "attention_entropy": ("How widely the class token looks", "entropy, share of the largest"),
         "artifact_share": ("Patch tokens of outlying norm", "share"),
         "position_leakage": ("Place read from a patch token", "R²"),
     }
-    drawn = [
+    drawn = []
+    if "layer_accuracy" in figures:
+        blocks = range(1, len(figures["layer_accuracy"]) + 1)
+        probed = {
+            name: (blocks, figures[f"layer_{name.replace(' ', '_')}"]) for name in ("accuracy", "balanced accuracy")
+        }
+        naming = {"commonest class every time": figures["majority_share"]}
+        title = "Linear probe by layer"
+        drawn.append(curves(probed, x_label="block", y_label="share", title=title, references=naming))
+    drawn += [
         curves({name: (range(1, len(figures[name]) + 1), figures[name])}, x_label="block", y_label=unit, title=title)
         for name, (title, unit) in titles.items()
         if name in figures

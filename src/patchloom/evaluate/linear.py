@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.linear_config import LinearConfig
+from patchloom.evaluate.linear_config import LinearProbeConfig
 from patchloom.evaluate.logistic import LogisticModel, fit_logistic
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.subset import learning_features
@@ -25,7 +25,7 @@ ROUGHLY = 1e-3
 class Linear(Evaluation):
     """Logistic regression on standardised frozen features; the penalty is chosen on training images only."""
 
-    config_class = LinearConfig
+    config_class = LinearProbeConfig
 
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction) and what goes with it."""

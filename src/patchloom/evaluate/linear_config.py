@@ -9,7 +9,7 @@ from patchloom.evaluate.subset_config import SubsetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(SubsetConfig):
+class LinearProbeConfig(SubsetConfig):
     """Settings of the linear probe."""
 
     c: float | None = None

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from patchloom.errors import unknown_name
-from patchloom.evaluate.linear_config import LinearConfig
+from patchloom.evaluate.linear_config import LinearProbeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrdinalConfig(LinearConfig):
+class OrdinalConfig(LinearProbeConfig):
     """Settings of the evaluation of grades."""
 
     grades: list[str] | None = None

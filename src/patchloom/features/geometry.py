@@ -98,10 +98,10 @@ def attention_entropy(attention: Tensor) -> Tensor:
         attention: (B, heads, N), non-negative; rows need not sum to 1.
 
     Returns:
-        (heads,) mean over images: 0 (one patch) … 1 (all alike).
+        (B, heads) float64: 0 (one patch) … 1 (all alike).
     """
     shares = attention.double() / attention.double().sum(-1, keepdim=True).clamp(min=1e-30)
-    return (torch.special.entr(shares).sum(-1) / np.log(attention.shape[-1])).mean(0)
+    return torch.special.entr(shares).sum(-1) / np.log(attention.shape[-1])
 
 
 def artifact_share(norms: Tensor, fences: float = 3.0) -> float:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.errors import UsageError
+from patchloom.features.class_scores import ClassScores, class_scores
 
 # Similarities held at a time: 512 MB.
 MOST_SIMILARITIES = 2**27
@@ -61,13 +62,18 @@ def knn_predict(
     return next(iter(votes.values())).argmax(1)
 
 
-def knn_accuracy(
+def knn_scores(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20, temperature: float = 0.07
-) -> float:
-    """Return the share of test features that `knn_predict` classifies rightly; arguments as there."""
+) -> ClassScores:
+    """Return how well `knn_predict` classifies test features, and the commonest class's share; arguments as there.
+
+    Images whose label is below 0 have none: they neither vote nor count.
+    """
+    known = train_labels >= 0
+    train, train_labels = train[known], train_labels[known]
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     said = knn_predict(train, train_labels, test, k=k, temperature=temperature, num_classes=classes)
-    return float((said == test_labels).double().mean())
+    return class_scores(said, test_labels)
 
 
 def knn_votes(

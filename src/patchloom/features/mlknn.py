@@ -78,8 +78,9 @@ def mlknn_predict(
     has, lacks = labels > 0.5, labels <= 0.5  # neither where unknown
     # Of an image that is told by all others, its own label is taken out of what was counted.
     mine_has, mine_lacks = (rows.double() if leave_one_out else 0.0 for rows in (has, lacks))
-    known = has.sum(0) + lacks.sum(0) - mine_has - mine_lacks
-    prior = (smoothing + has.sum(0) - mine_has) / (2 * smoothing + known)
+    # In float64: a whole number and a Python float make float32, which the likelihoods are not in.
+    known = has.sum(0).double() + lacks.sum(0) - mine_has - mine_lacks
+    prior = (smoothing + has.sum(0).double() - mine_has) / (2 * smoothing + known)
     found = {}
     for k, counted, counts in zip(kept, _positives(among, has, kept), _positives(near, has, kept), strict=True):
         there = prior * _likelihood(_table(counted, has, k), counts, mine_has, smoothing)

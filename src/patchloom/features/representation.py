@@ -30,6 +30,7 @@ from patchloom.encoders import (
     run_blocks,
 )
 from patchloom.errors import UsageError
+from patchloom.features.geometry import attention_entropy
 
 
 class Observed(NamedTuple):
@@ -164,13 +165,6 @@ def hoyer_sparsity(x: Tensor) -> Tensor:
     root = x.shape[1] ** 0.5
     ratio = x.abs().sum(1) / x.norm(dim=1).clamp(min=1e-12)
     return (root - ratio) / (root - 1)
-
-
-def attention_entropy(attentions: Tensor) -> Tensor:
-    """Return the entropy of each head's attention over N patches as a share of log N, (n, heads, N) to (n, heads)."""
-    shares = attentions.double()
-    shares = shares / shares.sum(-1, keepdim=True).clamp(min=1e-12)
-    return -(shares * shares.clamp(min=1e-300).log()).sum(-1) / np.log(attentions.shape[-1])
 
 
 def _similarity(features: Tensor, groups: Tensor) -> dict[str, Any]:

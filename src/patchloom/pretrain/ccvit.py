@@ -24,7 +24,7 @@ from patchloom.pretrain.centroid_mim import (
     CentroidMIM,
     CentroidMIMLoss,
     MIMOutput,
-    initialize_encoder,
+    initialize_as_beit,
     pixel_targets,
 )
 from patchloom.tokenizers.centroid import CentroidTokenizer
@@ -49,7 +49,7 @@ class CCViTMethod(Method):
         super().__init__(config, source)
         fresh = config.init_from is None and not Path(config.encoder).exists()
         if fresh:
-            initialize_encoder(self.encoder)
+            initialize_as_beit(self.encoder)
         self.size = patch_size(self.encoder)
         self.channels = in_chans(self.encoder)
         self.grid = grid_size(self.encoder)

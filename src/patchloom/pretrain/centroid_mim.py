@@ -279,7 +279,7 @@ def default_early_layers(blocks: int) -> int:
     return blocks - 3 if blocks >= 6 else max(1, blocks - 1)
 
 
-def initialize_encoder(encoder: Encoder) -> None:
+def initialize_as_beit(encoder: Encoder) -> None:
     """Initialise an encoder as the published pre-training does (specification, section 2.8).
 
     Linear and convolution weights and class token: normal with σ = 0.02 cut at ±σ; biases 0; norms (1, 0); then

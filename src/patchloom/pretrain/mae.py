@@ -19,7 +19,7 @@ from patchloom.encoders import Encoder, normalize
 from patchloom.encoders.masked_autoencoder import (
     MaskedAutoencoder,
     has_fixed_positions,
-    initialize_encoder,
+    initialize_as_mae,
     visible_count,
 )
 from patchloom.masked_models import save_parts
@@ -59,7 +59,7 @@ class MAEMethod(Method):
         encoder = super().build_encoder()
         fresh = config.init_from is None and not Path(config.encoder).exists()
         if fresh:
-            initialize_encoder(encoder, config.fixed_positions)
+            initialize_as_mae(encoder, config.fixed_positions)
         elif has_fixed_positions(encoder):
             encoder.pos_embed.requires_grad_(False)
         given = {"mean": config.mean, "std": config.std}

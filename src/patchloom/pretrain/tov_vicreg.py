@@ -24,7 +24,7 @@ from patchloom.encoders import depth, normalize
 from patchloom.errors import UsageError
 from patchloom.features.representation import observe, representation_report
 from patchloom.pretrain.tov_vicreg_config import TOVVICRegConfig
-from patchloom.pretrain.vicreg import TOVVICReg, initialize_encoder
+from patchloom.pretrain.vicreg import TOVVICReg, initialize_as_dino
 from patchloom.training.gather import gathered
 from patchloom.training.lars import Lars
 from patchloom.training.method import Method, Transform
@@ -51,7 +51,7 @@ class TOVVICRegMethod(Method):
         self.held_out = self._held_out(config)
         super().__init__(config, source)
         if config.init_from is None and not Path(config.encoder).exists():
-            initialize_encoder(self.encoder)
+            initialize_as_dino(self.encoder)
             # Published encoders see frames as they are, in [0, 1], whatever images the architecture was made for.
             plain = {"mean": (0.0,) * config.frames, "std": (1.0,) * config.frames}
             self.encoder.pretrained_cfg = {**dict(self.encoder.pretrained_cfg), **plain}

@@ -235,7 +235,7 @@ def make_projector(width: int, spec: str) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
 
-def initialize_encoder(encoder: Encoder) -> None:
+def initialize_as_dino(encoder: Encoder) -> None:
     """Initialise an encoder as the published pre-training does (specification, section 2.3).
 
     Linear weights, positions and class token: normal with σ = 0.02, cut at ±2 as DINO has it; biases 0; norms (1, 0);

@@ -25,6 +25,7 @@ def curves(
     log_y: bool = False,
     log_x: bool = False,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    references: Mapping[str, float] | None = None,
 ) -> Figure:
     """Return line charts over one pair of axes.
 
@@ -36,6 +37,7 @@ def curves(
         log_y: Logarithmic y.
         log_x: Logarithmic x.
         bands: Name to the lower and upper ends of the intervals around a series' points.
+        references: Name to a value of y that the curves are read against, drawn as a dashed line.
 
     Raises:
         UsageError: There is nothing to draw.
@@ -49,13 +51,16 @@ def curves(
         if name in (bands or {}):
             low, high = (bands or {})[name]
             axes.fill_between(x, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.18, linewidth=0)
+    for name, value in (references or {}).items():
+        axes.axhline(value, color=TEXT, linewidth=1.2, linestyle="--", label=name)
     if log_x:
         axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
-    if len(series) > 1:
+    if len(series) + len(references or {}) > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=TEXT)
     ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items() if len(y))
+    ends += "".join(f"; {name} {value:.3g}" for name, value in (references or {}).items())
     return Figure(_png(figure), f"{title}: {ends}", half=True)
 
 

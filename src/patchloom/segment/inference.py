@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from patchloom.choices import SCALES
 from patchloom.errors import UsageError
+from patchloom.precision import at_least_float32
 from patchloom.segment.layers import resize
 
 Size = tuple[int, int]
@@ -67,12 +68,12 @@ class SlidingWindowSegmenter(nn.Module):
         height, width = images.shape[-2:]
         boxes = windows((height, width), self.crop, self.stride)
         total: Tensor | None = None
-        count = images.new_zeros(1, 1, height, width, dtype=torch.float32)
+        count = torch.zeros(1, 1, height, width, device=images.device)
         per_pass = max(1, self.batch_size // len(images))
         for start in range(0, len(boxes), per_pass):
             chunk = boxes[start : start + per_pass]
             crops = torch.cat([images[..., top:bottom, left:right] for top, bottom, left, right in chunk])
-            logits = resize(self.model(crops), crops.shape[-2:]).float()
+            logits = resize(at_least_float32(self.model(crops)), crops.shape[-2:])
             if total is None:
                 total = logits.new_zeros(len(images), logits.shape[1], height, width)
             for (top, bottom, left, right), part in zip(chunk, logits.split(len(images)), strict=True):

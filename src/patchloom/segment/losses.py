@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.errors import unknown_name
+from patchloom.precision import at_least_float32
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import IGNORED
 
@@ -23,7 +24,7 @@ from patchloom.segment.metrics import IGNORED
 def segmentation_loss(
     logits: Tensor, target: Tensor, *, average: Literal["valid", "all"] = "valid", ignore_index: int = IGNORED
 ) -> Tensor:
-    """Return the cross-entropy of logits resized to the mask, in float32.
+    """Return the cross-entropy of logits resized to the mask, in float32 (float64 where they are).
 
     Args:
         logits: (B, K, h, w).
@@ -40,7 +41,7 @@ def segmentation_loss(
     if average not in ("valid", "all"):
         raise unknown_name("average", average, ("valid", "all"))
     total = F.cross_entropy(
-        resize(logits.float(), target.shape[-2:]), target, ignore_index=ignore_index, reduction="sum"
+        resize(at_least_float32(logits), target.shape[-2:]), target, ignore_index=ignore_index, reduction="sum"
     )
     count = target.numel() if average == "all" else (target != ignore_index).sum().clamp(min=1)
     return total / count
@@ -60,7 +61,7 @@ def dice_loss(
         smooth: Added to numerator and denominator.
         background: Count class 0 too.
     """
-    logits = resize(logits.float(), target.shape[-2:])
+    logits = resize(at_least_float32(logits), target.shape[-2:])
     known = (target != ignore_index).unsqueeze(1)
     classes = F.one_hot(target.where(known[:, 0], 0), logits.shape[1]).movedim(-1, 1) * known
     shares = logits.softmax(1) * known
@@ -71,7 +72,7 @@ def dice_loss(
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """Return the share of known pixels that the logits, resized to the mask, get right."""
-    said = resize(logits.float(), target.shape[-2:]).argmax(1)
+    """Return the share (float64) of known pixels that the logits, resized to the mask, get right."""
+    said = resize(at_least_float32(logits), target.shape[-2:]).argmax(1)
     known = target != ignore_index
-    return ((said == target) & known).sum() / torch.clamp(known.sum(), min=1)
+    return ((said == target) & known).sum().double() / torch.clamp(known.sum(), min=1)

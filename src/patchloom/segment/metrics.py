@@ -127,7 +127,7 @@ def segmentation_scores(found: Areas) -> dict[str, Any]:
     accuracy = found.intersection.double() / found.true
     return {
         "miou": float(per_class.nanmean()),
-        "pixel_accuracy": float(found.intersection.sum() / found.true.sum().clamp(min=1)),
+        "pixel_accuracy": float(found.intersection.sum().double() / found.true.sum().clamp(min=1)),
         "class_accuracy": float(accuracy.nanmean()),
         "iou": per_class.tolist(),
         "accuracy": accuracy.tolist(),

@@ -132,7 +132,7 @@ class SkippedImages(Callback):
 
 
 class Probe(Callback):
-    """Every so many epochs: k-NN accuracy where labels exist, feature health always, the method's own validation.
+    """Every so many epochs: k-NN where labels exist, feature health always, the method's own validation.
 
     Attributes:
         latest: Figures of the latest probe.
@@ -190,10 +190,14 @@ class ProbeData:
         self.queries = queries
 
     def measure(self, encoder: torch.nn.Module, batch_size: int, device: torch.device) -> dict[str, Any]:
-        """Return `knn_accuracy` (with labels), `rankme`, `mean_cosine` and a `verdict` in words."""
+        """Return `rankme`, `mean_cosine`, a `verdict` in words and, with labels, the figures of k-NN.
+
+        These are `knn_accuracy`, `knn_balanced_accuracy` and `knn_majority_share`, the accuracy of naming the
+        commonest class of the queries every time.
+        """
         from patchloom.features.extract import extract
         from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
-        from patchloom.features.knn import knn_accuracy
+        from patchloom.features.knn import knn_scores
 
         def features(source: Source) -> Any:
             return extract(encoder, source, batch_size=batch_size, num_workers=0, device=str(device), progress=False)
@@ -204,9 +208,9 @@ class ProbeData:
         figures["verdict"] = verdict(spread, cosine, queries.vectors.shape[1])
         if self.reference is not None:
             reference = features(self.reference)
-            figures["knn_accuracy"] = knn_accuracy(
+            figures |= knn_scores(
                 reference.vectors, reference.labels, queries.vectors, queries.labels, k=min(20, len(reference.labels))
-            )
+            ).named("knn_")
         return figures
 
 

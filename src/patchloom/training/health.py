@@ -22,7 +22,7 @@ from patchloom.training.method import Method
 MOST_IMAGES = 64
 
 
-class Health(Callback):
+class CollapseWatch(Callback):
     """Every so many steps: do the features of the encoder in training still tell a few held-out images apart?
 
     Looks at the encoder itself, not at its moving average, which follows it into collapse late. Prints a line when the

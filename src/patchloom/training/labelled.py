@@ -195,7 +195,11 @@ class LabelledMethod(Method):
             {"class": name, **({"training images": counts[name]} if counts else {}), "accuracy": f"{share:.1%}"}
             for name, share in figures["per_class_accuracy"].items()
         ]
-        text = f"{figures['accuracy']:.1%} of {what}; mean over classes {figures['balanced_accuracy']:.1%}."
+        text = (
+            f"{figures['accuracy']:.1%} of {what}; mean over classes (balanced accuracy) "
+            f"{figures['balanced_accuracy']:.1%}; naming the commonest class every time gives "
+            f"{figures['majority_share']:.1%}."
+        )
         if counts:
             parts = {name: figures.get(f"accuracy_{name}") for name in ("head", "mid", "tail")}
             said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)

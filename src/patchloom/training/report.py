@@ -14,7 +14,7 @@ from torch import Tensor
 from patchloom.data.base import Source, UnreadableImageError
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
-from patchloom.report import Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
+from patchloom.report import Figure, Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
 from patchloom.training.metrics import read_metrics, series
 
 if TYPE_CHECKING:
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from patchloom.training.method import Method
 
 PICTURES, NEIGHBOUR_POOL = 8, 400
+# Figures shown as per cent; an accuracy never stands without the two it is read beside.
+PERCENT = {
+    f"{prefix}{name}": f"{words}{readable}"
+    for prefix, words in (("knn_", "k-NN "), ("", ""))
+    for name, readable in (
+        ("accuracy", "accuracy"),
+        ("balanced_accuracy", "balanced accuracy"),
+        ("majority_share", "commonest class"),
+    )
+}
 
 
 def write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, summary: dict[str, Any]) -> Path:
@@ -74,16 +84,14 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     names = {
         "images": summary["data"]["images"],
         "loss": summary.get("loss"),
-        "k-NN accuracy": summary.get("knn_accuracy"),
-        "accuracy": summary.get("accuracy"),
+        **{readable: summary.get(name) for name, readable in PERCENT.items()},
         "RankMe": summary.get("rankme"),
         "parameters": f"{summary['parameters'] / 1e6:.1f} M",
         "images/s": summary["images_per_second"],
         "time": summary["duration"],
         "unreadable": summary["unreadable_images"],
     }
-    percent = ("k-NN accuracy", "accuracy")
-    return {name: f"{v:.1%}" if name in percent else v for name, v in names.items() if v is not None}
+    return {name: f"{v:.1%}" if name in PERCENT.values() else v for name, v in names.items() if v is not None}
 
 
 def training_sections(rows: list[dict[str, float]]) -> list[Section]:
@@ -93,18 +101,29 @@ def training_sections(rows: list[dict[str, float]]) -> list[Section]:
     plotted = {name.replace("_", " "): series(rows, name) for name in dict.fromkeys(losses)}
     if plotted:
         figures.append(curves(plotted, x_label="step", y_label="loss", title="Training losses"))
-    accuracies = [name for row in rows for name in row if name.endswith("accuracy") and name != "knn_accuracy"]
-    plotted = {name.replace("_", " "): series(rows, name) for name in dict.fromkeys(accuracies)}
+    # Of the training task: whatever is no figure of images measured on.
+    tasks = [name for row in rows for name in row if name.endswith("accuracy") and name not in PERCENT]
+    plotted = {name.replace("_", " "): series(rows, name) for name in dict.fromkeys(tasks)}
     if plotted:
         figures.append(curves(plotted, x_label="step", y_label="share", title="Accuracy on the training task"))
-    steps, values = series(rows, "knn_accuracy")
-    if len(steps) > 1:
-        named = {"k-NN accuracy": (steps, values)}
-        figures.append(curves(named, x_label="step", y_label="share", title="k-NN accuracy on held-out images"))
+    for prefix, title in (("knn_", "k-NN accuracy on held-out images"), ("", "Accuracy on the images measured on")):
+        if (chart := accuracy_chart(rows, prefix, title)) is not None:
+            figures.append(chart)
     steps, values = series(rows, "lr")
     if len(steps) > 1:
         figures.append(curves({"lr": (steps, values)}, x_label="step", y_label="rate", title="Learning rate"))
     return [Section(title="Training", figures=figures)] if figures else []
+
+
+def accuracy_chart(rows: list[dict[str, float]], prefix: str, title: str) -> Figure | None:
+    """Return accuracy and balanced accuracy over the steps, with the commonest class's share as a dashed line."""
+    plotted = {name: series(rows, prefix + name.replace(" ", "_")) for name in ("accuracy", "balanced accuracy")}
+    plotted = {name: (steps, values) for name, (steps, values) in plotted.items() if len(steps) > 1}
+    if not plotted:
+        return None
+    shares = series(rows, f"{prefix}majority_share")[1]
+    references = {"commonest class every time": shares[-1]} if shares else None
+    return curves(plotted, x_label="step", y_label="share", title=title, references=references)
 
 
 def feature_sections(encoder: torch.nn.Module, images: Tensor, shown: Tensor, method: Method) -> list[Section]:

@@ -38,7 +38,7 @@ from patchloom.training.callbacks import (
 from patchloom.training.checkpoint import LAST, AtomicCheckpointIO, CheckpointEvery
 from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
 from patchloom.training.finish import Finish
-from patchloom.training.health import Health
+from patchloom.training.health import CollapseWatch
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
 from patchloom.training.probe_data import choose_probe_data
@@ -153,7 +153,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         ContinuedMetrics(metrics),
         skipped,
         probe,
-        Health(probe.data.queries, config.health_every, config.batch_size),
+        CollapseWatch(probe.data.queries, config.health_every, config.batch_size),
         Progress(),
         FailureNote(run_dir),
         CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),

@@ -124,9 +124,10 @@ class Targets(nn.Module):
             labels: (n,) int64 or (n, L) float, as `kind` says; unknown ones are left out.
 
         Returns:
-            One class: `accuracy`, `balanced_accuracy` (mean over classes that occur), `per_class_accuracy`, and the
-            mean accuracy of classes with many (> 100), medium and few (< 20) training images where classes differ, or
-            of `groups` where they are given.
+            One class: `accuracy`, `balanced_accuracy` (mean over classes that occur), `majority_share` (the accuracy of
+            naming the commonest class every time), `per_class_accuracy`, and the mean accuracy of classes with
+            many (> 100), medium and few (< 20) training images where classes differ, or of `groups` where they are
+            given.
             Grades: also `kappa` (quadratic) and `mean_grade_error`. Labels: `auroc`, `average_precision`, `f1`
             (macro, at probability 0.5) over labels that occur and do not always occur, and `per_label_auroc`.
 
@@ -148,6 +149,7 @@ class Targets(nn.Module):
         figures: dict[str, Any] = {
             "accuracy": float(confusion.diagonal().sum() / shown.sum()),
             "balanced_accuracy": float(shares[present].mean()),
+            "majority_share": float(shown.max() / shown.sum()),
             "per_class_accuracy": {
                 name: float(share)
                 for name, share, seen in zip(self.names, shares, present.tolist(), strict=True)
