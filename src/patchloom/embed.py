@@ -28,6 +28,9 @@ def embed(
     pool: Literal["auto", "cls", "avg", "cls+avg"] = "auto",
     precision: Literal["32", "bf16", "16"] = "32",
     overwrite: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    missing: str | None = None,
 ) -> str:
     """Write the feature vector of every image to a file.
 
@@ -43,6 +46,9 @@ def embed(
         pool: How tokens become one vector: as the encoder does, class token, mean over patches, or both.
         precision: Number format of the encoder's arithmetic; vectors are float32 in any case.
         overwrite: Replace the file if it is there.
+        include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
+        exclude: Leave out files that fit one of these globs.
+        missing: Words that stand for a missing label besides an empty cell, separated by commas (NA,?).
 
     Returns:
         The path of the file. Images that could not be read are left out and named on the error stream.
@@ -52,7 +58,7 @@ def embed(
         MissingExtraError: Parquet without pyarrow.
     """
     from patchloom.bundle import open_encoder
-    from patchloom.data import open_source
+    from patchloom.data import SourceOptions, open_source
     from patchloom.encoders import in_chans
     from patchloom.features.extract import extract
 
@@ -66,7 +72,8 @@ def embed(
     if path.suffix == ".parquet":
         _need_pyarrow()
     encoder = open_encoder(model)
-    source = open_source(data, in_chans=in_chans(encoder))
+    options = SourceOptions(include=include, exclude=exclude, missing=missing)
+    source = open_source(data, in_chans=in_chans(encoder), **options.source_options())
     features = extract(
         encoder,
         source,

@@ -54,6 +54,43 @@ def test_splits(folder):
     assert open_source(f"{path}:train").fingerprint() != test.fingerprint()
 
 
+@pytest.mark.parametrize("word", ["none", "NA", "nan", "-1", "?", "null"])
+def test_a_word_is_a_class_and_only_an_empty_cell_is_missing(folder, word):
+    path = write(folder, f"file,label\na.png,{word}\nb.png,mild\nc.png,{word}\nd.png,\n")
+    source = open_source(path)
+    assert sorted(source.class_names) == sorted([word, "mild"])
+    assert source.labelled().tolist() == [True, True, True, False]
+    other = open_source(path, missing=f"x,{word}")
+    assert other.class_names == ["mild"]
+    assert other.labels.tolist() == [-1, 0, -1, -1]
+
+
+def test_words_for_unknown_among_several_labels_are_named_and_numbers_that_are_no_share_counted(folder, capsys):
+    path = write(folder, "file,A,B\na.png,1,?\nb.png,0,1\n")
+    with pytest.raises(UsageError, match=r"line 2: B is '\?'.*--missing \?"):
+        open_source(path)
+    assert np.isnan(open_source(path, missing="?").labels).sum() == 1
+    open_source(write(folder, "file,A,B\na.png,1,-1\nb.png,nan,1\n"))
+    assert "2 labels are -1 or nan and taken for unknown" in capsys.readouterr().err
+
+
+def test_a_parquet_file_says_the_same_as_a_csv_file(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"file": ["a.png", "b.png", "c.png"], "split": ["x", "y", "y"], "label": [2.0, None, 10.0]}
+    parquet.write_table(pyarrow.table(rows), folder / "labels.parquet")
+    text = "file,split,label\na.png,x,2\nb.png,y,\nc.png,y,10\n"
+    for ending in ("", ":y"):
+        found, other = open_source(f"{folder}/labels.parquet{ending}"), open_source(write(folder, text) + ending)
+        assert found.class_names == other.class_names
+        assert found.labels.tolist() == other.labels.tolist()
+        assert found.key(0) == other.key(0)
+    (folder / "labels.parquet").write_text("no table")
+    with pytest.raises(UsageError, match="is no Parquet file"):
+        open_source(f"{folder}/labels.parquet")
+
+
 @pytest.mark.parametrize(
     ("text", "ending", "message"),
     [

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from patchloom.errors import UsageError
+from patchloom.source_options import SourceOptions
 from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
 
 NEEDED = {"data": "photos", "out": "runs/a"}
@@ -81,7 +82,7 @@ def test_written_settings_read_back_equal(tmp_path):
 def test_every_setting_has_a_text():
     import inspect
 
-    source = inspect.getsource(TrainConfig)
+    source = inspect.getsource(SourceOptions) + inspect.getsource(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         following = source.split(f"\n    {field.name}: ")[1].split("\n")[1].strip()
         assert following.startswith('"""'), field.name

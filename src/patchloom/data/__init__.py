@@ -9,7 +9,6 @@ torch.Size([3, 64, 64])
 from __future__ import annotations
 
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,13 @@ import numpy as np
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.embedded import DigitsSource, PhotosSource
 from patchloom.data.folder import FolderSource, Labels
+from patchloom.data.labels import LabelFileSource, is_label_file
 from patchloom.data.loader import Loader, make_loader
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
+from patchloom.io import existing
+from patchloom.source_options import SourceOptions, refuse_untaken
 
 __all__ = [
     "EvalTransform",
@@ -30,6 +32,7 @@ __all__ = [
     "PairedViews",
     "Sample",
     "Source",
+    "SourceOptions",
     "StreamSource",
     "SubsetSource",
     "Unreadable",
@@ -48,7 +51,7 @@ def list_sources() -> dict[str, str]:
         "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
         "digits": "scikit-learn's 8x8 digits; digits:test",
         "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
-        "FILE.csv": "images and labels by a table: file,label, or file and a column per label; FILE.csv:SPLIT",
+        "FILE.csv": "images and labels by a table (or .parquet): file,label, or a column per label; FILE.csv:SPLIT",
         "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
         "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
         "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
@@ -72,10 +75,11 @@ def open_source(
         labels: What the labels of a folder are, see `FolderSource`.
         in_chans: Channels the images are read as: 3, or 1 for grey; of frames in time order, how many are stacked.
         seed: Seed of the crops of `photos`.
-        **options: What the source itself takes, such as `crop_size` and `crops` of `photos`.
+        **options: What all commands hand on (`include`, `exclude`, `missing`, see `patchloom.source_options`), and what
+            the source itself takes, such as `crop_size` and `crops` of `photos`.
 
     Raises:
-        UsageError: There is no such source, or nothing readable in it.
+        UsageError: There is no such source, nothing readable in it, or an option it cannot obey.
     """
     if (frames := _frames(name, in_chans, options)) is not None:
         return frames
@@ -83,8 +87,10 @@ def open_source(
         raise UsageError(f"in_chans is {in_chans}; images are read as 3 channels (RGB) or 1 (grey)")
     word, _, rest = name.partition(":")
     if word == "photos":
+        refuse_untaken(PhotosSource, name, options)
         return PhotosSource(rest or "train", in_chans=in_chans, seed=seed, **options)
     if word == "digits":
+        refuse_untaken(DigitsSource, name, options)
         return DigitsSource(rest or "train", in_chans=in_chans, **options)
     if word in ("torchvision", "hf") and rest:
         from patchloom.data.hub import HuggingFaceSource, TorchvisionSource
@@ -92,20 +98,23 @@ def open_source(
         dataset, _, split = rest.partition(":")
         hub: type[HuggingFaceSource] | type[TorchvisionSource]
         hub = HuggingFaceSource if word == "hf" else TorchvisionSource
+        refuse_untaken(hub, name, options)
         return hub(dataset, split or "train", in_chans=in_chans, **options)
     if word in ("chestxray14", "chexpert", "covidx", "mimic-cxr") and rest:
-        from patchloom.data.medical import open_medical
+        from patchloom.data.medical import MEDICAL, open_medical
 
+        refuse_untaken(MEDICAL[word], name, options)
         return open_medical(word, rest, in_chans=in_chans, **options)
-    if name.endswith(".csv") or (".csv:" in name and not Path(name).exists()):
-        from patchloom.data.labels import LabelFileSource
-
+    if is_label_file(name):
+        refuse_untaken(LabelFileSource, name, options)
         return LabelFileSource(name, in_chans=in_chans, **options)
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         from patchloom.data.shards import ShardSource
 
+        refuse_untaken(ShardSource, name, options)
         return ShardSource(name, in_chans=in_chans, **options)
-    if not Path(name).exists() and "/" not in name:
+    folder = existing(name)
+    if not folder.exists() and "/" not in name:
         words = [known.partition(":")[0] for known in list_sources() if known[0].islower()]
         near = get_close_matches(word, words, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -113,7 +122,8 @@ def open_source(
             f"there is no image folder {name!r} here, nor a data source of that name{hint} "
             f"(patchloom list --verb data shows them)"
         )
-    return FolderSource(name, labels=labels, in_chans=in_chans, **options)
+    refuse_untaken(FolderSource, name, options)
+    return FolderSource(folder, labels=labels, in_chans=in_chans, **options)
 
 
 def _frames(name: str, stack: int, options: dict[str, Any]) -> Source | None:
@@ -122,10 +132,12 @@ def _frames(name: str, stack: int, options: dict[str, Any]) -> Source | None:
     if word == "atari" and rest:
         from patchloom.data.atari import open_atari
 
+        refuse_untaken(open_atari, name, options)
         return open_atari(rest, stack=stack, **options)
     if word == "frames" and rest:
         from patchloom.data.frames import open_frames
 
+        refuse_untaken(open_frames, name, options)
         return open_frames(rest, stack=stack, **options)
     return None
 
@@ -152,7 +164,7 @@ def sample_indices(source: Source, count: int, *, seed: int = 1, per_class: int 
             raise UsageError(f"per_class={per_class} needs one class per image; {source.name} has several labels each")
         parts = [
             generator.permutation(np.flatnonzero(source.labels == label))[:per_class]
-            for label in np.unique(source.labels)
+            for label in np.unique(source.labels[source.labels >= 0])
         ]
         chosen = np.concatenate(parts)
         if len(chosen) > count:

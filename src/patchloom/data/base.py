@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from patchloom.errors import UsageError
+
 
 class Sample(NamedTuple):
     """One image as it leaves a source."""
@@ -22,7 +24,7 @@ class Sample(NamedTuple):
     label: int | np.ndarray
     """Class index, -1 when unknown; of a multi-label source (L,) float32 in [0, 1], NaN where unknown."""
     key: str
-    """Name of the image within its source: a relative path or a stable id."""
+    """Name of the image within its source: a relative path (as `patchloom.io.printable` writes it) or a stable id."""
 
 
 class UnreadableImageError(Exception):
@@ -60,6 +62,14 @@ class Source(ABC):
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
     in_chans: int = 3
+    why_unlabelled: str = ""
+    """What an unlabelled source has in place of labels, for the error where they are needed."""
+
+    def labelled(self) -> np.ndarray:
+        """Return which images have a label, of several at least one: (n,) bool."""
+        if self.labels is None:
+            return np.zeros(len(self), dtype=bool)
+        return ~np.isnan(self.labels).all(1) if self.multilabel else self.labels >= 0
 
     @property
     def multilabel(self) -> bool:
@@ -105,6 +115,7 @@ class StreamSource(ABC):
         class_names: Names of the classes, or None when unknown.
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
+        why_unlabelled: What an unlabelled source has in place of labels.
         num_samples: Images per epoch where known, else None.
         multilabel: Whether an image may have several labels.
     """
@@ -113,6 +124,7 @@ class StreamSource(ABC):
     class_names: list[str] | None = None
     labels: None = None
     in_chans: int = 3
+    why_unlabelled: str = ""
     num_samples: int | None = None
     multilabel: bool = False
 
@@ -147,3 +159,9 @@ class StreamSource(ABC):
             "classes": None if self.class_names is None else len(self.class_names),
             "fingerprint": self.fingerprint(),
         }
+
+
+def no_labels(source: Source | StreamSource, complaint: str) -> UsageError:
+    """Return the error for a source without labels where they are needed: what it has instead, and what would do."""
+    why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
+    return UsageError(f"{complaint}{why}; put each class in a folder of its own, two classes at least")

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from patchloom.data.base import Sample, Source
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.errors import UsageError
+from patchloom.io import printable
+from patchloom.source_options import choose, words
 
+# Images looked at, and the largest of them, for the notice that a folder may hold masks.
+LOOKED_AT, MOST_BYTES = 16, 200_000
+_NOTICED: set[str] = set()
 Labels = Literal["auto", "folder", "none"]
 
 
@@ -33,19 +40,30 @@ class FolderSource(Source):
         labels: `folder`: the top-level sub-folder is the class. `none`: no labels. `auto`: as `folder` when every
             image lies in one of at least two sub-folders.
         in_chans: Channels the images are read as, 3 or 1.
+        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
+        missing: Names of sub-folders, separated by commas, whose images have no label (unsorted,NA).
 
     Raises:
         UsageError: There is no such folder, no image in it, or an image outside the sub-folders with `folder`.
     """
 
-    def __init__(self, path: str | Path, labels: Labels = "auto", in_chans: int = 3) -> None:
-        self.name = str(path)
+    def __init__(
+        self,
+        path: str | Path,
+        labels: Labels = "auto",
+        in_chans: int = 3,
+        include: str | None = None,
+        exclude: str | None = None,
+        missing: str | None = None,
+    ) -> None:
+        self.name = printable(path)
         self.root = Path(path)
         self.in_chans = in_chans
         if not self.root.is_dir():
             kind = "is a file" if self.root.exists() else "does not exist"
             raise UsageError(f"the image folder {path} {kind}; give the folder that holds the images")
-        found = sorted(walk_images(self.root))
+        found = chosen_images(self.root, include, exclude)
         if not found:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known})")
@@ -53,38 +71,65 @@ class FolderSource(Source):
         self.offsets = np.cumsum([0] + [len(name) for name in names])
         self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._stamp = _hash(found)
-        self._label(names, labels)
+        self._label(names, labels, words(missing))
+        _notice_masks(self.name, self.root, names, include is not None or exclude is not None)
 
-    def _label(self, names: list[bytes], labels: Labels) -> None:
+    def _label(self, names: list[bytes], labels: Labels, missing: list[str]) -> None:
         tops = [name.split(b"/", 1)[0] if b"/" in name else None for name in names]
-        classes = sorted({top for top in tops if top is not None})
+        classes = sorted({top for top in tops if top is not None and printable(os.fsdecode(top)) not in missing})
         inside = all(top is not None for top in tops)
         if labels == "none" or (labels == "auto" and not (inside and len(classes) > 1)):
+            self.why_unlabelled = _why_unlabelled(names, tops, classes)
             return
         if not inside:
-            stray = os.fsdecode(names[tops.index(None)])
+            stray = printable(os.fsdecode(names[tops.index(None)]))
             raise UsageError(f"labels=folder needs every image in a sub-folder of {self.root}; {stray} is in none")
         index = {name: number for number, name in enumerate(classes)}
-        self.class_names = [os.fsdecode(name) for name in classes]
-        self.labels = np.array([index[top] for top in tops if top is not None], dtype=np.int64)
+        self.class_names = [printable(os.fsdecode(name)) for name in classes]
+        self.labels = np.array([index.get(top, -1) for top in tops if top is not None], dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the number of image files."""
         return len(self.offsets) - 1
 
     def key(self, index: int) -> str:
-        """Return the path of image number `index` below the folder."""
-        return os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        """Return the path of image number `index` below the folder, as `patchloom.io.printable` writes it."""
+        return printable(self._file(index))
 
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
         key = self.key(index)
         label = -1 if self.labels is None else int(self.labels[index])
-        return Sample(decode_image(self.root / key, key, self.in_chans), label, key)
+        return Sample(decode_image(self.root / self._file(index), key, self.in_chans), label, key)
+
+    def _file(self, index: int) -> str:
+        return os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes and times."""
         return self._stamp
+
+
+def chosen_images(root: Path, include: str | None = None, exclude: str | None = None) -> list[tuple[str, int, int]]:
+    """Return (path below root, size, time) of the image files globs choose, in the order of their paths.
+
+    Raises:
+        UsageError: There are images, and none is chosen.
+    """
+    found = sorted(walk_images(root))
+    if include is None and exclude is None:
+        return found
+    names = set(choose((printable(name) for name, _, _ in found), include, exclude))
+    chosen = [file for file in found if printable(file[0]) in names]
+    if found and not chosen:
+        asked = " and ".join(
+            f"{word} {globs}" for word, globs in (("include", include), ("exclude", exclude)) if globs is not None
+        )
+        raise UsageError(
+            f"{asked} leaves none of the {len(found)} images in {printable(root)}; the first is "
+            f"{printable(found[0][0])}"
+        )
+    return chosen
 
 
 def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
@@ -112,6 +157,60 @@ def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
                     yield f"{prefix}{entry.name}", about.st_size, about.st_mtime_ns
             except OSError:
                 continue
+
+
+def _why_unlabelled(names: list[bytes], tops: list[bytes | None], classes: list[bytes]) -> str:
+    """Return what a folder has in place of classes."""
+    if len(classes) == 1 and None not in tops:
+        return f"all its {len(names)} images lie in one sub-folder, {printable(os.fsdecode(classes[0]))}"
+    if not classes:
+        return f"its {len(names)} images lie in no sub-folder" if None in tops else "all its sub-folders are missing"
+    stray = printable(os.fsdecode(names[tops.index(None)])) if None in tops else ""
+    return f"it has {len(classes)} sub-folders, but {stray} lies outside them" if stray else "labels are not asked for"
+
+
+def _notice_masks(name: str, root: Path, names: list[bytes], chosen: bool) -> None:
+    """Say when a folder looks as if masks lay among its images: pairs of one stem, or many of black and white."""
+    if chosen or name in _NOTICED:
+        return
+    stems: dict[bytes, int] = {}
+    for one in names:
+        stem = one.rpartition(b".")[0]
+        stems[stem] = stems.get(stem, 0) + 1
+    pairs = sum(count > 1 for count in stems.values())
+    said = ""
+    if pairs and 4 * pairs >= len(stems):
+        one = next(one for one in names if stems[one.rpartition(b".")[0]] > 1)
+        stem = printable(os.fsdecode(one.rpartition(b".")[0]))
+        said = f"{pairs} pairs of images differ in their suffix alone ({stem}.*)"
+    elif (share := _two_tone_share(root, names)) >= 0.25:
+        said = f"about {share:.0%} of the images are black and white alone"
+    if said:
+        _NOTICED.add(name)
+        print(
+            f"{name}: {said}; if these are masks, leave them out with --exclude, or take the others with --include",
+            file=sys.stderr,
+        )
+
+
+def _two_tone_share(root: Path, names: list[bytes]) -> float:
+    """Return the share of images, of a few, whose pixels are black or white but for one in a hundred."""
+    places = np.linspace(0, len(names) - 1, min(len(names), LOOKED_AT)).astype(int)
+    found = looked = 0
+    for place in places.tolist():
+        file = root / os.fsdecode(names[place])
+        try:
+            looked += 1
+            if file.stat().st_size > MOST_BYTES:  # masks are small files; photographs are not worth decoding for this
+                continue
+            with Image.open(file) as image:
+                values = np.asarray(image.convert("L"), dtype=np.int16)
+        except Exception:  # a broken image is listed where it is read
+            continue
+        low, high = int(values.min()), int(values.max())
+        near = (high - low) // 20
+        found += high - low >= 128 and float(((values <= low + near) | (values >= high - near)).mean()) >= 0.99
+    return found / looked if looked >= 4 else 0.0
 
 
 def _hash(found: list[tuple[str, int, int]]) -> str:

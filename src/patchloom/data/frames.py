@@ -29,6 +29,8 @@ from torch.utils.data import Dataset
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.errors import UsageError
+from patchloom.io import existing, printable
+from patchloom.source_options import choose
 
 FRAMES, ABOUT = "frames.npy", "recording.json"
 PARTS = ("actions", "rewards", "episode_starts", "ram")
@@ -276,7 +278,9 @@ class TripletSource(FrameSource):
         return Sample(torch.cat(self.sets[number][place]), label, self.key(index))
 
 
-def open_frames(path: str, *, stack: int = 3, size: int = 84) -> FrameSource:
+def open_frames(
+    path: str, *, stack: int = 3, size: int = 84, include: str | None = None, exclude: str | None = None
+) -> FrameSource:
     """Open `frames:PATH`.
 
     Args:
@@ -285,18 +289,22 @@ def open_frames(path: str, *, stack: int = 3, size: int = 84) -> FrameSource:
             recording of its own.
         stack: Frames of an observation.
         size: Side that images are reduced to, pixels; arrays are taken as they are.
+        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of images to leave out.
 
     Raises:
-        UsageError: There is nothing of the kind.
+        UsageError: There is nothing of the kind, or globs are given for arrays.
     """
-    root = Path(path)
+    root = existing(path)
     if not root.exists():
         raise UsageError(
             f"there are no frames at {path}; record some with: patchloom data atari --games Pong --out {path}"
         )
     recordings = list(_found(root))
+    if recordings and (include is not None or exclude is not None):
+        raise UsageError(f"{path} holds arrays, and include and exclude choose among images; leave them out")
     if not recordings:
-        recordings = list(_image_sequences(root, size))
+        recordings = list(_image_sequences(root, size, include, exclude))
     if not recordings:
         raise UsageError(
             f"no frames in {root.resolve()} or below (looked for {FRAMES}, .npy, observation_*.gz, images)"
@@ -355,20 +363,23 @@ def _found(root: Path) -> Iterator[Recording]:
                 raise UsageError(f"{file} is no array that can be read ({error})") from error
 
 
-def _image_sequences(root: Path, size: int) -> Iterator[Recording]:
+def _image_sequences(root: Path, size: int, include: str | None, exclude: str | None) -> Iterator[Recording]:
     """Yield each folder of images as a recording: grey, reduced to `size` pixels; broken images are left out."""
     folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())] if root.is_dir() else []
     for folder in folders:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        by_name = {printable(file.relative_to(root).as_posix()): file for file in files}
+        files = [by_name[name] for name in choose(by_name, include, exclude)]
         frames = []
         for file in files:
             try:
-                image = decode_image(file, file.name, in_chans=1)[0].numpy()
+                image = decode_image(file, printable(file.name), in_chans=1)[0].numpy()
             except UnreadableImageError:
                 continue
             frames.append(reduced(image, size))
         if frames:
-            yield Recording(folder.name, np.stack(frames), about={"folder": folder.name, "images": len(frames)})
+            name = printable(folder.name)
+            yield Recording(name, np.stack(frames), about={"folder": name, "images": len(frames)})
 
 
 def reduced(frame: np.ndarray, size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchloom.errors import UsageError
+from patchloom.io import printable, raw_name
 
 
 def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
@@ -24,12 +25,13 @@ def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"there is no group file {path}; give a CSV file with the columns key and group")
-    with file.open(newline="", encoding="utf-8") as handle:
+    with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:
         rows = csv.DictReader(handle)
         if not {"key", "group"} <= set(rows.fieldnames or ()):
             raise UsageError(f"{path} has the columns {rows.fieldnames}; it needs key (name of the image) and group")
-        found = {row["key"]: row["group"] for row in rows}
-    missing = [key for key in keys if key not in found]
+        # Images are known by their printable names; a table may hold those or the names themselves.
+        found = {printable(raw_name(row["key"] or "")): (row["group"] or "").strip() for row in rows}
+    missing = [key for key in keys if not found.get(key)]
     if missing:
         raise UsageError(f"{path} names no group for {len(missing)} of {len(keys)} images, such as {missing[0]}")
     return np.unique([found[key] for key in keys], return_inverse=True)[1]

@@ -13,6 +13,8 @@ from patchloom.data.decode import decode_image
 from patchloom.data.dicom import Monochrome1, check_monochrome1
 from patchloom.data.folder import walk_images
 from patchloom.errors import UsageError
+from patchloom.io import printable, raw_name
+from patchloom.source_options import choose
 
 SHOWN = 10
 
@@ -28,9 +30,12 @@ class ListedSource(Source):
         class_names: Names of the classes or labels.
         in_chans: Channels the images are read as, 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
+        include: Globs of the files to take of the list, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
 
     Raises:
-        UsageError: Files missing (the first ten are named), or a file name that several folders hold.
+        UsageError: Files missing (the first ten are named), a file name that several folders hold, or globs that
+            leave nothing.
     """
 
     def __init__(
@@ -42,10 +47,18 @@ class ListedSource(Source):
         class_names: Sequence[str],
         in_chans: int = 3,
         monochrome1: Monochrome1 = "invert",
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         check_monochrome1(monochrome1)
-        self.name = name
+        self.name = printable(name)
         self.root = root
+        if include is not None or exclude is not None:
+            wanted = set(choose(map(printable, files), include, exclude))
+            kept = [place for place, file in enumerate(files) if printable(file) in wanted]
+            if not kept:
+                raise UsageError(f"{self.name}: include and exclude leave none of the {len(files)} images listed")
+            files, labels = [files[place] for place in kept], labels[kept]
         self.labels = labels
         self.class_names = list(class_names)
         self.in_chans = in_chans
@@ -60,14 +73,14 @@ class ListedSource(Source):
         return len(self.files)
 
     def key(self, index: int) -> str:
-        """Return the path of image number `index` below the root."""
-        return self.files[index]
+        """Return the path of image number `index` below the root, as `patchloom.io.printable` writes it."""
+        return printable(self.files[index])
 
     def read(self, index: int) -> Sample:
         """Return image number `index` with its class number or its vector of labels."""
         key = self.key(index)
         assert self.labels is not None
-        image = decode_image(self.root / key, key, self.in_chans, self.monochrome1)
+        image = decode_image(self.root / self.files[index], key, self.in_chans, self.monochrome1)
         return Sample(image, self.labels[index] if self.multilabel else int(self.labels[index]), key)
 
     def fingerprint(self) -> str:
@@ -87,14 +100,16 @@ def _located(name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np
         short = path.rpartition("/")[2]
         several |= {short} if short in by_name else set()
         by_name[short] = path
+    # A list may name a file as we write it where its name is not UTF-8.
+    files = [file if file in found or file in by_name else raw_name(file) for file in files]
     # Only a bare name is looked for elsewhere: in another folder the same name may be another patient.
     paths = [file if file in found else by_name.get(file, "") for file in files]
     if missing := [file for file, path in zip(files, paths, strict=True) if not path]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise UsageError(
             f"{name}: {len(missing)} of {len(files)} images listed are not below {root}: "
-            f"{', '.join(missing[:SHOWN])}{more}"
+            f"{', '.join(map(printable, missing[:SHOWN]))}{more}"
         )
     if unclear := [file for file in files if file not in found and file in several]:
-        raise UsageError(f"{name}: several folders below {root} hold a {unclear[0]}; list it by its path")
+        raise UsageError(f"{name}: several folders below {root} hold a {printable(unclear[0])}; list it by its path")
     return paths, np.array([found[path] for path in paths], dtype=np.int64).reshape(-1, 2)

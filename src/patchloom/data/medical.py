@@ -48,6 +48,8 @@ class ChestXray14Source(ListedSource):
         list_file: Another list of images and labels to read instead.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
+        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
 
     Raises:
         UsageError: No list, a line with another number of columns or a label other than 0 and 1, missing images.
@@ -60,6 +62,8 @@ class ChestXray14Source(ListedSource):
         list_file: str | Path | None = None,
         in_chans: int = 3,
         monochrome1: Monochrome1 = "invert",
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         folder = _folder(f"chestxray14:{root}", root)
         path = Path(list_file) if list_file is not None else self._list(folder, split)
@@ -71,7 +75,15 @@ class ChestXray14Source(ListedSource):
             files = [row[0] for row in rows]
             labels = np.array([_zeros_and_ones(path, number, row) for number, row in enumerate(rows, 1)], np.float32)
         super().__init__(
-            f"chestxray14:{root}:{split}", folder, _some(path, files), labels, CHESTXRAY14, in_chans, monochrome1
+            f"chestxray14:{root}:{split}",
+            folder,
+            _some(path, files),
+            labels,
+            CHESTXRAY14,
+            in_chans,
+            monochrome1,
+            include,
+            exclude,
         )
 
     @staticmethod
@@ -114,6 +126,8 @@ class CheXpertSource(ListedSource):
             otherwise), `ones`, `zeros`, or `ignore` (unknown: neither loss nor figures see it).
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
+        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
 
     Raises:
         UsageError: No table or column, a label other than 1, 0, -1 and blank, missing images.
@@ -126,6 +140,8 @@ class CheXpertSource(ListedSource):
         uncertain: Uncertain = "paper",
         in_chans: int = 3,
         monochrome1: Monochrome1 = "invert",
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         folder = _folder(f"chexpert:{root}", root)
         names = {"train": ["train.csv"], "val": ["valid.csv"], "test": ["test.csv", "valid.csv"]}[split]
@@ -145,6 +161,8 @@ class CheXpertSource(ListedSource):
             CHEXPERT,
             in_chans,
             monochrome1,
+            include,
+            exclude,
         )
 
 
@@ -159,13 +177,21 @@ class MIMICSource(ListedSource):
         split: `train`, `val` (its `validate`) or `test`.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
+        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
 
     Raises:
         UsageError: No table or column, a label other than 1, 0, -1 and blank, missing images.
     """
 
     def __init__(
-        self, root: str | Path, split: Split = "train", in_chans: int = 3, monochrome1: Monochrome1 = "invert"
+        self,
+        root: str | Path,
+        split: Split = "train",
+        in_chans: int = 3,
+        monochrome1: Monochrome1 = "invert",
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         folder = _folder(f"mimic-cxr:{root}", root)
         tables = {
@@ -196,6 +222,8 @@ class MIMICSource(ListedSource):
             CHEXPERT,
             in_chans,
             monochrome1,
+            include,
+            exclude,
         )
 
 
@@ -211,13 +239,21 @@ class COVIDxSource(ListedSource):
         split: `train`, `val` or `test`.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
+        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of files to leave out.
 
     Raises:
         UsageError: No list or several, a line with too few columns or another class, missing images.
     """
 
     def __init__(
-        self, root: str | Path, split: Split = "train", in_chans: int = 3, monochrome1: Monochrome1 = "invert"
+        self,
+        root: str | Path,
+        split: Split = "train",
+        in_chans: int = 3,
+        monochrome1: Monochrome1 = "invert",
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
         folder = _folder(f"covidx:{root}", root)
         lists = sorted({*folder.glob(f"{split}*.txt"), *folder.glob(f"labels/{split}*.txt")})
@@ -243,6 +279,8 @@ class COVIDxSource(ListedSource):
             COVIDX,
             in_chans,
             monochrome1,
+            include,
+            exclude,
         )
 
 

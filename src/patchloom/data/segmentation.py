@@ -14,7 +14,7 @@ import colorsys
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.decode import decode_image
-from patchloom.data.folder import walk_images
+from patchloom.data.folder import chosen_images
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import existing, printable
 
 IGNORED = 255
 MOST_CLASSES = 255
@@ -72,6 +73,8 @@ class MaskSource(Source):
         from_one: Classes count from 1 in the files, and 0 is unknown (ADE20K).
         palette: (R, G, B) by class; default: that of the first indexed mask, else colours all round the circle.
         in_chans: Channels the images are read as, 3 or 1.
+        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of images to leave out; their masks go with them.
 
     Raises:
         UsageError: No such folder, nothing in it, a mask without image or an image without mask, or more classes
@@ -89,12 +92,16 @@ class MaskSource(Source):
         from_one: bool = False,
         palette: Sequence[tuple[int, int, int]] | None = None,
         in_chans: int = 3,
+        include: str | None = None,
+        exclude: str | None = None,
     ) -> None:
-        self.name = name
+        self.name = printable(name)
         self.in_chans = in_chans
         self.images, self.masks = Path(images), Path(masks)
         self.unknown, self.from_one = tuple(unknown), from_one
-        found = [_listed(folder) for folder in (self.images, self.masks)]
+        found = [_listed(self.images, include, exclude), _listed(self.masks)]
+        if include is not None or exclude is not None:
+            found[1] = {stem: file for stem, file in found[1].items() if stem in found[0]}
         self.pairs = _paired(found[0], found[1], self.images, self.masks)
         digest = hashlib.sha256(repr((self.unknown, from_one)).encode())
         for files in found:
@@ -114,7 +121,7 @@ class MaskSource(Source):
 
     def key(self, index: int) -> str:
         """Return the path of image number `index` below its folder."""
-        return self.pairs[index][0]
+        return printable(self.pairs[index][0])
 
     def read(self, index: int) -> Sample:
         """Return pair number `index`: (C + 1, H, W) uint8, the mask last; see `split_mask`.
@@ -123,8 +130,9 @@ class MaskSource(Source):
             UnreadableImageError: One of the two files cannot be decoded.
             UsageError: The mask is of another size than its image, in colour, or holds a class there is not.
         """
-        key, mask_key = self.pairs[index]
-        image = decode_image(self.images / key, key, self.in_chans)
+        name, mask_key = self.pairs[index]
+        key = self.key(index)
+        image = decode_image(self.images / name, key, self.in_chans)
         mask = self.read_mask(index)
         if mask.shape != image.shape[1:]:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, image.shape[1:])]
@@ -136,7 +144,7 @@ class MaskSource(Source):
     def read_mask(self, index: int) -> Tensor:
         """Return mask number `index`, (H, W) uint8, 255 where unknown."""
         file = self.masks / self.pairs[index][1]
-        values = _values(file, self.pairs[index][1])
+        values = _values(file, printable(self.pairs[index][1]))
         hidden = np.isin(values, self.unknown)
         if self.from_one:
             hidden |= values == 0
@@ -186,6 +194,8 @@ def open_segmentation(
     in_chans: int = 3,
     class_names: Sequence[str] | None = None,
     default_names: Sequence[str] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
 ) -> MaskSource:
     """Open images with masks by name.
 
@@ -195,6 +205,8 @@ def open_segmentation(
         in_chans: Channels the images are read as.
         class_names: Names of the classes of a plain folder, instead of its own.
         default_names: Names of the classes of a plain folder that names none; default: as many as its masks hold.
+        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        exclude: Globs of images to leave out; their masks go with them.
 
     Raises:
         UsageError: There is no such source.
@@ -202,8 +214,9 @@ def open_segmentation(
     word, _, rest = name.partition(":")
     if word in ("camvid", "ade20k") and rest:
         folder, split = _split_of(rest, {"camvid": ("train", "val", "test"), "ade20k": ("train", "val")}[word])
-        return (_camvid if word == "camvid" else _ade20k)(name, folder, split, in_chans)
-    root = Path(name)
+        opener = _camvid if word == "camvid" else _ade20k
+        return opener(name, folder, split, in_chans=in_chans, include=include, exclude=exclude)
+    root = existing(name)
     if not root.is_dir():
         raise UsageError(
             f"there is no folder {name!r} of images and masks, nor a source of that name "
@@ -219,7 +232,9 @@ def open_segmentation(
                 class_names = [line.strip() for line in lines if line.strip()]
                 break
     names = class_names if class_names is not None else default_names
-    return MaskSource(name, root / "images", masks, class_names=names, in_chans=in_chans)
+    return MaskSource(
+        name, root / "images", masks, class_names=names, in_chans=in_chans, include=include, exclude=exclude
+    )
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
@@ -233,7 +248,7 @@ def colours(count: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _camvid(name: str, root: Path, split: str, in_chans: int) -> MaskSource:
+def _camvid(name: str, root: Path, split: str, **options: Any) -> MaskSource:
     """CamVid, SegNet's split: 11 classes, 11 is void; `train` + `trainannot`, or `train/images` + `train/labels`."""
     nested = root / split / "images", root / split / "labels"
     flat = root / split, root / f"{split}annot"
@@ -247,11 +262,11 @@ def _camvid(name: str, root: Path, split: str, in_chans: int) -> MaskSource:
         class_names=list(CAMVID),
         unknown=(len(CAMVID), IGNORED),
         palette=list(CAMVID.values()),
-        in_chans=in_chans,
+        **options,
     )
 
 
-def _ade20k(name: str, root: Path, split: str, in_chans: int) -> MaskSource:
+def _ade20k(name: str, root: Path, split: str, **options: Any) -> MaskSource:
     """ADE20K's challenge: 150 classes from 1 on, 0 is unknown."""
     folder = {"train": "training", "val": "validation"}[split]
     images, masks = root / "images" / folder, root / "annotations" / folder
@@ -262,7 +277,7 @@ def _ade20k(name: str, root: Path, split: str, in_chans: int) -> MaskSource:
         rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines()[1:]]
         read = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]
         names = read if len(read) == ADE_CLASSES else names
-    return MaskSource(name, images, masks, class_names=names, from_one=True, in_chans=in_chans)
+    return MaskSource(name, images, masks, class_names=names, from_one=True, **options)
 
 
 def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:
@@ -274,17 +289,19 @@ def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:
     return Path(folder), split
 
 
-def _listed(folder: Path) -> dict[str, tuple[str, int, int]]:
+def _listed(folder: Path, include: str | None = None, exclude: str | None = None) -> dict[str, tuple[str, int, int]]:
     """Return the image files below a folder by what pairs them: their path without suffix."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
     found: dict[str, tuple[str, int, int]] = {}
-    for file in sorted(walk_images(folder)):
+    for file in chosen_images(folder, include, exclude):
         stem = file[0].rpartition(".")[0]
         for ending in ("_mask", "_label", "_labelIds"):
             stem = stem.removesuffix(ending)
         if stem in found:
-            raise UsageError(f"{folder} holds two files for {stem}: {found[stem][0]} and {file[0]}")
+            raise UsageError(
+                f"{folder} holds two files for {printable(stem)}: {printable(found[stem][0])} and {printable(file[0])}"
+            )
         found[stem] = file
     if not found:
         raise UsageError(f"no image in {folder} or below")
@@ -302,7 +319,7 @@ def _paired(
         lone = [file[0] for stem, file in have.items() if stem not in lack]
         if lone:
             more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
-            raise UsageError(f"the {kind} {lone[0]}{more} has no {other} of that name in {root}")
+            raise UsageError(f"the {kind} {printable(lone[0])}{more} has no {other} of that name in {root}")
     return [(images[stem][0], masks[stem][0]) for stem in sorted(images)]
 
 

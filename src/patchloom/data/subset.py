@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from patchloom.data.base import Sample, Source
+from patchloom.errors import UsageError
 
 
 class SubsetSource(Source):
@@ -20,6 +22,7 @@ class SubsetSource(Source):
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.in_chans = source.in_chans
+        self.why_unlabelled = source.why_unlabelled
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -37,6 +40,31 @@ class SubsetSource(Source):
         """Return a short hash of the source and the indices."""
         digest = hashlib.sha256(self.source.fingerprint().encode() + self.indices.tobytes())
         return digest.hexdigest()[:16]
+
+
+def labelled_images(source: Source) -> tuple[Source, list[str]]:
+    """Return the images of a source that have a label, and the names of those that have none; says so if there are any.
+
+    Raises:
+        UsageError: None has a label.
+    """
+    known = source.labelled()
+    if known.all():
+        return source, []
+    left_out = [source.key(int(index)) for index in np.flatnonzero(~known)]
+    if not known.any():
+        raise UsageError(f"{source.name} has no labelled image: all {len(left_out)} labels are missing")
+    say_unlabelled(source.name, left_out, len(source))
+    return SubsetSource(source, np.flatnonzero(known)), left_out
+
+
+def say_unlabelled(name: str, left_out: Sequence[str], of: int) -> None:
+    """Say on the error stream which images are left out for want of a label."""
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    print(
+        f"{name}: {len(left_out)} of {of} images have no label and are left out: {', '.join(left_out[:3])}{more}",
+        file=sys.stderr,
+    )
 
 
 class MemorySource(Source):

@@ -40,8 +40,6 @@ class DeiTLTMethod(DistillMethod):
             raise UsageError(
                 f"deit_lt needs one class per image and their counts; {config.data} has others, or is a stream"
             )
-        if unknown := int((labels < 0).sum()):
-            raise UsageError(f"{unknown} images of {config.data} have no class; leave them out")
         self.teacher.check_classes(self.class_names)
         if not config.renormalize and any(
             tuple(self.teacher.model.pretrained_cfg[name]) != tuple(self.encoder.pretrained_cfg[name])

@@ -8,12 +8,13 @@ from typing import Any, get_args
 
 from patchloom.choices import Pool, Precision, View
 from patchloom.errors import UsageError, unknown_name
+from patchloom.source_options import SourceOptions
 
 PIXELS = "pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(SourceOptions):
     """Settings every evaluation shares."""
 
     encoder: Any

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.source_options import SourceOptions
 
 HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
 
@@ -15,7 +16,7 @@ BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "set
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(SourceOptions):
     """Settings of a decoder and of its training."""
 
     preset: str | None = None

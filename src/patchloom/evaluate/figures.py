@@ -14,7 +14,7 @@ import torch
 from patchloom.evaluate.metrics import accuracy, balanced_accuracy, macro_f1, mean_auroc
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import Interval
-from patchloom.features.extract import Features
+from patchloom.features.extract import NO_LABEL, Features
 
 # Beyond this many classes the area under the curve of each against the rest says little and costs much.
 MOST_AREAS = 20
@@ -64,13 +64,14 @@ def classification_figures(
 
 
 def counts(train: Features, test: Features) -> dict[str, Any]:
-    """Return the numbers of images, the width of the features, and the images that could not be read."""
+    """Return the numbers of images, the width of the features, and the images left out with the reason."""
     skipped = train.skipped if train is test else train.skipped + test.skipped
     return {
         "n": len(test.labels),
         "train_images": len(train.labels),
         "dim": int(test.vectors.shape[1]),
-        "unreadable_images": len(skipped),
+        "unreadable_images": sum(reason != NO_LABEL for _, reason in skipped),
+        "unlabelled_images": sum(reason == NO_LABEL for _, reason in skipped),
         "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
     }
 

@@ -22,7 +22,7 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
-from patchloom.features.extract import Features, torch_device
+from patchloom.features.extract import NO_LABEL, Features, torch_device
 
 
 class Finetune(Evaluation):
@@ -42,7 +42,10 @@ class Finetune(Evaluation):
         if encoder is None:
             raise UsageError("raw pixels cannot be trained further; name an encoder")
         channels = in_chans(encoder)
-        train, test = (open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test))
+        options = config.source_options()
+        train, test = (
+            open_source(name, in_chans=channels, seed=config.seed, **options) for name in (config.train, config.test)
+        )
         if train.fingerprint() == test.fingerprint():
             raise UsageError(
                 f"train {config.train} and test {config.test} are the same images; measure on images apart from them"
@@ -57,6 +60,7 @@ class Finetune(Evaluation):
             done = adapt(
                 config.method,
                 **config.settings,
+                **options,
                 data=config.train,
                 test=config.test,
                 encoder=str(bundle),
@@ -100,6 +104,7 @@ class Finetune(Evaluation):
         place = torch.tensor([names.index(name) for name in test.class_names or names])
         found, known = torch.cat(logits), torch.cat(labels)
         kept = known >= 0
+        skipped += [(key, NO_LABEL) for key, keep in zip(keys, kept.tolist(), strict=True) if not keep]
         keys = [key for key, keep in zip(keys, kept.tolist(), strict=True) if keep]
         vectors = torch.zeros(1, embed_dim(model)).expand(int(kept.sum()), -1)
         return found[kept], Features(vectors, place[known[kept]], keys, skipped)

@@ -66,7 +66,9 @@ class Health:
         encoder = open_encoder(config.encoder)
         device = torch_device(config.device)
         encoder = encoder.eval().to(device)
-        source = self._sample(open_source(config.data, in_chans=in_chans(encoder), seed=config.seed))
+        source = self._sample(
+            open_source(config.data, in_chans=in_chans(encoder), seed=config.seed, **config.source_options())
+        )
         pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
         last = pooled[-1]
         rank, cosine = rankme(last), mean_pairwise_cosine(last)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError
+from patchloom.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealthConfig:
+class HealthConfig(SourceOptions):
     """Settings of the health figures."""
 
     encoder: Any

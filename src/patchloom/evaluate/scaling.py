@@ -18,6 +18,7 @@ from patchloom.evaluate.subset import Protocol, check_shots, few_shot_subset, sh
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
+from patchloom.source_options import SourceOptions
 from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, replace_text, run_cells, write_csv
 
 PROTOCOLS = ("logistic", "knn")
@@ -40,6 +41,9 @@ def scaling(
     num_workers: int = 2,
     device: str = "auto",
     overwrite: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
+    missing: str | None = None,
 ) -> str:
     """Measure encoders of several sizes at several resolutions with several numbers of labels.
 
@@ -62,6 +66,9 @@ def scaling(
         num_workers: Processes that read images.
         device: Where the encoders compute: auto, cpu, cuda or cuda:1.
         overwrite: Compute everything anew.
+        include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
+        exclude: Leave out files that fit one of these globs.
+        missing: Words that stand for a missing label besides an empty cell, separated by commas (NA,?).
 
     Returns:
         The table, as Markdown.
@@ -78,7 +85,8 @@ def scaling(
         check_shots(shot, shots_by, patients is not None)
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it has to be at least 1")
-    shared = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
+    shared: dict[str, Any] = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
+    shared |= SourceOptions(include=include, exclude=exclude, missing=missing).source_options()
     probe: dict[str, Any] = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
     if shots_by != "nested":  # studies made before there was a choice go on
         probe |= {"shots_by": shots_by, "patients": patients}

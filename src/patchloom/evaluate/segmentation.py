@@ -31,6 +31,7 @@ from patchloom.evaluate.segmentation_config import SegmentationConfig
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
+from patchloom.source_options import refuse_untaken
 
 
 class Tested(NamedTuple):
@@ -62,7 +63,7 @@ class Segmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("the segmentation probe needs an encoder with patch tokens; raw pixels have none")
-        train, test = open_pair(config.train, config.test, in_chans(encoder))
+        train, test = open_pair(config.train, config.test, in_chans(encoder), **config.source_options())
         trained = train_decoder(encoder, train, config)
         trained_at = time.perf_counter()
         tested = self.measure(trained, test)
@@ -138,15 +139,16 @@ class Segmentation:
         temporary.replace(path)
 
 
-def open_pair(train: str, test: str, channels: int) -> tuple[MaskSource, MaskSource]:
-    """Return training and test images with masks, of the same classes.
+def open_pair(train: str, test: str, channels: int, **options: Any) -> tuple[MaskSource, MaskSource]:
+    """Return training and test images with masks, of the same classes; `options` are those of the sources.
 
     Raises:
-        UsageError: The same images twice, or classes that differ.
+        UsageError: An option such a source cannot obey, the same images twice, or classes that differ.
     """
-    learnt = open_segmentation(train, in_chans=channels)
+    refuse_untaken(open_segmentation, train, options)
+    learnt = open_segmentation(train, in_chans=channels, **options)
     # Where numbers are all there is, they mean what they mean in training, and one beyond it is an error.
-    measured = open_segmentation(test, in_chans=channels, default_names=learnt.class_names)
+    measured = open_segmentation(test, in_chans=channels, default_names=learnt.class_names, **options)
     measured.palette = learnt.palette
     if learnt.class_names != measured.class_names:
         pairs = zip(learnt.class_names or [], measured.class_names or [], strict=False)

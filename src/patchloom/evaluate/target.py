@@ -10,13 +10,14 @@ from torch import nn
 
 from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_source
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, no_labels
+from patchloom.data.subset import say_unlabelled
 from patchloom.encoders import Encoder, create_backbone, in_chans
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError
 from patchloom.evaluate.config import EvaluationConfig, is_pixels
 from patchloom.features.cache import cached_features
-from patchloom.features.extract import Features, Pool
+from patchloom.features.extract import NO_LABEL, Features, Pool
 from patchloom.features.fingerprint import source_hash
 
 
@@ -60,7 +61,10 @@ def labelled_features(
     """
     encoder = resolve_encoder(config)
     channels = 3 if encoder is None else in_chans(encoder)
-    train, test = (open_source(name, in_chans=channels, seed=config.seed) for name in (config.train, config.test))
+    options = config.source_options()
+    train, test = (
+        open_source(name, in_chans=channels, seed=config.seed, **options) for name in (config.train, config.test)
+    )
     for source in (train, test):
         _check_labels(source, several)
     same = source_hash(train) == source_hash(test)
@@ -119,7 +123,7 @@ def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -
 def _check_labels(source: Source | StreamSource, several: bool) -> None:
     # The labels of a stream come with its images.
     if isinstance(source, Source) and source.labels is None:
-        raise UsageError(f"{source.name} has no labels; put each class in a folder of its own")
+        raise no_labels(source, f"{source.name} has no labels")
     if source.multilabel and not several:
         raise UsageError(
             f"{source.name} has several labels per image and this evaluation compares classes; "
@@ -168,8 +172,11 @@ def _labelled(
         raise UsageError(f"{source.name} has no labelled image")
     if bool(known.all()):
         return features
-    keys = [key for key, keep in zip(features.keys, known.tolist(), strict=True) if keep]
-    return Features(features.vectors[known], features.labels[known], keys, features.skipped)
+    kept = list(zip(features.keys, known.tolist(), strict=True))
+    left_out = [key for key, keep in kept if not keep]
+    say_unlabelled(source.name, left_out, len(kept))
+    skipped = [*features.skipped, *((key, NO_LABEL) for key in left_out)]
+    return Features(features.vectors[known], features.labels[known], [key for key, keep in kept if keep], skipped)
 
 
 def _check_finite(features: Features, source: Source | StreamSource, config: EvaluationConfig) -> None:

@@ -41,6 +41,7 @@ from patchloom.evaluate.volume_segmentation_config import VolumeSegmentationConf
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import Areas, areas, dice, hausdorff
+from patchloom.source_options import refuse_untaken
 
 
 class Case(NamedTuple):
@@ -68,6 +69,7 @@ class VolumeSegmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("segmentation needs an encoder with patch tokens; raw pixels have none")
+        refuse_untaken(open_volumes, config.train, config.source_options())
         train = open_volumes(config.train, plane=config.plane, channel=config.channel)
         test = open_volumes(config.test, plane=config.plane, channel=config.channel, class_names=train.class_names)
         if test.masks is None:

@@ -36,6 +36,7 @@ from patchloom.evaluate.volumes_config import VolumesConfig
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
+from patchloom.source_options import refuse_untaken
 
 
 class Bags(NamedTuple):
@@ -64,6 +65,7 @@ class Volumes:
         encoder = resolve_encoder(config)
         if encoder is None:
             raise UsageError("volumes need an encoder; raw pixels of slices of all sizes make no features")
+        refuse_untaken(open_volumes, config.train, config.source_options())
         train, test = (
             open_volumes(name, plane=config.plane, channel=config.channel) for name in (config.train, config.test)
         )

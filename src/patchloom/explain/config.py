@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchloom.errors import UsageError
+from patchloom.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig:
+class ExplainConfig(SourceOptions):
     """Settings every explanation shares."""
 
     model: Any

@@ -70,7 +70,7 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
     names = _class_names(model) if needs_classes or _has_classes(model) else []
     if config.class_name is not None and config.class_name not in names:
         raise unknown_name("class", config.class_name, names)
-    source = open_source(config.images, in_chans=in_chans(encoder), seed=config.seed)
+    source = open_source(config.images, in_chans=in_chans(encoder), seed=config.seed, **config.source_options())
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} is a stream; explanations are of single images, so give a folder of them")
     labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None

@@ -31,6 +31,10 @@ PIXELS_SIDE = 32
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
+# Reason in `Features.skipped` of an image that is left out where labels are needed.
+NO_LABEL = "it has no label"
+
+
 class Features(NamedTuple):
     """Features of a source, in its order; broken images are left out and listed."""
 
@@ -41,7 +45,7 @@ class Features(NamedTuple):
     keys: list[str]
     """Names of the n images."""
     skipped: list[tuple[str, str]]
-    """Name and reason of images that could not be read."""
+    """Name and reason of images that could not be read, or that an evaluation left out as they have no label."""
 
 
 Take = Callable[[Tensor, Tensor, list[str]], bool]

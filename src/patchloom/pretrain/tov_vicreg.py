@@ -79,7 +79,9 @@ class TOVVICRegMethod(Method):
         """Return the triplets order verification is validated on, where `probe_data` names some."""
         if config.probe_data is None:
             return None
-        return self._triplets(config, open_source(config.probe_data, in_chans=config.frames, seed=config.seed))
+        options = config.source_options()
+        held_out = open_source(config.probe_data, in_chans=config.frames, seed=config.seed, **options)
+        return self._triplets(config, held_out)
 
     def training_source(self) -> TripletSource:
         """Return the frames as triplets."""

@@ -36,6 +36,8 @@ def fit_codebook(
     device: str = "auto",
     memory_mb: int = 512,
     overwrite: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
 ) -> dict[str, Any]:
     """Build a centroid codebook from images: k-means over their patches.
 
@@ -58,6 +60,8 @@ def fit_codebook(
         device: Where to cluster: auto (a GPU where there is one), cpu, cuda, cuda:1, ….
         memory_mb: Mebibytes of patches to hold in memory; more of them go to a temporary file.
         overwrite: Replace the files of an earlier codebook in `out`.
+        include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
+        exclude: Leave out files that fit one of these globs.
 
     Returns:
         What `summary.json` holds, and where the codebook lies.
@@ -70,8 +74,10 @@ def fit_codebook(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise UsageError(f"{folder} is not an empty folder; give another --out or --overwrite")
     line = ProgressLine()
+    from patchloom.data import open_source
+
     tokenizer = CentroidTokenizer.fit(
-        data,
+        open_source(data, **_options(include, exclude)),
         k,
         patch_size=patch_size,
         image_size=image_size,
@@ -107,6 +113,8 @@ def show_codebook(
     image_size: int = 224,
     seed: int = 0,
     overwrite: bool = False,
+    include: str | None = None,
+    exclude: str | None = None,
 ) -> dict[str, Any]:
     """Draw a codebook, and what images look like through it.
 
@@ -120,6 +128,8 @@ def show_codebook(
         image_size: Side in pixels those images are resized and cropped to.
         seed: Of the draw of images.
         overwrite: Replace pictures of the same name.
+        include: Only files of `data` that fit one of these globs, separated by commas.
+        exclude: Leave out files of `data` that fit one of these globs.
 
     Returns:
         The files written and, with `data`, the codebook's figures on those images: usage and perplexity of the codes,
@@ -140,7 +150,7 @@ def show_codebook(
     figures: dict[str, Any] = {}
     originals = None
     if data is not None:
-        originals = _draw_images(data, images, image_size, tokenizer, seed)
+        originals = _draw_images(data, images, image_size, tokenizer, seed, _options(include, exclude))
         figures = tokenizer.report(originals)
         if tokenizer.counts is None:
             tokenizer.counts = torch.bincount(tokenizer.encode(originals).flatten(), minlength=tokenizer.num_codes)
@@ -210,7 +220,9 @@ def _as_colour(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, [0, 1, min(2, channels - 1)]]
 
 
-def _draw_images(data: str, count: int, image_size: int, tokenizer: CentroidTokenizer, seed: int) -> Tensor:
+def _draw_images(
+    data: str, count: int, image_size: int, tokenizer: CentroidTokenizer, seed: int, options: dict[str, Any]
+) -> Tensor:
     """Return (n, C, image_size, image_size) uint8 images drawn from a source, n <= count."""
     from patchloom.data import open_source
     from patchloom.data.base import StreamSource, Unreadable, UnreadableImageError
@@ -218,7 +230,7 @@ def _draw_images(data: str, count: int, image_size: int, tokenizer: CentroidToke
     from patchloom.patches import patch_grid
 
     patch_grid((image_size, image_size), tokenizer.patch_size)
-    source = open_source(data, in_chans=tokenizer.in_chans)
+    source = open_source(data, in_chans=tokenizer.in_chans, **options)
     transform = EvalTransform(image_size)
     drawn: list[Tensor] = []
     if isinstance(source, StreamSource):
@@ -238,6 +250,12 @@ def _draw_images(data: str, count: int, image_size: int, tokenizer: CentroidToke
     if not drawn:
         raise UsageError(f"no readable image in {data!r}")
     return torch.stack(drawn)
+
+
+def _options(include: str | None, exclude: str | None) -> dict[str, Any]:
+    from patchloom.data import SourceOptions
+
+    return SourceOptions(include=include, exclude=exclude).source_options()
 
 
 def _device(name: str) -> torch.device:

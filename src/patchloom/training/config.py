@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import yaml
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.source_options import SourceOptions
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = frozenset(
@@ -29,7 +30,7 @@ FREE_ON_RESUME = frozenset(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(SourceOptions):
     """Settings of the engine.
 
     Attributes:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from patchloom.data import make_loader, open_source
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, no_labels
+from patchloom.data.subset import labelled_images
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
@@ -26,6 +27,9 @@ from patchloom.training.targets import Targets
 
 if TYPE_CHECKING:
     from patchloom.report import Section
+
+# Names of images without label that a summary lists; all are counted.
+MOST_LISTED = 1000
 
 
 class LabelledMethod(Method):
@@ -44,7 +48,10 @@ class LabelledMethod(Method):
     def __init__(self, config: LabelledConfig, source: Source | StreamSource) -> None:
         if source.class_names is None or len(source.class_names) < 2:
             raise UsageError(f"a classifier needs at least two classes; {config.data} has {source.class_names}")
-        self.class_names = list(source.class_names)
+        self.unlabelled: list[str] = []
+        if isinstance(source, Source):
+            source, self.unlabelled = labelled_images(source)
+        self.class_names = list(source.class_names or [])
         task = _task(config, source)
         if isinstance(source, StreamSource):
             learnt: Source | StreamSource = source
@@ -58,6 +65,9 @@ class LabelledMethod(Method):
         else:
             if config.test is not None:
                 learnt, test = source, _open_test(config, source)
+                if isinstance(test, Source):
+                    test, unlabelled = labelled_images(test)
+                    self.unlabelled = [*self.unlabelled, *unlabelled]
             elif config.val_fraction:
                 learnt, test = hold_out(source, config.val_fraction, config.seed, config.groups)
             else:
@@ -153,7 +163,7 @@ class LabelledMethod(Method):
         return self.targets.measure(answers, labels)
 
     def summary(self) -> dict[str, Any]:
-        """Return the classes in the order of the outputs, how many images were learnt from and measured on."""
+        """Return the classes in the order of the outputs, and which images were learnt from, measured on, left out."""
         count = len(self.source) if isinstance(self.source, Source) else None
         measured = None if not isinstance(self.test, Source) else len(self.test)
         return {
@@ -163,6 +173,8 @@ class LabelledMethod(Method):
             "labelled_images": count,
             "test_images": measured,
             "held_out": self.config.test is None and self.test is not None,
+            "unlabelled_images": len(self.unlabelled),
+            "unlabelled": self.unlabelled[:MOST_LISTED],
             **self._long_tail(),
         }
 
@@ -222,10 +234,10 @@ def _task(config: LabelledConfig, source: Source | StreamSource) -> Literal["sin
 def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
     """Return the test images; their classes have to be among those learnt."""
     assert config.test is not None
-    test = open_source(config.test, in_chans=config.in_chans, seed=config.seed)
+    test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     names = list(source.class_names or [])
     if test.class_names is None:
-        raise UsageError(f"the test images {config.test} have no labels; put each class in a folder of its own")
+        raise no_labels(test, f"the test images {config.test} have no labels")
     unknown = [name for name in test.class_names if name not in names]
     if unknown:
         raise UsageError(

@@ -25,14 +25,16 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
     Raises:
         UsageError: `probe_data` cannot be opened, or its classes are not those of the training images.
     """
-    training = _at_hand(source, config.seed)
+    training = _labelled(_at_hand(source, config.seed))
     if config.probe_data is None:
         order = np.random.default_rng(config.seed).permutation(len(training))[: MOST_REFERENCE + MOST_QUERIES]
         share = min(MOST_QUERIES, max(1, len(order) // 3))
         rest = SubsetSource(training, order[share:])
         labelled = _in_classes(training) and len(rest) > 0
         return ProbeData(rest if labelled else None, SubsetSource(training, order[:share]))
-    held_out = _at_hand(open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed), config.seed)
+    options = config.source_options()
+    apart = open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed, **options)
+    held_out = _labelled(_at_hand(apart, config.seed))
     queries = _some(held_out, MOST_QUERIES, config.seed)
     if not _in_classes(training) or not _in_classes(held_out):
         return ProbeData(None, queries)
@@ -57,7 +59,13 @@ def _at_hand(source: Source | StreamSource, seed: int) -> Source:
 
 def _in_classes(source: Source) -> bool:
     """Return whether every image has one label, as the k-NN probe needs."""
-    return source.labels is not None and not source.multilabel
+    return not source.multilabel and bool(source.labelled().all())
+
+
+def _labelled(source: Source) -> Source:
+    """Return the images that have a label, or all where none has."""
+    known = source.labelled()
+    return SubsetSource(source, np.flatnonzero(known)) if known.any() and not known.all() else source
 
 
 def _some(source: Source, most: int, seed: int) -> Source:

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from patchloom.data import open_source
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
 from patchloom.training.callbacks import (
@@ -89,9 +89,9 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         CheckpointWriteError: The disk refused a checkpoint; the one before is intact.
         KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
     """
-    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed)
+    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     if method_class.needs_labels and source.class_names is None:
-        raise UsageError(f"{command} needs labels and {config.data} has none; put each class in a folder of its own")
+        raise no_labels(source, f"{command} needs labels and {config.data} has none")
     method = method_class(config, source)
     run_dir = Path(config.out)
     is_new = not run_dir.exists()

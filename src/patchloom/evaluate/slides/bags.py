@@ -23,6 +23,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tasks import Kind, Task
 from patchloom.evaluate.slides.wsi import SLIDE_SUFFIXES
+from patchloom.source_options import words
 
 MOST_CLASSES = 50
 
@@ -79,6 +80,7 @@ def read_cohort(
     patient_column: str = "patient",
     n_tiles: int | None = 1000,
     choice: Choice = "random",
+    missing: str | None = None,
 ) -> Cohort:
     """Return the slides that have both features and a label.
 
@@ -92,18 +94,22 @@ def read_cohort(
         patient_column: Column of the patient; without one each slide is a patient of its own.
         n_tiles: Most tiles of a slide that are read; None: all.
         choice: Which: a random subset that is the same every time, or the first ones as the published benchmark does.
+        missing: Words that stand for a missing label besides an empty cell, separated by commas.
 
     Raises:
         UsageError: No such column, no slide in common, contradictory labels, or labels that are no task.
     """
     store = TileStore(features)
     rows = _rows(Path(labels), slide_column, label_column)
+    unknown = {"", *words(missing)}
     known = set(store.names())
-    names = [name for name in rows if name in known and rows[name][label_column].strip()]
+    names = [name for name in rows if name in known and rows[name][label_column].strip() not in unknown]
     left_out = {
         "has a label, but no features": [name for name in rows if name not in known],
         "has features, but no label": sorted(known - set(rows)),
-        "has an empty label": [name for name in rows if name in known and not rows[name][label_column].strip()],
+        "has no label in the table": [
+            name for name in rows if name in known and rows[name][label_column].strip() in unknown
+        ],
     }
     left_out = {reason: slides for reason, slides in left_out.items() if slides}
     if not names:
@@ -147,7 +153,7 @@ def _rows(path: Path, slide_column: str, label_column: str) -> dict[str, dict[st
     """Return the rows of a table by slide."""
     if not path.is_file():
         raise UsageError(f"there is no table of labels {path}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         for column in (slide_column, label_column):

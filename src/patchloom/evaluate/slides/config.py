@@ -54,6 +54,8 @@ class SlidesConfig(TileSettings):
     """Column of the slide's name"""
     patient_column: str = "patient"
     """Column of the patient, if there is one"""
+    missing: str | None = None
+    """Words that stand for a missing label besides an empty cell, separated by commas (NA,?)"""
     n_tiles: int | None = 1000
     """Most tiles of a slide that are read; null: all"""
     choice: TileChoice = "random"

@@ -125,6 +125,7 @@ class Slides:
             patient_column=config.patient_column,
             n_tiles=config.n_tiles,
             choice=config.choice,
+            missing=config.missing,
         )
 
     def _answers(self, train: Cohort, test: Cohort | None) -> tuple[MILEnsemble, Answers]:

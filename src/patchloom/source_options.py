@@ -1,0 +1,82 @@
+"""How the images of a source are chosen and read: options that every command takes and hands to the sources it opens.
+
+To add one: a field here with its help text, and an argument of that name in each source (or function behind
+`open_source`) that can obey it. Settings classes inherit the field, functions of the API take it by name, every
+command passes `**options.source_options()` on, runs keep it in `config.yaml`, and a source that has no such argument
+refuses it by name.
+
+>>> SourceOptions(include="*.jpg,train/*").source_options()
+{'include': '*.jpg,train/*'}
+>>> choose(["a.jpg", "train/b.png", "c.png"], include="*.jpg,train/*")
+['a.jpg', 'train/b.png']
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from patchloom.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Options of the sources of a command; each holds for all of them."""
+
+    include: str | None = None
+    """Only files that fit one of these globs, separated by commas: *.jpg fits at any depth, scans/* from the top"""
+    exclude: str | None = None
+    """Leave out files that fit one of these globs, separated by commas (*_mask.png,thumbnails/*)"""
+    missing: str | None = None
+    """Words that stand for a missing label besides an empty cell, separated by commas (NA,?)"""
+
+    def source_options(self) -> dict[str, Any]:
+        """Return those that are set, by name, for `open_source`."""
+        options = {field.name: getattr(self, field.name) for field in fields(SourceOptions)}
+        return {
+            field.name: options[field.name] for field in fields(SourceOptions) if options[field.name] != field.default
+        }
+
+
+def choose(names: Iterable[str], include: str | None = None, exclude: str | None = None) -> list[str]:
+    """Return the names that fit one of the globs of `include` and none of `exclude`.
+
+    Args:
+        names: Paths below a folder, with slashes.
+        include: Globs separated by commas; one with a slash in it is compared with the whole path, one without with
+            the last part. `*` also stands for slashes. None takes all.
+        exclude: Likewise; None leaves out nothing.
+    """
+    wanted, unwanted = _globs(include), _globs(exclude)
+    return [name for name in names if (wanted is None or _fits(name, wanted)) and not _fits(name, unwanted or [])]
+
+
+def words(text: str | None) -> list[str]:
+    """Return what stands between the commas of an option, without blanks around it."""
+    return [word for part in (text or "").split(",") if (word := part.strip())]
+
+
+def refuse_untaken(opener: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of sources that what opens a source has no argument for.
+
+    Raises:
+        UsageError: Names the option and the source.
+    """
+    taken = inspect.signature(opener).parameters
+    for field in fields(SourceOptions):
+        if field.name in options and field.name not in taken:
+            raise UsageError(
+                f"{field.name} is {options[field.name]!r}, which the source {name} cannot obey; leave it out"
+            )
+
+
+def _globs(text: str | None) -> list[str] | None:
+    return None if text is None else words(text)
+
+
+def _fits(name: str, globs: list[str]) -> bool:
+    last = name.rpartition("/")[2]
+    return any(fnmatchcase(name if "/" in glob else last, glob) for glob in globs)
