@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from patchloom.data import list_sources, open_source, sample_indices
-from patchloom.data.base import UnreadableImageError
+from patchloom.data.base import UnreadableImageError, no_labels
 from patchloom.data.embedded import PHOTOS, PhotosSource
 from patchloom.errors import UsageError
+from patchloom.io import raw_name
 
 
 def write(path: Path, value: int = 0) -> None:
@@ -155,3 +156,36 @@ def test_sampling_by_class_and_at_random():
 
 def test_every_kind_of_source_is_listed():
     assert {"photos", "digits", "FOLDER"} <= set(list_sources())
+
+
+def test_a_folder_without_classes_says_what_it_has(tmp_path):
+    write(tmp_path / "one" / "cats" / "1.png")
+    write(tmp_path / "one" / "cats" / "2.png")
+    error = no_labels(open_source(str(tmp_path / "one")), "it needs labels and ")
+    assert str(error).endswith(
+        "one has one class, cats (its 2 images lie in that sub-folder), and two at least are needed"
+    )
+    write(tmp_path / "one" / "dogs" / "1.png")
+    write(tmp_path / "one" / "stray.png")
+    assert "(it has 2 sub-folders, but stray.png lies in none)" in str(no_labels(open_source(str(tmp_path / "one"))))
+
+
+def test_names_that_are_not_utf_8_are_read_by_bytes_and_told_as_text(tmp_path):
+    for name in (b"s\xe9v/g\xe9.png", b"ok/\xff.png"):
+        (tmp_path / os.fsdecode(name)).parent.mkdir(exist_ok=True)
+        write(tmp_path / "ok" / "plain.png")
+        (tmp_path / "ok" / "plain.png").rename(tmp_path / os.fsdecode(name))
+    (tmp_path / os.fsdecode(b"s\xe9v/br\xe9ken.png")).write_bytes(b"junk")
+    source = open_source(str(tmp_path))
+    assert source.class_names == ["ok", r"s\xe9v"]
+    assert [source.key(index) for index in range(3)] == [r"ok/\xff.png", r"s\xe9v/br\xe9ken.png", r"s\xe9v/g\xe9.png"]
+    assert source.read(2).key == r"s\xe9v/g\xe9.png"
+    with pytest.raises(UnreadableImageError, match="ken.png") as caught:
+        source.read(1)
+    assert (tmp_path / raw_name(caught.value.key)).read_bytes() == b"junk"
+    (tmp_path / "labels.csv").write_text("file,label\ns\\xe9v/g\\xe9.png,a\n")
+    with (tmp_path / "labels.csv").open("ab") as file:
+        file.write(b"ok/\xff.png,b\xe9\n")
+    listed = open_source(str(tmp_path / "labels.csv"))
+    assert [listed.read(index).key for index in range(2)] == [r"s\xe9v/g\xe9.png", r"ok/\xff.png"]
+    assert listed.class_names == ["a", r"b\xe9"]

@@ -379,3 +379,13 @@ def test_images_of_one_patient_are_drawn_together(bundle, data, tmp_path):
         pl.evaluate("knn", groups=str(file), **asked)
     with pytest.raises(UsageError, match="few_shot draws episodes"):
         pl.evaluate("few_shot", groups=str(file), **asked)
+
+
+def test_what_has_no_label_is_left_out_counted_and_listed(data, tmp_path):
+    rows = [f"{path.relative_to(data['test'])}" for path in sorted(Path(data["test"]).rglob("*.png"))]
+    said = [f"{row},{'' if number == 0 else row.split('/')[0]}" for number, row in enumerate(rows)]
+    (Path(data["test"]) / "labels.csv").write_text("\n".join(["file,label", *said]))
+    settings = {"encoder": "pixels", "train": data["train"], "cache": "none", "num_workers": 0}
+    found = pl.evaluate("knn", test=f"{data['test']}/labels.csv", **settings)
+    assert (found["n"], found["unlabelled_images"], found["unreadable_images"]) == (len(rows) - 1, 1, 0)
+    assert found["skipped"] == [{"file": rows[0], "reason": "it has no label"}]

@@ -10,6 +10,7 @@ from PIL import Image
 from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
 from patchloom.data import open_source
 from patchloom.errors import UsageError
+from patchloom.training.probe_data import choose_probe_data
 
 SETTINGS = {
     "encoder": "ccvit_tiny_patch4_32",
@@ -120,3 +121,16 @@ def test_long_tails_that_leave_a_class_empty_are_refused(tmp_path):
     for settings, said in (({"imbalance": 0.5}, "at least 1"), ({"reweight_from": 1.0}, "would never count")):
         with pytest.raises(UsageError, match=said):
             method(train, **settings)
+
+
+def test_images_without_label_are_left_out_counted_and_listed(tmp_path, capsys):
+    data = folder(tmp_path / "train", ["none", "severe", "unsorted"])
+    config = FinetuneConfig(data=data, missing="unsorted", **SETTINGS)
+    made = FinetuneMethod(config, open_source(data, **config.source_options()))
+    assert made.class_names == ["none", "severe"]
+    assert (len(made.source) + len(made.test), int(made.source.labels.min())) == (12, 0)
+    assert made.summary()["unlabelled_images"] == 6
+    assert made.summary()["unlabelled"][0] == "unsorted/0.png"
+    assert "6 of 18 images have no label and are left out: unsorted/0.png" in capsys.readouterr().err
+    probe = choose_probe_data(open_source(data, missing="unsorted"), config)
+    assert int(probe.reference.labels.min()) == int(probe.queries.labels.min()) == 0

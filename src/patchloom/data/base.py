@@ -15,6 +15,8 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 
+UNLABELLED = "has no labels; put each class in a folder of its own"
+
 
 class Sample(NamedTuple):
     """One image as it leaves a source."""
@@ -161,7 +163,11 @@ class StreamSource(ABC):
         }
 
 
-def no_labels(source: Source | StreamSource, complaint: str) -> UsageError:
-    """Return the error for a source without labels where they are needed: what it has instead, and what would do."""
-    why = f": {source.why_unlabelled}" if source.why_unlabelled else ""
-    return UsageError(f"{complaint}{why}; put each class in a folder of its own, two classes at least")
+def no_labels(source: Source | StreamSource, asked: str = "") -> UsageError:
+    """Return the error for a source without labels where they are needed, what it has instead in it.
+
+    Args:
+        source: What has no labels.
+        asked: What comes before its name, such as "adapt finetune needs labels and ".
+    """
+    return UsageError(f"{asked}{source.name} {source.why_unlabelled or UNLABELLED}")

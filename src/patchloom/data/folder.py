@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from patchloom.data.base import Sample, Source
+from patchloom.data.base import UNLABELLED, Sample, Source
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.errors import UsageError
 from patchloom.io import printable
@@ -79,7 +79,8 @@ class FolderSource(Source):
         classes = sorted({top for top in tops if top is not None and printable(os.fsdecode(top)) not in missing})
         inside = all(top is not None for top in tops)
         if labels == "none" or (labels == "auto" and not (inside and len(classes) > 1)):
-            self.why_unlabelled = _why_unlabelled(names, tops, classes)
+            if labels == "auto":
+                self.why_unlabelled = _why_unlabelled(names, tops, classes)
             return
         if not inside:
             stray = printable(os.fsdecode(names[tops.index(None)]))
@@ -160,13 +161,16 @@ def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _why_unlabelled(names: list[bytes], tops: list[bytes | None], classes: list[bytes]) -> str:
-    """Return what a folder has in place of classes."""
-    if len(classes) == 1 and None not in tops:
-        return f"all its {len(names)} images lie in one sub-folder, {printable(os.fsdecode(classes[0]))}"
+    """Return what a folder has in place of classes, for `no_labels`."""
+    count = "its one image lies" if len(names) == 1 else f"its {len(names)} images lie"
     if not classes:
-        return f"its {len(names)} images lie in no sub-folder" if None in tops else "all its sub-folders are missing"
-    stray = printable(os.fsdecode(names[tops.index(None)])) if None in tops else ""
-    return f"it has {len(classes)} sub-folders, but {stray} lies outside them" if stray else "labels are not asked for"
+        return f"{UNLABELLED} ({count} in none)"
+    if None in tops:
+        stray = printable(os.fsdecode(names[tops.index(None)]))
+        there = "a sub-folder" if len(classes) == 1 else f"{len(classes)} sub-folders"
+        return f"{UNLABELLED} (it has {there}, but {stray} lies in none)"
+    name = printable(os.fsdecode(classes[0]))
+    return f"has one class, {name} ({count} in that sub-folder), and two at least are needed"
 
 
 def _notice_masks(name: str, root: Path, names: list[bytes], chosen: bool) -> None:

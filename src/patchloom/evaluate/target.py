@@ -123,7 +123,7 @@ def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -
 def _check_labels(source: Source | StreamSource, several: bool) -> None:
     # The labels of a stream come with its images.
     if isinstance(source, Source) and source.labels is None:
-        raise no_labels(source, f"{source.name} has no labels")
+        raise no_labels(source)
     if source.multilabel and not several:
         raise UsageError(
             f"{source.name} has several labels per image and this evaluation compares classes; "

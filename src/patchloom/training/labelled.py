@@ -237,7 +237,7 @@ def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source 
     test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     names = list(source.class_names or [])
     if test.class_names is None:
-        raise no_labels(test, f"the test images {config.test} have no labels")
+        raise no_labels(test, "figures need labelled test images and ")
     unknown = [name for name in test.class_names if name not in names]
     if unknown:
         raise UsageError(

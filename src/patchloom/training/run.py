@@ -91,7 +91,7 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
     """
     source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     if method_class.needs_labels and source.class_names is None:
-        raise no_labels(source, f"{command} needs labels and {config.data} has none")
+        raise no_labels(source, f"{command} needs labels and ")
     method = method_class(config, source)
     run_dir = Path(config.out)
     is_new = not run_dir.exists()
