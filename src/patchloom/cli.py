@@ -3,8 +3,8 @@
 Every option of a command is an argument of the function, or a field of the settings class, that carries the
 command out; their docstrings are the help texts. Only the modules of the command at hand are imported.
 
-Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted. Errors are one sentence; `--debug` shows the
-traceback.
+Exit codes: 0 done, 1 failed, 2 bad usage, 128 + the signal that ended it (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1).
+Errors are one sentence; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
+from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -113,11 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    with stopping.stoppable():
+        code = _main(arguments, debug)
+        number = stopping.received()
+        # A signal that something swallowed is answered all the same.
+        return code if number is None or code or stopping.is_helper() else stopping.Stopped(number).exit_code
+
+
+def _main(arguments: list[str], debug: bool) -> int:
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt:
-        print("patchloom: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"patchloom: {_one_sentence(stop) if stop.args else 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -125,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"patchloom: {_one_sentence(error)}", file=sys.stderr)
+        if (number := stopping.received()) is not None:  # what failed may have failed for it
+            return stopping.Stopped(number).exit_code
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -343,7 +354,7 @@ def _load(address: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _one_sentence(error: Exception) -> str:
+def _one_sentence(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.split())
 

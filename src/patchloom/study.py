@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
 from patchloom.report.page import format_value
 
@@ -100,7 +101,12 @@ def run_cells(
         begun = time.monotonic()
         try:
             outcome = Outcome(cell, work(cell))
+        except stopping.Stopped:
+            say(f"stopped in {cell}, {len(outcomes)} of {len(cells)} cells are done; started again, the study goes on")
+            raise
         except Exception as error:
+            if (signalled := stopping.received()) is not None:  # what failed may have failed for it
+                raise stopping.Stopped(signalled) from error
             outcome = Outcome(cell, error=" ".join(str(error).split()) or type(error).__name__)
         outcomes[cell.name] = outcome
         _write(kept / f"{cell.name}.json", outcome)

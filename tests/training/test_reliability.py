@@ -216,11 +216,26 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(images, tmp_path, mo
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
+def session(process: subprocess.Popen[str]) -> list[int]:
+    """Return all processes of a command: itself, its ranks, their data workers."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--sid", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in listed.split()]
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_the_run_in_order(images, tmp_path):
-    out = tmp_path / "interrupted"
+@pytest.mark.parametrize(
+    ("number", "target", "devices"),
+    [
+        (signal.SIGINT, "group", 1),  # as a terminal does
+        (signal.SIGTERM, "all", 1),  # as systemd does: to the data workers too
+        (signal.SIGUSR1, "parent", 1),
+        (signal.SIGTERM, "rank 1", 2),
+    ],
+)
+def test_a_signal_ends_the_run_in_order(images, tmp_path, number, target, devices):
+    out = tmp_path / "stopped"
     process = subprocess.Popen(
-        command(images, out, max_steps=100_000, num_workers=1, checkpoint_every=10_000),
+        command(images, out, max_steps=100_000, num_workers=1, checkpoint_every=10_000, batch_size=4, devices=devices),
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -230,15 +245,41 @@ def test_ctrl_c_ends_the_run_in_order(images, tmp_path):
     while not (out / "metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    if target == "group":
+        os.killpg(process.pid, number)
+    elif target == "rank 1":
+        ranks = [pid for pid in session(process) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(ranks[0], number)
+    else:
+        for pid in session(process) if target == "all" else [process.pid]:
+            os.kill(pid, number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    assert process.returncode == 128 + number, said
     assert "Traceback" not in said
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["interrupted"] is True
+    assert summary["stopped_by"] == number.name
     assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == summary["steps"] > 0
     assert (out / "report.html").exists()
     assert pl.load(out).num_features == 192
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_codebook_is_fitted_ends_at_once(images, tmp_path):
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(images, out, codebook_iters=100_000, codebook_images=40),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "no step was saved; that is how --resume goes on" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
 from patchloom.study import (
     Cell,
@@ -122,12 +122,10 @@ def _in_process_of_its_own(request: dict[str, Any], folder: Path) -> dict[str, A
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "patchloom.adapt.compare", json.dumps(request), str(answer)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = stopping.run_child(command)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         killed = f"killed by signal {-done.returncode} (out of memory?)" if done.returncode < 0 else "failed"
-        if done.returncode == 130:
-            raise KeyboardInterrupt
         raise RuntimeError(lines[-1].removeprefix("patchloom: ") if lines and done.returncode > 0 else killed)
     figures: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     answer.unlink()
@@ -276,9 +274,10 @@ def _main(arguments: list[str]) -> int:
     """Carry out one cell, in the process that was started for it."""
     request, answer = json.loads(arguments[0]), Path(arguments[1])
     try:
-        found = run_request(request)
-    except KeyboardInterrupt:
-        return 130
+        with stopping.stoppable():
+            found = run_request(request)
+    except stopping.Stopped as stop:
+        return stop.exit_code
     except Exception as error:
         print(f"patchloom: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -12,7 +12,10 @@ equal to an uninterrupted one.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from patchloom import stopping
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.order import EpochOrder, Slot
 from patchloom.data.workers import Batch, MapBatches, StreamBatches, Transform
@@ -312,9 +316,20 @@ def _as_is(batch: Any) -> Any:
 def _settle_worker(worker: int) -> None:
     """Keep workers from fighting over the cores (they are the parallelism), and out of the way of Ctrl-C.
 
-    Ctrl-C reaches the whole process group; workers that died of it would take the batch away from a run that is about
-    to end in order. In a group of their own they hear of the main process alone, and end when it does.
+    Ctrl-C reaches the whole process group, and systemd and schedulers signal every process there is; workers that died
+    of it would take the batch away from a run that is about to end in order. In a group of their own they hear of the
+    main process alone, and end when it does or tells them to.
     """
     torch.set_num_threads(1)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    if hasattr(signal, "sigwaitinfo"):  # others hear of such a signal from torch's own handler, and end
+        signal.pthread_sigmask(signal.SIG_BLOCK, stopping.WATCHED)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while signal.sigwaitinfo(stopping.WATCHED).si_pid != (parent.pid if parent else os.getppid()):
+        pass
+    os._exit(0)

@@ -30,6 +30,7 @@ from patchloom.segment.module import Schedule, SegmentationModule
 from patchloom.segment.necks import ViTNeck
 from patchloom.segment.radiology import UNetSegHead
 from patchloom.segment.upernet import UPerHead
+from patchloom.stopping import through_lightning
 from patchloom.training.config import preset_values
 
 DROPOUT = {"dinov3": 0.1, "upernet": 0.1}
@@ -84,7 +85,7 @@ def train_decoder(encoder: Encoder, source: Source, config: DecoderConfig) -> Tr
             if config.augment
             else _Kept(source, crop, config, module.to(device), skipped)
         )
-        with _quiet():
+        with _quiet(), through_lightning():
             _trainer(config, device).fit(module, batches)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return Trained(

@@ -7,12 +7,14 @@ import json
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from patchloom import stopping
 from patchloom.data.atari import AtariGame
 from patchloom.rl.agent import RainbowAgent
 from patchloom.rl.replay import Replay
@@ -75,7 +77,15 @@ class Training:
             self._go_on(folder / CHECKPOINT)
 
     def run(self) -> None:
-        """Play and learn to the end."""
+        """Play and learn to the end; where there is a folder, a signal ends it after the step, with a checkpoint.
+
+        Raises:
+            Stopped: A signal came.
+        """
+        with nullcontext() if self.folder is None else stopping.finishing("stopping after this step"):
+            self._run()
+
+    def _run(self) -> None:
         config, game = self.config, self.game
         frame, first, gained, lives = game.reset(seed=self._game_seed()), True, 0.0, game.lives
         self.started, self.said, self.began_at = time.monotonic(), time.monotonic(), self.step
@@ -99,6 +109,10 @@ class Training:
             if self.folder is not None and self.step % config.checkpoint_every == 0:
                 self.save()
             self._speak()
+            if self.folder is not None and (number := stopping.received()) is not None:
+                self.save()
+                print(f"stopped at step {self.step}; go on with --resume", file=sys.stderr)
+                raise stopping.Stopped(number)
         self.save()
 
     def _choose(self, stack: np.ndarray) -> int:

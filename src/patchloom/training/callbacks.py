@@ -7,14 +7,15 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as lp
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from tqdm import tqdm
 
+from patchloom import stopping
 from patchloom.data.base import Source
 from patchloom.training.method import Method, NonFiniteLossError
 from patchloom.training.metrics import CSVMetrics
@@ -158,6 +159,8 @@ class Probe(Callback):
         step, per_epoch = trainer.global_step, pl_module.steps_per_epoch
         if not self.every or pl_module.batches_done % pl_module.config.accumulate or step % per_epoch:
             return
+        if trainer.should_stop:  # the checkpoint comes first, then the probe of the end
+            return
         if (step // per_epoch) % self.every == 0 and step < pl_module.total_steps:
             self.run(trainer, pl_module)
 
@@ -215,44 +218,62 @@ class ProbeData:
 
 
 class Interruption(Callback):
-    """Ctrl-C or a termination signal lets the step finish, then ends the run in order; a second one ends it now."""
+    """A signal lets the step finish, then ends the run in order; a second one, or one before any step, ends it now.
+
+    Of several processes any may have got the signal: they agree on it after every step.
+
+    Attributes:
+        number: The signal that ends the run, once one does.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        self.before: dict[int, Any] = {}
+        self.number: int | None = None
+        self.deferring = False
 
-    def on_fit_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
-        """Take over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self.handle)
-            except ValueError:  # not in the main thread: leave signals to whoever is
-                return
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal."""
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print("\nstopping after this step (once more: now) …", file=sys.stderr, flush=True)
+    def setup(self, trainer: lp.Trainer, pl_module: lp.LightningModule, stage: str) -> None:
+        """Hear signals that were held back while processes started, and in processes that were spawned."""
+        stopping.watch()
 
     def on_train_batch_start(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for the end before the step, so that every callback knows it is the last."""
+        """From the first step on there is something to lose."""
+        if not self.deferring:
+            stopping.defer("stopping after this step")
+            self.deferring = True
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the end, before other callbacks hear of this batch's: the checkpoint is written by one of them."""
         assert isinstance(pl_module, Method)
-        stop = self.received is not None
+        if pl_module.batches_done % pl_module.config.accumulate:  # a half-accumulated gradient would be lost
+            return
+        number = stopping.received() or 0
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        # The last batch of an accumulated step: a half-accumulated gradient would be lost.
-        if stop and (pl_module.batches_done + 1) % pl_module.config.accumulate == 0:
+            number = int(trainer.strategy.reduce(torch.tensor(number, device=pl_module.device), reduce_op="max"))
+        if number:
+            self.number = number
             trainer.should_stop = True
+        elif trainer.global_step == pl_module.total_steps:
+            stopping.defer("the last step is done; stopping after the report")
 
     def teardown(self, trainer: lp.Trainer, pl_module: lp.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before.clear()
+        """Let signals end what follows at once."""
+        stopping.end_deferral()
+
+
+class SignalsLeftToUs(_SignalConnector):
+    """Takes SIGTERM from Lightning, which would leave the run without checkpoint and report, with exit code 0.
+
+    What it does under SLURM to requeue a job stays.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register Lightning's handlers, then put that of SIGTERM back."""
+        ours = signal.getsignal(signal.SIGTERM)
+        super().register_signal_handlers()
+        self._register_signal(signal.SIGTERM, ours)
 
 
 class FailureNote(Callback):

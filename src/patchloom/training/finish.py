@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,20 @@ class Finish(Callback):
         lineage = self.lineage(pl_module, trainer.global_step)
         pl_module.save_model(model, self.run_dir / "model", lineage)
         summary = self.summary(trainer, pl_module)
-        write_json(self.run_dir / "summary.json", summary)
-        print("writing the report …", file=sys.stderr)
-        write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
+        try:
+            print("writing the report …", file=sys.stderr)
+            write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
+        except Exception:  # a picture that cannot be drawn must not take the figures along
+            write_json(self.run_dir / "summary.json", summary)
+            raise
+        write_json(self.run_dir / "summary.json", summary)  # last: it says that the run is complete
+
+    def interrupted(self, unfinished: bool) -> dict[str, Any]:
+        """Return whether a signal ended the run before its time, and which."""
+        number = self.interruption.number
+        if number is None or not unfinished:
+            return {"interrupted": False}
+        return {"interrupted": True, "stopped_by": signal.Signals(number).name}
 
     def shipped(self, trainer: lp.Trainer, method: Method) -> nn.Module:
         """Return the model to ship, put together from shards where it is sharded."""
@@ -89,7 +101,7 @@ class Finish(Callback):
             "data": method.source.describe(),
             "steps": trainer.global_step,
             "total_steps": method.total_steps,
-            "interrupted": trainer.global_step < method.total_steps and self.interruption.received is not None,
+            **self.interrupted(trainer.global_step < method.total_steps),
             **{name: value for name, value in last.items() if name not in known},
             **self.probe.latest,
             **method.summary(),

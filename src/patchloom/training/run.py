@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,9 @@ from typing import Any
 import lightning.pytorch as lp
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from patchloom import stopping
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
@@ -33,6 +36,7 @@ from patchloom.training.callbacks import (
     Interruption,
     Probe,
     Progress,
+    SignalsLeftToUs,
     SkippedImages,
 )
 from patchloom.training.checkpoint import LAST, AtomicCheckpointIO, CheckpointEvery
@@ -87,8 +91,13 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         UsageError: The data, the encoder or the run folder cannot be used as asked.
         NonFiniteLossError: The loss is NaN or infinite; the last checkpoint is from before.
         CheckpointWriteError: The disk refused a checkpoint; the one before is intact.
-        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+        Stopped: A signal ended the run; from its first step on, checkpoint, model and report are written.
     """
+    with stopping.stoppable():
+        return _fit(command, method_class, config)
+
+
+def _fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
     source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
@@ -107,19 +116,43 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         trainer = _trainer(method, method.source, run_dir, command)
         if is_first_process():
             _announce(method, method.source, trainer)
+        interruption = next(c for c in trainer.callbacks if isinstance(c, Interruption))
+        _tell_of_signals(trainer)
         try:
-            trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+            with stopping.through_lightning():
+                trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+        except stopping.Stopped:
+            begun = f"{checkpoint} is where" if checkpoint.exists() else "no step was saved; that is how"
+            print(f"stopped at once; {begun} --resume goes on", file=sys.stderr)
+            raise
         except UsageError:
             if is_new and not checkpoint.exists():  # nothing was done; the corrected command may use the name
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
+        finally:
+            stopping.release()
+    number = stopping.received() or interruption.number
     if not trainer.is_global_zero:
+        if number and not stopping.is_helper():  # the first process of another machine
+            raise stopping.Stopped(number)
         return Run(run_dir, run_dir / "model", run_dir / "report.html", {})
     run = read_run(run_dir)
     if run.summary.get("interrupted"):
         print(f"stopped at step {run.summary['steps']}; go on with --resume", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise stopping.Stopped(number or signal.Signals[run.summary["stopped_by"]])
+    if number:
+        print(run, file=sys.stderr)
+        raise stopping.Stopped(number)
     return run
+
+
+def _tell_of_signals(trainer: lp.Trainer) -> None:
+    """Let no signal be lost between the start of other processes and the moment they listen."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        stopping.hold()
+    elif launcher is not None:  # spawned processes, which hear of a signal from this one
+        stopping.defer("stopping after this step", launcher.kill)
 
 
 def read_run(path: str | Path) -> Run:
@@ -159,7 +192,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),
         Finish(run_dir, command, probe, skipped, interruption),
     ]
-    return lp.Trainer(
+    trainer = lp.Trainer(
         default_root_dir=run_dir,
         accelerator=config.accelerator,
         devices="auto" if config.devices == 0 else config.devices,
@@ -177,6 +210,8 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    trainer._signal_connector = SignalsLeftToUs(trainer)
+    return trainer
 
 
 def _strategy(method: Method) -> Any:
@@ -221,8 +256,12 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
 
 def _is_complete(checkpoint: Path, run_dir: Path) -> bool:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    finished = bool(state["global_step"] >= state["total_steps"])
-    return finished and (run_dir / "summary.json").exists() and (run_dir / "model").exists()
+    if state["global_step"] < state["total_steps"] or not (run_dir / "model").exists():
+        return False
+    try:  # the summary is written last; one of an earlier stop is of fewer steps
+        return bool(read_run(run_dir).summary["steps"] == state["global_step"])
+    except (UsageError, ValueError, KeyError):
+        return False
 
 
 def is_first_process() -> bool:
