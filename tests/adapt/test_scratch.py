@@ -92,7 +92,7 @@ def test_radii_and_weights_change_where_the_second_stage_begins(folder, monkeypa
     method = made(folder, preset="ldam_sam", encoder="vit_micro_patch4_32", sam_rho_late=0.7)
     method.total_steps = 10
     for step, expected in ((0, 0.05), (7, 0.05), (8, 0.7), (9, 0.7)):
-        monkeypatch.setattr(ScratchMethod, "global_step", step)
+        method.step = step
         assert method.sharpness() == expected
 
 

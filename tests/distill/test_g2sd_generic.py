@@ -154,7 +154,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(teacher, tmp_path, monke
     original = G2SDGenericMethod.training_loss
 
     def broken(self: G2SDGenericMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 2:
+        if self.step == 2:
             raise RuntimeError("power cut")
         return original(self, batch)
 
@@ -176,7 +176,7 @@ def test_another_teacher_of_the_same_name_does_not_take_over(tmp_path, monkeypat
     original = G2SDGenericMethod.training_loss
 
     def broken(self: G2SDGenericMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 1:
+        if self.step == 1:
             raise RuntimeError("power cut")
         return original(self, batch)
 

@@ -145,7 +145,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(teacher, tmp_path, monke
     original = G2SDSpecificMethod.training_loss
 
     def broken(self: G2SDSpecificMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 2:
+        if self.step == 2:
             raise RuntimeError("power cut")
         return original(self, batch)
 

@@ -133,7 +133,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(data, teacher, tmp_path,
     original = LogitsMethod.training_loss
 
     def broken(self: LogitsMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 2:
+        if self.step == 2:
             raise RuntimeError("power cut")
         return original(self, batch)
 

@@ -184,7 +184,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(data, tmp_path, monkeypa
     original = ScaleKDMethod.training_loss
 
     def broken(self: ScaleKDMethod, given: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 2:
+        if self.step == 2:
             raise RuntimeError("power cut")
         return original(self, given)
 

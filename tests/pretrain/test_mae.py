@@ -182,7 +182,7 @@ def test_broken_off_and_resumed_equals_never_broken_off(tmp_path, monkeypatch):
     original = MAEMethod.training_loss
 
     def broken(self: MAEMethod, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.global_step == 3:
+        if self.step == 3:
             raise RuntimeError("power cut")
         return original(self, batch)
 

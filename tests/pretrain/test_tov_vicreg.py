@@ -144,7 +144,7 @@ from patchloom.training.method import Method
 step = int(sys.argv[1])
 original = Method.training_step
 def training_step(self, batch, batch_idx):
-    if self.global_step == step:
+    if self.step == step:
         os.kill(os.getpid(), 9)
     return original(self, batch, batch_idx)
 Method.training_step = training_step

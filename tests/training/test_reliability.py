@@ -86,7 +86,7 @@ moment, step = sys.argv[1], int(sys.argv[2])
 if moment == "step":
     original = Method.training_step
     def training_step(self, batch, batch_idx):
-        if self.global_step == step:
+        if self.step == step:
             os.kill(os.getpid(), 9)
         return original(self, batch, batch_idx)
     Method.training_step = training_step
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(images, tmp_path
 
     def poisoned(self: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         losses = original(self, batch)
-        return {**losses, "loss": losses["loss"] * float("nan")} if self.global_step == 3 else losses
+        return {**losses, "loss": losses["loss"] * float("nan")} if self.step == 3 else losses
 
     monkeypatch.setattr(CCViTMethod, "training_loss", poisoned)
     out = tmp_path / "nan"

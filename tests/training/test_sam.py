@@ -14,7 +14,7 @@ from patchloom.encoders import create_encoder
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics, series
 from patchloom.training.run import fit
-from patchloom.training.sam import gradient_norm, perturbed, steady_statistics
+from patchloom.training.sam import SharpnessAware, gradient_norm, perturbed, steady_statistics
 
 
 def test_the_gradient_is_the_one_at_w_plus_e():
@@ -88,12 +88,15 @@ SETTINGS = {
 class Sharp(FinetuneMethod):
     """Fine-tuning by SAM, whose second pass is noted."""
 
+    def attachments(self):
+        return [SharpnessAware(self.sharpness)]
+
     def sharpness(self) -> float:
         return 0.5
 
     def training_loss(self, batch):
         losses = super().training_loss(batch)
-        self.__dict__.setdefault("seen", []).append((self.sam.again, float(losses["loss"].detach())))
+        self.__dict__.setdefault("seen", []).append((self.repeating, float(losses["loss"].detach())))
         return losses
 
 
@@ -145,7 +148,7 @@ def test_cut_off_and_resumed_equals_never_cut_off(tmp_path, capsys):
     def failing(self, batch, batch_idx):
         count.append(1)
         if len(count) == 11:  # within the third step, whose second pass is under way
-            assert self.sam.again
+            assert self.repeating
             raise RuntimeError("cut off")
         return original(self, batch, batch_idx)
 

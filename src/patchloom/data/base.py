@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from patchloom.data.kinds import IMAGE, Kind
 from patchloom.errors import UsageError
 
 UNLABELLED = "has no labels; put each class in a folder of its own"
@@ -53,6 +54,7 @@ class Source(ABC):
 
     Attributes:
         name: The source as the user named it.
+        kind: What its samples are.
         class_names: Names of the classes or, where an image may have several, of the labels; None when the images
             are unlabelled.
         labels: (n,) int64, -1 where unknown; (n, L) float32 in [0, 1], NaN where unknown, for a multi-label source;
@@ -61,6 +63,7 @@ class Source(ABC):
     """
 
     name: str
+    kind: Kind = IMAGE
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
     in_chans: int = 3
@@ -114,6 +117,7 @@ class StreamSource(ABC):
 
     Attributes:
         name: The source as the user named it.
+        kind: What its samples are.
         class_names: Names of the classes, or None when unknown.
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
@@ -123,6 +127,7 @@ class StreamSource(ABC):
     """
 
     name: str
+    kind: Kind = IMAGE
     class_names: list[str] | None = None
     labels: None = None
     in_chans: int = 3

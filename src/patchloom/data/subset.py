@@ -19,6 +19,7 @@ class SubsetSource(Source):
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = source.name
+        self.kind = source.kind
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.in_chans = source.in_chans

@@ -152,9 +152,8 @@ class Dinov2Method(Method):
         """Return the losses of a batch of crops."""
         global_crops = self.crops(batch["global"])
         local_crops = self.crops(batch["local"]) if "local" in batch else None
-        step = self.global_step if self._trainer is not None else 0
         masks = self.masks(len(batch["global"])).to(global_crops.device)
-        return self.model(global_crops, local_crops, masks, self.teacher_temperature(step))
+        return self.model(global_crops, local_crops, masks, self.teacher_temperature(self.step))
 
     def crops(self, views: Tensor) -> Tensor:
         """Return (B, n, C, h, w) uint8 crops as (n·B, C, h, w), crop-major and normalised."""
@@ -241,15 +240,20 @@ class Dinov2Method(Method):
         return adamw(ordered, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        step = self.global_step
-        frozen = self.frozen(step)
+        frozen = self.frozen(self.step)
         for group in optimizer.param_groups:
             group["lr_scale"] = 0.0 if group["part"] in frozen else group["full_scale"]
-        momentum = self.teacher_momentum(step)
-        if self.logs_now():
-            self.record({"teacher_momentum": momentum, "teacher_temperature": self.teacher_temperature(step)})
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.model.update_teacher(momentum)
+
+    def before_step(self) -> None:
+        """Note what the teacher is held to."""
+        if self.logs_now():
+            momentum, temperature = self.teacher_momentum(self.step), self.teacher_temperature(self.step)
+            self.record({"teacher_momentum": momentum, "teacher_temperature": temperature})
+
+    def after_step(self) -> None:
+        """Move the teacher."""
+        self.model.update_teacher(self.teacher_momentum(self.step))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

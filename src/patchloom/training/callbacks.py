@@ -40,7 +40,7 @@ class Progress(Callback):
         """Start the clock."""
         assert isinstance(pl_module, Method)
         self.started = self.said = self.batch_ended = time.monotonic()
-        self.first_step = trainer.global_step
+        self.first_step = pl_module.step
         if trainer.is_global_zero and self.first_step:
             print(f"going on after step {self.first_step} of {pl_module.total_steps}", file=sys.stderr, flush=True)
         if trainer.is_global_zero and sys.stderr.isatty():
@@ -62,7 +62,7 @@ class Progress(Callback):
         self.images += len(batch["key"]) * trainer.world_size
         if not trainer.is_global_zero:
             return
-        step = trainer.global_step
+        step = pl_module.step
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(self.figures(pl_module, now), refresh=False)
@@ -83,8 +83,8 @@ class Progress(Callback):
 
     def figures(self, method: Method, now: float) -> str:
         """Return epoch, loss, speed and, when it matters, the share of time spent waiting for images."""
-        epoch = method.batches_done / (method.steps_per_epoch * method.config.accumulate)
-        epochs = method.total_steps / method.steps_per_epoch
+        epoch = method.epochs(method.batches_done)
+        epochs = method.epochs(method.total_steps * method.config.accumulate)
         parts = [f"epoch {epoch:.1f}/{epochs:.0f}" if epochs >= 10 else f"epoch {epoch:.1f}/{epochs:.1f}"]
         if (loss := method.latest.get("loss")) is not None:
             parts.append(f"loss {loss:.3f}")
@@ -104,7 +104,8 @@ class ContinuedMetrics(Callback):
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Drop what was logged after the checkpoint."""
-        self.metrics.forget_after(trainer.global_step)
+        assert isinstance(pl_module, Method)
+        self.metrics.forget_after(pl_module.step)
 
 
 class SkippedImages(Callback):
@@ -148,7 +149,8 @@ class Probe(Callback):
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Measure the untrained encoder: what training is compared with."""
-        if self.every and trainer.global_step == 0:
+        assert isinstance(pl_module, Method)
+        if self.every and pl_module.step == 0:
             self.run(trainer, pl_module)
 
     def on_train_batch_end(
@@ -156,12 +158,11 @@ class Probe(Callback):
     ) -> None:
         """Probe where an epoch that calls for it ends."""
         assert isinstance(pl_module, Method)
-        step, per_epoch = trainer.global_step, pl_module.steps_per_epoch
-        if not self.every or pl_module.batches_done % pl_module.config.accumulate or step % per_epoch:
+        if not self.every or not pl_module.at_epoch_end() or pl_module.step == pl_module.total_steps:
             return
         if trainer.should_stop:  # the checkpoint comes first, then the probe of the end
             return
-        if (step // per_epoch) % self.every == 0 and step < pl_module.total_steps:
+        if round(pl_module.epochs(pl_module.batches_done)) % self.every == 0:
             self.run(trainer, pl_module)
 
     def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
@@ -177,18 +178,20 @@ class Probe(Callback):
         self.latest |= pl_module.validate(pl_module.device)
         numbers = {name: value for name, value in self.latest.items() if isinstance(value, (int, float))}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+            logger.log_metrics(numbers, step=pl_module.step)
+        if not numbers:
+            return
         said = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
-        text = f"step {trainer.global_step}: {said}"
+        text = f"step {pl_module.step}: {said}"
         if verdict := self.latest.get("verdict"):
             text += f"  ({verdict})"
         tqdm.write(text, file=sys.stderr)
 
 
 class ProbeData:
-    """The images the probe looks at: reference and query halves, fixed for the whole run."""
+    """The images the probe looks at: reference and query halves, fixed for the whole run; None where there are none."""
 
-    def __init__(self, reference: Source | None, queries: Source) -> None:
+    def __init__(self, reference: Source | None, queries: Source | None) -> None:
         self.reference = reference
         self.queries = queries
 
@@ -198,6 +201,8 @@ class ProbeData:
         These are `knn_accuracy`, `knn_balanced_accuracy` and `knn_majority_share`, the accuracy of naming the
         commonest class of the queries every time.
         """
+        if self.queries is None:
+            return {}
         from patchloom.features.extract import extract
         from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
         from patchloom.features.knn import knn_scores
@@ -255,7 +260,7 @@ class Interruption(Callback):
         if number:
             self.number = number
             trainer.should_stop = True
-        elif trainer.global_step == pl_module.total_steps:
+        elif pl_module.step == pl_module.total_steps:
             stopping.defer("the last step is done; stopping after the report")
 
     def teardown(self, trainer: lp.Trainer, pl_module: lp.LightningModule, stage: str) -> None:
@@ -288,7 +293,7 @@ class FailureNote(Callback):
             return
         note = {
             "reason": str(exception),
-            "step": trainer.global_step,
+            "step": pl_module.step,
             "lr": [group["lr"] for group in trainer.optimizers[0].param_groups][:1],
             "files": pl_module.last_batch_keys,
         }

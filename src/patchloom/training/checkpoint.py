@@ -64,24 +64,24 @@ class CheckpointEvery(Checkpoint):
     ) -> None:
         """Save where due. Only after whole optimiser steps: a half-accumulated gradient would be lost."""
         assert isinstance(pl_module, Method)
-        step = trainer.global_step
-        if pl_module.batches_done % pl_module.config.accumulate:
+        if not pl_module.at_step_end():
             return
-        ends = step % pl_module.steps_per_epoch == 0 or step == pl_module.total_steps or trainer.should_stop
-        if step % self.every == 0 or ends:
-            self.save(trainer)
+        ends = pl_module.at_epoch_end() or pl_module.step == pl_module.total_steps or trainer.should_stop
+        if pl_module.step % self.every == 0 or ends:
+            self.save(trainer, pl_module.step)
 
     def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Save the end."""
-        self.save(trainer)
+        assert isinstance(pl_module, Method)
+        self.save(trainer, pl_module.step)
 
-    def save(self, trainer: lp.Trainer) -> None:
+    def save(self, trainer: lp.Trainer, step: int) -> None:
         """Write the checkpoint unless this step's is written already."""
-        if self.saved_at != trainer.global_step:
+        if self.saved_at != step:
             for logger in trainer.loggers:  # what was logged up to here must not be lost with the process
                 logger.save()
             trainer.save_checkpoint(self.path)
-            self.saved_at = trainer.global_step
+            self.saved_at = step
 
 
 def _reason(error: Exception) -> str:

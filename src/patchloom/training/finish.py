@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import signal
@@ -17,7 +16,6 @@ from torch import nn
 from patchloom import __version__
 from patchloom.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages, duration
-from patchloom.training.ewa import average_ffn, experts_of
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report
@@ -43,7 +41,7 @@ class Finish(Callback):
             return
         for logger in trainer.loggers:
             logger.save()
-        lineage = self.lineage(pl_module, trainer.global_step)
+        lineage = self.lineage(pl_module, pl_module.step)
         pl_module.save_model(model, self.run_dir / "model", lineage)
         summary = self.summary(trainer, pl_module)
         try:
@@ -64,9 +62,11 @@ class Finish(Callback):
     def shipped(self, trainer: lp.Trainer, method: Method) -> nn.Module:
         """Return the model to ship, put together from shards where it is sharded."""
         if method.config.strategy != "fsdp":
-            model = method.bundle_model()
-            return average_ffn(copy.deepcopy(model)) if experts_of(model) else model
-        prefix = "encoder." if method.ema is None else "ema.module."
+            model: nn.Module = method.bundle_model()
+            for part in method.attached:
+                model = part.fold(model)
+            return model
+        prefix = next((part.ships for part in method.attached if part.ships is not None), "encoder.")
         state = trainer.strategy.lightning_module_state_dict()
         model = method.build_encoder()
         model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
@@ -99,9 +99,9 @@ class Finish(Callback):
             "patchloom": __version__,
             **method.describe(),
             "data": method.source.describe(),
-            "steps": trainer.global_step,
+            "steps": method.step,
             "total_steps": method.total_steps,
-            **self.interrupted(trainer.global_step < method.total_steps),
+            **self.interrupted(method.step < method.total_steps),
             **{name: value for name, value in last.items() if name not in known},
             **self.probe.latest,
             **method.summary(),

@@ -48,7 +48,7 @@ class CollapseWatch(Callback):
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Look at the untrained encoder: one that starts with constant features has not collapsed by training."""
         assert isinstance(pl_module, Method)
-        if self._looks(trainer, pl_module) and trainer.global_step == 0 and pl_module.total_steps >= self.every:
+        if self._looks(trainer, pl_module) and pl_module.step == 0 and pl_module.total_steps >= self.every:
             self.before = self.figures(pl_module)["encoder_mean_cosine"]
 
     def on_train_batch_end(
@@ -56,8 +56,8 @@ class CollapseWatch(Callback):
     ) -> None:
         """Look where it is due, after whole optimiser steps."""
         assert isinstance(pl_module, Method)
-        due = self.every and trainer.global_step % self.every == 0
-        if due and not pl_module.batches_done % pl_module.config.accumulate and self._looks(trainer, pl_module):
+        due = self.every and pl_module.step % self.every == 0
+        if due and pl_module.at_step_end() and self._looks(trainer, pl_module):
             self.look(trainer, pl_module)
 
     def look(self, trainer: lp.Trainer, method: Method) -> None:
@@ -65,7 +65,7 @@ class CollapseWatch(Callback):
         figures = self.figures(method)
         width, images = int(figures.pop("width")), len(self._images(method))
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=method.step)
         rank, cosine = figures["encoder_rankme"], figures["encoder_mean_cosine"]
         collapsed = has_collapsed(rank, cosine, width, images)
         if collapsed == self.collapsed:
@@ -74,7 +74,7 @@ class CollapseWatch(Callback):
         words = verdict(rank, cosine, width, images)
         if collapsed and self.before is not None and cosine <= self.before:
             words += " They began so: training has not got them apart yet."
-        text = f"step {trainer.global_step}: health of the encoder: rankme {rank:.3g}  mean cosine {cosine:.4g}"
+        text = f"step {method.step}: health of the encoder: rankme {rank:.3g}  mean cosine {cosine:.4g}"
         tqdm.write(f"{text}  ({words})", file=sys.stderr)
 
     def figures(self, method: Method) -> dict[str, float]:

@@ -96,7 +96,7 @@ class LabelledMethod(Method):
 
     def late(self) -> bool:
         """Return whether the present step is one of those in which class weights count."""
-        return self.global_step >= round(self.config.reweight_from * self.total_steps)
+        return self.step >= round(self.config.reweight_from * self.total_steps)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as lp
 import torch
-from timm.utils import ModelEmaV3
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from patchloom.data import make_loader
@@ -30,10 +30,10 @@ from patchloom.encoders import (
     layer_of_parameter,
 )
 from patchloom.errors import UsageError
+from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
-from patchloom.training.ewa import average_experts_, expand_ffn, experts_of, share_rate_schedule
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
-from patchloom.training.sam import SharpnessAware
+from patchloom.training.phases import Phase, Span, Stage
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
 
 if TYPE_CHECKING:
@@ -50,14 +50,19 @@ class NonFiniteLossError(RuntimeError):
 class Method(lp.LightningModule):
     """A way to train an encoder.
 
-    Subclasses set `config_class` and implement `transform` and `training_loss`; the other hooks have defaults.
+    Subclasses set `config_class` and implement `transform` and `training_loss`; the other hooks have defaults. A method
+    with several optimisers says so by `phases`, one that learns one thing after another by `stages`.
 
     Attributes:
         any_backbone: Whether the encoder may be any image model of timm; else it is a ViT.
         config: The settings.
         encoder: The timm module under training, without head.
-        steps_per_epoch: Optimiser steps per epoch, set by the engine before training.
-        total_steps: Optimiser steps of the whole run, likewise.
+        attached: What rides on the run, set by the engine before training.
+        step: Steps done, however many optimisers a step has.
+        stage: Number of the present stage.
+        steps_per_epoch: Steps per epoch of the present stage, set by the engine before training.
+        total_steps: Steps of the whole run, likewise.
+        repeating: Whether the present forward pass is one besides the step's own, which counts and logs nothing.
         latest: The figures logged last.
     """
 
@@ -75,13 +80,17 @@ class Method(lp.LightningModule):
         self.encoder: Encoder = self.build_encoder()
         if config.grad_checkpointing:
             _recompute(self.encoder)
+        self.attached: Sequence[Attachment] = ()
+        self.step = 0
+        self.stage = 0
+        self.spans: list[Span] = []
         self.steps_per_epoch = 1
         self.total_steps = 1
         self.batches_done = 0
-        self.ema: ModelEmaV3 | None = None
+        self.repeating = False
         self.last_batch_keys: list[str] = []
-        self.sam = SharpnessAware()
         self.latest: dict[str, float] = {}
+        self._held: list[tuple[dict[str, Any], int]] = []
 
     def build_encoder(self) -> Encoder:
         """Return the encoder the settings name, with the weights of `init_from` where that is set.
@@ -143,9 +152,26 @@ class Method(lp.LightningModule):
         """Return whether weight decay applies to a parameter."""
         return decays(name, parameter)
 
-    def sharpness(self) -> float:
-        """Return ρ of sharpness-aware minimisation for the present step; 0, the default, for a plain step."""
-        return 0.0
+    def phases(self) -> list[Phase]:
+        """Return the parts of a step with several optimisers; by default none: `training_loss` is the whole step."""
+        return []
+
+    def stages(self) -> list[Stage]:
+        """Return the parts of the run; by default there is one."""
+        return [Stage("train")]
+
+    def enter_stage(self, number: int) -> None:
+        """Get ready for a stage (new heads, new tasks); a resumed run calls it for those it has passed, in turn."""
+
+    def attachments(self) -> list[Attachment]:
+        """Return what the method itself lets ride on the run; none by default."""
+        return []
+
+    def before_step(self) -> None:
+        """Act before an optimiser step."""
+
+    def after_step(self) -> None:
+        """Act after an optimiser step, such as moving a teacher; `step` still is the number of that step."""
 
     def validate(self, device: torch.device) -> dict[str, Any]:
         """Return figures on held-out data after an epoch that calls for them; none by default."""
@@ -164,8 +190,11 @@ class Method(lp.LightningModule):
         return {}
 
     def bundle_model(self) -> Encoder:
-        """Return what is shipped: the encoder, or its moving average."""
-        return self.encoder if self.ema is None else self.ema.module
+        """Return what is looked at and shipped: the encoder, or what an attachment puts in its place."""
+        model: Encoder = self.encoder
+        for part in self.attached:
+            model = part.view(self, model)
+        return model
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
         """Write what is shipped, the `bundle_model`, to a folder."""
@@ -175,23 +204,109 @@ class Method(lp.LightningModule):
 
     # What binds it to Lightning.
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        config = self.config
-        self.last_batch_keys = list(batch["key"])
-        losses = self.training_loss(batch)
-        loss = losses["loss"]
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._account_of_failure(float(loss.detach()), losses))
-        if self.sam.again:
-            return loss
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        if not self.automatic_optimization:
+            return self._phased_step(batch)
+        losses = self._checked(batch, self.training_loss)
+        if self.repeating:
+            return losses["loss"]
         if self.logs_now():
-            self.record(losses | {"epoch": (self.batches_done + 1) / (self.steps_per_epoch * config.accumulate)})
+            self.record(losses | {"epoch": self.epochs(self.batches_done + 1)})
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
-        return loss
+        return losses["loss"]
+
+    def _checked(self, batch: dict[str, Any], loss: Callable[[dict[str, Any]], dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.last_batch_keys = list(batch["key"])
+        losses = loss(batch)
+        if not torch.isfinite(losses["loss"]):
+            raise NonFiniteLossError(self._account_of_failure(float(losses["loss"].detach()), losses))
+        return losses
+
+    def _phased_step(self, batch: dict[str, Any]) -> Tensor | None:
+        """Go through the phases, each with all batches of the step: the second sees what the first has learnt."""
+        self._held.append((batch, self.batches_done))
+        self.batches_done += 1
+        if len(self._held) < self.config.accumulate:
+            return None
+        held, self._held = self._held, []
+        total = torch.zeros((), device=self.device)
+        figures: dict[str, Any] = {"epoch": self.epochs(self.batches_done)}
+        self.before_step()
+        for phase, optimizer in zip(self.phases(), _as_list(self.optimizers()), strict=True):
+            if self.step % phase.every:
+                continue
+            lr, weight_decay = (phase.rates or self.rates)(self.step)
+            set_rates(optimizer, lr, weight_decay)
+            with self._only(phase):
+                for part, position in held:
+                    self.seed_draws(position)
+                    losses = self._checked(part, phase.loss)
+                    self.manual_backward(losses["loss"] / len(held))
+                optimizer.step()
+                optimizer.zero_grad()
+            total += losses["loss"].detach()
+            figures |= {f"{phase.name}_{name}": value.detach() for name, value in losses.items()}
+            figures |= {f"{phase.name}_lr": lr, f"{phase.name}_weight_decay": weight_decay}
+        if self.logs_now():
+            self.record(figures | {"loss": total})
+        self._end_step()
+        return None
+
+    @contextmanager
+    def _only(self, phase: Phase) -> Iterator[None]:
+        """Let the parameters of a phase alone take gradients."""
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        own = {id(parameter) for name, parameter in self.named_parameters() if phase.trains(name)}
+        for parameter in learning:
+            parameter.requires_grad_(id(parameter) in own)
+        try:
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def _end_step(self) -> None:
+        for part in self.attached:
+            part.after_step(self)
+        self.after_step()
+        self.step += 1
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Let forward passes go by that are not the step's own: they count and log nothing."""
+        self.repeating = True
+        try:
+            yield
+        finally:
+            self.repeating = False
+
+    # Where the run stands.
+
+    @property
+    def span(self) -> Span:
+        """Where the present stage lies in the run."""
+        return self.spans[self.stage] if self.spans else Span(0, self.total_steps, self.steps_per_epoch)
+
+    def epochs(self, batches: int) -> float:
+        """Return how many epochs so many batches of the run make, over all its stages."""
+        done, passed = batches / self.config.accumulate, 0.0
+        for span in self.spans or [self.span]:
+            within = max(0.0, min(done - span.start, span.steps))
+            passed += within / span.per_epoch
+        return passed
+
+    def at_step_end(self) -> bool:
+        """Return whether no gradient is under way: the moment to save or to measure."""
+        return self.batches_done % self.config.accumulate == 0
+
+    def at_epoch_end(self) -> bool:
+        """Return whether a pass over the images, or a stage, has just been completed."""
+        within = self.step - self.span.start
+        return self.at_step_end() and (within % self.span.per_epoch == 0 or self.step == self.span.end)
 
     def logs_now(self) -> bool:
         """Return whether the present step is one that is logged: every `log_every`-th, and the last."""
-        return self.global_step % self.config.log_every == 0 or self.global_step == self.total_steps - 1
+        return self.step % self.config.log_every == 0 or self.step == self.total_steps - 1
 
     def record(self, values: dict[str, Any]) -> None:
         """Log figures of the present step, averaged over processes; every process has to call it."""
@@ -205,7 +320,7 @@ class Method(lp.LightningModule):
         self.latest |= figures
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
-                logger.log_metrics(figures, step=self.global_step)
+                logger.log_metrics(figures, step=self.step)
 
     def _account_of_failure(self, loss: float, losses: dict[str, Tensor]) -> str:
         lr = max((group["lr"] for group in self.trainer.optimizers[0].param_groups), default=0.0)
@@ -217,11 +332,18 @@ class Method(lp.LightningModule):
         ]
         blame = f" from {', '.join(parts)}" if parts else ""
         return (
-            f"the loss is {loss} at step {self.global_step}{blame} (last learning rate {lr:.3g}, batch: {names}); "
+            f"the loss is {loss} at step {self.step}{blame} (last learning rate {lr:.3g}, batch: {names}); "
             f"the checkpoint before it is untouched; try a smaller lr or precision=32-true"
         )
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser or, of several phases, one for each."""
+        phases = self.phases()
+        if not phases:
+            return self._adamw(lambda name: True)
+        return [self._adamw(phase.trains) for phase in phases]
+
+    def _adamw(self, wanted: Callable[[str], bool]) -> torch.optim.Optimizer:
         config = self.config
         groups = parameter_groups(
             self,
@@ -229,6 +351,7 @@ class Method(lp.LightningModule):
             layer=self.layer,
             depth=depth(self.encoder),
             decay=self.decays,
+            wanted=wanted,
         )
         return adamw(groups, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
 
@@ -241,29 +364,32 @@ class Method(lp.LightningModule):
         return config.lr * (config.batch_size * config.accumulate * world / config.lr_base_batch)
 
     def rates(self, step: int) -> tuple[float, float]:
-        """Return the learning rate and weight decay of an optimiser step."""
-        config = self.config
-        warmup = warmup_steps(config.warmup_epochs, self.steps_per_epoch, self.total_steps)
+        """Return the learning rate and weight decay of a step; each stage has the whole schedule."""
+        config, span = self.config, self.span
+        warmup = warmup_steps(config.warmup_epochs, span.per_epoch, span.steps)
         # A peak below min_lr is meant: the cosine must not climb.
-        peak = self.peak_lr()
-        lr = warmup_cosine(step, self.total_steps, warmup, peak, min(config.min_lr, peak))
+        peak, within = self.peak_lr(), step - span.start
+        lr = warmup_cosine(within, span.steps, warmup, peak, min(config.min_lr, peak))
         end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-        return lr, cosine(step, self.total_steps, config.weight_decay, end)
+        return lr, cosine(within, span.steps, config.weight_decay, end)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        lr, weight_decay = self.rates(self.global_step)
+        lr, weight_decay = self.rates(self.step)
         set_rates(optimizer, lr, weight_decay)
         if self.logs_now():
             self.record({"lr": lr, "weight_decay": weight_decay})
-        if radius := self.sharpness():
-            optimizer_closure = partial(self.sam.closure, self, optimizer_closure, optimizer, radius)
+        self.before_step()
+        for part in self.attached:
+            optimizer_closure = part.closure(self, optimizer_closure, optimizer)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.config.experts:
-            rate = share_rate_schedule(self.config.share_schedule, self.config.share_rate, self.total_steps)
-            average_experts_(experts_of(self.encoder), rate(self.global_step))
-        if self.ema is not None:
-            self.ema.update(self.encoder)
         optimizer.zero_grad()  # now, not before the next backward pass: the next forward pass then has their memory
+        self._end_step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradient of a phase; Lightning clips that of a single one itself."""
+        if not self.automatic_optimization and self.config.clip_grad is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -276,37 +402,50 @@ class Method(lp.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.seed_draws(self.batches_done)
-        if self.sharpness():
-            self.sam.keep(batch, batch_idx, self.batches_done)
 
     def seed_draws(self, position: int) -> None:
         """Seed the draws inside the model (drop path, dropout) by a batch's place: a resumed run repeats them."""
         torch.manual_seed(hash((self.config.seed, position, self.global_rank)) & 0x7FFF_FFFF_FFFF_FFFF)
 
     def setup(self, stage: str) -> None:
-        """Make what training needs in one process, load it in all, and start the moving average."""
+        """Make what training needs in one process, load it in all, and attach what rides on the run."""
         run_dir = Path(self.config.out)
         if self.trainer.is_global_zero:
             self.prepare(self.source, run_dir)
         self.trainer.strategy.barrier("prepare")
         self.load_prepared(run_dir)
-        if self.config.experts and not experts_of(self.encoder):
-            trained = self.config.init_from is not None or Path(self.config.encoder).exists()
-            expand_ffn(
-                self.encoder, self.config.experts, self.config.expert_layers, "copy" if trained else "independent"
-            )
-        if self.config.ema is not None and self.ema is None:
-            self.ema = ModelEmaV3(self.encoder, decay=self.config.ema)
-            self.ema.requires_grad_(False)
+        for part in self.attached:
+            part.attach(self)
+        self.automatic_optimization = not self.phases()
+        self.enter_stage(0)
         if self.config.compile:
             for part in self.encoder.blocks if has_tokens(self.encoder) else [self.encoder]:
                 part.compile()
 
     def train_dataloader(self) -> TrainingStream:
         """Return all batches of the run, from the present position on."""
+        config, stages = self.config, self.stages()
+        loaders = [self._loader(stage) for stage in stages]
+        self.spans, start = [], 0
+        for stage, loader in zip(stages, loaders, strict=True):
+            per_epoch = len(loader) // config.accumulate
+            if per_epoch == 0:
+                raise UsageError(
+                    f"accumulate={config.accumulate} needs {config.accumulate} batches per epoch, and "
+                    f"{self.source.name} gives {len(loader)} of batch_size={config.batch_size}; lower one of them"
+                )
+            steps = (stage.epochs or config.epochs) * per_epoch
+            if config.max_steps is not None:
+                steps = config.max_steps if len(stages) == 1 else min(steps, config.max_steps - start)
+            self.spans.append(Span(start, steps, per_epoch))
+            start += steps
+        self.total_steps, self.steps_per_epoch = start, self.span.per_epoch
+        return TrainingStream(loaders, self)
+
+    def _loader(self, stage: Stage) -> Any:
         config = self.config
-        loader = make_loader(
-            self.training_source(),
+        return make_loader(
+            self.training_source() if stage.source is None else stage.source,
             self.transform(),
             config.batch_size,
             seed=config.seed,
@@ -318,22 +457,34 @@ class Method(lp.LightningModule):
             pin_memory=self.device.type == "cuda",
             repeats=self.repeats(),
         )
-        self.steps_per_epoch = len(loader) // config.accumulate
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"accumulate={config.accumulate} needs {config.accumulate} batches per epoch, and {self.source.name} "
-                f"gives {len(loader)} of batch_size={config.batch_size}; lower one of them"
-            )
-        self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
-        return TrainingStream(loader, self)
+
+    def begin_stage(self, number: int) -> None:
+        """Go over to a stage after the first, within training: its modules, fresh optimisers."""
+        strategy: Any = self.trainer.strategy
+        if self.config.strategy == "fsdp":
+            raise UsageError("several stages are not sharded by strategy=fsdp; use ddp")
+        self.stage = number
+        self.steps_per_epoch = self.span.per_epoch
+        self.enter_stage(number)
+        self.to(self.device)
+        if isinstance(strategy, DDPStrategy):  # the processes must hear of parameters that are new
+            strategy.model = self
+            strategy.configure_ddp()
+        strategy.setup_optimizers(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["batches_done"] = self.batches_done
+        checkpoint["step"] = self.step
+        checkpoint["stage"] = self.stage
         checkpoint["total_steps"] = self.total_steps
         checkpoint["seconds"] = self.seconds()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_done = int(checkpoint["batches_done"])
+        self.step = steps_done(checkpoint)
+        for number in range(1, int(checkpoint.get("stage", 0)) + 1):
+            self.enter_stage(number)
+            self.stage = number
         self.seconds_before = float(checkpoint["seconds"])
 
     def seconds(self) -> float:
@@ -362,8 +513,8 @@ class TrainingStream:
     in the data is ours to restore exactly.
     """
 
-    def __init__(self, loader: Any, method: Method) -> None:
-        self.loader = loader
+    def __init__(self, loaders: list[Any], method: Method) -> None:
+        self.loaders = loaders
         self.method = method
         self.total = method.total_steps * method.config.accumulate
 
@@ -371,16 +522,31 @@ class TrainingStream:
         return self.total
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        per_epoch = self.method.steps_per_epoch * self.method.config.accumulate
-        done = self.method.batches_done
-        while done < self.total:
-            epoch, offset = divmod(done, per_epoch)
-            self.loader.set_position(epoch, offset)
-            for batch in self.loader:
-                yield batch
-                done += 1
-                if done % per_epoch == 0 or done == self.total:
-                    break
+        method, times = self.method, self.method.config.accumulate
+        done = method.batches_done
+        for number, (loader, span) in enumerate(zip(self.loaders, method.spans, strict=True)):
+            if done >= span.end * times:
+                continue
+            if number > method.stage:
+                method.begin_stage(number)
+            per_epoch = span.per_epoch * times
+            while done < span.end * times:
+                epoch, offset = divmod(done - span.start * times, per_epoch)
+                loader.set_position(epoch, offset)
+                for batch in loader:
+                    yield batch
+                    done += 1
+                    if (done - span.start * times) % per_epoch == 0 or done == span.end * times:
+                        break
+
+
+def steps_done(checkpoint: dict[str, Any]) -> int:
+    """Return the steps a checkpoint was written after; older ones, of one optimiser, have Lightning's count alone."""
+    return int(checkpoint.get("step", checkpoint["global_step"]))
+
+
+def _as_list(optimizers: Any) -> list[Any]:
+    return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
 
 
 def _recompute(encoder: Encoder) -> None:

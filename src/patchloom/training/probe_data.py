@@ -17,7 +17,7 @@ MOST_REFERENCE, MOST_QUERIES, MOST_STREAMED = 1000, 500, 256
 
 
 def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> ProbeData:
-    """Return the reference and query images of a run's probe.
+    """Return the reference and query images of a run's probe; neither where samples are no pictures.
 
     With `probe_data`, queries come from there and references from the training images. Without, both come from
     the training images (no image is in both). Without labels, or with several per image, there are queries only.
@@ -25,6 +25,8 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
     Raises:
         UsageError: `probe_data` cannot be opened, or its classes are not those of the training images.
     """
+    if not source.kind.pictured:
+        return ProbeData(None, None)
     training = _labelled(_at_hand(source, config.seed))
     if config.probe_data is None:
         order = np.random.default_rng(config.seed).permutation(len(training))[: MOST_REFERENCE + MOST_QUERIES]

@@ -45,14 +45,16 @@ def write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, 
         summary: The final figures.
     """
     rows = read_metrics(run_dir / "metrics.csv")
-    images = held_out_images(probe.data.queries, method.input_size, NEIGHBOUR_POOL)
-    encoder = method.bundle_model().eval()
-    # Every few images of the probe set, so that classes that follow one another are all seen.
-    shown = images[:: max(1, len(images) // PICTURES)][:PICTURES]
-    with torch.no_grad():
-        own = method.report_sections(shown)
-        sections = [*training_sections(rows), *own, *feature_sections(encoder, images, shown, method)]
-    sections += [health_section(rows, summary), settings_section(method)]
+    sections: list[Section | None] = [*training_sections(rows)]
+    if probe.data.queries is not None:
+        images = held_out_images(probe.data.queries, method.input_size, NEIGHBOUR_POOL)
+        encoder = method.bundle_model().eval()
+        # Every few images of the probe set, so that classes that follow one another are all seen.
+        shown = images[:: max(1, len(images) // PICTURES)][:PICTURES]
+        with torch.no_grad():
+            sections += [*method.report_sections(shown), *feature_sections(encoder, images, shown, method)]
+        sections.append(health_section(rows, summary))
+    sections.append(settings_section(method))
     return write_report(
         run_dir / "report.html",
         title=f"{command}: {method.config.data}",

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
+from patchloom.training.attachment import Attachment
 from patchloom.training.callbacks import (
     ContinuedMetrics,
     FailureNote,
@@ -41,9 +42,11 @@ from patchloom.training.callbacks import (
 )
 from patchloom.training.checkpoint import LAST, AtomicCheckpointIO, CheckpointEvery
 from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
+from patchloom.training.ema import MovingAverage
+from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
 from patchloom.training.health import CollapseWatch
-from patchloom.training.method import Method
+from patchloom.training.method import Method, steps_done
 from patchloom.training.metrics import CSVMetrics
 from patchloom.training.probe_data import choose_probe_data
 
@@ -79,13 +82,22 @@ def resolve(method_class: type[Method], settings: Mapping[str, Any]) -> TrainCon
     return config_from_mapping(method_class.config_class, values)
 
 
-def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
+def fit(
+    command: str,
+    method_class: type[Method],
+    config: TrainConfig,
+    *,
+    source: Source | StreamSource | None = None,
+    attach: Sequence[Attachment] = (),
+) -> Run:
     """Train, and leave a run folder behind: settings, metrics, checkpoints, model, report.
 
     Args:
         command: The words that name the method on the command line, such as `pretrain ccvit`.
         method_class: The method.
         config: Its settings.
+        source: What `config.data` names, where it is open already or no source that a name opens.
+        attach: What rides on the run besides what the settings ask for.
 
     Raises:
         UsageError: The data, the encoder or the run folder cannot be used as asked.
@@ -94,14 +106,22 @@ def fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
         Stopped: A signal ended the run; from its first step on, checkpoint, model and report are written.
     """
     with stopping.stoppable():
-        return _fit(command, method_class, config)
+        return _fit(command, method_class, config, source, attach)
 
 
-def _fit(command: str, method_class: type[Method], config: TrainConfig) -> Run:
-    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
+def _fit(
+    command: str,
+    method_class: type[Method],
+    config: TrainConfig,
+    source: Source | StreamSource | None,
+    attach: Sequence[Attachment],
+) -> Run:
+    if source is None:
+        source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
     method = method_class(config, source)
+    method.attached = [*method.attachments(), *attachments_of(config), *attach]
     run_dir = Path(config.out)
     is_new = not run_dir.exists()
     if is_first_process():
@@ -155,6 +175,13 @@ def _tell_of_signals(trainer: lp.Trainer) -> None:
         stopping.defer("stopping after this step", launcher.kill)
 
 
+def attachments_of(config: TrainConfig) -> list[Attachment]:
+    """Return what the settings of every method can let ride on a run, in the order in which they act."""
+    experts = [ExpertsAveraging(config)] if config.experts else []
+    average = [MovingAverage(config.ema)] if config.ema is not None else []
+    return [*experts, *average]
+
+
 def read_run(path: str | Path) -> Run:
     """Return the run in a folder.
 
@@ -179,14 +206,16 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         every=config.probe_every,
         batch_size=config.batch_size,
     )
+    queries = probe.data.queries
     skipped = SkippedImages(run_dir)
     interruption = Interruption()
     callbacks = [
+        *method.attached,
         interruption,
         ContinuedMetrics(metrics),
         skipped,
         probe,
-        CollapseWatch(probe.data.queries, config.health_every, config.batch_size),
+        *([] if queries is None else [CollapseWatch(queries, config.health_every, config.batch_size)]),
         Progress(),
         FailureNote(run_dir),
         CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),
@@ -256,10 +285,11 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
 
 def _is_complete(checkpoint: Path, run_dir: Path) -> bool:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if state["global_step"] < state["total_steps"] or not (run_dir / "model").exists():
+    steps = steps_done(state)
+    if steps < state["total_steps"] or not (run_dir / "model").exists():
         return False
     try:  # the summary is written last; one of an earlier stop is of fewer steps
-        return bool(read_run(run_dir).summary["steps"] == state["global_step"])
+        return bool(read_run(run_dir).summary["steps"] == steps)
     except (UsageError, ValueError, KeyError):
         return False
 

@@ -1,7 +1,7 @@
 """Sharpness-aware minimisation: step by the gradient taken where the loss is worst nearby.
 
 Flat minima have features of lower rank, and CNNs trained so teach rare classes better. Foret et al. 2021, arXiv
-2010.01412; specification `deit_lt`, section 2.6. `Method.sharpness` turns it on for a training step of the engine.
+2010.01412; specification `deit_lt`, section 2.6. A method with a radius attaches `SharpnessAware` to its run.
 
 >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
 >>> (weight.square().sum() / 2).backward()
@@ -16,40 +16,58 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
+import lightning.pytorch as lp
 import torch
 from torch import Tensor, nn
+
+from patchloom.errors import UsageError
+from patchloom.training.attachment import Attachment
 
 if TYPE_CHECKING:
     from patchloom.training.method import Method
 
 
-class SharpnessAware:
+class SharpnessAware(Attachment):
     """Lets a step of the engine go through its batches twice: at w, and where the gradient leads from there.
 
     All batches of a step count as one, however they are accumulated or spread over processes, and what is drawn for
     them (mixing, drop path) is drawn alike both times.
 
-    Attributes:
-        again: Whether the second pass is under way.
+    Args:
+        radius: Returns ρ for the present step; 0 for a plain one.
     """
 
-    def __init__(self) -> None:
-        self.again = False
+    def __init__(self, radius: Callable[[], float]) -> None:
+        self.radius = radius
         self._batches: list[tuple[dict[str, Any], int, int]] = []
 
-    def keep(self, batch: dict[str, Any], batch_idx: int, position: int) -> None:
+    def attach(self, method: Method) -> None:
+        """Refuse methods with several optimisers: whose gradient would lead?"""
+        if method.phases():
+            raise UsageError("sharpness-aware minimisation is for methods with one optimiser")
+
+    def on_train_batch_start(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Remember a batch of the present step, before anything is done to it (mixing is done in place)."""
+        if not self.radius():
+            return
+        position = cast("Method", pl_module).batches_done
         copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         self._batches.append((copied, batch_idx, position))
 
-    def closure(self, method: Method, first: Callable[[], Any], optimizer: Any, radius: float) -> Any:
-        """Run a step's own closure, then leave the gradient of the second pass in its place; return its loss."""
+    def closure(self, method: Method, closure: Callable[[], Any], optimizer: Any) -> Callable[[], Any]:
+        """Return the step's own closure, followed by a second pass whose gradient takes the place of the first's."""
+        radius = self.radius()
+        return partial(self._twice, method, closure, optimizer, radius) if radius else closure
+
+    def _twice(self, method: Method, first: Callable[[], Any], optimizer: Any, radius: float) -> Any:
         loss, strategy, found = first(), method.trainer.strategy, []
         unsynchronised = getattr(strategy, "block_backward_sync", nullcontext)
-        self.again = True
-        with perturbed(method.parameters(), radius), steady_statistics(method):
+        with method.repeated(), perturbed(method.parameters(), radius), steady_statistics(method):
             optimizer.zero_grad()
             for number, (batch, batch_idx, position) in enumerate(self._batches, 1):
                 with nullcontext() if number == len(self._batches) else unsynchronised():
@@ -58,7 +76,6 @@ class SharpnessAware:
                     nearby = nearby / len(self._batches)
                     strategy.backward(nearby, optimizer)
                 found.append(nearby.detach())
-        self.again = False
         self._batches.clear()
         if method.logs_now():
             method.record({"nearby_loss": torch.stack(found).sum()})

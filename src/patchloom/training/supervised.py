@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import FinetuneTransform, make_mixup
 from patchloom.encoders import Encoder, create_encoder, depth, has_tokens
+from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
 from patchloom.training.labelled import LabelledMethod
 from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
+from patchloom.training.sam import SharpnessAware
 from patchloom.training.schedule import warmup_drops, warmup_steps
 from patchloom.training.supervised_config import SupervisedConfig
 
@@ -119,6 +121,10 @@ class SupervisedMethod(LabelledMethod):
             momentum=config.momentum,
             fused=config.precision != "16-mixed",
         )
+
+    def attachments(self) -> list[Attachment]:
+        """Return sharpness-aware minimisation, where it has a radius."""
+        return [SharpnessAware(self.sharpness)] if self.config.sam_rho or self.config.sam_rho_late else []
 
     def sharpness(self) -> float:
         """Return ρ of the present step."""
