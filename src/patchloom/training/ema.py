@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -31,9 +31,8 @@ class MovingAverage(Attachment):
 
     def after_step(self, method: Method) -> None:
         """Take in the step."""
-        method.ema.update(method.encoder)
+        cast("ModelEmaV3", method.ema).update(method.encoder)
 
     def view(self, method: Method, model: nn.Module) -> nn.Module:
         """Return the average."""
-        average: nn.Module = method.ema.module
-        return average
+        return cast("ModelEmaV3", method.ema).module
