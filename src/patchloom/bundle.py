@@ -71,6 +71,8 @@ def save_bundle(
     about: dict[str, Any] = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
     if type(encoder).__module__.startswith("patchloom.") and not isinstance(encoder, AnySizeVisionTransformer):
         about["opened_by"] = "patchloom.load; timm alone does not know this architecture"
+    if reading := (getattr(encoder, "pretrained_cfg", None) or {}).get("reading"):
+        about["reading"] = reading
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -165,8 +167,11 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     _check_tensors({name: tuple(value.shape) for name, value in state.items()}, model, f"the bundle in {folder}")
     model.load_state_dict(state)
     model.pretrained_cfg = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
+    about = _about(folder)
+    if reading := about.get("reading"):
+        model.pretrained_cfg["reading"] = reading
     # The name the user knows, where it is known here; timm's entry point otherwise.
-    own = (_about(folder).get("made_from") or {}).get("architecture")
+    own = (about.get("made_from") or {}).get("architecture")
     name = own if own and timm.is_model(own) else architecture
     made = {"img_size": image_size(model)} if has_tokens(model) else {}
     model.patchloom_args = {"architecture": name, "model_args": arguments | made}
@@ -230,6 +235,24 @@ def read_lineage(path: str | Path) -> dict[str, Any]:
     """Return what made the model of a bundle or run; empty for a bundle of another maker."""
     lineage: dict[str, Any] = _about(find_bundle(path)).get("lineage", {})
     return lineage
+
+
+def read_reading(path: str | Path) -> dict[str, Any]:
+    """Return the options the training images of a bundle or run were read by; empty where it does not say."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / LINEAGE).exists():
+            reading: dict[str, Any] = _about(folder).get("reading") or {}
+            return reading
+    return {}
+
+
+def bundle_channels(path: str | Path) -> int | None:
+    """Return the number of channels the model of a bundle or run takes; None where there is none."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / CONFIG).exists():
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            return int(config.get("model_args", {}).get("in_chans", 3))
+    return None
 
 
 def bundle_fingerprint(path: str | Path) -> str:

@@ -31,6 +31,10 @@ def embed(
     include: str | None = None,
     exclude: str | None = None,
     missing: str | None = None,
+    value_range: str = "auto",
+    no_data: float | None = None,
+    channels: str | None = None,
+    channel_files: str | None = None,
 ) -> str:
     """Write the feature vector of every image to a file.
 
@@ -49,6 +53,11 @@ def embed(
         include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
         exclude: Leave out files that fit one of these globs.
         missing: Words that stand for a missing label besides an empty cell, separated by commas (NA,?).
+        value_range: What stored values become 0 and 1: auto (as the model was trained, else by a look at the images),
+            LOW,HIGH, bits:N or percentiles:LOW,HIGH.
+        no_data: Value that means that nothing is known of a pixel.
+        channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
+        channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
 
     Returns:
         The path of the file. Images that could not be read are left out and named on the error stream.
@@ -72,8 +81,16 @@ def embed(
     if path.suffix == ".parquet":
         _need_pyarrow()
     encoder = open_encoder(model)
-    options = SourceOptions(include=include, exclude=exclude, missing=missing)
-    source = open_source(data, in_chans=in_chans(encoder), **options.source_options())
+    options = SourceOptions(
+        include=include,
+        exclude=exclude,
+        missing=missing,
+        value_range=value_range,
+        no_data=no_data,
+        channels=channels,
+        channel_files=channel_files,
+    )
+    source = open_source(data, in_chans=in_chans(encoder), model=encoder, **options.source_options())
     features = extract(
         encoder,
         source,

@@ -32,6 +32,15 @@ class SourceOptions:
     """Leave out files that fit one of these globs, separated by commas (*_mask.png,thumbnails/*)"""
     missing: str | None = None
     """Words that stand for a missing label besides an empty cell, separated by commas (NA,?)"""
+    value_range: str = "auto"
+    """What stored values become 0 and 1, for all images alike: auto (a look at a sample of the images, or what the
+    model was trained with), LOW,HIGH, bits:N for images deeper than 8 bits, or percentiles:LOW,HIGH of the sample"""
+    no_data: float | None = None
+    """Value that means that nothing is known of a pixel (-9999): it has no part in the range and becomes its low end"""
+    channels: str | None = None
+    """Numbers of the channels taken of each file, from 0, such as 4,2,0; pages of a TIFF are channels then"""
+    channel_files: str | None = None
+    """What tells files of one channel each apart, in order: ends of names (_c0,_c1,_c2) or folders (dapi/,gfp/)"""
 
     def source_options(self) -> dict[str, Any]:
         """Return those that are set, by name, for `open_source`."""

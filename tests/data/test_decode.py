@@ -1,4 +1,4 @@
-"""Whatever a file holds becomes a uint8 tensor, or one named error."""
+"""Whatever a file holds becomes a tensor, uint8 or deeper, or one named error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.decode import decode_image
-from patchloom.errors import UsageError
+from patchloom.data.value_range import ValueRange
 
 GENERATOR = np.random.default_rng(0)
 SMOOTH = np.clip(np.add.outer(np.arange(40), np.arange(60)) * 2, 0, 255).astype(np.uint8)
@@ -51,19 +51,20 @@ def test_transparency_is_laid_on_white():
 
 @pytest.mark.parametrize(("bits", "top"), [(10, 1023), (12, 4095), (16, 65535), (12, 3000)])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_deep_grey_is_scaled_by_the_depth_that_holds_it(bits, top, kind):
+def test_deep_grey_is_a_fraction_of_its_range_with_all_its_precision(bits, top, kind):
     deep = np.linspace(0, top, 2400).reshape(40, 60).astype(np.uint16)
-    image = decode_image(encoded(Image.fromarray(deep), kind), "x", in_chans=1)
-    expected = np.round(deep * (255 / (2**bits - 1)))
-    assert np.abs(image[0].numpy() - expected).max() <= 1
+    data = encoded(Image.fromarray(deep), kind)
+    image = decode_image(data, "x", 1, values=ValueRange.parse(f"bits:{bits}"))
+    assert torch.equal(image[0], torch.from_numpy(deep.astype(np.float32) / np.float32(2**bits - 1)))
+    assert torch.equal(decode_image(data, "x", 1)[0], torch.from_numpy(deep.astype(np.float32) / np.float32(65535)))
 
 
 @pytest.mark.parametrize("odd", [np.inf, -np.inf, np.nan])
 def test_pixels_that_are_no_numbers_leave_the_others_as_they_are(odd):
     values = np.linspace(100, 200, 2400, dtype=np.float32).reshape(40, 60)
-    whole = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", in_chans=1)
+    whole = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", 1, values=ValueRange.parse("100,200"))
     values[3, 5] = odd
-    image = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", in_chans=1)
+    image = decode_image(encoded(Image.fromarray(values), "TIFF"), "x", 1, values=ValueRange.parse("100,200"))
     others = np.isfinite(values)
     assert torch.equal(image[0][others], whole[0][others])
     assert image[0, 3, 5] == 0
@@ -111,12 +112,15 @@ def test_broken_files_are_named_with_the_reason(data, reason):
 
 def test_images_that_would_fill_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr("patchloom.data.decode.MOST_PIXELS", 1000)
+    monkeypatch.setattr("patchloom.data.stored.MOST_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match="more than 1,000"):
         decode_image(encoded(Image.fromarray(SMOOTH)), "x")
+    with pytest.raises(UnreadableImageError, match="more than 1,000"):
+        decode_image(encoded(Image.fromarray(SMOOTH.astype(np.uint16)), "TIFF"), "x")
 
 
 def test_missing_files_and_other_channels():
     with pytest.raises(UnreadableImageError, match="No such file"):
         decode_image(Path("no/such/image.png"), "image.png")
-    with pytest.raises(UsageError, match="in_chans is 4"):
-        decode_image(b"x", "x", in_chans=4)
+    with pytest.raises(UnreadableImageError, match=r"it has 3 channels, not 4 \(in_chans=3 takes them\)"):
+        decode_image(encoded(Image.new("RGB", (8, 8))), "x", in_chans=4)

@@ -50,15 +50,15 @@ def test_values_are_spread_over_the_stored_bits(tmp_path):
     half = RAMP // 2  # a dark image stays dark: its own maximum is not made white
     image = decode_image(dicom(tmp_path / "a.dcm", half), "a.dcm", 1)
     assert image.shape == (1, 6, 8)
-    np.testing.assert_array_equal(image[0].numpy(), np.round(half * (255 / 4095)).astype(np.uint8))
+    np.testing.assert_array_equal(image[0].numpy(), half.astype(np.float32) / np.float32(4095))
     assert decode_image(tmp_path / "a.dcm", "a.dcm", 3).shape == (3, 6, 8)
 
 
 def test_windows_and_rescaling_are_applied(tmp_path):
     path = dicom(tmp_path / "a.dcm", RAMP, WindowCenter=1000, WindowWidth=501, RescaleSlope=0.5, RescaleIntercept=-100)
     units = RAMP * 0.5 - 100
-    expected = np.clip((units - (1000 - 0.5)) / (501 - 1) + 0.5, 0, 1) * 255  # the standard's linear window
-    np.testing.assert_allclose(decode_image(path, "a.dcm", 1)[0].numpy(), expected, atol=1)
+    expected = np.clip((units - (1000 - 0.5)) / (501 - 1) + 0.5, 0, 1)  # the standard's linear window
+    np.testing.assert_allclose(decode_image(path, "a.dcm", 1)[0].numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_inverted_images_are_turned_kept_or_refused(tmp_path):
     path = dicom(tmp_path / "a.dcm", RAMP, kind="MONOCHROME1")
     kept = decode_image(path, "a.dcm", 1, monochrome1="keep")
     assert kept[0, 0, 0] == 0
-    np.testing.assert_array_equal(decode_image(path, "a.dcm", 1).numpy(), 255 - kept.numpy())
+    np.testing.assert_array_equal(decode_image(path, "a.dcm", 1).numpy(), 1 - kept.numpy())
     with pytest.raises(UnreadableImageError, match="inverted"):
         decode_image(path, "a.dcm", 1, monochrome1="refuse")
 
@@ -99,7 +99,7 @@ def test_inverted_images_are_turned_kept_or_refused(tmp_path):
 def test_signed_and_coloured_files(tmp_path):
     signed = dicom(tmp_path / "s.dcm", (RAMP.astype(np.int16) - 2048))
     np.testing.assert_array_equal(
-        decode_image(signed, "s.dcm", 1)[0].numpy(), np.round(RAMP * (255 / 4095)).astype(np.uint8)
+        decode_image(signed, "s.dcm", 1)[0].numpy(), RAMP.astype(np.float32) / np.float32(4095)
     )
     colours = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
     path = dicom(tmp_path / "c.dcm", colours, bits=8, kind="RGB")
@@ -122,7 +122,7 @@ def test_folders_and_lists_of_dicom_files_are_sources(tmp_path):
     assert len(open_source(str(tmp_path))) == 3
     (tmp_path / "train.txt").write_text("\n".join(f"0000000{n}_000.dcm" + " 0" * 14 for n in range(3)))
     source = open_source(f"chestxray14:{tmp_path}", in_chans=1)
-    np.testing.assert_array_equal(source.read(2).image.numpy(), 255 - source.read(1).image.numpy())
+    np.testing.assert_array_equal(source.read(2).image.numpy(), 1 - source.read(1).image.numpy())
     kept = open_source(f"chestxray14:{tmp_path}", in_chans=1, monochrome1="keep")
     np.testing.assert_array_equal(kept.read(2).image.numpy(), kept.read(1).image.numpy())
     with pytest.raises(UsageError, match="did you mean keep"):

@@ -115,10 +115,30 @@ def test_stain_jitter_changes_stains_and_not_the_glass():
         assert int(jitter_stains(glass, 0.2, generator(seed)).min()) > 240
 
 
-def test_many_channels_are_turned_and_blurred_but_not_coloured():
-    how = Augmentation(flip=0, jitter_probability=1, grayscale=1, blur=(0, 0, 0), solarize=1, stain_jitter=0.5)
+def test_many_channels_change_in_brightness_and_contrast_but_not_in_colour():
+    colour = Augmentation(
+        flip=0, jitter=(0, 0, 0.2, 0.1), jitter_probability=1, grayscale=1, blur=(0, 0, 0), solarize=0, stain_jitter=0.5
+    )
     crop = image(5, 8, 8)
-    assert torch.equal(augmented(crop, how, 1, generator()), crop)
+    assert torch.equal(augmented(crop, colour, 0, generator()), crop)
+    brightness = Augmentation(flip=0, jitter=(0.4, 0, 0, 0), jitter_probability=1, grayscale=0, blur=(0, 0, 0))
+    changed = augmented(crop // 2, brightness, 0, generator()).float() / (crop // 2).clamp(min=1)
+    assert changed[crop > 60].std() < 0.02  # one factor for all channels
+    assert torch.equal(augmented(crop, Augmentation(flip=0, jitter_probability=0, blur=(0, 0, 0), solarize=1), 1,
+                                 generator()), torch.where(crop >= 128, 255 - crop, crop))  # fmt: skip
+
+
+def test_deep_crops_are_augmented_as_8_bit_ones_to_their_rounding():
+    coarse = image(3, 32, 32)
+    for how in (
+        Augmentation(flip=0, jitter_probability=1, grayscale=0, blur=(0, 0, 0)),
+        Augmentation(flip=0, jitter_probability=0, grayscale=1, blur=(1, 0, 0)),
+        Augmentation(flip=0, jitter_probability=0, grayscale=0, blur=(0, 0, 0), stain_jitter=0.5),
+    ):
+        deep = augmented(coarse.float() / 255, how, 0, generator())
+        assert deep.dtype == torch.float32
+        assert 0 <= deep.min() <= deep.max() <= 1
+        assert (deep * 255 - augmented(coarse, how, 0, generator()).float()).abs().max() < 6
 
 
 @pytest.mark.parametrize(

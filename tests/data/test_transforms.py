@@ -192,12 +192,13 @@ def test_resize_matches_pillow_within_rounding(interpolation: str) -> None:
     assert difference.abs().max() <= (0 if interpolation == "lanczos" else 2)
 
 
-def test_color_jitter_acts_before_both_views_and_needs_colours() -> None:
+def test_color_jitter_acts_on_any_number_of_channels() -> None:
     image = picture()
     assert not torch.equal(jitter_colors(image, 0.4, generator()), image)
     assert torch.equal(jitter_colors(image, 0.0, generator()), image)
-    with pytest.raises(UsageError, match="colour jitter is defined for 1 or 3 channels, not 4"):
-        PairedViews(16, color_jitter=0.4)(picture(channels=4), generator())
+    many = jitter_colors(picture(channels=5), 0.4, generator())
+    assert many.shape == (5, 90, 130)
+    assert not torch.equal(many, picture(channels=5))
 
 
 @pytest.mark.parametrize("amount", [-0.1, 0.04, 0.5])
@@ -218,8 +219,41 @@ def test_finetune_transform_is_normalised_and_erases() -> None:
     assert torch.allclose(image, expected[:, None, None].expand_as(image))
     erased = FinetuneTransform(32, auto_augment=None, color_jitter=0.0, erasing=1.0)(white, generator())["image"]
     assert 0 < (erased != image).float().mean() < 0.5
-    with pytest.raises(UsageError, match="not on 1 channels"):
-        plain(picture(channels=1), generator())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("padding", [None, 4])
+def test_the_finetuning_recipe_takes_deep_images_of_any_channels(channels: int, padding: int | None) -> None:
+    deep = picture(channels=channels).float() / 255
+    settings = {"mean": (0.25,) * channels, "std": (0.5,) * channels}
+    plain = FinetuneTransform(32, auto_augment=None, color_jitter=0.0, erasing=0.0, padding=padding, **settings)
+    image = plain(torch.full((channels, 40, 40), 0.75), generator())["image"]
+    inside = image[:, 4:-4, 4:-4]
+    assert torch.allclose(inside, torch.ones_like(inside))
+    recipe = FinetuneTransform(32, auto_augment="rand-m9-n6-mstd0.5-inc1", erasing=1.0, padding=padding, **settings)
+    first, again = (recipe(deep, generator(3))["image"] for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (channels, 32, 32)
+    assert not torch.equal(first, recipe(deep, generator(4))["image"])
+    if channels != 3:  # 8-bit images of other channels go the same way
+        assert recipe(picture(channels=channels), generator())["image"].shape == (channels, 32, 32)
+
+
+def test_deep_images_stay_float_and_inside_their_range_with_the_values_of_8_bits() -> None:
+    sharp = picture().float() / 255
+    for transform in (
+        PairedViews(24, second_interpolation="lanczos", color_jitter=0.4),
+        EvalTransform(24),
+        WholeImageTransform(24),
+    ):
+        deep = transform(sharp, generator())
+        coarse = transform(picture(), generator())
+        for name, view in deep.items():
+            assert view.dtype == torch.float32
+            assert 0 <= view.min() <= view.max() <= 1
+            assert (view - coarse[name].float() / 255).abs().max() < 0.02
+    faint = torch.full((1, 40, 40), 1000 / 65535)
+    assert torch.allclose(EvalTransform(24)(faint)["image"], torch.tensor(1000 / 65535))
 
 
 def test_the_strongest_augmentation_leaves_no_bit_and_is_no_error() -> None:

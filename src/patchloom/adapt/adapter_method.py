@@ -16,6 +16,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
 from patchloom.errors import UsageError
+from patchloom.training.inputs import read_as
 from patchloom.training.labelled import LabelledMethod
 from patchloom.training.lars import Lars
 from patchloom.training.method import Transform
@@ -58,6 +59,7 @@ class AdapterMethod(LabelledMethod):
         self.base = encoder_hash(encoder)
         if config.image_size is not None:
             set_image_size(encoder, config.image_size)
+        read_as(encoder, config)
         insertion = self.make_insertion(encoder, len(self.class_names))
         if insertion.trainable_parameters() == 0:
             raise UsageError(f"{type(insertion).__name__} has no trainable parameters; give it something to train")

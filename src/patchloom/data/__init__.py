@@ -8,16 +8,20 @@ torch.Size([3, 64, 64])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.channel_files import ChannelFilesSource
 from patchloom.data.embedded import DigitsSource, PhotosSource
 from patchloom.data.folder import FolderSource, Labels
 from patchloom.data.labels import LabelFileSource, is_label_file
 from patchloom.data.loader import Loader, make_loader
+from patchloom.data.reading import OPTIONS as READING
+from patchloom.data.reading import Reading, reading_options, remembered
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
@@ -40,6 +44,7 @@ __all__ = [
     "list_sources",
     "make_loader",
     "make_mixup",
+    "open_alike",
     "open_source",
     "sample_indices",
 ]
@@ -65,7 +70,14 @@ def list_sources() -> dict[str, str]:
 
 
 def open_source(
-    name: str, *, labels: Labels = "auto", in_chans: int = 3, seed: int = 0, **options: Any
+    name: str,
+    *,
+    labels: Labels = "auto",
+    in_chans: int = 3,
+    seed: int = 0,
+    model: Any = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> Source | StreamSource:
     """Open a data source by its name.
 
@@ -73,19 +85,47 @@ def open_source(
         name: One of `list_sources`. A word such as `photos` means the embedded set; write `./photos` for a folder
             of that name.
         labels: What the labels of a folder are, see `FolderSource`.
-        in_chans: Channels the images are read as: 3, or 1 for grey; of frames in time order, how many are stacked.
+        in_chans: Channels the images are read as: 3 for RGB, 1 for grey, or as many as the files have; of frames in
+            time order, how many are stacked.
         seed: Seed of the crops of `photos`.
-        **options: What all commands hand on (`include`, `exclude`, `missing`, see `patchloom.source_options`), and what
-            the source itself takes, such as `crop_size` and `crops` of `photos`.
+        model: Encoder whose training images say how these are read, where the options do not.
+        quiet: Say nothing of what is found.
+        **options: What all commands hand on (`include`, `value_range` …, see `patchloom.source_options`), and what the
+            source itself takes, such as `crop_size` and `crops` of `photos`.
 
     Raises:
         UsageError: There is no such source, nothing readable in it, or an option it cannot obey.
     """
+    reading = Reading.of({**remembered(model), **options})
+    options = {option: value for option, value in options.items() if option not in READING}
+    source = _open(name, labels, in_chans, seed, reading.channel_files, options)
+    reading.given_to(source, quiet=quiet)
+    return source
+
+
+def open_alike(names: Sequence[str], *, model: Any = None, **options: Any) -> list[Source | StreamSource]:
+    """Open several sources whose pixels are read alike: as `open_source` does the first, so the others.
+
+    Raises:
+        UsageError: As `open_source`.
+    """
+    opened: list[Source | StreamSource] = []
+    for name in names:
+        opened.append(open_source(name, model=model, **options))
+        options |= reading_options(opened[0])
+    return opened
+
+
+def _open(
+    name: str, labels: Labels, in_chans: int, seed: int, channel_files: str | None, options: dict[str, Any]
+) -> Source | StreamSource:
     if (frames := _frames(name, in_chans, options)) is not None:
         return frames
-    if in_chans not in (1, 3):
-        raise UsageError(f"in_chans is {in_chans}; images are read as 3 channels (RGB) or 1 (grey)")
     word, _, rest = name.partition(":")
+    if in_chans not in (1, 3) and word in ("photos", "digits", "torchvision"):
+        raise UsageError(f"in_chans is {in_chans}; images of {name} are read as 3 channels (RGB) or 1 (grey)")
+    if channel_files is not None and not existing(name).is_dir():
+        raise UsageError(f"channel_files is {channel_files}, which the source {name} cannot obey; give a folder")
     if word == "photos":
         refuse_untaken(PhotosSource, name, options)
         return PhotosSource(rest or "train", in_chans=in_chans, seed=seed, **options)
@@ -123,6 +163,8 @@ def open_source(
             f"(patchloom list --verb data shows them)"
         )
     refuse_untaken(FolderSource, name, options)
+    if channel_files is not None:
+        return ChannelFilesSource(folder, channel_files, labels, in_chans, **options)
     return FolderSource(folder, labels=labels, in_chans=in_chans, **options)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from patchloom.data.kinds import IMAGE, Kind
+from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 
 UNLABELLED = "has no labels; put each class in a folder of its own"
@@ -23,7 +25,7 @@ class Sample(NamedTuple):
     """One image as it leaves a source."""
 
     image: Tensor
-    """(C, H, W) uint8."""
+    """(C, H, W): uint8, or float32 in [0, 1] where it is stored deeper than 8 bits."""
     label: int | np.ndarray
     """Class index, -1 when unknown; of a multi-label source (L,) float32 in [0, 1], NaN where unknown."""
     key: str
@@ -60,6 +62,8 @@ class Source(ABC):
         labels: (n,) int64, -1 where unknown; (n, L) float32 in [0, 1], NaN where unknown, for a multi-label source;
             or None when the images are unlabelled.
         in_chans: Channels of the images `read` returns.
+        values: What stored values become 0 and 1, the same for every image.
+        channels: Numbers of the channels taken of each file; None: all.
     """
 
     name: str
@@ -67,6 +71,8 @@ class Source(ABC):
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
     in_chans: int = 3
+    values: ValueRange = ValueRange()
+    channels: tuple[int, ...] | None = None
     why_unlabelled: str = ""
     """What an unlabelled source has in place of labels, for the error where they are needed."""
 
@@ -101,6 +107,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Return a short hash that changes when the listed images do (names, sizes, times; not pixels)."""
 
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and files of up to `count` images, spread over the source; none where there are no files."""
+        return iter(())
+
     def describe(self) -> dict[str, object]:
         """Return what a report says about the source."""
         classes = None if self.class_names is None else len(self.class_names)
@@ -109,6 +119,7 @@ class Source(ABC):
             "images": len(self),
             "classes": classes,
             "fingerprint": self.fingerprint(),
+            **reading(self),
         }
 
 
@@ -122,6 +133,8 @@ class StreamSource(ABC):
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
         why_unlabelled: What an unlabelled source has in place of labels.
+        values: What stored values become 0 and 1, the same for every image.
+        channels: Numbers of the channels taken of each file; None: all.
         num_samples: Images per epoch where known, else None.
         multilabel: Whether an image may have several labels.
     """
@@ -131,6 +144,8 @@ class StreamSource(ABC):
     class_names: list[str] | None = None
     labels: None = None
     in_chans: int = 3
+    values: ValueRange = ValueRange()
+    channels: tuple[int, ...] | None = None
     why_unlabelled: str = ""
     num_samples: int | None = None
     multilabel: bool = False
@@ -158,6 +173,10 @@ class StreamSource(ABC):
     def fingerprint(self) -> str:
         """Return a short hash that changes when the shards do (names, sizes, times)."""
 
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and contents of up to `count` images, spread over the stream; none where it cannot tell."""
+        return iter(())
+
     def describe(self) -> dict[str, object]:
         """Return what a report says about the source."""
         return {
@@ -165,6 +184,7 @@ class StreamSource(ABC):
             "images": self.num_samples,
             "classes": None if self.class_names is None else len(self.class_names),
             "fingerprint": self.fingerprint(),
+            **reading(self),
         }
 
 
@@ -176,3 +196,14 @@ def no_labels(source: Source | StreamSource, asked: str = "") -> UsageError:
         asked: What comes before its name, such as "adapt finetune needs labels and ".
     """
     return UsageError(f"{asked}{source.name} {source.why_unlabelled or UNLABELLED}")
+
+
+def reading(source: Source | StreamSource) -> dict[str, object]:
+    """Return how pixels are read, where that is not a matter of course."""
+    values = {"value_range": str(source.values)} if source.values != ValueRange() else {}
+    return values | ({"channels": list(source.channels)} if source.channels is not None else {})
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return up to `count` places among `total`, in no order: the first of them are as good a sample as all."""
+    return np.random.default_rng(0).permutation(total)[:count].tolist()

@@ -1,4 +1,4 @@
-"""DICOM files to grey or RGB tensors, by what the file says of itself (extra `medical`).
+"""DICOM files to grey or RGB pixels, by what the file says of itself (extra `medical`).
 
 Rescale slope and intercept, window or lookup table and the photometric interpretation are applied by pydicom; the
 result is spread over the range those settings allow, so no image is stretched by its own darkest and lightest pixel.
@@ -41,7 +41,7 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
         monochrome1: What becomes of an image whose zero is white.
 
     Returns:
-        (H, W) or (H, W, 3) uint8.
+        (H, W) or (H, W, 3): uint8, or float32 in [0, 1] where more than 8 bits are stored.
 
     Raises:
         ValueError: The file is inverted and `monochrome1` is `refuse`; pydicom raises others of its own where it
@@ -63,11 +63,11 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
         several = int(file.get("NumberOfFrames", 1) or 1) > 1
         pixels = pixel_array(file, index=0) if several else pixel_array(file)
         if kind == "PALETTE COLOR":
-            return _to_bytes(
-                apply_color_lut(pixels, file), 0, 2 ** int(file.RedPaletteColorLookupTableDescriptor[2]) - 1
-            )
+            bits = int(file.RedPaletteColorLookupTableDescriptor[2])
+            return _scaled(apply_color_lut(pixels, file), 0, 2**bits - 1, bits > 8)
+        deep = int(file.BitsStored) > 8
         if pixels.ndim == 3:  # pydicom has turned other colour spaces into RGB
-            return _to_bytes(pixels, 0, 2 ** int(file.BitsStored) - 1)
+            return _scaled(pixels, 0, 2 ** int(file.BitsStored) - 1, deep)
         values = apply_modality_lut(pixels, file)
         limits = apply_modality_lut(_storable(file), file)
         if file.get("VOILUTSequence"):
@@ -77,8 +77,10 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
             # What the window makes of values far below and far above it is its whole range.
             values = apply_voi_lut(values.astype(np.float64), file)
             limits = apply_voi_lut(np.array([-1e9, 1e9]), file)
-        grey = _to_bytes(values, float(limits.min()), float(limits.max()))
-    return 255 - grey if kind == "MONOCHROME1" and monochrome1 == "invert" else grey
+        grey = _scaled(values, float(limits.min()), float(limits.max()), deep)
+    if kind != "MONOCHROME1" or monochrome1 != "invert":
+        return grey
+    return 1 - grey if deep else 255 - grey
 
 
 # What is asked of a file besides its pixels. Writers leave tags in with nothing in them, which says as much as none.
@@ -115,8 +117,9 @@ def _storable(file: Any) -> np.ndarray:
     return np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
 
 
-def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _scaled(values: np.ndarray, low: float, high: float, deep: bool) -> np.ndarray:
+    """Return values as float32 in [0, 1], or as uint8 where there is no more in them."""
     if not high > low:
         raise ValueError(f"its values run from {low:g} to {high:g}, which is no range")
-    scaled = (np.asarray(values, dtype=np.float64) - low) * (255 / (high - low))
-    return np.round(scaled.clip(0, 255)).astype(np.uint8)
+    scaled = ((np.asarray(values, dtype=np.float64) - low) / (high - low)).clip(0, 1)
+    return scaled.astype(np.float32) if deep else np.round(scaled * 255).astype(np.uint8)

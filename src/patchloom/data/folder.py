@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from patchloom.data.base import UNLABELLED, Sample, Source
-from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
+from patchloom.data.base import UNLABELLED, Sample, Source, spread
+from patchloom.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_image
 from patchloom.errors import UsageError
 from patchloom.io import printable
 from patchloom.source_options import choose, words
@@ -27,6 +27,7 @@ from patchloom.source_options import choose, words
 LOOKED_AT, MOST_BYTES = 16, 200_000
 _NOTICED: set[str] = set()
 Labels = Literal["auto", "folder", "none"]
+READ = IMAGE_SUFFIXES | ARRAY_SUFFIXES
 
 
 class FolderSource(Source):
@@ -101,10 +102,16 @@ class FolderSource(Source):
         """Return image number `index`."""
         key = self.key(index)
         label = -1 if self.labels is None else int(self.labels[index])
-        return Sample(decode_image(self.root / self._file(index), key, self.in_chans), label, key)
+        path = self.root / self._file(index)
+        return Sample(decode_image(path, key, self.in_chans, "invert", self.values, self.channels), label, key)
 
     def _file(self, index: int) -> str:
         return os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and paths of up to `count` images."""
+        for index in spread(len(self), count):
+            yield self.key(index), self.root / self._file(index)
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes and times."""
@@ -153,7 +160,7 @@ def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
             try:
                 if entry.is_dir():
                     stack.append((f"{prefix}{entry.name}/", entry.path))
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():  # noqa: PTH122
+                elif os.path.splitext(entry.name)[1].lower() in READ and entry.is_file():  # noqa: PTH122
                     about = entry.stat()
                     yield f"{prefix}{entry.name}", about.st_size, about.st_mtime_ns
             except OSError:
@@ -208,6 +215,8 @@ def _two_tone_share(root: Path, names: list[bytes]) -> float:
             if file.stat().st_size > MOST_BYTES:  # masks are small files; photographs are not worth decoding for this
                 continue
             with Image.open(file) as image:
+                if image.mode[0] in "IF":  # deeper than 8 bits: no mask that anyone writes
+                    continue
                 values = np.asarray(image.convert("L"), dtype=np.int16)
         except Exception:  # a broken image is listed where it is read
             continue

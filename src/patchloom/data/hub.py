@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 
@@ -137,10 +138,22 @@ class HuggingFaceSource(Source):
 
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
-        cell = self.table[index][self.column]
-        data = cell["bytes"] if cell and cell.get("bytes") else Path(cell["path"] if cell and cell["path"] else "")
+        data = self._data(index)
         label = -1 if self.labels is None else int(self.labels[index])
-        return Sample(decode_image(data, self.key(index), self.in_chans), label, self.key(index))
+        return Sample(
+            decode_image(data, self.key(index), self.in_chans, "invert", self.values, self.channels),
+            label,
+            self.key(index),
+        )
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield numbers and contents of up to `count` images."""
+        for index in spread(len(self), count):
+            yield self.key(index), self._data(index)
+
+    def _data(self, index: int) -> Path | bytes:
+        cell = self.table[index][self.column]
+        return cell["bytes"] if cell and cell.get("bytes") else Path(cell["path"] if cell and cell["path"] else "")
 
     def fingerprint(self) -> str:
         """Return a short hash of the table's own fingerprint."""

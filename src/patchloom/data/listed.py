@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from patchloom.data.base import Sample, Source
+from patchloom.data.base import Sample, Source, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.dicom import Monochrome1, check_monochrome1
 from patchloom.data.folder import walk_images
@@ -80,8 +80,14 @@ class ListedSource(Source):
         """Return image number `index` with its class number or its vector of labels."""
         key = self.key(index)
         assert self.labels is not None
-        image = decode_image(self.root / self.files[index], key, self.in_chans, self.monochrome1)
+        path = self.root / self.files[index]
+        image = decode_image(path, key, self.in_chans, self.monochrome1, self.values, self.channels)
         return Sample(image, self.labels[index] if self.multilabel else int(self.labels[index]), key)
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and paths of up to `count` images."""
+        for index in spread(len(self), count):
+            yield self.key(index), self.root / self.files[index]
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes, times and labels."""

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import stretched
+from patchloom.data.pixels import from_levels, levels, stretched
 from patchloom.data.segmentation import IGNORED, split_mask
 from patchloom.errors import UsageError
 
@@ -152,11 +152,11 @@ def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
     Contrast comes first or last, at random. OpenCV's hue counts 180 to the circle: 18 of them are a tenth.
 
     Args:
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8, or float in [0, 1].
         generator: Where the draws come from.
     """
     draws = torch.rand(9, generator=generator).tolist()
-    pixels = image.as_subclass(Tensor).float()
+    pixels = levels(image.as_subclass(Tensor))
     if draws[0] < 0.5:
         pixels = (pixels + (2 * draws[1] - 1) * 32).clamp(0, 255)
     early = draws[2] < 0.5
@@ -172,7 +172,7 @@ def distort_colours(image: Tensor, generator: torch.Generator) -> Tensor:
         pixels = F.adjust_hue(pixels / 255, (2 * draws[8] - 1) * 0.1) * 255
     if not early:
         pixels = (pixels * contrast).clamp(0, 255)
-    return pixels.round().to(torch.uint8)
+    return from_levels(pixels, image.dtype)
 
 
 def resized_size(size: Size, short_side: int | None, factor: float = 1.0) -> Size:
@@ -197,4 +197,6 @@ def _resized(pixels: Tensor, size: Size, bicubic: bool, minmax: bool) -> Tensor:
     """Return an image at its size, then stretched: out of proportion bicubically, as the radiology benchmark does."""
     kind = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
     found: Tensor = F.resize(pixels, list(size), interpolation=kind, antialias=True)
+    if found.is_floating_point():
+        found = found.clamp(0, 1)
     return stretched(found) if minmax else found

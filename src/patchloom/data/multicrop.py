@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import random_box, resize, shift_hue
+from patchloom.data.pixels import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    from_levels,
+    levels,
+    random_box,
+    resize,
+    shift_hue,
+    solarize,
+)
 from patchloom.errors import UsageError
 
 RATIO = (3 / 4, 4 / 3)
@@ -117,7 +127,7 @@ class MultiCrop:
         self.augmentation = augmentation or Augmentation()
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"global": (2, C, S, S) uint8[, "local": (L, C, s, s) uint8]} of an image (C, H, W) uint8."""
+        """Return {"global": (2, C, S, S)[, "local": (L, C, s, s)]} of an image (C, H, W), all of its type."""
         views = {"global": torch.stack([self.crop(image, number, generator) for number in range(2)])}
         if self.local_crops:
             views["local"] = torch.stack([self.crop(image, 2, generator) for _ in range(self.local_crops)])
@@ -136,13 +146,13 @@ class MultiCrop:
 
 
 def augmented(crop: Tensor, how: Augmentation, kind: int, generator: torch.Generator) -> Tensor:
-    """Return a crop (C, H, W) uint8 after its augmentation.
+    """Return a crop (C, H, W) after its augmentation.
 
-    Colour is left alone where there is none: images of one channel keep it, images of two or more than three channels
-    are flipped, turned and blurred only.
+    Colour is left alone where there is none: images of other than three channels change in brightness and contrast, all
+    channels alike, and in no hue or saturation.
 
     Args:
-        crop: (C, H, W) uint8, square.
+        crop: (C, H, W) uint8, or float in [0, 1]; square.
         how: The settings.
         kind: 0 first global, 1 second global, 2 local.
         generator: Where all draws come from.
@@ -160,15 +170,15 @@ def augmented(crop: Tensor, how: Augmentation, kind: int, generator: torch.Gener
     colours = crop.shape[0]
     if how.stain_jitter and colours == 3:
         crop = jitter_stains(crop, how.stain_jitter, generator)
-    if colours in (1, 3) and chance(how.jitter_probability):
+    if chance(how.jitter_probability):
         crop = jitter(crop, how.jitter, generator)
     if colours == 3 and chance(how.grayscale):
         crop = F.rgb_to_grayscale(crop, num_output_channels=3)
     if chance(how.blur[kind]):
         low, high = how.blur_sigma
         crop = blurred(crop, low + (high - low) * float(torch.rand((), generator=generator)))
-    if kind == 1 and colours in (1, 3) and chance(how.solarize):
-        crop = F.solarize(crop, 128)
+    if kind == 1 and chance(how.solarize):
+        crop = solarize(crop, 128)
     return crop.contiguous()
 
 
@@ -176,19 +186,19 @@ def jitter(crop: Tensor, strengths: tuple[float, float, float, float], generator
     """Change brightness, contrast, saturation (factors in 1 ± strength) and hue (± strength) in random order.
 
     Args:
-        crop: (1 or 3, H, W) uint8; saturation and hue need 3.
+        crop: (C, H, W) uint8, or float in [0, 1]; saturation and hue need 3 channels.
         strengths: Of the four changes.
         generator: Where the draws come from.
     """
     changes: tuple[Callable[[Tensor, float], Tensor], ...] = (
-        F.adjust_brightness,
-        F.adjust_contrast,
-        F.adjust_saturation,
+        adjust_brightness,
+        adjust_contrast,
+        adjust_saturation,
         shift_hue,
     )
     drawn = (2 * torch.rand(4, generator=generator) - 1).tolist()
     for number in torch.randperm(4, generator=generator).tolist():
-        if strengths[number] == 0 or (number >= 2 and crop.shape[0] == 1):
+        if strengths[number] == 0 or (number >= 2 and crop.shape[0] != 3):
             continue
         value = strengths[number] * drawn[number]
         crop = changes[number](crop, value if number == 3 else max(0.0, 1 + value))
@@ -201,31 +211,31 @@ def jitter_stains(crop: Tensor, strength: float, generator: torch.Generator) -> 
     The image is taken apart into haematoxylin, eosin and a third dye, changed there, and put together again.
 
     Args:
-        crop: (3, H, W) uint8.
+        crop: (3, H, W) uint8, or float in [0, 1].
         strength: In [0, 1].
         generator: Where the draws come from.
     """
     mixing = nnf.normalize(torch.tensor(STAINS), dim=1)
-    density = -((crop.float().flatten(1).T + 1) / 256).log()  # (pixels, 3)
+    density = -((levels(crop).flatten(1).T + 1) / 256).log()  # (pixels, 3)
     stains = density @ torch.linalg.inv(mixing)
     factors, shifts = 2 * torch.rand(2, 3, generator=generator) - 1
     stains = stains * (1 + strength * factors) + strength / 10 * shifts
     pixels = (-(stains @ mixing)).exp() * 256 - 1
-    return pixels.round().clamp(0, 255).to(torch.uint8).T.reshape(crop.shape)
+    return from_levels(pixels, crop.dtype).T.reshape(crop.shape)
 
 
 def blurred(crop: Tensor, sigma: float, size: int = 9) -> Tensor:
     """Return a crop after a Gaussian blur, with mirrored borders, as torchvision does it but one axis at a time.
 
     Args:
-        crop: (C, H, W) uint8.
+        crop: (C, H, W) uint8, or float in [0, 1].
         sigma: Standard deviation in pixels.
         size: Side of the kernel, odd; smaller where the crop is.
     """
     half = min(size // 2, crop.shape[-1] - 1, crop.shape[-2] - 1)
     weights = (-0.5 * (torch.arange(half + 1) / sigma).square()).exp()
     weights /= weights[0] + 2 * weights[1:].sum()
-    pixels = nnf.pad(crop.float()[None], [half] * 4, mode="reflect")[0]
+    pixels = nnf.pad(levels(crop)[None], [half] * 4, mode="reflect")[0]
     # Sums of shifted images take a third of the time of two convolutions by a vector.
     for axis in (1, 2):
         side = crop.shape[axis]
@@ -234,4 +244,4 @@ def blurred(crop: Tensor, sigma: float, size: int = 9) -> Tensor:
             both = pixels.narrow(axis, half - step, side) + pixels.narrow(axis, half + step, side)
             smooth.add_(both, alpha=weight)
         pixels = smooth
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return from_levels(pixels, crop.dtype)

@@ -1,4 +1,8 @@
-"""What transforms do to pixels: draw a crop, resize, change colours. Images are uint8 tensors (C, H, W)."""
+"""What transforms do to pixels: draw a crop, resize, change colours.
+
+Images are tensors (C, H, W): uint8, or float32 in [0, 1] where they are stored deeper than 8 bits. What comes out is of
+the type that went in.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
-
-from patchloom.errors import UsageError
 
 INTERPOLATIONS = {
     "bicubic": InterpolationMode.BICUBIC,
@@ -57,21 +59,41 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def unit(images: Tensor) -> Tensor:
+    """Return uint8 images as floats in [0, 1]; floats are taken as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def levels(image: Tensor) -> Tensor:
+    """Return an image as floats from 0 to 255, whatever its type."""
+    return image.float() if image.dtype == torch.uint8 else image * 255
+
+
+def from_levels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return floats from 0 to 255 as an image of a type: uint8, rounded, or float in [0, 1]."""
+    if dtype == torch.uint8:
+        return pixels.round().clamp_(0, 255).to(torch.uint8)
+    return (pixels / 255).clamp_(0, 1).to(dtype)
+
+
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """Resize with antialiasing and return a contiguous image.
 
     Args:
-        image: (C, H, W) uint8, any memory layout.
+        image: (C, H, W) uint8, or float in [0, 1]; any memory layout.
         size: Height and width of the result, pixels.
-        interpolation: "bicubic", "bilinear" (torch, uint8 throughout) or "lanczos" (Pillow).
+        interpolation: "bicubic", "bilinear" (torch) or "lanczos" (Pillow).
 
     Returns:
-        (C, height, width) uint8.
+        (C, height, width) of the same type; what floats overshoot is cut off.
     """
     if tuple(image.shape[-2:]) == size:
         return image.contiguous()
     if interpolation == "lanczos":
         return _pil_resize(image, size)
+    if image.dtype != torch.uint8:
+        found = F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
+        return found.clamp_(0, 1).contiguous()
     if image.shape[0] == 3:
         # Pixels interleaved are what torch's fast path takes; decoders hand them out that way, and a crop of
         # them is half the work once it lies in one piece.
@@ -82,43 +104,74 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic")
 def jitter_colors(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Change brightness, contrast and saturation by factors in 1 ± strength, in random order.
 
+    Saturation is left alone where there is none: images of one channel, or of other than three.
+
     Args:
-        image: (1 or 3, H, W) uint8.
+        image: (C, H, W) uint8, or float in [0, 1].
         strength: In [0, 1].
         generator: Where the draws come from.
-
-    Raises:
-        UsageError: The image has neither one nor three channels.
     """
-    if image.shape[0] not in (1, 3):
-        raise UsageError(f"colour jitter is defined for 1 or 3 channels, not {image.shape[0]}; set color_jitter=0")
-    changes = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
+    changes = (adjust_brightness, adjust_contrast, adjust_saturation)
     factors = 1 + strength * (2 * torch.rand(3, generator=generator) - 1)
     for number in torch.randperm(3, generator=generator).tolist():
         image = changes[number](image, float(factors[number]))
     return image
 
 
+def adjust_brightness(image: Tensor, factor: float) -> Tensor:
+    """Multiply all channels by a factor; torchvision's for any number of channels."""
+    if image.shape[0] in (1, 3):
+        return F.adjust_brightness(image, factor)
+    return from_levels(levels(image) * factor, image.dtype)
+
+
+def adjust_contrast(image: Tensor, factor: float) -> Tensor:
+    """Move all values away from, or towards, the mean of the image; torchvision's for any number of channels.
+
+    Of one channel and three torchvision takes the mean brightness; of others it is the mean over all channels.
+    """
+    if image.shape[0] in (1, 3):
+        return F.adjust_contrast(image, factor)
+    pixels = levels(image)
+    return from_levels(torch.lerp(pixels.mean(), pixels, factor), image.dtype)
+
+
+def adjust_saturation(image: Tensor, factor: float) -> Tensor:
+    """Change the saturation; an image of other than three channels is returned as it is."""
+    return F.adjust_saturation(image, factor) if image.shape[0] in (1, 3) else image
+
+
+def solarize(image: Tensor, threshold: int) -> Tensor:
+    """Invert values from a threshold in 0 … 255 up, in an image of any number of channels."""
+    if image.dtype == torch.uint8:
+        return torch.where(image >= threshold, 255 - image, image)
+    return torch.where(image >= threshold / 255, 1 - image, image)
+
+
 def shift_hue(image: Tensor, amount: float) -> Tensor:
     """Turn the colour circle; torchvision's `adjust_hue` to within one grey level, in a quarter of its time.
 
     Args:
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8, or float in [0, 1].
         amount: Share of the circle, -0.5 to 0.5.
     """
-    red, green, blue = image.float()
+    red, green, blue = levels(image)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - torch.minimum(torch.minimum(red, green), blue)
-    least = chroma.clamp(min=1.0)
+    least = chroma.clamp(min=1.0 if image.dtype == torch.uint8 else 1e-6)
     hue = torch.where(high == green, (blue - red) / least + 2, (red - green) / least + 4)
     hue = torch.where(high == red, (green - blue) / least, hue)  # in sixths of the circle
     place = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + (hue + 6 * amount)).remainder_(6.0)
     share = torch.minimum(place, 4 - place).clamp_(0, 1)
-    return (high - chroma * share).round_().to(torch.uint8)
+    return from_levels(high - chroma * share, image.dtype)
 
 
 def _pil_resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize with Lanczos through Pillow: torch has it in recent releases only."""
+    if image.dtype != torch.uint8:
+        layers = [Image.fromarray(channel.numpy()) for channel in image.float().contiguous()]
+        found = [np.asarray(one.resize((size[1], size[0]), Image.Resampling.LANCZOS)) for one in layers]
+        return torch.from_numpy(np.stack(found)).clamp_(0, 1)
     if image.shape[0] not in (1, 3):
         return torch.cat([_pil_resize(channel[None], size) for channel in image])
     resized = to_pil(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
@@ -133,8 +186,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def stretched(image: Tensor) -> Tensor:
-    """Return each channel of (C, H, W) uint8 stretched to 0 … 255; one that is constant becomes 0."""
-    low, high = (x.float() for x in torch.aminmax(image.flatten(1), dim=1))
+    """Return each channel of (C, H, W) stretched to its whole range; one that is constant becomes 0."""
+    pixels = levels(image)
+    low, high = torch.aminmax(pixels.flatten(1), dim=1)
     spread = (high - low).clamp(min=1e-6)
-    found: Tensor = (image.float() - low[:, None, None]) / spread[:, None, None] * 255
-    return found.round().to(torch.uint8)
+    return from_levels((pixels - low[:, None, None]) / spread[:, None, None] * 255, image.dtype)

@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
 def split_mask(image: Tensor) -> Pair:
     """Return what `MaskSource.read` put together: image (C, H, W) and mask (H, W)."""
-    return Pair(image[:-1], image[-1])
+    return Pair(image[:-1], image[-1].to(torch.uint8))
 
 
 class MaskSource(Source):

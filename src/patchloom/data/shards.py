@@ -15,14 +15,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.data.order import draw_seed
 from patchloom.errors import MissingExtraError, UsageError
@@ -120,6 +120,14 @@ class ShardSource(StreamSource):
         stream = rank * num_workers + worker
         return sum(self._counts[i] for i in self._dealt(epoch, seed, stream, world_size * num_workers, shuffle))
 
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and contents of the first images of a few shards."""
+        chosen = spread(len(self.shards), 4)
+        for shard in chosen:
+            for files in islice(_read_groups(self.shards[shard]), count // len(chosen)):
+                name, data = files["image"]
+                yield f"{self._names[shard]}/{name}", data
+
     def fingerprint(self) -> str:
         """Return a short hash of the shards' names, sizes and times."""
         digest = hashlib.sha256()
@@ -157,7 +165,9 @@ class ShardSource(StreamSource):
         name, data = files["image"]
         key = f"{shard}/{name}"
         try:
-            return Sample(decode_image(data, key, self.in_chans), _label(files, key), key)
+            return Sample(
+                decode_image(data, key, self.in_chans, "invert", self.values, self.channels), _label(files, key), key
+            )
         except UnreadableImageError as error:
             return Unreadable(error.key, error.reason)
 

@@ -22,7 +22,7 @@ class SubsetSource(Source):
         self.kind = source.kind
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
-        self.in_chans = source.in_chans
+        self.in_chans, self.values, self.channels = source.in_chans, source.values, source.channels
         self.why_unlabelled = source.why_unlabelled
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """What happens to an image in the data worker: paired crops, evaluation crop, fine-tuning recipe.
 
-Every transform is a picklable callable `(image uint8 (C, H, W), generator) -> dict of tensors` whose draws come
-from the generator it is given and from nothing else, so the same generator state gives the same views in any
-process.
+Every transform is a picklable callable `(image (C, H, W), generator) -> dict of tensors`; images are uint8, or float32
+in [0, 1] where they are stored deeper, and stay of their type. Draws come from the generator it is given and from
+nothing else, so the same generator state gives the same views in any process.
 
 >>> import torch
 >>> image = torch.randint(0, 256, (3, 80, 120), dtype=torch.uint8)
@@ -29,6 +29,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.choices import View
+from patchloom.data.deep_recipe import finetune_views
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, stretched, to_pil
 from patchloom.errors import UsageError, unknown_name
 
@@ -90,7 +91,7 @@ class PairedViews:
         return (self.size, self.interpolation) != (self.second_size, self.second_interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) uint8[, "target": (C, second_size, second_size) uint8]}."""
+        """Return {"image": (C, size, size)[, "target": (C, second_size, second_size)]}, of the type of the image."""
         if self.color_jitter:
             image = jitter_colors(image, self.color_jitter, generator)
         height, width = image.shape[-2:]
@@ -148,7 +149,7 @@ class EvalTransform:
         self.interpolation = _known(interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) uint8}; the generator is not used."""
+        """Return {"image": (C, size, size)} of the type of the image; the generator is not used."""
         height, width = image.shape[-2:]
         if height == width == self.size:
             return {"image": image}
@@ -185,7 +186,7 @@ class WholeImageTransform:
         self.interpolation = _known(interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) uint8}; the generator is not used."""
+        """Return {"image": (C, size, size)} of the type of the image; the generator is not used."""
         return {"image": stretched(resize(image, (self.size, self.size), self.interpolation))}
 
     def __repr__(self) -> str:
@@ -291,16 +292,13 @@ class FinetuneTransform:
         return Compose([*whole, RandomCrop(self.size, self.padding), *recipe.transforms[1:]])
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (3, size, size) float32, normalised}.
+        """Return {"image": (C, size, size) float32, normalised}; see `deep_recipe` for images that are not 8-bit RGB.
 
         Raises:
-            UsageError: The image has other than three channels.
+            UsageError: The image is not 8-bit RGB, and the recipe asks for another policy than RandAugment.
         """
-        if image.shape[0] != 3:
-            raise UsageError(
-                f"the fine-tuning recipe (RandAugment) works on RGB images, not on {image.shape[0]} channels; "
-                "use in_chans=3, or augmentation without it"
-            )
+        if image.shape[0] != 3 or image.dtype != torch.uint8:
+            return {"image": finetune_views(image, self, generator)}
         with seeded_globals(generator):
             return {"image": self._recipe(to_pil(image))}
 

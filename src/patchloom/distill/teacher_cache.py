@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
 from patchloom.distill.answers_config import AnswersConfig
 from patchloom.distill.teachers import DistillMethod
@@ -107,7 +108,7 @@ def teacher_answers(
             for batch in tqdm(loader, desc="teacher", disable=not sys.stderr.isatty(), leave=False):
                 skipped += batch["skipped"]
                 if batch["key"]:
-                    images = normalize(batch["image"].to(device).float().div_(255), teacher)
+                    images = normalize(unit(batch["image"].to(device)), teacher)
                     take(teacher(images).float().cpu(), batch["label"], batch["key"])
         return skipped
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from patchloom.data import make_loader
 from patchloom.data.base import Source
 from patchloom.data.mask_transforms import TestImage, TrainCrop
+from patchloom.data.pixels import unit
 from patchloom.data.segmentation import IGNORED
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, normalize, patch_size, set_image_size
 from patchloom.errors import UsageError
@@ -158,7 +159,7 @@ def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> Segmenta
         warmup=config.warmup,
         weight_decay=config.weight_decay,
     )
-    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average, config.dice)
+    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average)
 
 
 class OnMaps(nn.Module):
@@ -243,7 +244,7 @@ class _Kept:
             cut = torch.cat([image[..., top:bottom, left:right] for top, bottom, left, right in boxes])
             for part in cut.split(max(1, config.batch_size)):
                 with torch.no_grad():
-                    found = module.backbone(normalize(part.to(device).float() / 255, encoder))
+                    found = module.backbone(normalize(unit(part.to(device)), encoder))
                 maps.append([x.cpu() for x in found])
             masks += [mask[..., top:bottom, left:right] for top, bottom, left, right in boxes]
         if not masks:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.bundle import load, save_bundle
-from patchloom.data import EvalTransform, make_loader, open_source
+from patchloom.data import EvalTransform, make_loader, open_alike
 from patchloom.data.base import Source
+from patchloom.data.pixels import unit
+from patchloom.data.reading import reading_options
 from patchloom.encoders import embed_dim, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
@@ -43,9 +45,10 @@ class Finetune(Evaluation):
             raise UsageError("raw pixels cannot be trained further; name an encoder")
         channels = in_chans(encoder)
         options = config.source_options()
-        train, test = (
-            open_source(name, in_chans=channels, seed=config.seed, **options) for name in (config.train, config.test)
+        train, test = open_alike(
+            (config.train, config.test), in_chans=channels, seed=config.seed, model=encoder, **options
         )
+        options |= reading_options(train)
         if train.fingerprint() == test.fingerprint():
             raise UsageError(
                 f"train {config.train} and test {config.test} are the same images; measure on images apart from them"
@@ -95,7 +98,7 @@ class Finetune(Evaluation):
         ):
             skipped += batch["skipped"]
             if batch["key"]:
-                images = batch["image"].to(device).float().div_(255)
+                images = unit(batch["image"].to(device))
                 logits.append(classifier(normalize(images, model)).float().cpu())
                 labels.append(batch["label"])
                 keys += batch["key"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from patchloom.bundle import open_encoder
 from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.pixels import unit
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import (
     Encoder,
@@ -67,7 +68,9 @@ class Health:
         device = torch_device(config.device)
         encoder = encoder.eval().to(device)
         source = self._sample(
-            open_source(config.data, in_chans=in_chans(encoder), seed=config.seed, **config.source_options())
+            open_source(
+                config.data, in_chans=in_chans(encoder), seed=config.seed, model=encoder, **config.source_options()
+            )
         )
         pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
         last = pooled[-1]
@@ -121,7 +124,7 @@ class Health:
         entropy: list[list[Tensor]] = [[] for _ in layers]
         labels = []
         for batch in self._batches(source, EvalTransform(image_size(encoder)[0])):
-            images = normalize(batch["image"].to(device).float().div_(255), encoder)
+            images = normalize(unit(batch["image"].to(device)), encoder)
             labels.append(batch["label"])
             room = PATCH_IMAGES - sum(len(part) for part in patches[0])
             for number, found in enumerate(intermediate_layers(encoder, images, list(layers))):
@@ -147,7 +150,7 @@ class Health:
         transform = IndependentViews(image_size(encoder)[0])
         parts = []
         for batch in self._batches(source, transform):
-            images = normalize(batch[which].to(device).float().div_(255), encoder)
+            images = normalize(unit(batch[which].to(device)), encoder)
             found = intermediate_layers(encoder, images, [-1])[0]
             parts.append((found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)).float().cpu())
         return torch.cat(parts)

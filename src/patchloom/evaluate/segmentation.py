@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from patchloom.data import make_loader
 from patchloom.data.mask_transforms import TestImage
+from patchloom.data.pixels import unit
 from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
@@ -111,7 +112,7 @@ class Segmentation:
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue
-            images = batch["image"].to(device).float().div_(255)
+            images = unit(batch["image"].to(device))
             target = batch["mask"][0]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = segmenter(normalize(images, encoder), target.shape)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from patchloom.bundle import made_from, open_encoder
-from patchloom.data import open_source
+from patchloom.data import open_alike
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.subset import say_unlabelled
 from patchloom.encoders import Encoder, create_backbone, in_chans
@@ -62,9 +62,7 @@ def labelled_features(
     encoder = resolve_encoder(config)
     channels = 3 if encoder is None else in_chans(encoder)
     options = config.source_options()
-    train, test = (
-        open_source(name, in_chans=channels, seed=config.seed, **options) for name in (config.train, config.test)
-    )
+    train, test = open_alike((config.train, config.test), in_chans=channels, seed=config.seed, model=encoder, **options)
     for source in (train, test):
         _check_labels(source, several)
     same = source_hash(train) == source_hash(test)

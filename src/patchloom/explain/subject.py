@@ -13,6 +13,7 @@ from patchloom.adapt.class_prompts import PromptCAM
 from patchloom.bundle import open_encoder
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
+from patchloom.data.pixels import unit
 from patchloom.encoders import Encoder, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
@@ -47,7 +48,7 @@ class Subject:
     @property
     def shown(self) -> Tensor:
         """Images in [0, 1]."""
-        return self.pictures.float().div(255)
+        return unit(self.pictures)
 
     def name_of(self, number: int) -> str:
         """Return the name of a class."""
@@ -70,7 +71,9 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
     names = _class_names(model) if needs_classes or _has_classes(model) else []
     if config.class_name is not None and config.class_name not in names:
         raise unknown_name("class", config.class_name, names)
-    source = open_source(config.images, in_chans=in_chans(encoder), seed=config.seed, **config.source_options())
+    source = open_source(
+        config.images, in_chans=in_chans(encoder), seed=config.seed, model=encoder, **config.source_options()
+    )
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} is a stream; explanations are of single images, so give a folder of them")
     labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None

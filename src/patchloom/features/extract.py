@@ -22,6 +22,7 @@ from tqdm import tqdm
 from patchloom.choices import Pool, Precision
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.pixels import unit
 from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
@@ -179,7 +180,7 @@ def extract_into(
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue
-            images = batch["image"].to(target, non_blocking=True).float().div_(255)
+            images = unit(batch["image"].to(target, non_blocking=True))
             found = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
             held.append((found, batch["label"], batch["key"]))
             read += len(batch["key"])

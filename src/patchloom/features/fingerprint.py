@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, reading
 from patchloom.encoders import Encoder
 
 # Bytes of a tensor that share a checksum.
@@ -50,6 +50,8 @@ def source_hash(source: Source | StreamSource) -> str:
     """Return a hash of the images and labels a source lists."""
     found = hashlib.sha256(f"{type(source).__name__}\0{place_of_source(source.name)}\0{source.fingerprint()}".encode())
     found.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
+    if how := reading(source):
+        found.update(repr(how).encode())
     if source.labels is not None:
         found.update(np.ascontiguousarray(source.labels).tobytes())
     return found.hexdigest()[:32]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import (
     Encoder,
@@ -79,7 +80,7 @@ def observe(
         except UnreadableImageError:
             continue
         now, later = (
-            torch.stack([transform(pair[which].image, generator)["image"] for pair in pairs]).to(device).float() / 255
+            torch.stack([unit(transform(pair[which].image, generator)["image"]) for pair in pairs]).to(device)
             for which in (0, 1)
         )
         now, later = normalize(now, encoder), normalize(later, encoder)

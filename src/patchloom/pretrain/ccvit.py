@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.survey import notice
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, grid_size, in_chans, normalize, patch_size
 from patchloom.errors import UsageError
@@ -81,6 +82,12 @@ class CCViTMethod(Method):
             if config.k is not None and config.k != tokenizer.num_codes:
                 raise UsageError(
                     f"k is {config.k}, but the codebook {config.codebook} has {tokenizer.num_codes} centroids"
+                )
+            fitted = (tokenizer.facts.get("reading") or {}).get("value_range", "auto")
+            if fitted != config.value_range and "auto" not in (fitted, config.value_range):
+                notice(
+                    f"the codebook {config.codebook} was fitted on images read by value_range={fitted}, and these are "
+                    f"read by {config.value_range}; the same is better for both"
                 )
             return tokenizer
         k = self._codebook_size()

@@ -38,6 +38,7 @@ from patchloom.pretrain.distillation_losses import (
 from patchloom.pretrain.distillation_masks import draw_masks
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2
 from patchloom.training.ewa import experts_of
+from patchloom.training.inputs import read_as
 from patchloom.training.method import Method, Transform
 from patchloom.training.optim import adamw
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
@@ -112,6 +113,7 @@ class Dinov2Method(Method):
             if (token := load_mask_token(start)) is not None:
                 # The student's starts from it; the bundle of the run holds the encoder alone.
                 encoder.register_buffer("mask_token", token.reshape(1, -1), persistent=False)
+        read_as(encoder, config)
         if config.pixel_mean is not None:
             statistics = {"mean": config.pixel_mean, "std": config.pixel_std}
             encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}

@@ -64,7 +64,10 @@ class MAEMethod(Method):
             encoder.pos_embed.requires_grad_(False)
         given = {"mean": config.mean, "std": config.std}
         if fresh:
-            given = {"mean": config.mean or IMAGENET_MEAN, "std": config.std or IMAGENET_STD}
+            given = {
+                "mean": config.mean or config.channel_mean or IMAGENET_MEAN,
+                "std": config.std or config.channel_std or IMAGENET_STD,
+            }
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, **{k: v for k, v in given.items() if v is not None}}
         return encoder
 

@@ -19,6 +19,7 @@ import lightning.pytorch as lp
 import torch
 from torch import Tensor, nn
 
+from patchloom.data.pixels import unit
 from patchloom.encoders import depth, normalize
 from patchloom.errors import UsageError
 from patchloom.segment.backbone import Backbone
@@ -67,7 +68,6 @@ class SegmentationModule(lp.LightningModule):
         schedule: How to train.
         loss: Cross-entropy, Dice, or their sum.
         average: What cross-entropy is averaged over, see `segmentation_loss`.
-        dice: Dice of each `image` with plain denominators, or of the whole `batch` with squared ones (DVPT).
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class SegmentationModule(lp.LightningModule):
         schedule: Schedule | None = None,
         loss: Literal["ce", "dice", "dice+ce"] = "ce",
         average: Literal["valid", "all"] = "valid",
-        dice: Literal["image", "batch"] = "image",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -87,7 +86,7 @@ class SegmentationModule(lp.LightningModule):
         self.head = head
         self.aux_head = aux_head
         self.schedule = schedule or Schedule()
-        self.loss, self.average, self.dice = loss, average, dice
+        self.loss, self.average = loss, average
         self.losses: list[float] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class SegmentationModule(lp.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int = 0) -> Tensor:
         """Return the loss of a batch."""
         if (maps := batch.get("maps")) is None:
-            maps = self.backbone(normalize(batch["image"].float() / 255, self.backbone.encoder))
+            maps = self.backbone(normalize(unit(batch["image"]), self.backbone.encoder))
         target, levels = batch["mask"].long(), self._levels(maps)
         loss = self._loss(self.head(levels), target)
         if self.aux_head is not None:
@@ -138,6 +137,5 @@ class SegmentationModule(lp.LightningModule):
         if "ce" in self.loss:
             loss = loss + segmentation_loss(logits, target, average=self.average)
         if "dice" in self.loss:
-            whole = self.dice == "batch"
-            loss = loss + dice_loss(logits, target, squared_pred=whole, batch=whole)
+            loss = loss + dice_loss(logits, target)
         return loss

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.data.pixels import unit
 from patchloom.errors import UsageError
+from patchloom.source_options import SourceOptions
 from patchloom.tokenizers.centroid import CentroidTokenizer
 from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
 
@@ -38,6 +40,11 @@ def fit_codebook(
     overwrite: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    in_chans: int = 3,
+    value_range: str = "auto",
+    no_data: float | None = None,
+    channels: str | None = None,
+    channel_files: str | None = None,
 ) -> dict[str, Any]:
     """Build a centroid codebook from images: k-means over their patches.
 
@@ -62,6 +69,12 @@ def fit_codebook(
         overwrite: Replace the files of an earlier codebook in `out`.
         include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
         exclude: Leave out files that fit one of these globs.
+        in_chans: Channels of the images: 3 (grey ones are repeated), 1, or as many as the files have.
+        value_range: What stored values become 0 and 1: auto (by a look at the images), LOW,HIGH, bits:N or
+            percentiles:LOW,HIGH.
+        no_data: Value that means that nothing is known of a pixel.
+        channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
+        channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
 
     Returns:
         What `summary.json` holds, and where the codebook lies.
@@ -77,7 +90,18 @@ def fit_codebook(
     from patchloom.data import open_source
 
     tokenizer = CentroidTokenizer.fit(
-        open_source(data, **_options(include, exclude)),
+        open_source(
+            data,
+            in_chans=len(named.split(",")) if in_chans == 3 and (named := channels or channel_files) else in_chans,
+            **SourceOptions(
+                include=include,
+                exclude=exclude,
+                value_range=value_range,
+                no_data=no_data,
+                channels=channels,
+                channel_files=channel_files,
+            ).source_options(),
+        ),
         k,
         patch_size=patch_size,
         image_size=image_size,
@@ -115,6 +139,8 @@ def show_codebook(
     overwrite: bool = False,
     include: str | None = None,
     exclude: str | None = None,
+    value_range: str = "auto",
+    channels: str | None = None,
 ) -> dict[str, Any]:
     """Draw a codebook, and what images look like through it.
 
@@ -150,7 +176,9 @@ def show_codebook(
     figures: dict[str, Any] = {}
     originals = None
     if data is not None:
-        originals = _draw_images(data, images, image_size, tokenizer, seed, _options(include, exclude))
+        options = SourceOptions(include=include, exclude=exclude, value_range=value_range, channels=channels)
+        how = _fitted(tokenizer) | options.source_options()
+        originals = _draw_images(data, images, image_size, tokenizer, seed, how)
         figures = tokenizer.report(originals)
         if tokenizer.counts is None:
             tokenizer.counts = torch.bincount(tokenizer.encode(originals).flatten(), minlength=tokenizer.num_codes)
@@ -209,7 +237,7 @@ def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
     from patchloom.report.figures import image_grid
 
     made = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
-    rows = {"image": _as_colour(originals.float() / 255), "its nearest centroids": _as_colour(made)}
+    rows = {"image": _as_colour(unit(originals)), "its nearest centroids": _as_colour(made)}
     png: bytes = image_grid(rows).png
     return png
 
@@ -252,10 +280,9 @@ def _draw_images(
     return torch.stack(drawn)
 
 
-def _options(include: str | None, exclude: str | None) -> dict[str, Any]:
-    from patchloom.data import SourceOptions
-
-    return SourceOptions(include=include, exclude=exclude).source_options()
+def _fitted(tokenizer: CentroidTokenizer) -> dict[str, Any]:
+    """Return the options by which the images were read that the codebook was fitted on."""
+    return dict(tokenizer.facts.get("reading") or {})
 
 
 def _device(name: str) -> torch.device:

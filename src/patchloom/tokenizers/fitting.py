@@ -89,10 +89,11 @@ def fit_centroids(
     start = time.monotonic()
     with ExitStack() as stack:
         ranks = Ranks(distributed)
+        how: dict[str, Any] = {}
         if isinstance(source, Tensor):
             name, in_chans, stream = "tensor", _channels(source), _of_tensor(source, images, seed, ranks)
         else:
-            name, in_chans, stream = _of_source(source, image_size, patch_size, images, per_class, seed, ranks)
+            name, in_chans, how, stream = _of_source(source, image_size, patch_size, images, per_class, seed, ranks)
         gathered = _Gathered(in_chans * patch_size**2, memory_mb * 2**20, stack)
         read, skipped, total = 0, 0, 0
         limit = None if max_points is None else ranks.share(max_points)
@@ -120,6 +121,7 @@ def fit_centroids(
         "patch_size": patch_size,
         "image_size": image_size,
         "in_chans": in_chans,
+        **({"reading": how} if how else {}),
         "images": ranks.total(read),
         "unreadable": ranks.total(skipped),
         "patches": patches,
@@ -207,9 +209,10 @@ def _of_source(
     per_class: int | None,
     seed: int,
     ranks: Ranks,
-) -> tuple[str, int, Iterator[tuple[Tensor | None, int]]]:
-    """Return the source's name, its channels, and its images (None: unreadable) with how many there will be."""
+) -> tuple[str, int, dict[str, Any], Iterator[tuple[Tensor | None, int]]]:
+    """Return the source's name, its channels, how its pixels are read, its images (None: unreadable), how many."""
     from patchloom.data.base import StreamSource
+    from patchloom.data.reading import reading_options
     from patchloom.data.transforms import EvalTransform
 
     if isinstance(source, str | Path):
@@ -226,7 +229,7 @@ def _of_source(
         stream = _of_stream(source, transform, images, per_class, seed, ranks)
     else:
         stream = _of_map(source, transform, images, per_class, seed, ranks)
-    return source.name, source.in_chans, stream
+    return source.name, source.in_chans, reading_options(source), stream
 
 
 def _of_map(
@@ -307,9 +310,12 @@ class _Gathered:
         self._dtype = torch.uint8
 
     def add(self, patches: Tensor) -> None:
-        """Take in patches (n, width), uint8 or float32, all of one type."""
+        """Take in patches (n, width), uint8 or float32; where both come, all become float32."""
         if not self.count:
             self._dtype = patches.dtype
+        elif patches.dtype != self._dtype:
+            patches = as_float(patches)
+            self._become_float()
         self.count += len(patches)
         self._bytes += patches.numel() * patches.element_size()
         if self._file is None and self._bytes > self._limit:
@@ -332,6 +338,21 @@ class _Gathered:
         self._write_header()
         self._file.flush()
         return PointsOnDisk(self._file.name)
+
+    def _become_float(self) -> None:
+        """Turn what was taken in as uint8 into float32."""
+        if self._dtype != torch.uint8:
+            return
+        if self._file is not None:
+            before = self.finish()
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-patches-"))
+            self._file = self._stack.enter_context((Path(folder) / "patches.npy").open("wb"))
+            self._dtype = torch.float32
+            self._write_header()
+            for block in before.blocks(65536):
+                self._write(as_float(block))
+        self._dtype = torch.float32
+        self._blocks = [as_float(block) for block in self._blocks]
 
     def _write(self, *blocks: Tensor) -> None:
         for block in blocks:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import yaml
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.source_options import SourceOptions
+from patchloom.source_options import SourceOptions, words
 
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = frozenset(
@@ -50,7 +50,12 @@ class TrainConfig(SourceOptions):
     image_size: int | None = None
     """Side of the training images in pixels; default: what the encoder was made for"""
     in_chans: int = 3
-    """Channels of the images: 3 (grey ones are repeated) or 1"""
+    """Channels of the images: 3 (grey ones are repeated), 1, or as many as the files have"""
+    channel_mean: tuple[float, ...] | None = None
+    """Mean per channel, in [0, 1], that images are normalised by, kept in the bundle; default: the encoder's own, and
+    of images of other than 1 or 3 channels what a sample of them has"""
+    channel_std: tuple[float, ...] | None = None
+    """Standard deviation per channel, likewise"""
     epochs: int = 300
     """Passes over the images"""
     max_steps: int | None = None
@@ -175,6 +180,16 @@ class TrainConfig(SourceOptions):
                 raise unknown_name("expert_layers", self.expert_layers, ("alternate", "last_half", "all"))
             if self.strategy == "fsdp":
                 raise UsageError("experts cannot be averaged while fsdp holds them in shards; use strategy=ddp")
+        if self.in_chans == 3 and (named := self.channels or self.channel_files):
+            object.__setattr__(self, "in_chans", len(words(named)))
+        if (self.channel_mean is None) != (self.channel_std is None):
+            raise UsageError("channel_mean and channel_std belong together; give both or neither")
+        for name in ("channel_mean", "channel_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.in_chans:
+                raise UsageError(f"{name} has {len(values)} values; give one for each of {self.in_chans} channels")
+        if self.channel_std is not None and min(self.channel_std) <= 0:
+            raise UsageError(f"channel_std is {self.channel_std}; standard deviations are above 0")
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the run and overwrite deletes it; set one of them")
 

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from patchloom.data import make_loader
+from patchloom.data.pixels import unit
 from patchloom.encoders import (
     Encoder,
     create_backbone,
@@ -32,6 +33,7 @@ from patchloom.encoders import (
 from patchloom.errors import UsageError
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
+from patchloom.training.inputs import read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
 from patchloom.training.phases import Phase, Span, Stage
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
@@ -105,7 +107,7 @@ class Method(lp.LightningModule):
         )
         if config.init_from is not None:
             load_weights(encoder, config.init_from, self.starting_weights)
-        return encoder
+        return read_as(encoder, config)
 
     def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of `init_from` as the encoder's; a method may make up what another kind of ViT lacks."""
@@ -493,7 +495,7 @@ class Method(lp.LightningModule):
 
     def pixels(self, images: Tensor) -> Tensor:
         """Return a batch of uint8 images as floats in [0, 1] (floats are taken as they are)."""
-        return images.float().div_(255) if images.dtype == torch.uint8 else images
+        return unit(images)
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say about the model."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.data.base import Source, UnreadableImageError
+from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
 from patchloom.report import Figure, Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
@@ -176,7 +177,7 @@ def neighbour_section(encoder: torch.nn.Module, images: Tensor, method: Method) 
     return Section(
         title="Nearest neighbours",
         text=f"Left, a held-out image; right, the nearest of {len(images) - 1} others by cosine similarity.",
-        figures=[nearest_neighbours(images[queries].float() / 255, images[found].float() / 255, values)],
+        figures=[nearest_neighbours(unit(images[queries]), unit(images[found]), values)],
     )
 
 

@@ -26,7 +26,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from patchloom import stopping
-from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
@@ -46,6 +45,7 @@ from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
 from patchloom.training.health import CollapseWatch
+from patchloom.training.inputs import open_training_images
 from patchloom.training.method import Method, steps_done
 from patchloom.training.metrics import CSVMetrics
 from patchloom.training.probe_data import choose_probe_data
@@ -117,7 +117,7 @@ def _fit(
     attach: Sequence[Attachment],
 ) -> Run:
     if source is None:
-        source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **config.source_options())
+        source, config = open_training_images(config)
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
     method = method_class(config, source)

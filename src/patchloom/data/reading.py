@@ -1,0 +1,90 @@
+"""How the pixels of a source are read: value range, channels taken, files of channels; the same for every image.
+
+>>> Reading.of({"value_range": "bits:12", "channels": "4,2,0"}).channels
+(4, 2, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from patchloom.data.base import Source, StreamSource, reading
+from patchloom.data.survey import settle
+from patchloom.data.value_range import ValueRange
+from patchloom.errors import UsageError
+
+AUTO = ValueRange()
+OPTIONS = ("value_range", "no_data", "channels", "channel_files")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the options of a source say of its pixels."""
+
+    values: ValueRange = AUTO
+    channels: tuple[int, ...] | None = None
+    channel_files: str | None = None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Reading:
+        """Take the options that are about pixels out of a mapping.
+
+        Raises:
+            UsageError: A range or channels that cannot be.
+        """
+        taken = {name: options.pop(name) for name in OPTIONS if name in options}
+        text = taken.get("value_range")
+        values = ValueRange.parse("auto" if text is None else str(text), taken.get("no_data"))
+        return cls(values, parse_channels(taken.get("channels")), taken.get("channel_files"))
+
+    def given_to(self, source: Source | StreamSource, *, quiet: bool = False) -> None:
+        """Let a source read so, and settle its value range.
+
+        Raises:
+            UsageError: The source is not of files, or has another number of channels.
+        """
+        own = Source.stored if isinstance(source, Source) else StreamSource.stored
+        if type(source).stored is own:
+            for name, value in (("value_range", self.values.given), ("channels", self.channels)):
+                if value:
+                    raise UsageError(f"{name} is {value}, which the source {source.name} cannot obey; leave it out")
+            return
+        if self.channels is not None and len(self.channels) != source.in_chans:
+            raise UsageError(
+                f"channels names {len(self.channels)} channels and images of {source.in_chans} are asked for; "
+                f"name {source.in_chans}, or set in_chans={len(self.channels)}"
+            )
+        source.channels = self.channels
+        settle(source, self.values, quiet=quiet)
+
+
+def parse_channels(text: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return numbers of channels, from 0, as a text lists them: `4,2,0`.
+
+    Raises:
+        UsageError: Anything else.
+    """
+    if text is None:
+        return None
+    try:
+        words = [word.strip() for word in text.split(",")] if isinstance(text, str) else text
+        numbers = tuple(int(word) for word in words)
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 0:
+        raise UsageError(f"channels is {text!r}; give numbers from 0 separated by commas, such as 4,2,0")
+    return numbers
+
+
+def reading_options(source: Source | StreamSource) -> dict[str, Any]:
+    """Return the options that let another source be read as this one is."""
+    return {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in reading(source).items()
+    }
+
+
+def remembered(encoder: Any) -> dict[str, Any]:
+    """Return the options an encoder's training images were read by, where its bundle knows them."""
+    return dict((getattr(encoder, "pretrained_cfg", None) or {}).get("reading") or {})

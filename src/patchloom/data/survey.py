@@ -1,0 +1,281 @@
+"""Settling the value range of a source by a look at a sample of it, and what else that look finds.
+
+The look is at headers first: an ordinary folder of 8-bit images is passed in some milliseconds. What is found is said
+in one line on the error stream, and never changes between images.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchloom.data.base import Sample, Source, StreamSource, UnreadableImageError, spread
+from patchloom.data.dicom import is_dicom
+from patchloom.data.stored import Stored, is_array, is_tiff, read_stored
+from patchloom.data.value_range import ValueRange, camera_bits, kind_of
+
+HEADERS, DECODED, PIXELS = 200, 100, 400_000_000
+"""Most files whose headers are read; most that are decoded, and their pixels in all."""
+KEPT = 20_000
+"""Pixels of an image that percentiles are taken of."""
+_EIGHT_BIT = (b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
+
+
+def settle(source: Source | StreamSource, wanted: ValueRange, *, quiet: bool = False) -> ValueRange:
+    """Settle the value range of a source, and give it to the source.
+
+    Args:
+        source: Where the images come from.
+        wanted: What was asked for, or settled before; kinds of storage that it does not know are settled here.
+        quiet: Say nothing.
+
+    Returns:
+        The range, also as `source.values`. What was asked for where nothing deeper than 8 bits is found.
+    """
+    source.values = wanted
+    survey = Survey.of(source)
+    values = wanted
+    lines = []
+    for kind, seen in survey.seen.items():
+        if kind == "alpha" or wanted.knows(kind) or (kind == "uint8" and wanted.percentiles is None):
+            continue
+        low, high, why = _bounds(kind, seen, wanted)
+        values = values.with_bounds(kind, low, high)
+        lines.append(f"{seen.what(kind)}, values {_span(seen, wanted)}: read {why}")
+    for kind in survey.seen.keys() & {"uint16", "uint32"}:
+        # Opacity is written in the depth of the colours by some, and by others in that of the file.
+        alpha = survey.seen.get("alpha")
+        if alpha is not None and not values.knows("alpha") and alpha.high <= values.bounds_of(kind)[1]:
+            values = values.with_bounds("alpha", 0, values.bounds_of(kind)[1])
+    source.values = values
+    if not quiet:
+        if len(survey.seen.keys() - {"alpha"}) + bool(survey.plain) > 1 and lines:
+            lines.append(f"images of {_mixture(survey)} are mixed: each kind has its own range")
+        if lines:
+            notice(f"{source.name}: {'; '.join(lines)} (value_range={values})")
+        for line in survey.notices(source):
+            notice(line)
+    return values
+
+
+def notice(text: str) -> None:
+    """Say something on the error stream, in the first process alone."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")):
+        print(text, file=sys.stderr)
+
+
+def channel_statistics(source: Source | StreamSource, count: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (C,) per channel, in [0, 1], over the pixels of a sample of the images.
+
+    Raises:
+        UnreadableImageError: No image of the sample can be read; says why of the first.
+    """
+    sums, squares, pixels, first = torch.zeros(0), torch.zeros(0), 0, None
+    for image in _images(source, count, seed):
+        if isinstance(image, UnreadableImageError):
+            first = first or image
+            continue
+        flat = image.flatten(1).double() / (255 if image.dtype == torch.uint8 else 1)
+        sums = flat.sum(1) + (sums if pixels else 0)
+        squares = flat.square().sum(1) + (squares if pixels else 0)
+        pixels += flat.shape[1]
+    if not pixels:
+        raise first or UnreadableImageError(source.name, "it holds no image")
+    mean = sums / pixels
+    return mean.float(), (squares / pixels - mean.square()).clamp(min=0).sqrt().clamp(min=1e-3).float()
+
+
+@dataclass
+class Seen:
+    """What was seen of one kind of storage."""
+
+    low: float = np.inf
+    high: float = -np.inf
+    bits: int = 0
+    channels: Counter[int] = field(default_factory=Counter)
+    values: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, pixels: np.ndarray, no_data: float | None, keep: bool) -> None:
+        """Take in the pixels (C, H, W) of an image."""
+        self.channels[len(pixels)] += 1
+        self.bits = 8 * pixels.dtype.itemsize
+        known = pixels.reshape(-1)
+        if pixels.dtype.kind == "f" and not np.isfinite(known.min() + known.max()):
+            known = known[np.isfinite(known)]
+        if no_data is not None:
+            known = known[known != no_data]
+        if known.size:
+            self.low, self.high = min(self.low, float(known.min())), max(self.high, float(known.max()))
+            if keep:
+                self.values.append(known[:: max(1, known.size // KEPT)].astype(np.float64))
+
+    def what(self, kind: str) -> str:
+        """Return the kind in words: `16-bit grey`."""
+        channels = self.channels.most_common(1)[0][0]
+        colour = {1: "grey", 3: "colour"}.get(channels, f"of {channels} channels")
+        stored = "float" if kind == "float" else f"{self.bits}-bit" + (" signed" if kind.startswith("int") else "")
+        return f"{stored} {colour}"
+
+
+@dataclass
+class Survey:
+    """What a sample of a source holds."""
+
+    seen: dict[str, Seen] = field(default_factory=dict)
+    """By kind of storage; 8-bit images are looked at only where percentiles are asked for."""
+    plain: int = 0
+    """Images of 8 bits."""
+    paged: list[tuple[str, int]] = field(default_factory=list)
+    """Name and pages of images of which the first page alone is read."""
+
+    @classmethod
+    def of(cls, source: Source | StreamSource) -> Survey:
+        """Look at a sample of a source."""
+        survey, decoded, pixels = cls(), 0, 0
+        wanted = source.values
+        for key, data in source.stored(HEADERS):
+            try:
+                stored = _deep(data, key, source, survey)
+                if stored is None and wanted.percentiles is not None:
+                    stored = _plain(data, key)
+            except Exception:  # a broken file is the loader's to report
+                continue
+            if stored is None:
+                continue
+            colours = stored.pixels
+            if stored.alpha:
+                survey.seen.setdefault("alpha", Seen()).add(colours[-1:], None, False)
+                colours = colours[:-1]
+            if source.channels is not None:
+                colours = colours[[number for number in source.channels if number < len(colours)]]
+            if stored.top is None and colours.size:
+                kind = kind_of(colours.dtype) if colours.dtype != np.bool_ else "uint8"
+                survey.seen.setdefault(kind, Seen()).add(colours, wanted.no_data, wanted.percentiles is not None)
+            decoded, pixels = decoded + 1, pixels + colours.size
+            if decoded >= DECODED or pixels >= PIXELS:
+                break
+        return survey
+
+    def notices(self, source: Source | StreamSource) -> list[str]:
+        """Return what is to be said besides the range."""
+        if not self.paged:
+            return []
+        key, pages = self.paged[0]
+        others = f" (and {len(self.paged) - 1} more of the sample)" if len(self.paged) > 1 else ""
+        return [
+            f"{source.name}: {key} holds {pages} pages and is read as its first{others}; in_chans={pages} takes pages "
+            f"as channels, channels=0,1,2 some of them"
+        ]
+
+
+def _deep(data: Path | bytes, key: str, source: Source | StreamSource, survey: Survey) -> Stored | None:
+    """Return an image that is deeper than 8 bits, or None; nothing but the first bytes is read of most others."""
+    head = data[:64] if isinstance(data, bytes) else _head(data)
+    if head.startswith(_EIGHT_BIT) or (head[:4] == b"\x89PNG" and head[24:25] != b"\x10"):
+        survey.plain += 1
+        return None
+    stacked = source.channels is not None
+    if is_tiff(head) and not _worth_decoding(data, key, source, survey):
+        survey.plain += 1
+        return None
+    encoded = data if isinstance(data, bytes) else data.read_bytes()
+    if is_dicom(encoded, key):
+        return None
+    found = read_stored(encoded, key, source.in_chans, stacked=stacked)
+    if found is None or (found.pixels.dtype in (np.uint8, np.bool_)):
+        survey.plain += 1
+        found = None
+    if found is None and not is_array(head, key) and not is_tiff(head):
+        return _plain(data, key, deep_only=True)
+    return found
+
+
+def _worth_decoding(data: Path | bytes, key: str, source: Source | StreamSource, survey: Survey) -> bool:
+    """Look at the header of a TIFF: count its pages, and tell whether its values are deep."""
+    import tifffile
+
+    from patchloom.data.stored import _pages
+
+    with tifffile.TiffFile(data if isinstance(data, Path) else io.BytesIO(data)) as file:
+        page: Any = file.pages[0]
+        pages = _pages(file) if len(file.pages) > 1 else 1
+        if pages > 1 and source.in_chans in (1, 3) and source.channels is None:
+            survey.paged.append((key, pages))
+        return bool(page.dtype not in (np.uint8, np.bool_))
+
+
+def _plain(data: Path | bytes, key: str, *, deep_only: bool = False) -> Stored | None:
+    """Return an image by Pillow, with the channels it has; with `deep_only` one of more than 8 bits or none."""
+    from patchloom.data.decode import _read_by_pillow
+
+    encoded = data if isinstance(data, bytes) else data.read_bytes()
+    stored = _read_by_pillow(encoded, 0, False)
+    return None if deep_only and stored.pixels.dtype == np.uint8 else stored
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _bounds(kind: str, seen: Seen, wanted: ValueRange) -> tuple[float, float, str]:
+    """Return what becomes 0 and 1, and how that is said."""
+    if not seen.high >= seen.low:  # nothing but NaN or no_data
+        low, high = ValueRange().bounds_of(kind)
+        return low, high, f"as {low:g}…{high:g}"
+    if wanted.percentiles is not None:
+        low, high = (float(end) for end in np.percentile(np.concatenate(seen.values), wanted.percentiles))
+        shares = " to ".join(f"{share:g}" for share in wanted.percentiles)
+        low, high = _apart(low, high)
+        return (low, high, f"by percentiles {shares}, {low:.6g}…{high:.6g}")
+    if kind.startswith("uint"):
+        bits = camera_bits(seen.high)
+        return 0.0, 2.0**bits - 1, f"as {bits} bits, 0…{2**bits - 1:,}"
+    if kind.startswith("int") and seen.low >= 0:
+        bits = camera_bits(seen.high)
+        return 0.0, 2.0**bits - 1, f"as {bits} bits, 0…{2**bits - 1:,}"
+    if kind == "float" and seen.low >= 0 and seen.high <= 1:
+        return 0.0, 1.0, "as 0…1"
+    low, high = _apart(seen.low, seen.high)
+    return low, high, f"as {low:.6g}…{high:.6g}"
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Return two ends that differ, where all values are one."""
+    return (low, high) if high > low else (low, low + max(1.0, abs(low)))
+
+
+def _span(seen: Seen, wanted: ValueRange) -> str:
+    if not seen.high >= seen.low:
+        return "none of which is a number"
+    return f"up to {seen.high:,.6g}" if seen.low >= 0 and float(seen.high).is_integer() else (
+        f"from {seen.low:,.6g} to {seen.high:,.6g}"
+    )  # fmt: skip
+
+
+def _mixture(survey: Survey) -> str:
+    kinds = [f"{seen.what(kind)}" for kind, seen in survey.seen.items() if kind != "alpha"]
+    return " and ".join([*kinds, *(["8 bits"] if survey.plain else [])])
+
+
+def _images(source: Source | StreamSource, count: int, seed: int) -> Any:
+    """Yield images of a sample of a source, or why one cannot be read."""
+    if isinstance(source, StreamSource):
+        stream = source.samples(epoch=0, seed=seed)
+        for _, item in zip(range(count), stream, strict=False):
+            yield item.image if isinstance(item, Sample) else UnreadableImageError(item.key, item.reason)
+        return
+    for index in spread(len(source), count):
+        try:
+            yield source.read(int(index)).image
+        except UnreadableImageError as error:
+            yield error

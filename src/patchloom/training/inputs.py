@@ -1,0 +1,82 @@
+"""The images of a run: opened, and how their values are read settled once for all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from patchloom.bundle import read_reading
+from patchloom.data import open_source
+from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.reading import reading_options
+from patchloom.data.survey import channel_statistics, notice
+from patchloom.encoders import Encoder
+from patchloom.errors import UsageError
+from patchloom.training.config import Config
+
+
+def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]:
+    """Return the images to train on, and the settings with what was settled about them.
+
+    The value range is that of the settings, else that of the model training starts from, else found by a look at the
+    images. Of images of other than one or three channels mean and standard deviation are taken of a sample.
+
+    Raises:
+        UsageError: The images cannot be opened or read as asked.
+    """
+    start: dict[str, Any] = {}
+    for path in (config.init_from, config.encoder):
+        if path and Path(path).exists():
+            start = read_reading(path)
+            break
+    options = {**start, **config.source_options()}
+    if "channels" not in config.source_options() and len(str(start.get("channels", "")).split(",")) != config.in_chans:
+        options.pop("channels", None)
+    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **options)
+    settled: dict[str, Any] = reading_options(source)
+    if (
+        config.in_chans not in (1, 3)
+        and config.channel_mean is None
+        and _of_files(source)
+        and not _has_statistics(config)
+    ):
+        try:
+            mean, std = channel_statistics(source)
+        except UnreadableImageError as error:
+            raise UsageError(
+                f"no image of {source.name!r} is readable; the first is {error.key!r}: {error.reason}"
+            ) from error
+        settled |= {"channel_mean": _rounded(mean.tolist()), "channel_std": _rounded(std.tolist())}
+        notice(
+            f"{source.name}: {config.in_chans} channels of mean {settled['channel_mean']} and standard deviation "
+            f"{settled['channel_std']}; colour changes are those of brightness and contrast, all channels alike"
+        )
+    return source, dataclasses.replace(config, **settled)
+
+
+def read_as(encoder: Encoder, config: Any) -> Encoder:
+    """Let an encoder know how its training images are read, and the statistics of the settings; returns it."""
+    settled = {"value_range": config.value_range if config.value_range != "auto" else None, "channels": config.channels}
+    known = {name: value for name, value in settled.items() if value is not None}
+    statistics = {} if config.channel_mean is None else {"mean": config.channel_mean, "std": config.channel_std}
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics, **({"reading": known} if known else {})}
+    return encoder
+
+
+def _of_files(source: Source | StreamSource) -> bool:
+    return type(source).stored is not (Source.stored if isinstance(source, Source) else StreamSource.stored)
+
+
+def _has_statistics(config: Config) -> bool:
+    """Return whether the run starts from a model of as many channels, which has its own."""
+    from patchloom.bundle import bundle_channels
+
+    return any(
+        path and Path(path).exists() and bundle_channels(path) == config.in_chans
+        for path in (config.init_from, config.encoder)
+    )
+
+
+def _rounded(values: list[float]) -> tuple[float, ...]:
+    return tuple(round(value, 5) for value in values)
