@@ -158,6 +158,89 @@ def test_video_logits_equal_the_published_ones(layout):
         model(IMAGES)
 
 
+@pytest.mark.parametrize(
+    ("layout", "clips"),
+    [
+        ({"pooled": True}, False),
+        ({"pooled": True, "adapter": 0, "prompts": 2}, False),
+        ({"pooled": True, "adapter": 0}, False),
+        ({"video": True}, True),
+        ({}, False),
+    ],
+)
+def test_what_is_loaded_trains_as_published(layout, clips):
+    state, images = published(**layout), CLIPS if clips else IMAGES
+    model = pl.load_reference("adaptformer", state, num_heads=HEADS, img_size=16)
+    trained = {
+        **{f"adapters.adapter.adapters.{n}": v for n, v in model.adapters["adapter"].named_parameters()},
+        **dict(model.named_parameters()),
+    }
+    leaves = {name: value.double().requires_grad_() for name, value in state.items() if value.is_floating_point()}
+    loss = torch.nn.functional.cross_entropy(forward({**state, **leaves}, images), torch.arange(len(images)))
+    loss.backward()
+    torch.nn.functional.cross_entropy(model(images), torch.arange(len(images))).backward()
+    ours = {name for name, parameter in trained.items() if parameter.requires_grad and name.endswith("norm.weight")}
+    pooled = "fc_norm.weight" in state
+    assert ("fc_norm.weight" in ours) == pooled
+    assert not any(name.startswith(("blocks.", "norm.")) for name in ours)
+    if pooled:
+        for kind in ("weight", "bias"):
+            found, wanted = trained[f"fc_norm.{kind}"].grad.double(), leaves[f"fc_norm.{kind}"].grad
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    found = trained["adapters.adapter.head.1.weight"].grad.double()
+    torch.testing.assert_close(found, leaves["head.1.weight"].grad, atol=1e-6, rtol=1e-5)
+    if "blocks.1.adaptmlp.down_proj.weight" in leaves:
+        found = trained["adapters.adapter.adapters.1.down_proj.weight"].grad.double()
+        torch.testing.assert_close(found, leaves["blocks.1.adaptmlp.down_proj.weight"].grad, atol=1e-6, rtol=1e-5)
+
+
+def test_the_norm_of_the_adapter_leaves_with_it_and_is_stored_with_it(tmp_path):
+    state = published(pooled=True)
+    torch.save(state, tmp_path / "model.pth")
+    settings = {"num_heads": HEADS}
+    out = import_reference("adaptformer", str(tmp_path / "model.pth"), str(tmp_path / "bundle"), settings)
+    model = pl.load(str(tmp_path / "bundle" / "adapter"))
+    torch.testing.assert_close(model(IMAGES).double(), forward(state, IMAGES), atol=1e-5, rtol=1e-5)
+    assert model.fc_norm.weight.requires_grad
+    with torch.no_grad():
+        model.fc_norm.weight.zero_()
+    remove(model)
+    assert torch.equal(model.fc_norm.weight, state["fc_norm.weight"])
+    assert torch.equal(pl.load(out).fc_norm.weight, state["fc_norm.weight"])
+
+
+def test_a_published_configuration_is_taken_whole():
+    config = {
+        "tuning_config": {"ffn_adapt": True, "ffn_option": "parallel", "ffn_adapter_layernorm_option": "none"},
+        "global_pool": False,
+        "img_size": 16,
+        "patch_size": PATCH,
+        "in_chans": 3,
+        "num_classes": CLASSES,
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": HEADS,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "drop_path_rate": 0.0,
+        "epochs": 100,
+        "blr": 0.1,
+        "representation_size": None,
+        "distilled": False,
+    }
+    tuning = config["tuning_config"] | {"ffn_adapter_init_option": "lora", "ffn_adapter_scalar": "0.1", "ffn_num": 5}
+    config["tuning_config"] = tuning | {"d_model": WIDTH, "vpt_on": False, "vpt_num": 1}
+    model = pl.load_reference("adaptformer", published(), **config)
+    torch.testing.assert_close(model(IMAGES).double(), forward(published(), IMAGES), atol=1e-5, rtol=1e-5)
+    for wrong in ({"depth": 12}, {"qkv_bias": False}, {"patch_size": 16}, {"global_pool": True}):
+        name = next(iter(wrong))
+        with pytest.raises(UsageError, match=f"{name}=.*, but the checkpoint's tensors say"):
+            pl.load_reference("adaptformer", published(), **{**config, **wrong})
+    video = pl.load_reference("adaptformer", published(video=True), num_heads=HEADS, img_size=16, tubelet_size=2)
+    assert video.adapters["adapter"].adapters["0"].dropout == 0  # of the video code; of images 0.1
+    assert model.adapters["adapter"].adapters["0"].dropout == pytest.approx(0.1)
+
+
 def test_the_adapter_comes_off_again():
     state = published()
     model = pl.load_reference("adaptformer", state, num_heads=HEADS)

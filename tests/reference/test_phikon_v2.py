@@ -158,14 +158,16 @@ def test_dsmil(bags, passing, logits):
     compare(model(x, mask), expected)
 
 
-def transmil_state(width: int, heads: int, nystrom: bool, projected: bool, groups: int = 1) -> dict[str, Tensor]:
+def transmil_state(
+    width: int, heads: int, nystrom: bool, projected: bool, groups: int = 1, second_nystrom: bool | None = None
+) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), **linear("head", width, 2)}
     if projected:
         shapes |= linear("proj.0", WIDTH, width)
     for norm in ("norm", "cor.norm1", "agg.norm1"):
         shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
-    for block in ("cor", "agg"):
-        if nystrom:
+    for block, approximate in (("cor", nystrom), ("agg", nystrom if second_nystrom is None else second_nystrom)):
+        if approximate:
             shapes |= linear(f"{block}.attn.to_qkv", width, 3 * width, bias=False)
             shapes |= linear(f"{block}.attn.to_out.0", width, width)
             shapes[f"{block}.attn.res_conv.weight"] = (heads, 1, 5, 1)
@@ -223,13 +225,41 @@ def test_transmil(tiles, nystrom, projected, groups):
     block = {"num_attention_heads": heads, **({"attention_type": "nystrom", "num_landmarks": 4} if nystrom else {})}
     model = pl.load_reference("transmil", state, kw_cor=block, kw_agg=block)
 
+    plan = {"cor": (nystrom, heads), "agg": (nystrom, heads)}
+    compare(model(x), run_transmil(state, x, width, plan, groups))
+
+
+@pytest.mark.parametrize("nystrom", [(True, False), (False, True), (False, False)])
+def test_transmil_with_two_blocks_of_different_settings(nystrom):
+    state = transmil_state(8, 4, nystrom[0], True, second_nystrom=nystrom[1])
+    x = torch.randn(2, 10, WIDTH, generator=torch.Generator().manual_seed(2))
+    approximate = {"attention_type": "nystrom", "num_landmarks": 4, "residual_kernel_size": 5}
+    first, second = ({**approximate, "num_attention_heads": 4} if kind else None for kind in nystrom)
+    plan = {"cor": (nystrom[0], 4 if nystrom[0] else 8), "agg": (nystrom[1], 4 if nystrom[1] else 2)}
+    if not nystrom[1]:
+        second = {"num_attention_heads": 2, "mlp_multiplier": 4}
+    # None is a block of the published defaults: 8 heads, exact.
+    model = pl.load_reference("transmil", state, kw_cor=first, kw_agg=second, position_encoding="PPEG")
+    compare(model(x), run_transmil(state, x, 8, plan))
+    kind = "original" if nystrom[1] else "nystrom"
+    with pytest.raises(UsageError, match=f"attention_type={kind}, but the checkpoint's tensors say"):
+        pl.load_reference("transmil", state, kw_cor=first, kw_agg={**second, "attention_type": kind})
+
+
+def run_transmil(
+    state: dict[str, Tensor], x: Tensor, width: int, plan: dict[str, tuple[bool, int]], groups: int = 1
+) -> list[Tensor]:
+    """Return the published logits; the plan says of each block whether it approximates, and how many heads it has."""
+
     def run_block(name: str, tokens: Tensor) -> Tensor:
         weight, bias = (state[f"{name}.norm1.{kind}"].double() for kind in ("weight", "bias"))
         normed = F.layer_norm(tokens, (width,), weight, bias, eps=1e-5)
-        if nystrom:
+        approximate, heads = plan[name]
+        if approximate:
             return tokens + run_nystrom_attention(state, f"{name}.attn", normed, heads, 4)
         return tokens + run_exact_attention(state, f"{name}.attn", normed, heads)
 
+    projected, tiles = "proj.0.weight" in state, x.shape[1]
     tokens = run_linear(state, "proj.0", x.double()) if projected else x.double()
     side = math.ceil(math.sqrt(tiles))
     tokens = torch.cat([tokens, tokens[:, : side**2 - tiles]], 1)
@@ -243,7 +273,7 @@ def test_transmil(tiles, nystrom, projected, groups):
     tokens = torch.cat([tokens[:, :1], mixed.permute(0, 2, 3, 1).reshape(2, -1, width)], 1)
     tokens = run_block("agg", tokens)
     norm = F.layer_norm(tokens[:, 0], (width,), state["norm.weight"].double(), state["norm.bias"].double(), eps=1e-5)
-    compare(model(x), list(run_linear(state, "head", norm)))
+    return list(run_linear(state, "head", norm))
 
 
 def test_hiptmil(bags):

@@ -15,16 +15,24 @@ WIDTH, HEADS, PATCH, GRID, DEPTH, CLASSES = 24, 3, 4, 3, 3, 5
 
 
 def layout(
-    *, prefix: int = 1, no_embed_class: bool = False, scale: bool = False, pre_norm: bool = False, sets: int = DEPTH
+    *,
+    prefix: int = 1,
+    no_embed_class: bool = False,
+    scale: bool = False,
+    pre_norm: bool = False,
+    sets: int = DEPTH,
+    prompts: int = CLASSES,
+    outputs: int = 1,
+    norm: str = "norm",
 ) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
         "pos_embed": (1, GRID**2 + (0 if no_embed_class else prefix), WIDTH),
-        "norm.weight": (WIDTH,),
-        "norm.bias": (WIDTH,),
-        "vpt.prompt_embeddings": (sets, CLASSES, WIDTH),
-        "head.weight": (1, WIDTH),
-        "head.bias": (1,),
+        f"{norm}.weight": (WIDTH,),
+        f"{norm}.bias": (WIDTH,),
+        "vpt.prompt_embeddings": (sets, prompts, WIDTH),
+        "head.weight": (outputs, WIDTH),
+        "head.bias": (outputs,),
     }
     if prefix:
         shapes["cls_token"] = (1, 1, WIDTH)
@@ -51,6 +59,34 @@ def published(
     state: dict[str, Tensor], images: Tensor, eps: float = 1e-6, quick: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The published deep forward in float64, and the attention of the last block."""
+    z, attention = run_blocks(state, images, eps, quick, prompted=range(DEPTH))
+    s = {name: value.double() for name, value in state.items()}
+    normed = F.layer_norm(z, (WIDTH,), s["norm.weight"], s["norm.bias"], eps)
+    logits = (normed[:, :CLASSES] @ s["head.weight"].T + s["head.bias"]).squeeze(-1)
+    prefix = z.shape[1] - CLASSES - GRID**2
+    return logits, attention[:, :, :CLASSES, CLASSES + prefix :].unflatten(-1, (GRID, GRID))
+
+
+def published_vpt(state: dict[str, Tensor], images: Tensor, prompted: range, pool: str, eps: float = 1e-6) -> Tensor:
+    """The published logits of plain visual prompts in float64: all leave behind the block they were put before."""
+    count = state["vpt.prompt_embeddings"].shape[1]
+    x = run_blocks(state, images, eps, False, prompted)[0]
+    x = x[:, count if DEPTH - 1 in prompted else 0 :]
+    s = {name: value.double() for name, value in state.items()}
+
+    def norm(y: Tensor, name: str) -> Tensor:
+        return F.layer_norm(y, (WIDTH,), s[f"{name}.weight"], s[f"{name}.bias"], eps) if f"{name}.weight" in s else y
+
+    x = norm(x, "norm")
+    prefix = x.shape[1] - GRID**2
+    vector = norm(x[:, 0] if pool == "token" else x[:, prefix:].mean(1), "fc_norm")
+    return vector @ s["head.weight"].T + s["head.bias"]
+
+
+def run_blocks(
+    state: dict[str, Tensor], images: Tensor, eps: float, quick: bool, prompted: range
+) -> tuple[Tensor, Tensor]:
+    """What the last block gives, with its prompts in front, and its attention."""
     s = {name: value.double() for name, value in state.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -63,10 +99,14 @@ def published(
     x = torch.cat([*front, x + s["pos_embed"]], 1) if without else torch.cat([*front, x], 1) + s["pos_embed"]
     if "norm_pre.weight" in s:
         x = norm(x, "norm_pre")
-    attention = x
+    attention = z = x
+    count = s["vpt.prompt_embeddings"].shape[1]
     for number in range(DEPTH):
         name = f"blocks.{number}"
-        z = torch.cat([s["vpt.prompt_embeddings"][number].expand(len(x), -1, -1), x], 1)
+        z, added = x, 0
+        if number in prompted:
+            own = s["vpt.prompt_embeddings"][prompted.index(number)]
+            z, added = torch.cat([own.expand(len(x), -1, -1), x], 1), count
         qkv = norm(z, f"{name}.norm1") @ s[f"{name}.attn.qkv.weight"].T + s[f"{name}.attn.qkv.bias"]
         q, k, v = qkv.unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(2, 0, 3, 1, 4)
         attention = (q @ k.transpose(-2, -1) / (WIDTH // HEADS) ** 0.5).softmax(-1)
@@ -77,10 +117,8 @@ def published(
         hidden = hidden * torch.sigmoid(1.702 * hidden) if quick else F.gelu(hidden)
         out = hidden @ s[f"{name}.mlp.fc2.weight"].T + s[f"{name}.mlp.fc2.bias"]
         z = z + out * s.get(f"{name}.ls2.gamma", 1.0)
-        x = z[:, CLASSES:]
-    logits = (norm(z, "norm")[:, :CLASSES] @ s["head.weight"].T + s["head.bias"]).squeeze(-1)
-    prefix = x.shape[1] - GRID**2
-    return logits, attention[:, :, :CLASSES, CLASSES + prefix :].unflatten(-1, (GRID, GRID))
+        x = z[:, added:]
+    return z, attention
 
 
 @pytest.mark.parametrize(
@@ -113,6 +151,80 @@ def test_one_set_of_prompts_is_the_shallow_form():
 
 
 @pytest.mark.parametrize(
+    ("kind", "config", "prompted", "pool"),
+    [
+        ({}, {}, range(DEPTH), "token"),
+        ({"sets": 1}, {"vpt_mode": "shallow"}, range(1), "token"),
+        ({"sets": 1, "prefix": 3, "scale": True}, {"img_size": 12, "vpt_num": 4}, range(1), "token"),
+        ({"sets": 2}, {"vpt_layer": 2}, range(1, 3), "token"),
+        ({"sets": 1}, {"vpt_layer": 1, "vpt_mode": "shallow"}, range(2, 3), "token"),
+        ({"norm": "fc_norm"}, {}, range(DEPTH), "avg"),
+        ({"sets": 1, "prefix": 0}, {}, range(1), "avg"),
+        ({"sets": 1}, {"global_pool": "avg"}, range(1), "avg"),
+    ],
+)
+def test_plain_prompts_give_the_published_logits(kind, config, prompted, pool):
+    state = layout(**kind, prompts=4, outputs=7)
+    model = pl.load_reference("prompt_cam", {"model_state_dict": state}, num_heads=HEADS, **config)
+    images = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(
+        model(images).double(), published_vpt(state, images, prompted, pool), atol=1e-5, rtol=1e-5
+    )
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"adapters.adapter.{name}" for name in ("prompts", "head.weight", "head.bias")}
+    assert not model.training
+
+
+def test_plain_prompts_survive_the_import(tmp_path):
+    from patchloom.reference import import_reference
+
+    state = layout(sets=1, prompts=4, outputs=7)
+    torch.save({"model_state_dict": state}, tmp_path / "model.pt")
+    import_reference("prompt_cam", str(tmp_path / "model.pt"), str(tmp_path / "bundle"), settings={"num_heads": HEADS})
+    images = torch.randn(1, 3, 12, 12)
+    found = pl.load(str(tmp_path / "bundle" / "adapter"))(images).double()
+    torch.testing.assert_close(found, published_vpt(state, images, range(1), "token"), atol=1e-5, rtol=1e-5)
+
+
+def test_a_published_configuration_is_taken_whole():
+    state = layout()
+    of_model = {
+        "patch_size": (4, 4),
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "mlp_ratio": 4.0,
+        "in_chans": 3,
+        "qkv_bias": True,
+        "class_token": True,
+        "reg_tokens": 0,
+        "pre_norm": False,
+        "qk_norm": False,
+        "no_embed_class": False,
+        "num_classes": CLASSES,
+        "drop_rate": 0.0,
+        "init_values": None,
+        "norm_layer": None,
+        "act_layer": "gelu",
+    }
+    of_training = {
+        "train_type": "prompt_cam",
+        "vpt_mode": "deep",
+        "vpt_num": CLASSES,
+        "vpt_layer": None,
+        "vpt_dropout": 0.1,
+        "drop_path_rate": 0.1,
+        "class_num": CLASSES,
+        "lr": 0.005,
+        "pretrained_weights": "vit_base_patch16_dino",
+    }
+    model = pl.load_reference("prompt_cam", state, num_heads=HEADS, **of_model, **of_training)
+    images = torch.randn(1, 3, 12, 12)
+    torch.testing.assert_close(model(images).double(), published(state, images)[0], atol=1e-5, rtol=1e-5)
+    assert model.added.dropout.p == pytest.approx(0.1)
+    assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
     ("change", "config", "message"),
     [
         (lambda s: s.pop("blocks.1.attn.proj.bias"), {}, "missing: encoder.blocks.1.attn.proj.bias"),
@@ -120,6 +232,9 @@ def test_one_set_of_prompts_is_the_shallow_form():
         (lambda s: s.pop("vpt.prompt_embeddings"), {}, "no vpt.prompt_embeddings, so it is no Prompt-CAM model"),
         (lambda s: s.update({"vpt.prompt_embeddings": torch.zeros(2, 5, WIDTH)}), {}, r"expected \(3 or 1, classes"),
         (lambda s: None, {"patch_size": 8}, "patch_size=8, but the checkpoint's tensors say 4"),
+        (lambda s: None, {"depth": 12}, "depth=12, but the checkpoint's tensors say 3"),
+        (lambda s: None, {"train_type": "vpt"}, "train_type=vpt, but the checkpoint's tensors say prompt_cam"),
+        (lambda s: None, {"class_num": 7, "num_classes": 8}, "num_classes=7 and num_classes=8|class_num=7 and num"),
         (lambda s: None, {"num_heads": 7}, "num_heads=7 does not divide"),
         (lambda s: None, {"img_size": 16}, "img_size=16 has 16 patches"),
         (lambda s: None, {"heads": 3}, "num_heads"),

@@ -53,8 +53,9 @@ def test_the_query_encoder_of_momentum_contrast_is_taken():
 def test_other_networks_and_settings_are_refused(densenet):
     with pytest.raises(UsageError, match="neither a ViT nor a DenseNet-121 nor a ResNet-50"):
         pl.load_reference("thorax_mae", {"conv.weight": torch.zeros(1)})
-    with pytest.raises(UsageError, match="unknown setting 'mask_ratio'"):
-        pl.load_reference("thorax_mae", densenet.state_dict(), mask_ratio=0.9)
+    with pytest.raises(UsageError, match="unknown setting 'mask_ration'"):
+        pl.load_reference("thorax_mae", densenet.state_dict(), mask_ration=0.9)
+    assert pl.load_reference("thorax_mae", densenet.state_dict(), mask_ratio=0.9, model="densenet121", epochs=800)
     state = densenet.state_dict()
     state.pop("features.norm5.bias")
     with pytest.raises(UsageError, match=r"missing: features\.norm5\.bias"):

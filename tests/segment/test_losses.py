@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from patchloom.adapt.dvpt_pyramids import dvpt_segmentation_loss
 from patchloom.errors import UsageError
 from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
 
@@ -38,6 +39,34 @@ def test_dice_loss_equals_monais():
     torch.testing.assert_close(dice_loss(logits, mask), expected)
     without = monai.DiceLoss(softmax=True, to_onehot_y=True, include_background=False)(logits, mask[:, None])
     torch.testing.assert_close(dice_loss(logits, mask, background=False), without)
+
+
+def test_dice_of_the_batch_with_squares_is_the_specifications():
+    """DVPT, section 3: per class 1 - (2 Σ p t + 1e-5) / (Σ p² + Σ t² + 1e-5) over the batch, mean over classes."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    mask = torch.randint(0, 3, (2, 4, 5), generator=generator)
+    losses = []
+    for number in range(3):
+        share, truth = logits.softmax(1)[:, number], (mask == number).double()
+        above, below = 2 * (share * truth).sum() + 1e-5, (share**2).sum() + (truth**2).sum() + 1e-5
+        losses.append(1 - above / below)
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(dice_loss(logits, mask, squared_pred=True, batch=True), expected)
+    assert abs(float(dice_loss(logits, mask) - expected)) > 0.01
+    mixed = 0.5 * F.cross_entropy(logits, mask) + 0.5 * expected
+    torch.testing.assert_close(dvpt_segmentation_loss(logits, mask), mixed)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+def test_every_form_of_dice_is_monais(squared, batch):
+    monai = pytest.importorskip("monai.losses")
+    generator = torch.Generator().manual_seed(1)
+    logits, mask = torch.randn(2, 4, 8, 8, generator=generator), torch.randint(0, 4, (2, 8, 8), generator=generator)
+    form = {"squared_pred": squared, "batch": batch}
+    theirs = monai.DiceLoss(softmax=True, to_onehot_y=True, smooth_nr=1e-5, smooth_dr=1e-5, **form)
+    torch.testing.assert_close(dice_loss(logits, mask, **form), theirs(logits, mask[:, None]))
 
 
 def test_ignored_pixels_change_nothing():

@@ -121,6 +121,7 @@ class AdaptFormer(Readout, Insertion):
         num_classes: Outputs of the classifier; None: none.
         pool: What the classifier reads, see `heads.pool_replacements`.
         train_pool_norm: Train the norm behind mean pooling, where there is one.
+        own_pool_norm: Train a copy of the encoder's norm behind mean pooling in its place.
 
     Raises:
         UsageError: An unknown option, or blocks the encoder does not have.
@@ -143,6 +144,7 @@ class AdaptFormer(Readout, Insertion):
         num_classes: int | None = None,
         pool: Pool = "auto",
         train_pool_norm: bool = True,
+        own_pool_norm: bool = False,
     ) -> None:
         super().__init__()
         for kind, value, known in (("placement", placement, Placement), ("input", input, Input)):
@@ -160,6 +162,7 @@ class AdaptFormer(Readout, Insertion):
             "num_classes": num_classes,
             "pool": pool,
             "train_pool_norm": train_pool_norm,
+            "own_pool_norm": own_pool_norm,
         }
         chosen = chosen_blocks(encoder, blocks)
         if placement == "parallel":
@@ -171,7 +174,7 @@ class AdaptFormer(Readout, Insertion):
         self.adapters = nn.ModuleDict(
             {str(number): BottleneckAdapter(width, bottleneck, scale, dropout, norm, init) for number in chosen}
         )
-        self.make_readout(encoder, num_classes, pool, train_pool_norm)
+        self.make_readout(encoder, num_classes, pool, train_pool_norm, own_pool_norm)
 
     def branch(self, number: int, x: Tensor) -> Tensor:
         """Return what a parallel adapter adds to the block's output."""

@@ -19,6 +19,7 @@ from patchloom.adapt.dvpt import SharedBottleneck, attended
 from patchloom.adapt.insertion import Insertion, place_of
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
+from patchloom.segment.losses import dice_loss, segmentation_loss
 
 
 class PyramidPrompts(Insertion):
@@ -266,3 +267,17 @@ class DVPTSegFormer(nn.Module):
             )
         logits = self.classifier(torch.cat(projected[::-1], dim=1))  # the coarsest comes first
         return F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+
+
+def dvpt_segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return what DVPT's segmentation models are trained with: half cross-entropy, half Dice (specification, 3).
+
+    Dice with squared denominators over the whole batch, of probabilities after one softmax: the published script takes
+    a softmax of what is one already.
+
+    Args:
+        logits: (B, K, h, w), resized to the mask.
+        target: (B, H, W) int64; 255 where unknown.
+    """
+    dice = dice_loss(logits, target, squared_pred=True, batch=True)
+    return 0.5 * segmentation_loss(logits, target) + 0.5 * dice

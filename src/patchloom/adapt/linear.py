@@ -29,17 +29,28 @@ class LinearHead(Readout, Insertion):
         num_classes: Outputs of the classifier.
         pool: What it reads, see `heads.pool_replacements`.
         train_pool_norm: Train the norm behind mean pooling, where there is one.
+        own_pool_norm: Train a copy of the encoder's norm behind mean pooling in its place.
     """
 
     kind = "linear"
     mergeable = True
 
     def __init__(
-        self, encoder: Encoder, num_classes: int | None = None, pool: Pool = "auto", train_pool_norm: bool = True
+        self,
+        encoder: Encoder,
+        num_classes: int | None = None,
+        pool: Pool = "auto",
+        train_pool_norm: bool = True,
+        own_pool_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.arguments = {"num_classes": num_classes, "pool": pool, "train_pool_norm": train_pool_norm}
-        self.make_readout(encoder, num_classes, pool, train_pool_norm)
+        self.arguments = {
+            "num_classes": num_classes,
+            "pool": pool,
+            "train_pool_norm": train_pool_norm,
+            "own_pool_norm": own_pool_norm,
+        }
+        self.make_readout(encoder, num_classes, pool, train_pool_norm, own_pool_norm)
 
     def merge_into(self, encoder: Encoder) -> None:
         """Leave the weights as they are: the head is all there is.

@@ -15,6 +15,7 @@ specification, section 2.6).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.adapt.adapter_method import AdapterMethod
+from patchloom.adapt.adaptformer import chosen_blocks
 from patchloom.adapt.heads import Pool
 from patchloom.adapt.insertion import Insertion
 from patchloom.adapt.readout import Readout
@@ -45,10 +47,13 @@ class VisualPrompts(Readout, Insertion):
         num_classes: Outputs of the classifier; None: none.
         pool: What the classifier reads, see `heads.pool_replacements`.
         train_pool_norm: Train the norm behind mean pooling, where there is one.
+        blocks: Deep only: numbers of the blocks that have prompts; None: all.
+        own_pool_norm: Train a copy of the encoder's norm behind mean pooling in its place.
+        batch_norm: Put a batch norm without parameters in front of the classifier.
 
     Attributes:
-        prompts: (blocks, n, D), or (1, n, D) when shallow; each set Xavier-uniform with PyTorch's rule for a
-            (1, n, D) tensor, so within ±√(6 / ((n + 1) D)).
+        prompts: A set (n, D) for each block that has them, or one when shallow; each Xavier-uniform with PyTorch's rule
+            for a (1, n, D) tensor, so within ±√(6 / ((n + 1) D)).
 
     Raises:
         UsageError: A value outside its range or an unknown depth.
@@ -65,6 +70,9 @@ class VisualPrompts(Readout, Insertion):
         num_classes: int | None = None,
         pool: Pool = "auto",
         train_pool_norm: bool = True,
+        blocks: Sequence[int] | None = None,
+        own_pool_norm: bool = False,
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
         if depth not in get_args(Depth):
@@ -80,18 +88,25 @@ class VisualPrompts(Readout, Insertion):
             "num_classes": num_classes,
             "pool": pool,
             "train_pool_norm": train_pool_norm,
+            "blocks": None if blocks is None else list(blocks),
+            "own_pool_norm": own_pool_norm,
+            "batch_norm": batch_norm,
         }
         self.carried = depth == "shallow"
+        if self.carried and blocks is not None:
+            raise UsageError("blocks are for depth=deep; shallow prompts go through all blocks")
         self.dropout = dropout
-        self.token_counts = [num_prompts] * blocks_of(encoder)
-        sets, width = (1 if self.carried else blocks_of(encoder)), embed_dim(encoder)
+        chosen = chosen_blocks(encoder, blocks)
+        self.set_of = {number: 0 if self.carried else place for place, number in enumerate(chosen)}
+        self.token_counts = [num_prompts if number in self.set_of else 0 for number in range(blocks_of(encoder))]
+        sets, width = (1 if self.carried else len(chosen)), embed_dim(encoder)
         bound = math.sqrt(6 / ((num_prompts + 1) * width))
         self.prompts = nn.Parameter(torch.empty(sets, num_prompts, width).uniform_(-bound, bound))
-        self.make_readout(encoder, num_classes, pool, train_pool_norm)
+        self.make_readout(encoder, num_classes, pool, train_pool_norm, own_pool_norm, batch_norm)
 
     def new_tokens(self, number: int, x: Tensor) -> Tensor:
         """Return the prompts in front of block `number`."""
-        tokens = self.prompts[0 if self.carried else number].expand(len(x), -1, -1)
+        tokens = self.prompts[self.set_of[number]].expand(len(x), -1, -1)
         return F.dropout(tokens, self.dropout, self.training)
 
 

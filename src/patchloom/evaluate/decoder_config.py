@@ -75,6 +75,8 @@ class DecoderConfig(SourceOptions):
     """Cross-entropy, Dice, or their sum"""
     average: Literal["valid", "all"] = "valid"
     """What cross-entropy is averaged over: pixels whose class is known, or all (mmsegmentation 0.20)"""
+    dice: Literal["image", "batch"] = "image"
+    """Dice of each image with plain denominators (MONAI's), or of the whole batch with squared ones (DVPT's)"""
     precision: Literal["32", "bf16"] = "32"
     """Number format of the arithmetic"""
     num_workers: int = 2
@@ -95,6 +97,7 @@ class DecoderConfig(SourceOptions):
             ("head", self.head, HeadName),
             ("loss", self.loss, Literal["ce", "dice", "dice+ce"]),
             ("average", self.average, Literal["valid", "all"]),
+            ("dice", self.dice, Literal["image", "batch"]),
             ("blocks", self.blocks, Literal["last", "spread"]),
             ("decay", self.decay, Literal["poly", "one_cycle"]),
             ("precision", self.precision, Literal["32", "bf16"]),

@@ -159,7 +159,7 @@ def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> Segmenta
         warmup=config.warmup,
         weight_decay=config.weight_decay,
     )
-    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average)
+    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average, config.dice)
 
 
 class OnMaps(nn.Module):

@@ -11,28 +11,52 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.adapt.adaptformer import AdaptFormer
-from patchloom.adapt.insertion import Insertion, insert
+from patchloom.adapt.insertion import Insertion, activate, insert
 from patchloom.adapt.linear import LinearHead
 from patchloom.adapt.vpt import VisualPrompts
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.encoders.video import TubeletEmbed
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.settings import Hidden, Settings, epsilon_of, name_of, set_epsilon
+from patchloom.reference.state import fill, has, require
 
 NAME = "adapter"
-# What shapes do not tell, under our names and those of the published scripts.
-ALIASES = {
-    "adapter_scalar": "scale",
-    "ffn_adapter_scalar": "scale",
-    "ffn_option": "placement",
-    "ffn_adapter_layernorm_option": "norm",
-    "adapter_layernorm_option": "norm",
-    "image_size": "img_size",
-    "input_size": "img_size",
-}
-SETTINGS = ("img_size", "num_heads", "scale", "placement", "pool", "norm", "input")
-# Change training, or are told by the tensors: they may be given and have no effect.
-WITHOUT_EFFECT = ("dropout", "drop_path", "drop_path_rate", "bottleneck", "ffn_num", "num_classes", "num_frames")
+SETTINGS = Settings(
+    obeyed=(
+        *("image_size", "num_heads", "scale", "placement", "pool", "norm", "input", "dropout", "drop_path"),
+        "layer_norm_eps",
+    ),
+    idle=(
+        *("drop_rate", "attn_drop_rate", "init_values", "init_scale", "fc_drop_rate", "ffn_adapter_init_option"),
+        *("num_frames", "all_frames", "sampling_rate", "num_segments", "fulltune", "inception", "embed_layer"),
+        *("weight_init", "drop", "attn_drop", "num_sample", "model", "linprobe", "mask_ratio", "vpt"),
+    ),
+    fixed={
+        "qk_scale": (None,),
+        "representation_size": (None, False, 0),
+        "distilled": (False,),
+        "use_learnable_pos_emb": (False,),
+        "act_layer": ("gelu",),
+    },
+    other_names={
+        "adapter_scalar": "scale",
+        "ffn_adapter_scalar": "scale",
+        "ffn_option": "placement",
+        "ffn_adapter_layernorm_option": "norm",
+        "adapter_layernorm_option": "norm",
+        "img_size": "image_size",
+        "input_size": "image_size",
+        "ffn_num": "bottleneck",
+        "d_model": "embed_dim",
+        "nb_classes": "num_classes",
+        "num_channels": "in_chans",
+        "drop_path_rate": "drop_path",
+        "norm_layer": "layer_norm_eps",
+        "vpt_num": "num_prompts",
+    },
+    sections={"tuning_config": {}},
+    read={"layer_norm_eps": epsilon_of, "act_layer": name_of},
+)
 
 
 def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
@@ -42,24 +66,70 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         state: Tensors under the published names.
         **config: `num_heads` (default: 64 wide each), `scale` (default 0.1; a learnt one is in the file), `placement`
             (`parallel` or `sequential`), `norm` (`in` or `out`, where adapters have a layer norm), `img_size` (a side
-            or (H, W), where the positions are of no square grid), `pool` (`token` or `avg`; has to agree).
+            or (H, W), where the positions are of no square grid), `pool` (`token` or `avg`; has to agree), `dropout`
+            of the adapters in training (0.1; in video 0), `drop_path` (0), `layer_norm_eps` (1e-6). A published
+            configuration may be given whole, with its `tuning_config`.
 
     Returns:
-        A timm `VisionTransformer` that gives logits for (B, 3, H, W) images, or (B, 3, T, H, W) clips.
+        A timm `VisionTransformer` that gives logits for (B, 3, H, W) images, or (B, 3, T, H, W) clips. What trains is
+        what trained: adapters or prompts, the head, and the norm behind mean pooling.
 
     Raises:
         UsageError: Unknown setting, one that contradicts the tensors, or tensors missing or left over.
     """
-    check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *ALIASES))
-    config = {ALIASES.get(name, name): value for name, value in config.items()}
     for name in ("patch_embed.proj.weight", "blocks.0.attn.q_proj.weight", "blocks.0.fc1.weight", "head.1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no AdaptFormer model")
+    if has(state, "fc_norm."):
+        require(state, "fc_norm.weight", "fc_norm.bias")
+    config = SETTINGS.settle(_with_words(SETTINGS.renamed(config)), _told_by_shapes(state))
     encoder = _encoder(state, config)
+    ours = _our_names(state)
+    pooled = {name: ours[f"fc_norm.{name}"] for name in ("weight", "bias") if f"fc_norm.{name}" in ours}
     insertion = _insertion(state, config, encoder)
-    insert(encoder, insertion, NAME)
-    fill(encoder, _our_names(state))
+    insert(encoder, insertion, NAME, activate_it=False)
+    # The norm behind mean pooling trains with the adapters; a copy stays in the encoder, which is frozen.
+    ours |= {f"adapters.{NAME}.pool_norm.{name}": value for name, value in pooled.items()}
+    fill(encoder, ours)
+    set_epsilon(encoder, config.get("layer_norm_eps"))
+    activate(encoder, NAME)
     return encoder.eval()
+
+
+def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the published settings that the tensors themselves tell."""
+    kernel, (hidden, width) = state["patch_embed.proj.weight"], state["blocks.0.fc1.weight"].shape
+    video = kernel.ndim == 5
+    down = next((value for name, value in state.items() if name.endswith("adaptmlp.down_proj.weight")), None)
+    prompts = state.get("embeddings.0")
+    return {
+        "embed_dim": width,
+        "patch_size": kernel.shape[-1],
+        "tubelet_size": kernel.shape[2] if video else None,
+        "in_chans": kernel.shape[1],
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "mlp_ratio": Hidden(width, hidden),
+        "qkv_bias": "blocks.0.attn.q_proj.bias" in state or "blocks.0.attn.q_bias" in state,
+        "num_classes": len(state["head.1.weight"]),
+        # Of what is not there a configuration has the size all the same.
+        "bottleneck": None if down is None else len(down),
+        "num_prompts": None if prompts is None else prompts.shape[1],
+        "ffn_adapt": down is not None,
+        "vpt_on": prompts is not None,
+        "use_mean_pooling": None if not video else "fc_norm.weight" in state,
+        "global_pool": None if video else "fc_norm.weight" in state,
+    }
+
+
+def _with_words(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which the published scripts' switches and timm's words say the same."""
+    found = dict(given)
+    if found.get("global_pool") in ("avg", "token"):
+        found["global_pool"] = found["global_pool"] == "avg"
+    if found.get("cls_token") is not None:  # the switch that turns mean pooling off
+        found.setdefault("global_pool", not found["cls_token"])
+    found.pop("cls_token", None)
+    return found
 
 
 def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
@@ -86,7 +156,8 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
         embed_dim=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         num_heads=heads,
-        mlp_ratio=state["blocks.0.fc1.weight"].shape[0] / width,
+        mlp_ratio=Hidden(width, len(state["blocks.0.fc1.weight"])).ratio,
+        drop_path=float(config.get("drop_path", 0.0)),
         qkv_bias="blocks.0.attn.q_proj.bias" in state or "blocks.0.attn.q_bias" in state,
         class_token="cls_token" in state,
         pos_embed="learn" if "pos_embed" in state else "none",
@@ -97,7 +168,7 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
 
 
 def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], patch: int) -> tuple[int, int]:
-    told = config.get("img_size")
+    told = config.get("image_size")
     if told is not None:
         return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
     if "pos_embed" not in state:
@@ -112,12 +183,14 @@ def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], patch: i
 def _insertion(state: Mapping[str, Tensor], config: Mapping[str, Any], encoder: Encoder) -> Insertion:
     """Return fresh adapters, prompts or a bare head, as the tensors tell."""
     classes = state["head.1.weight"].shape[0]
+    own_norm = "fc_norm.weight" in state
     down = "adaptmlp.down_proj.weight"
     with_adapter = sorted({int(name.split(".")[1]) for name in state if name.endswith(down)})
     if not with_adapter:
         if "embeddings.0" in state:
-            return VisualPrompts(encoder, state["embeddings.0"].shape[1], "deep", num_classes=classes)
-        return LinearHead(encoder, classes)
+            prompts = state["embeddings.0"].shape[1]
+            return VisualPrompts(encoder, prompts, "deep", num_classes=classes, own_pool_norm=own_norm)
+        return LinearHead(encoder, classes, own_pool_norm=own_norm)
     widths = {state[f"blocks.{number}.{down}"].shape[0] for number in with_adapter}
     if len(widths) > 1:
         raise UsageError(f"the adapters differ in bottleneck ({', '.join(map(str, sorted(widths)))}); expected one")
@@ -144,6 +217,8 @@ def _insertion(state: Mapping[str, Tensor], config: Mapping[str, Any], encoder: 
         norm=norm,
         blocks=with_adapter,
         num_classes=classes,
+        dropout=float(config.get("dropout", 0.0 if state["patch_embed.proj.weight"].ndim == 5 else 0.1)),
+        own_pool_norm=own_norm,
     )
 
 

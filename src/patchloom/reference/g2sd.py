@@ -1,22 +1,26 @@
-"""G2SD's published checkpoints: the generic student with its prediction networks, and the specific classifier.
+"""G2SD's published checkpoints: generic students with their prediction networks, classifiers, dense students.
 
 Specification `g2sd`, section 4.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from patchloom.distill.generic import DistilledAutoencoder, GenericDistiller
+from patchloom.distill.pyramid import PyramidAdapter
 from patchloom.distill.specific import DistilledVisionTransformer
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
-from patchloom.reference import mae
-from patchloom.reference.state import check_settings, fill, read_state
+from patchloom.reference import dense, mae
+from patchloom.reference.settings import Settings
+from patchloom.reference.state import fill, has, read_state, require
 
+ADAPTER = "student.stu_adapter."
 PREDICTORS = ("encoderfeature_pred.", "decoderfeature_pred.")
 DECODER_HEADS = {512: 16, 256: 8, 192: 6, 128: 4, 64: 2}
 """Heads of the published decoders by width."""
@@ -33,17 +37,21 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
     Returns:
         `DistilledAutoencoder` for a generic student (`GenericDistiller` when the teacher is given),
-        `DistilledVisionTransformer` for a specific one.
+        `DistilledVisionTransformer` for a specific one; of segmentation what `dense.load` makes of it; of detection
+        the student's `PyramidAdapter`.
 
     Raises:
         UsageError: Unknown setting; tensors missing or left over; a teacher without its decoder.
     """
     if "dist_token" in state:
         return _classifier(dict(state), config)
+    if has(state, ADAPTER, ADAPTER.removeprefix("student.")):
+        return _pyramid_adapter(state, config)
+    if dense.is_dense(state):
+        return dense.load(state, config)
     if not any(name.startswith(PREDICTORS) for name in state):
         raise UsageError("the checkpoint has neither decoderfeature_pred nor dist_token, so it is none of G2SD's")
     own = ("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight")
-    check_settings(config, (*own, *mae.SETTINGS, *mae.WITHOUT_EFFECT))
     settings = {name: value for name, value in config.items() if name not in own}
     width = len(state["decoder_embed.weight"]) if "decoder_embed.weight" in state else 0
     settings.setdefault("decoder_num_heads", DECODER_HEADS.get(width, 4))
@@ -69,6 +77,19 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     everything, weight = bool(config.get("supervise_all", True)), float(config.get("encoder_loss_weight", 0.0))
     layer = int(config.get("layer_index", 4))
     return GenericDistiller(teacher, student, layer, "all" if everything else "masked", encoder_loss_weight=weight)
+
+
+def _pyramid_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+    """Return the adapter of a detector's student; the detector itself is detectron2's, and left out."""
+    mark = ADAPTER.removeprefix("student.")
+    own = {name.partition(mark)[2]: value for name, value in state.items() if mark in name}
+    require(own, "conv.0.weight")
+    levels, channels = 1 + max(int(name.split(".")[1]) for name in own), len(own["conv.0.weight"])
+    Settings().settle(config, {"levels": levels, "channels": channels})
+    if left := len(state) - len(own):
+        warnings.warn(f"{left} tensors of the detector are left out: only its adapter is loaded here", stacklevel=4)
+    adapter = PyramidAdapter(levels, channels)
+    return fill(adapter, own, published=lambda name: f"{mark}{name}").eval()
 
 
 def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:

@@ -13,19 +13,42 @@ from patchloom.encoders import Encoder, create_encoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
-from patchloom.reference.state import agree, check_settings, fill, has, require
+from patchloom.reference.settings import Hidden, Settings, epsilon_of, name_of, set_epsilon
+from patchloom.reference.state import fill, has, require
 
-# Settings under the published names and ours. What shapes tell may be given all the same, and has to agree.
-SETTINGS = ("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "drop_path")
-WITHOUT_EFFECT = ("drop_rate", "attn_drop_rate", "qk_scale", "model")
-OTHER_NAMES = {
-    "img_size": "image_size",
-    "input_size": "image_size",
-    "drop_path_rate": "drop_path",
-    "nb_classes": "num_classes",
-    "decoder_dim": "decoder_embed_dim",
-    "decoder_heads": "decoder_num_heads",
-}
+SETTINGS = Settings(
+    obeyed=(
+        *("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "drop_path"),
+        "layer_norm_eps",
+    ),
+    idle=("drop_rate", "attn_drop_rate", "model", "init_scale", "weight_init", "embed_layer", "layer_scale"),
+    fixed={
+        "hidden_act": ("gelu",),
+        "qk_scale": (None,),
+        "class_token": (True,),
+        "representation_size": (None, False, 0),
+        "distilled": (False,),
+    },
+    other_names={
+        "img_size": "image_size",
+        "input_size": "image_size",
+        "drop_path_rate": "drop_path",
+        "nb_classes": "num_classes",
+        "decoder_dim": "decoder_embed_dim",
+        "decoder_heads": "decoder_num_heads",
+        "norm_layer": "layer_norm_eps",
+        "act_layer": "hidden_act",
+        # Those of transformers.
+        "hidden_size": "embed_dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+        "num_channels": "in_chans",
+        "decoder_hidden_size": "decoder_embed_dim",
+        "decoder_num_hidden_layers": "decoder_depth",
+        "decoder_num_attention_heads": "decoder_num_heads",
+    },
+    read={"layer_norm_eps": epsilon_of, "hidden_act": name_of},
+)
 DECODER = ("mask_token", "decoder_")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Attention heads of the published widths; others have one for 64 channels."""
@@ -37,9 +60,10 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Args:
         state: Tensors under the published names.
         **config: What shapes do not tell: `num_heads` (default: the published sizes'), `decoder_num_heads` (16),
-            `norm_pix_loss` (True), `mask_ratio` (0.75), `drop_path` (0, of the encoder's last block in training), and
-            `image_size`: (H, W) for a grid that is not square, or another size than the checkpoint's, to which its
-            positions are then resized bicubically. Other published names of these are understood.
+            `norm_pix_loss` (True), `mask_ratio` (0.75), `drop_path` (0, of the encoder's last block in training),
+            `layer_norm_eps` (1e-6), and `image_size`: (H, W) for a grid that is not square, or another size than the
+            checkpoint's, to which its positions are then resized bicubically. Names of the published code and of
+            transformers are understood; what shapes tell may be given and has to agree.
 
     Returns:
         `MaskedAutoencoder` for a pre-training checkpoint with its decoder; a timm `VisionTransformer` without head for
@@ -53,15 +77,12 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     """Return our module with a published state dict in it, see `load`; `defaults` stand in for what is not given."""
-    config = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no ViT of MAE")
-    told = _told_by_shapes(state)
-    check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
     if config.get("global_pool") in ("avg", "token"):  # timm's words for the published switch
         config["global_pool"] = config["global_pool"] == "avg"
-    agree(config, {name: value for name, value in told.items() if value is not None})
+    config = SETTINGS.settle(config, _told_by_shapes(state))
     if has(state, *DECODER):
         return _autoencoder(dict(state), {**defaults, **config})
     pooled = has(state, "fc_norm.")
@@ -74,6 +95,7 @@ def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config
         classes, width = state["head.1.weight"].shape
         encoder.reset_classifier(classes)
         encoder.head = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes))
+    set_epsilon(encoder, config.get("layer_norm_eps"))
     return fill(encoder, state).eval()
 
 
@@ -88,8 +110,9 @@ def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Modu
         decoder_heads=int(config.get("decoder_num_heads", 16)),
         norm_pix_loss=bool(config["norm_pix_loss"]),
         mask_ratio=float(config["mask_ratio"]),
-        decoder_mlp_ratio=len(own["decoder_blocks.0.mlp.fc1.weight"]) / len(own["decoder_embed.weight"]),
+        decoder_mlp_ratio=_hidden(own, "decoder_blocks").ratio,
     )
+    set_epsilon(model, config.get("layer_norm_eps"))
     encoder.pos_embed.requires_grad_(False)  # sines and cosines, stored but not trained
     positions = own.get("decoder_pos_embed")
     if positions is not None and positions.shape[1] != model.decoder_pos_embed.shape[1]:
@@ -116,7 +139,7 @@ def _encoder(
         embed_dim=width,
         depth=_count(state, "blocks"),
         num_heads=heads,
-        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
+        mlp_ratio=_hidden(state, "blocks").ratio,
         qkv_bias=_has_qkv_bias(state),
         drop_path=float(config.get("drop_path", 0.0)),
         global_pool=global_pool,
@@ -149,19 +172,28 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     head = state.get("head.weight", state.get("head.1.weight"))
-    has_decoder = "decoder_embed.weight" in state
+    has_decoder, pretraining = "decoder_embed.weight" in state, has(state, *DECODER)
+    decoder = _hidden(state, "decoder_blocks") if "decoder_blocks.0.mlp.fc1.weight" in state else None
     return {
         "embed_dim": width,
         "in_chans": channels,
         "patch_size": patch,
         "depth": _count(state, "blocks"),
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "mlp_ratio": _hidden(state, "blocks"),
+        "intermediate_size": _hidden(state, "blocks").hidden,
+        "decoder_intermediate_size": None if decoder is None else decoder.hidden,
         "qkv_bias": _has_qkv_bias(state),
-        "global_pool": has(state, "fc_norm."),
+        "global_pool": None if pretraining else has(state, "fc_norm."),
         "num_classes": None if head is None else len(head),
         "decoder_embed_dim": len(state["decoder_embed.weight"]) if has_decoder else None,
         "decoder_depth": _count(state, "decoder_blocks") if has_decoder else None,
     }
+
+
+def _hidden(state: Mapping[str, Tensor], blocks: str) -> Hidden:
+    """Return the width of the blocks' MLPs."""
+    hidden, width = state[f"{blocks}.0.mlp.fc1.weight"].shape
+    return Hidden(width, hidden)
 
 
 def _has_qkv_bias(state: Mapping[str, Tensor]) -> bool:

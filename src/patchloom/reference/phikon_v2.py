@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.slides.mil import HEADS
 from patchloom.reference import dinov2
-from patchloom.reference.state import agree, check_settings, fill, has
+from patchloom.reference.settings import Settings
+from patchloom.reference.state import fill, has
 
 # A tensor that only this head has. A mean pool has nothing but its classifier.
 # Modules that only one of the heads has; what all have comes last.
@@ -34,7 +35,7 @@ UNTOLD = {
     "abmil": ("temperature", "mlp_activation", "mlp_dropout"),
     "dsmil": ("passing_values", "out_logits", "mlp_activation", "mlp_dropout"),
     "chowder": ("n_top", "n_bottom", "mlp_activation", "mlp_dropout"),
-    "transmil": ("num_heads", "num_landmarks", "attn_dropout", "proj_dropout", "block_dropout"),
+    "transmil": ("proj_dropout",),
     "hiptmil": (),
     "meanpool": ("activation", "dropout"),
 }
@@ -56,8 +57,17 @@ SHORT = {
     "num_classes": "out_features",
     "num_attention_heads": "num_heads",
 }
-# Spellings of the published blocks' settings.
-BLOCK_NAMES = {"num_attention_heads": "num_heads", "proj_dropout": "block_dropout"}
+# What all published heads of a kind have.
+FIXED = {"transmil": {"position_encoding": ("ppeg", "PPEG")}, "meanpool": {"bias": (True,)}}
+# Of TransMIL's two blocks, each with settings of its own: with the published defaults.
+BLOCKS = {"cor": "kw_cor", "agg": "kw_agg"}
+OF_BLOCKS = {"num_heads": 8, "num_landmarks": 256, "attn_dropout": 0.0, "block_dropout": 0.0}
+TOLD_OF_BLOCKS = ("attention_type", "qkv_bias", "residual_kernel_size")
+BLOCK = Settings(
+    obeyed=(*OF_BLOCKS, "residual_kernel_size"),
+    idle=("mlp_multiplier", "mlp_dropout", "mlp_activation"),  # of a part its authors left out
+    other_names={"num_attention_heads": "num_heads", "proj_dropout": "block_dropout"},
+)
 
 
 def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) -> nn.Module:
@@ -69,7 +79,8 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
         **config: Arguments of the head under their published names; those that shapes tell may be given, and have to
             agree. What they do not tell is the specification's default: `temperature` 1 (ABMIL), `n_top` half of the
             scores (Chowder), `passing_values` as far as the classifier's width tells and `out_logits` mean (DSMIL),
-            `num_heads` 8 (TransMIL), and the activation of the classifier (ReLU for ABMIL, otherwise sigmoid).
+            `num_heads` 8 and `num_landmarks` 256 (TransMIL: for both blocks, or for each in `kw_cor` and `kw_agg`),
+            and the activation of the classifier (ReLU for ABMIL, otherwise sigmoid).
             `metadata_cols` (3): bags may come with so many columns in front of their features, or without.
 
     Returns:
@@ -91,10 +102,13 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     if found is None:
         raise UsageError(f"the checkpoint has no tensor of a known head ({', '.join(HEADS)}); it has {list(state)[:4]}")
     told = _told_by_shapes(found, state)
-    config = _spelled_as_ours(found, config)
-    check_settings(config, ("metadata_cols", *UNTOLD[found], *told))
-    agree(config, told)
-    arguments = {"metadata_cols": 3, **told, **config}
+    names = {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if found == "meanpool" else SHORT
+    settings = Settings(obeyed=("metadata_cols", *UNTOLD[found]), fixed=FIXED.get(found, {}), other_names=names)
+    config = dict(config)
+    blocks = _blocks_of_transmil(state, config) if found == "transmil" else {}
+    if found == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
+        config |= {"n_top": extreme, "n_bottom": extreme}
+    arguments = {"metadata_cols": 3, **told, **settings.settle(config, told), **blocks}
     if found == "chowder":
         arguments |= _extremes(arguments, state)
     if found == "dsmil":
@@ -151,18 +165,33 @@ def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _transmil(state: Mapping[str, Tensor]) -> dict[str, Any]:
     projected = "proj.0.weight" in state
     width = len(_tensor(state, "cor.norm1.weight"))
-    told: dict[str, Any] = {
+    return {
         "in_features": _width_in(state, "proj.0.weight") if projected else width,
         "proj_dim": width if projected else None,
         "out_features": len(_tensor(state, "head.weight")),
-        "attention_type": "nystrom" if "cor.attn.to_qkv.weight" in state else "original",
         "depthwise": _tensor(state, "pos_enc.group_conv1.weight").shape[1] == 1 < width,
     }
-    if told["attention_type"] == "original":
-        return told | {"qkv_bias": "cor.attn.qkv.bias" in state}
-    kernel = _tensor(state, "cor.attn.res_conv.weight")
-    return told | {
-        "qkv_bias": "cor.attn.to_qkv.bias" in state,
+
+
+def _blocks_of_transmil(state: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of TransMIL's blocks; their settings are taken out of `config`."""
+    names = (*OF_BLOCKS, *TOLD_OF_BLOCKS, "num_attention_heads", "heads")
+    both = {SHORT.get(name, name): config.pop(name) for name in list(config) if name in names}
+    first, second = (
+        {**OF_BLOCKS, **BLOCK.settle({**both, **(config.pop(group, None) or {})}, told), **told}
+        for group, told in ((group, _told_of_block(state, block)) for block, group in BLOCKS.items())
+    )
+    return {**first, "second_block": {name: value for name, value in second.items() if first.get(name) != value}}
+
+
+def _told_of_block(state: Mapping[str, Tensor], block: str) -> dict[str, Any]:
+    """Return the settings that the tensors of one of TransMIL's blocks tell."""
+    if f"{block}.attn.to_qkv.weight" not in state:
+        return {"attention_type": "original", "qkv_bias": f"{block}.attn.qkv.bias" in state}
+    kernel = _tensor(state, f"{block}.attn.res_conv.weight")
+    return {
+        "attention_type": "nystrom",
+        "qkv_bias": f"{block}.attn.to_qkv.bias" in state,
         "num_heads": len(kernel),
         "residual_kernel_size": kernel.shape[2],
     }
@@ -195,27 +224,6 @@ def _passes_values(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     if asked is not None and asked not in possible:
         raise UsageError(f"passing_values={asked}, but the checkpoint's classifier takes {width} values; leave it out")
     return bool(asked) if asked is not None else possible == {True}
-
-
-def _spelled_as_ours(head: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the published groups of TransMIL's blocks taken apart, and `n_extreme` resolved."""
-    short = {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if head == "meanpool" else SHORT
-    config = {short.get(name, name): value for name, value in config.items()}
-    config.pop("position_encoding", None)  # there is one only
-    if config.get("proj_dropout", 0.0) is None:  # published for: none
-        del config["proj_dropout"]
-    if head == "meanpool" and config.get("bias") is True:  # what it has
-        del config["bias"]
-    if head == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
-        config |= {"n_top": extreme, "n_bottom": extreme}
-    groups = [config.pop(name, None) for name in ("kw_cor", "kw_agg")] if head == "transmil" else []
-    blocks = [
-        {BLOCK_NAMES.get(name, name): value for name, value in (group or {}).items() if not name.startswith("mlp_")}
-        for group in groups
-    ]
-    if blocks and blocks[0] != blocks[1]:
-        raise UsageError(f"kw_cor={groups[0]} and kw_agg={groups[1]} differ; blocks of one kind are supported here")
-    return config | (blocks[0] if blocks else {})
 
 
 def _mlp_widths(state: Mapping[str, Tensor]) -> list[int]:

@@ -66,7 +66,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         **config: What shapes do not tell: `pool_scales`, `in_index`, `up_scale`, `scales`, `dropout_ratio`,
             `resize_factors`; for the parts of a whole model as `auxiliary_in_index` and so on, of several auxiliary
             heads a value for all or a list of one each (`in_index`: 0, 1, 2 … if not given). What they tell
-            (`num_classes`, `channels`, `in_channels`) may be given and has to agree.
+            (`num_classes`, `channels`, `in_channels`) may be given and has to agree. mmsegmentation's configuration
+            of the model may be given whole, in its groups `decode_head`, `auxiliary_head` and `neck`.
 
     Returns:
         Of a single part that part, of several auxiliary heads alone an `nn.ModuleList`; a `Decoder` of a whole model,
@@ -75,6 +76,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: No known decoder, unknown settings, or tensors missing or left over.
     """
+    config = _flat(config)
     parts, bare, left = _taken_apart(state)
     if bare and (others := [name for part in parts.values() for name in part] + left):
         names = ", ".join(bare[:6]) + (f" and {len(bare) - 6} more" if len(bare) > 6 else "")
@@ -96,6 +98,20 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         settings[name][key.removeprefix(PARTS[name])] = value
     made = {name: _made(name, parts, state, settings[name]) for name in parts}
     return Decoder(made["decode_head"], made.get("auxiliary_head"), made.get("neck")).eval()
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings taken out of the groups of a model's configuration; those of the encoder are left out."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in PARTS and isinstance(value, Mapping):
+            found |= {PARTS[key] + name: content for name, content in value.items()}
+        elif key == "auxiliary_head" and isinstance(value, Sequence):
+            names = dict.fromkeys(name for head in value for name in head)
+            found |= {PARTS[key] + name: [head.get(name) for head in value] for name in names}
+        elif key not in (*PARTS, "backbone", "pretrained", "type", "train_cfg", "test_cfg", "data_preprocessor"):
+            found[key] = value
+    return found
 
 
 def _taken_apart(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError
-from patchloom.reference.state import agree, check_settings, fill, has
+from patchloom.reference.settings import Settings
+from patchloom.reference.state import fill, has
 from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
 from patchloom.segment.necks import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
 from patchloom.segment.upernet import UPerHead
@@ -47,6 +48,11 @@ JOINED: dict[str, tuple[str | None, ...]] = {
     "linear": (None, "resize_concat"),
 }
 OTHER_NAMES = {"num_labels": "num_classes", "hidden_size": "channels", "dropout_ratio": "dropout"}
+# Settings of mmsegmentation's heads that concern training, or that it is built with.
+IDLE = (
+    *("type", "norm_cfg", "conv_cfg", "act_cfg", "init_cfg", "loss_decode", "ignore_index", "sampler", "threshold"),
+    *("train_cfg", "test_cfg", "num_outs", "use_batchnorm", "use_cls_token", "enforce_decoder_input_project"),
+)
 # Spellings of transformers (UPerNet) and of DINOv3's evaluation, in mmsegmentation's; and what they are known by.
 DIALECTS = (
     ((".batch_norm.", "classifier."), {".batch_norm.": ".bn.", "classifier.": "conv_seg."}),
@@ -150,11 +156,12 @@ def _given(kind: str, config: Mapping[str, Any], told: Mapping[str, Any]) -> dic
     # Of the norm over all maps only their sum is known.
     if kind in ("bn", "linear", "fcn") and isinstance(widths := given.get("in_channels"), Sequence):
         given["in_channels"] = sum(widths)
-    fixed = ("align_corners", "input_transform") if kind in JOINED else ()
-    check_settings(given, (*dict.fromkeys((*UNTOLD[kind], *told)), *fixed))
-    agree(given, told)
-    if given.pop("align_corners", False):
-        raise UsageError("align_corners=True is not computed here: every published head leaves it False")
+    fixed: dict[str, tuple[Any, ...]] = {"align_corners": (False,), "dilation": (1,)} if kind in JOINED else {}
+    obeyed = (*UNTOLD[kind], *(("input_transform",) if kind in JOINED else ()))
+    settings = Settings(obeyed=obeyed, idle=IDLE, fixed=fixed, other_names=OTHER_NAMES).settle(given, told)
+    # None is a choice here: all maps, or one as it is.
+    chosen_none = {name: None for name in obeyed if name in given and given[name] is None}
+    given = {name: value for name, value in given.items() if name in told} | settings | chosen_none
     if "input_transform" in given and (joined := given.pop("input_transform")) not in JOINED[kind]:
         known = " or ".join(map(str, JOINED[kind]))
         raise UsageError(f"input_transform={joined!r} does not go with this head; it is {known}")

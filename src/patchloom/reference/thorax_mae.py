@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError
 from patchloom.reference import mae
-from patchloom.reference.state import agree, check_settings, fill
+from patchloom.reference.settings import Settings
+from patchloom.reference.state import fill
 
 # Models of momentum-contrast files hold the network twice, and a queue.
 QUERY_ENCODER, OTHERS = "encoder_q.", ("encoder_k.", "queue")
+# A recipe's settings of ViTs are given along with those of CNNs, where they mean nothing.
+OF_CNNS = Settings(
+    idle=(
+        *("model", "drop_rate", "drop_path", "mask_ratio", "norm_pix_loss", "input_size", "in_chans", "global_pool"),
+        *("vit_dropout_rate", "pretrained", "layer_decay", "train_list", "val_list", "test_list", "dataset"),
+    ),
+    other_names={"nb_classes": "num_classes", "drop_path_rate": "drop_path", "img_size": "input_size"},
+)
 DENSENET_121, RESNET_50 = "features.denseblock4.denselayer16.conv2.weight", "layer4.2.conv3.weight"
 
 
@@ -34,7 +43,6 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     """
     if "patch_embed.proj.weight" in state:
         return mae.load_with({"norm_pix_loss": False, "mask_ratio": 0.9}, state, **config)
-    check_settings(config, ("num_classes", "nb_classes", "model"))
     return _cnn(_encoder_of(state), config)
 
 
@@ -63,8 +71,7 @@ def _cnn(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
         begun = ", ".join(list(state)[:4])
         raise UsageError(f"the checkpoint is neither a ViT nor a DenseNet-121 nor a ResNet-50 (its tensors: {begun})")
     weight = state.get(f"{head}.weight")
-    if weight is not None:
-        agree(config, {"num_classes": len(weight), "nb_classes": len(weight)})
+    OF_CNNS.settle(config, {"num_classes": None if weight is None else len(weight)})
     width = getattr(model, head).in_features
     setattr(model, head, nn.Identity() if weight is None else nn.Linear(width, len(weight)))
     counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]

@@ -9,6 +9,7 @@ from patchloom.segment.losses import dice_loss, segmentation_loss
 from patchloom.segment.metrics import MeanIoU, areas, dice, hausdorff, iou
 from patchloom.segment.module import Schedule, SegmentationModule
 from patchloom.segment.necks import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
+from patchloom.segment.pyramid_backbone import PyramidBackbone, SegmentationModel
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 from patchloom.segment.schedule import layer_decay_param_groups, one_cycle, poly
 from patchloom.segment.upernet import UPerHead
@@ -22,8 +23,10 @@ __all__ = [
     "MeanIoU",
     "MultiLevelNeck",
     "MultiScaleSegmenter",
+    "PyramidBackbone",
     "SETRUPHead",
     "Schedule",
+    "SegmentationModel",
     "SegmentationModule",
     "SimpleFeaturePyramid",
     "SlidingWindowSegmenter",

@@ -48,11 +48,19 @@ def segmentation_loss(
 
 
 def dice_loss(
-    logits: Tensor, target: Tensor, *, ignore_index: int = IGNORED, smooth: float = 1e-5, background: bool = True
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    smooth: float = 1e-5,
+    background: bool = True,
+    squared_pred: bool = False,
+    batch: bool = False,
 ) -> Tensor:
     """Return 1 - soft Dice, averaged over images and classes, of softmax probabilities at the size of the mask.
 
-    Without ignored pixels this is MONAI's `DiceLoss(softmax=True, to_onehot_y=True)`.
+    The names are MONAI's: without ignored pixels this is its `DiceLoss(softmax=True, to_onehot_y=True, …)`. Its
+    defaults, plain denominators per image, are those of every protocol here but DVPT's, which sets both switches.
 
     Args:
         logits: (B, K, h, w).
@@ -60,14 +68,17 @@ def dice_loss(
         ignore_index: Truth of pixels that do not count.
         smooth: Added to numerator and denominator.
         background: Count class 0 too.
+        squared_pred: Add up squares in the denominator: 1 - (2 Σ p t + s) / (Σ p² + Σ t² + s).
+        batch: Add up over the whole batch, not over each image.
     """
     logits = resize(at_least_float32(logits), target.shape[-2:])
     known = (target != ignore_index).unsqueeze(1)
     classes = F.one_hot(target.where(known[:, 0], 0), logits.shape[1]).movedim(-1, 1) * known
     shares = logits.softmax(1) * known
-    first = 0 if background else 1
-    both = (shares * classes).sum((2, 3))[:, first:]
-    sizes = (shares.sum((2, 3)) + classes.sum((2, 3)))[:, first:]
+    over, first = (0, 2, 3) if batch else (2, 3), 0 if background else 1
+    both = (shares * classes).sum(over)[..., first:]
+    # A truth of zeros and ones is its own square.
+    sizes = ((shares.square() if squared_pred else shares).sum(over) + classes.sum(over))[..., first:]
     return (1 - (2 * both + smooth) / (sizes + smooth)).mean()
 
 

@@ -68,6 +68,7 @@ class SegmentationModule(lp.LightningModule):
         schedule: How to train.
         loss: Cross-entropy, Dice, or their sum.
         average: What cross-entropy is averaged over, see `segmentation_loss`.
+        dice: Dice of each `image` with plain denominators, or of the whole `batch` with squared ones (DVPT).
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SegmentationModule(lp.LightningModule):
         schedule: Schedule | None = None,
         loss: Literal["ce", "dice", "dice+ce"] = "ce",
         average: Literal["valid", "all"] = "valid",
+        dice: Literal["image", "batch"] = "image",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -86,7 +88,7 @@ class SegmentationModule(lp.LightningModule):
         self.head = head
         self.aux_head = aux_head
         self.schedule = schedule or Schedule()
-        self.loss, self.average = loss, average
+        self.loss, self.average, self.dice = loss, average, dice
         self.losses: list[float] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,5 +139,6 @@ class SegmentationModule(lp.LightningModule):
         if "ce" in self.loss:
             loss = loss + segmentation_loss(logits, target, average=self.average)
         if "dice" in self.loss:
-            loss = loss + dice_loss(logits, target)
+            whole = self.dice == "batch"
+            loss = loss + dice_loss(logits, target, squared_pred=whole, batch=whole)
         return loss

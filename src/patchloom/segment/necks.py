@@ -61,17 +61,29 @@ class MultiLevelNeck(nn.Module):
 
 
 class ViTNeck(nn.Module):
-    """The neck of BEiT and MAE: transposed convolutions for the finer levels, pooling for the coarsest.
+    """The neck of BEiT and MAE: transposed convolutions for the finer levels, pooling for the coarser.
 
     Args:
         kind: `beit`; there is no other.
         embed_dim: Channels of the maps and of all levels.
+        stride: Of the maps: 16, or 8, from which one convolution less leads to stride 4.
+
+    Raises:
+        UsageError: Another kind or stride.
     """
 
-    def __init__(self, kind: str = "beit", embed_dim: int = 768) -> None:
+    def __init__(self, kind: str = "beit", embed_dim: int = 768, stride: int = 16) -> None:
         super().__init__()
         if kind != "beit":
             raise unknown_name("neck", kind, ("beit",))
+        if stride not in (8, 16):
+            raise UsageError(f"maps of stride {stride} have no neck of BEiT's; it is made for strides 8 and 16")
+        if stride == 8:
+            self.fpn1 = nn.Sequential(nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2))
+            self.fpn2: nn.Module = nn.Identity()
+            self.fpn3: nn.Module = nn.MaxPool2d(2, 2)
+            self.fpn4 = nn.MaxPool2d(4, 4)
+            return
         self.fpn1 = nn.Sequential(
             nn.ConvTranspose2d(embed_dim, embed_dim, 2, 2),
             nn.BatchNorm2d(embed_dim),
@@ -83,7 +95,7 @@ class ViTNeck(nn.Module):
         self.fpn4 = nn.MaxPool2d(2, 2)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return (B, D, 4 h, 4 w), (B, D, 2 h, 2 w), (B, D, h, w), (B, D, h // 2, w // 2) of four maps."""
+        """Return levels of strides 4, 8, 16 and 32 of four maps: (B, D, 4 h, 4 w) to (B, D, h // 2, w // 2) of 16."""
         _check_count(maps, 4, "the neck")
         return [level(x) for level, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps, strict=True)]
 

@@ -10,7 +10,8 @@ torch.Size([2, 1])
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,11 @@ class TransMIL(MILHead):
         block_dropout: Dropout after each block's projection.
         depthwise: Convolve each channel by itself, as the paper says; the published code mixes them.
         metadata_cols: Columns in front of the features.
+        second_block: Settings of the second block where they differ from the first's: `num_heads`, `attention_type`,
+            `qkv_bias`, `num_landmarks`, `residual_kernel_size`, `attn_dropout`, `block_dropout`.
 
     Raises:
-        UsageError: The heads do not divide the width.
+        UsageError: The heads do not divide the width, or an unknown setting of the second block.
     """
 
     needs_single_bags = True
@@ -64,13 +67,22 @@ class TransMIL(MILHead):
         block_dropout: float = 0.0,
         depthwise: bool = False,
         metadata_cols: int = 0,
+        second_block: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(in_features, out_features, metadata_cols)
         width = proj_dim or in_features
-        if width % num_heads:
-            raise UsageError(f"{num_heads} heads do not divide a width of {width}; set proj_dim to a multiple")
-        if attention_type not in ("original", "nystrom"):
-            raise unknown_name("attention_type", attention_type, ("original", "nystrom"))
+        first: dict[str, Any] = {
+            "num_heads": num_heads,
+            "attention_type": attention_type,
+            "qkv_bias": qkv_bias,
+            "num_landmarks": num_landmarks,
+            "residual_kernel_size": residual_kernel_size,
+            "attn_dropout": attn_dropout,
+            "block_dropout": block_dropout,
+        }
+        for name in second_block or {}:
+            if name not in first:
+                raise unknown_name("setting of the second block", name, first)
         self.proj = (
             nn.Identity()
             if proj_dim is None
@@ -78,16 +90,9 @@ class TransMIL(MILHead):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
 
-        def attention() -> nn.Module:
-            if attention_type == "nystrom":
-                return NystromAttention(
-                    width, num_heads, qkv_bias, num_landmarks, residual_kernel_size, dropout=block_dropout
-                )
-            return SelfAttention(width, num_heads, qkv_bias, attn_dropout, block_dropout)
-
-        self.cor = AttentionBlock(width, attention())
+        self.cor = AttentionBlock(width, _attention(width, **first))
         self.pos_enc = PyramidConvolution(width, depthwise)
-        self.agg = AttentionBlock(width, attention())
+        self.agg = AttentionBlock(width, _attention(width, **first | dict(second_block or {})))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, out_features)
         self.apply(_truncated_normal)
@@ -112,6 +117,26 @@ class TransMIL(MILHead):
         side = math.isqrt(x.shape[1] - 1) + 1
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x, x[:, : side**2 - x.shape[1]]], 1)
         return self.pos_enc(self.cor(x))
+
+
+def _attention(
+    width: int,
+    num_heads: int,
+    attention_type: AttentionType,
+    qkv_bias: bool,
+    num_landmarks: int,
+    residual_kernel_size: int,
+    attn_dropout: float,
+    block_dropout: float,
+) -> nn.Module:
+    """Return the attention of a block."""
+    if width % num_heads:
+        raise UsageError(f"{num_heads} heads do not divide a width of {width}; set proj_dim to a multiple")
+    if attention_type not in ("original", "nystrom"):
+        raise unknown_name("attention_type", attention_type, ("original", "nystrom"))
+    if attention_type == "nystrom":
+        return NystromAttention(width, num_heads, qkv_bias, num_landmarks, residual_kernel_size, dropout=block_dropout)
+    return SelfAttention(width, num_heads, qkv_bias, attn_dropout, block_dropout)
 
 
 class AttentionBlock(nn.Module):
