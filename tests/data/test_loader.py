@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.loader import Loader, make_loader
 from patchloom.data.order import EpochOrder
+from patchloom.data.stream_order import ShuffleBuffer, StreamOrder
+from patchloom.data.workers import StreamBatches
 from patchloom.errors import UsageError
 
 
@@ -45,26 +48,26 @@ class Numbers(Source):
 
 
 class Stream(StreamSource):
-    """Numbers in a stream: worker w of W takes every W-th; lengths differ by worker."""
+    """Numbers in a stream of one shard, or of several; what is read of it is counted."""
 
     name = "stream"
 
-    def __init__(self, count: int, broken: frozenset[int] = frozenset(), known: bool = True) -> None:
-        self.total, self.broken = count, broken
-        self.num_samples = count if known else None
+    def __init__(self, *sizes: int, broken: frozenset[int] = frozenset(), buffer_size: int = 1000) -> None:
+        self.sizes, self.broken, self.buffer_size = sizes, broken, buffer_size
+        self.reads = 0
 
-    def samples(
-        self, *, epoch, seed, rank=0, world_size=1, worker=0, num_workers=1, shuffle=True, skip=0
-    ) -> Iterator[Sample | Unreadable]:
-        order = np.random.default_rng([seed, epoch]).permutation(self.total) if shuffle else np.arange(self.total)
-        for index in order[rank * num_workers + worker :: world_size * num_workers][skip:].tolist():
-            if index in self.broken:
-                yield Unreadable(str(index), "cut short")
-            else:
-                yield Sample(torch.full((3, 4, 4), index, dtype=torch.uint8), index, str(index))
+    def encoded(self, shard: int, numbers: np.ndarray) -> Iterator[int]:
+        for number in numbers.tolist():
+            self.reads += 1
+            yield sum(self.sizes[:shard]) + number
+
+    def decode(self, encoded: int) -> Sample | Unreadable:
+        if encoded in self.broken:
+            return Unreadable(str(encoded), "cut short")
+        return Sample(torch.full((3, 4, 4), encoded % 256, dtype=torch.uint8), encoded, str(encoded))
 
     def fingerprint(self) -> str:
-        return str(self.total)
+        return str(self.sizes)
 
 
 class Noisy:
@@ -188,7 +191,7 @@ def test_draws_differ_by_image_epoch_and_turn() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("source", [Numbers(23, frozenset({3, 4, 11})), Stream(23, frozenset({3, 4, 11}))])
+@pytest.mark.parametrize("source", [Numbers(23, frozenset({3, 4, 11})), Stream(23, broken=frozenset({3, 4, 11}))])
 def test_resume_in_mid_epoch_equals_no_interruption(source: Any, num_workers: int) -> None:
     loader = make_loader(source, Noisy(), 4, seed=5, shuffle=True, num_workers=num_workers)
     whole = []
@@ -208,10 +211,10 @@ def test_resume_in_mid_epoch_equals_no_interruption(source: Any, num_workers: in
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_of_a_stream_that_started_over(num_workers: int) -> None:
     options: dict[str, Any] = {"epoch_length": 40, "num_workers": num_workers, "seed": 4}
-    whole = batches(Stream(13, frozenset({5})), 3, **options)
+    whole = batches(Stream(9, 4, broken=frozenset({5})), 3, **options)
     assert len(whole) == 14
     for done in (5, 10, 13):
-        assert equal(batches(Stream(13, frozenset({5})), 3, (0, done), **options), whole[done:])
+        assert equal(batches(Stream(9, 4, broken=frozenset({5})), 3, (0, done), **options), whole[done:])
 
 
 def test_resume_reads_nothing_twice() -> None:
@@ -220,19 +223,24 @@ def test_resume_reads_nothing_twice() -> None:
     assert source.reads == 20
 
 
-def test_resumed_stream_matches_for_unknown_length_and_evaluation() -> None:
-    for options in ({"shuffle": True}, {"shuffle": False}):
-        source = Stream(23, frozenset({3}), known=False)
-        whole = batches(source, 4, seed=2, **options)
-        assert sum(len(batch["key"]) for batch in whole) == (23 if options["shuffle"] else 22)
-        assert equal(batches(source, 4, (0, 2), seed=2, **options), whole[2:])
-        with pytest.raises(TypeError, match="number of images in 'stream' is unknown"):
-            len(make_loader(source, as_is, 4, num_workers=0, **options))
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluated_stream_resumes_where_it_stopped(num_workers: int) -> None:
+    source = Stream(20, 3, broken=frozenset({3}))
+    whole = batches(source, 4, seed=2, shuffle=False, num_workers=num_workers)
+    assert sum(len(batch["key"]) for batch in whole) == 22
+    assert equal(batches(source, 4, (0, 2), seed=2, shuffle=False, num_workers=num_workers), whole[2:])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_resume_of_a_stream_reads_nothing_twice(shuffle: bool) -> None:
+    source = Stream(60, 40, buffer_size=10)
+    batches(source, 10, (0, 8), shuffle=shuffle)
+    assert source.reads == 20
 
 
 @pytest.mark.parametrize("kind", [Numbers, Stream])
 def test_training_replaces_broken_images(kind: type) -> None:
-    source = kind(20, frozenset({2, 3, 19}))
+    source = kind(20, broken=frozenset({2, 3, 19}))
     found = batches(source, 5, seed=1)
     assert [len(batch["key"]) for batch in found] == [5, 5, 5, 5]
     assert {key.removesuffix(".png") for batch in found for key, _ in batch["skipped"]} == {"2", "3", "19"}
@@ -252,7 +260,7 @@ def test_next_readable_image_stands_in() -> None:
 
 @pytest.mark.parametrize("kind", [Numbers, Stream])
 def test_evaluation_leaves_broken_images_out(kind: type) -> None:
-    found = batches(kind(20, frozenset({0, 1, 2, 3, 9})), 4, shuffle=False)
+    found = batches(kind(20, broken=frozenset({0, 1, 2, 3, 9})), 4, shuffle=False)
     assert all(batch["key"] for batch in found)
     keys = [int(key.removesuffix(".png")) for batch in found for key in batch["key"]]
     assert keys == [4, 5, 6, 7, 8, *range(10, 20)]
@@ -270,15 +278,16 @@ def test_a_broken_last_batch_is_still_reported() -> None:
 @pytest.mark.parametrize("kind", [Numbers, Stream])
 def test_a_source_with_nothing_readable_says_so(kind: type, shuffle: bool, num_workers: int) -> None:
     with pytest.raises(UsageError, match=r"^no image of '\w+' is readable"):
-        batches(kind(5, frozenset(range(5))), 2, shuffle=shuffle, num_workers=num_workers)
+        batches(kind(5, broken=frozenset(range(5))), 2, shuffle=shuffle, num_workers=num_workers)
 
 
 def test_a_whole_batch_of_broken_images_in_a_stream_is_filled_from_elsewhere() -> None:
-    order = np.random.default_rng([0, 0]).permutation(12)
-    source = Stream(12, frozenset(order[4:8].tolist()))
+    order = torch.cat([batch["label"] for batch in batches(Stream(12), 4)]).tolist()
+    source = Stream(12, broken=frozenset(order[4:8]))
     found = batches(source, 4)
     assert [len(batch["key"]) for batch in found] == [4, 4, 4]
-    assert found[1]["label"].tolist() == order[8:].tolist()
+    readable = [*range(order[7], 12), *range(order[7])]
+    assert found[1]["label"].tolist() == [image for image in readable if image not in order[4:8]][:4]
     assert equal(batches(source, 4, (0, 1)), found[1:])
 
 
@@ -301,20 +310,143 @@ def test_epoch_length(shuffle: bool, length: int, sizes: list[int]) -> None:
         assert set(counts) <= {2, 3}
 
 
-def test_streams_of_several_ranks_have_equally_many_full_batches() -> None:
-    found = [batches(Stream(21), 4, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [[len(batch["key"]) for batch in one] for one in found] == [[4, 4, 4]] * 2
-    labels = [set(torch.cat([batch["label"] for batch in one]).tolist()) for one in found]
-    assert not labels[0] & labels[1]
-    assert len(labels[0] | labels[1]) == 21
-    assert len(batches(Stream(3), 8, drop_last=True)) == 1
-    assert len(batches(Stream(21), 4, epoch_length=40)) == 10
+def stream_epochs(sizes: tuple[int, ...], batch_size: int, epochs: int, **options: Any) -> list[list[list[list[int]]]]:
+    """Return the images of every epoch, rank and batch, as the workers' parts are put together, without workers."""
+    workers, world = options.pop("workers"), options.pop("world_size")
+    options = {"seed": 1, "world_size": world, "lanes": workers, "buffer_size": 7} | options
+    ranks = [
+        StreamBatches(Stream(*sizes), as_is, StreamOrder(sizes, batch_size, rank=rank, **options))
+        for rank in range(world)
+    ]
+    found = []
+    for epoch in range(epochs):
+        of_epoch = []
+        for one in ranks:
+            count = one.order.num_batches
+            parts = [one.batches(epoch, range(worker, count, workers)) for worker in range(workers)]
+            made = [next(parts[step % workers]) for step in range(count)]
+            of_epoch.append([batch["index"].tolist() for batch in made])
+        found.append(of_epoch)
+    return found
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_an_evaluated_stream_comes_whole_from_any_number_of_workers(num_workers: int) -> None:
-    found = batches(Stream(23), 4, shuffle=False, num_workers=num_workers)
-    assert sorted(torch.cat([batch["label"] for batch in found]).tolist()) == list(range(23))
+def test_other_numbers_of_workers_make_the_same_batches_of_a_streams_lanes() -> None:
+    options: dict[str, Any] = {"world_size": 2, "shuffle": True, "lanes": 4}
+    expected = stream_epochs((40, 40, 8), 5, 2, workers=4, **options)
+    for workers in (1, 2, 3, 5):
+        assert stream_epochs((40, 40, 8), 5, 2, workers=workers, **options) == expected
+
+
+SIZES = [(40, 40, 8), (88,), (1, 0, 200, 3), (5,) * 9, (2,)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_image_of_a_stream_comes_once_an_epoch(sizes: tuple[int, ...], workers: int, world_size: int) -> None:
+    images = sum(sizes)
+    for batch_size, shuffle in ((3, True), (7, True), (16, True), (7, False)):
+        options: dict[str, Any] = {"workers": workers, "world_size": world_size, "shuffle": shuffle}
+        for epoch in stream_epochs(sizes, batch_size, 3, **options):
+            seen = np.bincount([image for rank in epoch for batch in rank for image in batch], minlength=images)
+            assert seen.min() == 1
+            # Training lets all ranks take equally large steps: one image more on some of them, at the most.
+            assert seen.sum() - images == (-images % world_size if shuffle else 0)
+            assert seen.max() <= (2 if images >= world_size else world_size)
+            if shuffle:
+                assert len({tuple(map(len, rank)) for rank in epoch}) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((40, 40, 8), {"drop_last": True}),
+        ((40, 40, 8), {"drop_last": True, "epoch_length": 230}),
+        ((7, 1, 90), {"epoch_length": 30}),
+        ((70, 10, 70), {"drop_last": True, "accumulate": 3}),
+        ((3, 1), {}),
+    ],
+)
+def test_what_an_epoch_leaves_out_or_repeats_falls_on_all_alike(
+    sizes: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    seen = np.zeros(sum(sizes), dtype=int)
+    for epoch in stream_epochs(sizes, 5, 30, workers=2, world_size=3, shuffle=True, **options):
+        seen += np.bincount([image for rank in epoch for batch in rank for image in batch], minlength=sum(sizes))
+        assert seen.max() - seen.min() <= 1
+
+
+def test_what_an_epoch_leaves_out_and_repeats_is_counted() -> None:
+    for source in (Numbers(88), Stream(40, 40, 8)):
+        dropping = make_loader(source, as_is, 16, shuffle=True, drop_last=True, world_size=2)
+        assert (len(dropping), dropping.left_out, dropping.repeated) == (2, 24, 0)
+        steps = make_loader(source, as_is, 8, shuffle=True, drop_last=True, accumulate=4)
+        assert (len(steps), steps.left_out) == (8, 24)
+        repeating = make_loader(source, as_is, 16, shuffle=True, world_size=3)
+        assert (len(repeating), repeating.left_out, repeating.repeated) == (2, 0, 2)
+        whole = make_loader(source, as_is, 16, shuffle=False, world_size=3)
+        assert (whole.left_out, whole.repeated) == (0, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(any),
+    b=st.integers(1, 9),
+    world=st.integers(1, 4),
+    workers=st.integers(1, 4),
+    drop_last=st.booleans(),
+    length=st.one_of(st.none(), st.integers(1, 70)),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_evaluated_stream_comes_in_the_batches_of_a_folder(
+    sizes: list[int], b: int, world: int, workers: int, drop_last: bool, length: int | None
+) -> None:
+    options: dict[str, Any] = {"shuffle": False, "drop_last": drop_last, "epoch_length": length}
+    [found] = stream_epochs(tuple(sizes), b, 1, workers=workers, world_size=world, **options)
+    for rank, of_rank in enumerate(found):
+        order = EpochOrder(sum(sizes), b, seed=0, rank=rank, world_size=world, **options)
+        assert of_rank == [[slot.image for slot in batch] for batch in order.batches(0)]
+
+
+@given(count=st.integers(0, 300), size=st.integers(1, 40), seed=st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_buffer_lets_every_place_out_once_and_none_too_early(count: int, size: int, seed: int) -> None:
+    order = list(ShuffleBuffer(count, size, np.random.default_rng(seed)))
+    assert sorted(order) == list(range(count))
+    assert all(place <= number + size - 1 for number, place in enumerate(order))
+
+
+def test_a_single_shard_is_divided_elsewhere_each_epoch() -> None:
+    epochs = stream_epochs((60,), 5, 6, workers=2, world_size=2, shuffle=True)
+    halves = {tuple(sorted(image for batch in epoch[0] for image in batch)) for epoch in epochs}
+    assert len(halves) > 4
+
+
+def test_a_stream_of_ten_million_images_starts_in_seconds_and_little_memory() -> None:
+    order = StreamOrder(
+        [10_000] * 1000,
+        256,
+        seed=0,
+        lanes=4,
+        buffer_size=1000,
+        shuffle=True,
+        rank=7,
+        world_size=8,
+        drop_last=True,
+    )
+    start = time.perf_counter()
+    reading = order.reading(3, 3)
+    assert len(next(reading.visits).numbers) <= 10_000
+    assert len(list(islice(reading.order, 5000))) == 5000
+    assert len(reading.order.held) == 1000
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 5")
+@pytest.mark.parametrize("num_workers", [0, 2, 5])
+def test_workers_read_a_stream_as_dealt(num_workers: int) -> None:
+    loader = make_loader(Stream(40, 40, 8, buffer_size=7), as_is, 7, seed=1, shuffle=True, num_workers=num_workers)
+    [[expected]] = stream_epochs((40, 40, 8), 7, 1, workers=max(1, num_workers), world_size=1, shuffle=True)
+    assert [batch["index"].tolist() for batch in loader] == expected
 
 
 def test_workers_stay_alive_and_use_one_thread() -> None:
@@ -352,6 +484,7 @@ def test_ten_million_images_are_shuffled_in_seconds() -> None:
         ({"source": Numbers(0)}, "'numbers' holds no image"),
         ({"repeats": 0}, "repeats is 0"),
         ({"source": Stream(8), "repeats": 2}, "come once each, not 2 times"),
+        ({"source": Stream(0, 0)}, "'stream' holds no image"),
     ],
 )
 def test_impossible_requests_are_refused(options: dict[str, Any], message: str) -> None:

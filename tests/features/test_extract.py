@@ -56,9 +56,14 @@ class Stream(StreamSource):
 
     name, in_chans = "stream", 3
 
-    def samples(self, *, epoch, seed, rank=0, world_size=1, worker=0, num_workers=1, shuffle=True, skip=0):
-        share = [*source_of().samples][worker::num_workers][skip:]
-        return iter([Unreadable("bad.png", "truncated"), *share] if worker == 0 else share)
+    sizes = (1, 11)
+
+    def encoded(self, shard, numbers):
+        return ((shard, number) for number in numbers.tolist())
+
+    def decode(self, encoded):
+        shard, number = encoded
+        return source_of().read(number) if shard else Unreadable("bad.png", "truncated")
 
     def fingerprint(self) -> str:
         return "stream"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(images: Path, out: Path, **changes: Any) -> list[str]:
+def command(images: Path | str, out: Path, **changes: Any) -> list[str]:
     settings = {**TINY, "data": images, "out": out, **changes}
     options = [f"--{name}={'null' if value is None else value}" for name, value in settings.items()]
     return [sys.executable, "-m", "patchloom.cli", "pretrain", "ccvit", *options]
@@ -135,6 +136,26 @@ def test_killed_and_resumed_equals_never_killed(images, uninterrupted, tmp_path)
     assert curves[0] == curves[1]
     assert "broken.png" in (out / "skipped.csv").read_text()
     assert len(curves[0][0]) == 8
+
+
+@pytest.mark.slow
+def test_a_run_from_shards_goes_on_with_other_workers(images, tmp_path):
+    pytest.importorskip("webdataset")
+    for shard, part in enumerate((slice(0, 20), slice(20, 24), slice(24, 48))):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for image in sorted(images.glob("[0-9]*.png"))[part]:
+                archive.add(image, image.name)
+    data = f"{tmp_path}/{{0..2}}.tar"
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER)
+    runs = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(data, runs[0], num_workers=3), check=True, env=environment(), capture_output=True)
+    killer = [sys.executable, str(script), "step", "4", *command(data, runs[1], num_workers=3)[3:], "--resume=true"]
+    assert subprocess.run(killer, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    going_on = [*command(data, runs[1], num_workers=0), "--resume=true"]
+    subprocess.run(going_on, check=True, env=environment(), capture_output=True)
+    whole, resumed = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_the_run_folder_holds_what_it_should(uninterrupted):

@@ -7,14 +7,17 @@ folder of millions of files costs a few hundred megabytes of names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from patchloom.data.kinds import IMAGE, Kind
+from patchloom.data.order import draw_seed
+from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, Visit
 from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 
@@ -123,51 +126,60 @@ class Source(ABC):
         }
 
 
+class Place(NamedTuple):
+    """Where an image of a stream stands."""
+
+    turn: int
+    """How often the image came before, within this epoch."""
+    image: int
+    """Number of the image within the source."""
+
+
 class StreamSource(ABC):
     """Images in a stream: shards read from front to back.
+
+    A stream counts its images when it is opened (headers are enough); that is what lets an epoch be divided between
+    processes and workers before anything is read. A source that cannot count them cannot be a stream.
 
     Attributes:
         name: The source as the user named it.
         kind: What its samples are.
+        sizes: Images of each shard (damaged ones included).
         class_names: Names of the classes, or None when unknown.
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
         why_unlabelled: What an unlabelled source has in place of labels.
         values: What stored values become 0 and 1, the same for every image.
         channels: Numbers of the channels taken of each file; None: all.
-        num_samples: Images per epoch where known, else None.
         multilabel: Whether an image may have several labels.
+        buffer_size: Images among which the next one is drawn when shuffling; as many encoded images are held in
+            memory by each worker.
     """
 
     name: str
     kind: Kind = IMAGE
+    sizes: Sequence[int]
     class_names: list[str] | None = None
     labels: None = None
     in_chans: int = 3
     values: ValueRange = ValueRange()
     channels: tuple[int, ...] | None = None
     why_unlabelled: str = ""
-    num_samples: int | None = None
     multilabel: bool = False
+    buffer_size: int = 1000
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all shards (damaged ones included)."""
+        return sum(self.sizes)
 
     @abstractmethod
-    def samples(
-        self,
-        *,
-        epoch: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        worker: int = 0,
-        num_workers: int = 1,
-        shuffle: bool = True,
-        skip: int = 0,
-    ) -> Iterator[Sample | Unreadable]:
-        """Yield the images of one epoch that fall to this worker of this rank.
+    def encoded(self, shard: int, numbers: np.ndarray) -> Iterator[Any]:
+        """Yield images of one shard, one for each of its ascending `numbers` (k,) int64, not decoded yet."""
 
-        No image is yielded by two (rank, worker) pairs. The order is a function of the arguments alone; the
-        first `skip` images are passed over without being decoded.
-        """
+    @abstractmethod
+    def decode(self, encoded: Any) -> Sample | Unreadable:
+        """Return what `encoded` yielded as an image, or why it cannot be read."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -176,6 +188,49 @@ class StreamSource(ABC):
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and contents of up to `count` images, spread over the stream; none where it cannot tell."""
         return iter(())
+
+    def samples(
+        self, *, epoch: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+    ) -> Iterator[Sample | Unreadable]:
+        """Yield a rank's part of one epoch: of n images as many as of any other rank, or one more.
+
+        No image is yielded on two ranks. The order is a function of the arguments alone.
+        """
+        line = Line(self.sizes, self.num_samples, epoch=epoch, seed=seed, shuffle=shuffle)
+        low, high = (self.num_samples * each // world_size for each in (rank, rank + 1))
+        rng = np.random.default_rng(draw_seed(seed, epoch, 0, f"buffer {rank}"))
+        order = ShuffleBuffer(high - low, self.buffer_size if shuffle else 1, rng)
+        for _, encoded in self.read(Reading(line.visits(low, high), order)):
+            yield self.decode(encoded)
+
+    def read(self, reading: Reading, skip: int = 0) -> Iterator[tuple[Place, Any]]:
+        """Yield the images of a reading in its order, encoded; the first `skip` are not even read."""
+        for _ in islice(reading.order, skip):
+            pass
+        waiting = np.array(sorted(reading.order.held), dtype=np.int64)
+        coming = self._coming(reading.visits, waiting, reading.order.coming)
+        held: dict[int, list[Any]] = {}
+        for number in reading.order:
+            while number not in held:
+                found, *what = next(coming)
+                held[found] = what
+            place, encoded = held.pop(number)
+            yield place, encoded
+
+    def _coming(self, visits: Iterator[Visit], waiting: np.ndarray, fresh: int) -> Iterator[tuple[int, Place, Any]]:
+        """Yield (number within the reading, place, encoded) of the images not let out yet."""
+        firsts = np.cumsum([0, *self.sizes])
+        end = 0
+        for visit in visits:
+            within = np.arange(end, end + len(visit.numbers))
+            end += len(within)
+            wanted = (within >= fresh) | np.isin(within, waiting)
+            if wanted.any():
+                numbers = visit.numbers[wanted]
+                for number, image, encoded in zip(
+                    within[wanted].tolist(), numbers.tolist(), self.encoded(visit.shard, numbers), strict=True
+                ):
+                    yield number, Place(visit.turn, int(firsts[visit.shard]) + image), encoded
 
     def describe(self) -> dict[str, object]:
         """Return what a report says about the source."""

@@ -1,8 +1,8 @@
 """Batches from a source: shuffled, split over ranks, resumable in mid-epoch, forgiving of broken images.
 
-What a batch holds depends on (seed, epoch, number of the batch, rank, world size) and on nothing else: not on the
-number of workers for a map-style source, and never on what was read before. That is what makes a resumed run
-equal to an uninterrupted one.
+What a batch holds depends on (seed, epoch, number of the batch, rank, world size) and on nothing else: never on what
+was read before, and on the number of workers only in so far as a shuffled stream has as many `lanes` as there are
+workers at first. That is what makes a resumed run equal to an uninterrupted one.
 
     loader = make_loader(source, PairedViews(224), 128, seed=0, shuffle=True)
     loader.set_position(epoch=3, batches_done=120)
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,7 +24,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from patchloom import stopping
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.order import EpochOrder, Slot
+from patchloom.data.order import EpochOrder, Slot, Steps
+from patchloom.data.stream_order import StreamOrder
 from patchloom.data.workers import Batch, MapBatches, StreamBatches, Transform
 from patchloom.errors import UsageError
 
@@ -40,38 +40,31 @@ class Loader:
         source: Where the images come from.
         batch_size: Images per batch and rank; the last one may be shorter.
         num_workers: Worker processes; 0: images are read in this process.
-        num_batches: Batches of this rank in an epoch; None when the length of a stream is unknown.
+        num_batches: Batches of this rank in an epoch.
+        lanes: Parts of a stream that are shuffled each for itself; None for images by index.
+        left_out: Images that an epoch leaves out, such as those that do not fill a step.
+        repeated: Places of an epoch taken by images which came before, such as to fill a step on every rank.
         epoch: Epoch that the next iteration goes through.
         batches_done: Batches of it that are passed over without being read.
     """
 
     def __init__(
-        self,
-        source: Source | StreamSource,
-        batch_size: int,
-        num_workers: int,
-        num_batches: int | None,
-        batches: _MapBatching | _StreamBatching,
-        *,
-        replaces: bool,
+        self, source: Source | StreamSource, order: Steps, num_workers: int, batches: _MapBatching | _StreamBatching
     ) -> None:
         self.source = source
-        self.batch_size = batch_size
+        self.batch_size = order.batch_size
         self.num_workers = num_workers
-        self.num_batches = num_batches
+        self.num_batches = order.num_batches
+        self.lanes = order.lanes if isinstance(order, StreamOrder) else None
+        self.left_out = order.left_out
+        self.repeated = order.repeated
         self.epoch = 0
         self.batches_done = 0
         self._batches = batches
-        self._replaces = replaces
+        self._replaces = order.shuffle
 
     def __len__(self) -> int:
-        """Return the number of batches in a whole epoch.
-
-        Raises:
-            TypeError: The length of the stream is unknown (`num_batches` is None).
-        """
-        if self.num_batches is None:
-            raise TypeError(f"the number of images in {self.source.name!r} is unknown; give epoch_length")
+        """Return the number of batches in a whole epoch."""
         return self.num_batches
 
     def set_position(self, epoch: int, batches_done: int = 0) -> None:
@@ -80,10 +73,11 @@ class Loader:
         Raises:
             UsageError: The position is negative or lies beyond the end of the epoch.
         """
-        last = self.num_batches
-        if epoch < 0 or batches_done < 0 or (last is not None and batches_done > last):
-            limit = "" if last is None else f" (an epoch has {last} batches)"
-            raise UsageError(f"no such position: epoch {epoch}, {batches_done} batches done{limit}")
+        if epoch < 0 or batches_done < 0 or batches_done > self.num_batches:
+            raise UsageError(
+                f"no such position: epoch {epoch}, {batches_done} batches done "
+                f"(an epoch has {self.num_batches} batches)"
+            )
         self.epoch, self.batches_done = epoch, batches_done
 
     def __iter__(self) -> Iterator[Batch]:
@@ -140,6 +134,8 @@ def make_loader(
     pin_memory: bool = False,
     epoch_length: int | None = None,
     repeats: int = 1,
+    accumulate: int = 1,
+    lanes: int | None = None,
 ) -> Loader:
     """Return batches of a source.
 
@@ -152,15 +148,17 @@ def make_loader(
         shuffle: Training: a new order every epoch, and a broken image is replaced by the next readable one.
             Without it every image comes once and in order, and broken ones are left out. Both report them in
             "skipped".
-        num_workers: Worker processes; fewer are used when a stream has too few shards for them.
+        num_workers: Worker processes. What the batches hold does not depend on their number, given `lanes`.
         rank: This process among `world_size`.
-        world_size: Processes that share each epoch. Map-style: see `EpochOrder`. Streams share out shards; in
-            training every rank has equally many batches and starts over when its shards run out.
-        drop_last: Leave out an incomplete last batch, unless it is the only one. Training batches from a stream
-            of known length are always full: fewer images than a whole number of batches are made up by repetition.
+        world_size: Processes that share each epoch, each image being one's; see `Steps`.
+        drop_last: Leave out an incomplete last batch, unless it is the only one. Those left out of a stream are
+            others each epoch, so that no image falls behind.
         pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
         epoch_length: Images per epoch over all ranks; None: all there are.
         repeats: Times each image comes in a row in training, see `EpochOrder`; not for streams.
+        accumulate: Batches that make one step, see `Steps`.
+        lanes: Parts of a stream that are shuffled each for itself, see `StreamOrder`; None: one for each worker. To go
+            on with another number of workers, give those of the beginning.
 
     Raises:
         UsageError: A value lies outside its range, or the source is empty.
@@ -171,54 +169,43 @@ def make_loader(
         ("world_size", world_size, 1),
         ("epoch_length", 1 if epoch_length is None else epoch_length, 1),
         ("repeats", repeats, 1),
+        ("accumulate", accumulate, 1),
+        ("lanes", 1 if lanes is None else lanes, 1),
     ):
         if value < low:
             raise UsageError(f"{name} is {value}; it must be at least {low}")
     if not 0 <= rank < world_size:
         raise UsageError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}")
     options: dict[str, Any] = {"pin_memory": pin_memory, "num_workers": num_workers}
+    steps: dict[str, Any] = {
+        "seed": seed,
+        "shuffle": shuffle,
+        "rank": rank,
+        "world_size": world_size,
+        "drop_last": drop_last,
+        "epoch_length": epoch_length,
+        "accumulate": accumulate,
+    }
     if isinstance(source, Source):
         if len(source) == 0:
             raise UsageError(f"{source.name!r} holds no image")
-        order = EpochOrder(
-            len(source),
-            batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world_size=world_size,
-            drop_last=drop_last,
-            epoch_length=epoch_length,
-            repeats=repeats,
+        order = EpochOrder(len(source), batch_size, repeats=repeats, **steps)
+        return Loader(
+            source,
+            order,
+            num_workers,
+            _MapBatching(order, MapBatches(source, transform, seed, replace=shuffle), **options),
         )
-        batching = _MapBatching(order, MapBatches(source, transform, seed, replace=shuffle), **options)
-        return Loader(source, batch_size, num_workers, order.num_batches, batching, replaces=shuffle)
     if repeats > 1:
         raise UsageError(
             f"images of the stream {source.name!r} come once each, not {repeats} times in a row; set it to 1"
         )
-    options["num_workers"] = num_workers = _affordable_workers(source, num_workers, world_size)
-    known = source.num_samples if epoch_length is None else epoch_length
-    steps: int | None = None
-    if known is not None:
-        per_step = batch_size * world_size
-        steps = max(1, known // per_step) if drop_last else -(-known // per_step)
-    stream = StreamBatches(
-        source,
-        transform,
-        batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        rank=rank,
-        world_size=world_size,
-        drop_last=drop_last,
-        endless=shuffle and steps is not None,
+    if not source.num_samples:
+        raise UsageError(f"{source.name!r} holds no image")
+    line = StreamOrder(
+        source.sizes, batch_size, lanes=lanes or max(1, num_workers), buffer_size=source.buffer_size, **steps
     )
-    if not shuffle:
-        available = stream.count_batches(max(1, num_workers))
-        limits = [steps] if epoch_length is not None else []
-        steps = min((n for n in [available, *limits] if n is not None), default=None)
-    return Loader(source, batch_size, num_workers, steps, _StreamBatching(stream, steps, **options), replaces=shuffle)
+    return Loader(source, line, num_workers, _StreamBatching(StreamBatches(source, transform, line), **options))
 
 
 class _Positioned(Sampler[list[Slot]]):
@@ -248,30 +235,13 @@ class _MapBatching:
 class _StreamBatching:
     """Takes the workers' batches in turn, so that the order doesn't depend on which of them is faster."""
 
-    def __init__(self, dataset: StreamBatches, steps: int | None, num_workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: StreamBatches, num_workers: int, pin_memory: bool) -> None:
         self.dataset = dataset
-        self.steps = steps
-        self.num_workers = num_workers
         self.loader = _data_loader(dataset, num_workers, pin_memory, batch_size=None)
 
     def start(self, epoch: int, batches_done: int) -> Iterator[Batch | UsageError]:
         self.dataset.set_position(epoch, batches_done)
-        return self._limited(iter(self.loader), batches_done)
-
-    def _limited(self, batches: Iterator[Batch | UsageError | None], done: int) -> Iterator[Batch | UsageError]:
-        # Endless workers pass over what is done themselves. Others must read it: how their shards divide it is
-        # known only once they have gone through them.
-        number = done if self.dataset.endless else 0
-        idle = 0
-        while self.steps is None or number < self.steps:
-            batch = next(batches)
-            idle = idle + 1 if batch is None else 0
-            if idle >= max(1, self.num_workers):
-                return
-            if batch is not None:
-                if number >= done or isinstance(batch, UsageError):
-                    yield batch
-                number += 1
+        return iter(self.loader)
 
 
 def _data_loader(dataset: Any, num_workers: int, pin_memory: bool, **batching: Any) -> DataLoader:
@@ -286,27 +256,6 @@ def _data_loader(dataset: Any, num_workers: int, pin_memory: bool, **batching: A
         generator=torch.Generator(),
         **batching,
     )
-
-
-def _affordable_workers(source: StreamSource, num_workers: int, world_size: int) -> int:
-    """Return how many workers find a shard each; refuse when ranks would go without."""
-    shards = getattr(source, "num_shards", None)
-    if shards is None:
-        return num_workers
-    if shards < world_size:
-        raise UsageError(
-            f"{source.name!r} has {shards} shards for {world_size} processes, which need one each; "
-            f"use at most {shards} processes or write more shards"
-        )
-    if num_workers > shards // world_size:
-        affordable = shards // world_size
-        warnings.warn(
-            f"{source.name!r} has {shards} shards for {world_size} × {num_workers} workers; "
-            f"using num_workers={affordable}",
-            stacklevel=3,
-        )
-        return affordable
-    return num_workers
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,8 +1,8 @@
 """Images in WebDataset shards: tar files in which files of one stem belong together (`0001.jpg`, `0001.cls`).
 
 Shards are read from front to back. Their headers are scanned once, when the source is opened, so the number of
-images is known, the order of an epoch is settled before anything is read, and a resumed run passes over whole
-shards without opening them.
+images and where each begins are known: the order of an epoch is settled before anything is read, several readers
+can share a shard, and a resumed run goes straight to where it stopped (of a compressed shard the front is unpacked).
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import json
 import re
 import tarfile
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
-from patchloom.data.order import draw_seed
 from patchloom.errors import MissingExtraError, UsageError
 
 TRUNCATED = "the shard is damaged or cut short here"
 Content = TypeVar("Content")
+Encoded = tuple[str, dict[str, tuple[str, bytes]] | None]
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own files within a shard
 
@@ -46,7 +47,6 @@ class ShardSource(StreamSource):
 
     Attributes:
         shards: Paths of the shards, as named.
-        num_samples: Images in all shards (damaged ones included).
 
     Raises:
         UsageError: A shard doesn't exist, none matches, or there is no image in any.
@@ -62,104 +62,41 @@ class ShardSource(StreamSource):
         self.buffer_size = buffer_size
         self.shards = expand_shards(patterns)
         self._names = _distinct_names(self.shards)
-        self._counts = [_count_images(shard) for shard in self.shards]
-        self.num_samples = sum(self._counts)
+        scanned = [_scan(shard) for shard in self.shards]
+        self.sizes = [count for count, _ in scanned]
+        self._starts = [starts for _, starts in scanned]
         if not self.num_samples:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards: the most workers (over all ranks) that find work."""
-        return len(self.shards)
-
-    def samples(
-        self,
-        *,
-        epoch: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        worker: int = 0,
-        num_workers: int = 1,
-        shuffle: bool = True,
-        skip: int = 0,
-    ) -> Iterator[Sample | Unreadable]:
-        """Yield the images of this worker's shards in one epoch.
-
-        Shards are shuffled and dealt out to all workers of all ranks; the images of a worker's shards then pass
-        through a shuffle buffer. The first `skip` are not decoded, and shards needed only for them not opened.
-        """
-        stream = rank * num_workers + worker
-        mine = self._dealt(epoch, seed, stream, world_size * num_workers, shuffle)
-        count = sum(self._counts[shard] for shard in mine)
-        rng = np.random.default_rng(draw_seed(seed, epoch, 0, f"buffer {stream}"))
-        order = buffered_order(count, self.buffer_size if shuffle else 1, rng)[skip:]
-        wanted = np.zeros(count, dtype=bool)
-        wanted[order] = True
-        encoded = self._encoded(mine, wanted)
-        held: dict[int, tuple[str, Any]] = {}
-        for place in order.tolist():
-            while place not in held:
-                at, name, files = next(encoded)
-                held[at] = name, files
-            yield self._decoded(*held.pop(place))
-
-    def count(
-        self,
-        *,
-        epoch: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        worker: int = 0,
-        num_workers: int = 1,
-        shuffle: bool = True,
-    ) -> int:
-        """Return how many items `samples` yields for the same arguments."""
-        stream = rank * num_workers + worker
-        return sum(self._counts[i] for i in self._dealt(epoch, seed, stream, world_size * num_workers, shuffle))
+    def encoded(self, shard: int, numbers: np.ndarray) -> Iterator[Encoded]:
+        """Yield images of one shard as (name of the shard, files); files is None where the shard is damaged."""
+        starts = self._starts[shard]
+        groups: Iterator[dict[str, tuple[str, bytes]]] = iter(())
+        at = -1
+        # As many images as the scan found, whatever happens while reading: numbers are what order, resume and
+        # batches are reckoned in.
+        for number in numbers.tolist():
+            if at < 0 or (starts is not None and number > at):
+                at = 0 if starts is None else number
+                groups = _read_groups(self.shards[shard], 0 if starts is None else int(starts[number]))
+            while at < number:
+                next(groups, None)
+                at += 1
+            yield self._names[shard], next(groups, None)
+            at += 1
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and contents of the first images of a few shards."""
         chosen = spread(len(self.shards), 4)
         for shard in chosen:
-            for files in islice(_read_groups(self.shards[shard]), count // len(chosen)):
+            for files in islice(_read_groups(self.shards[shard], 0), count // len(chosen)):
                 name, data = files["image"]
                 yield f"{self._names[shard]}/{name}", data
 
-    def fingerprint(self) -> str:
-        """Return a short hash of the shards' names, sizes and times."""
-        digest = hashlib.sha256()
-        for name, shard in zip(self._names, self.shards, strict=True):
-            status = shard.stat()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:16]
-
-    def _dealt(self, epoch: int, seed: int, stream: int, streams: int, shuffle: bool) -> list[int]:
-        order = np.arange(len(self.shards))
-        if shuffle:
-            np.random.default_rng(draw_seed(seed, epoch, 0, "shards")).shuffle(order)
-        return order[stream::streams].tolist()
-
-    def _encoded(self, shards: list[int], wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-        """Yield (place, name, files) of the images wanted; files is None where a shard is damaged."""
-        place = 0
-        for shard in shards:
-            end = place + self._counts[shard]
-            if not wanted[place:end].any():
-                place = end
-                continue
-            # As many items as the scan found, whatever happens while reading: places are what order, resume and
-            # batches are reckoned in.
-            groups = _read_groups(self.shards[shard])
-            for at in range(place, end):
-                files = next(groups, None)
-                if wanted[at]:
-                    yield at, self._names[shard], files
-            place = end
-
-    def _decoded(self, shard: str, files: dict[str, Any] | None) -> Sample | Unreadable:
+    def decode(self, encoded: Encoded) -> Sample | Unreadable:
+        """Return an image of `encoded`, or why it cannot be read."""
+        shard, files = encoded
         if files is None:
             return Unreadable(shard, TRUNCATED)
         name, data = files["image"]
@@ -170,6 +107,14 @@ class ShardSource(StreamSource):
             )
         except UnreadableImageError as error:
             return Unreadable(error.key, error.reason)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the shards' names, sizes and times."""
+        digest = hashlib.sha256()
+        for name, shard in zip(self._names, self.shards, strict=True):
+            status = shard.stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
@@ -186,7 +131,10 @@ def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
     shards: list[Path] = []
     for pattern in patterns:
         if re.match(r"\w\w+:", str(pattern)):
-            raise UsageError(f"shards are read from a local or mounted folder, not from {str(pattern)!r}; copy them")
+            raise UsageError(
+                f"shards are read from a local or mounted folder, where their images can be counted beforehand, not "
+                f"from {str(pattern)!r}; copy or mount them"
+            )
         named = expand_urls(str(pattern))
         for name in named:
             if Path(name).is_file():
@@ -203,28 +151,6 @@ def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
     return shards
 
 
-def buffered_order(count: int, buffer_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the order in which a shuffle buffer lets out `count` items: (count,) int64, a permutation.
-
-    The buffer holds the first `buffer_size` items; each time, one of those held is let out at random and the next
-    item takes its place. So item i never comes out before place i - buffer_size + 1.
-    """
-    if buffer_size == 1:
-        return np.arange(count)
-    held = list(range(min(buffer_size, count)))
-    order = np.empty(count, dtype=np.int64)
-    for place, draw in enumerate(rng.random(count).tolist()):
-        chosen = int(draw * len(held))
-        order[place] = held[chosen]
-        coming = place + buffer_size
-        if coming < count:
-            held[chosen] = coming
-        else:
-            held[chosen] = held[-1]
-            held.pop()
-    return order
-
-
 def _distinct_names(shards: list[Path]) -> list[str]:
     """Return the shards' file names, or their paths below the common parent where names repeat."""
     names = [shard.name for shard in shards]
@@ -237,37 +163,47 @@ def _distinct_names(shards: list[Path]) -> list[str]:
     return [shard.absolute().relative_to(common).as_posix() for shard in shards]
 
 
-def _count_images(shard: Path) -> int:
-    """Count the images of a shard from its headers alone; a damaged end counts as one, so that it is reported."""
+def _scan(shard: Path) -> tuple[int, np.ndarray | None]:
+    """Count the images of a shard and find where each begins, from the headers alone.
 
+    A damaged end counts as one image, so that it is reported.
+
+    Returns:
+        Number of images, and (n,) int64 offsets of them in the file; None for a compressed shard, which can only be
+        read from its front.
+    """
     size = shard.stat().st_size
-    count = 0
+    starts = array("q")
+    seekable = True
     try:
         with tarfile.open(shard) as archive:
             # Offsets are those of the file unless it is compressed.
-            limit = size if isinstance(archive.fileobj, io.BufferedReader) else None
-            for _ in _groups(_headers(archive, limit)):
-                count += 1
+            seekable = isinstance(archive.fileobj, io.BufferedReader)
+            for files in _groups(_headers(archive, size if seekable else None)):
+                starts.append(min(offset for _, offset in files.values()))
             # Where the end marker (empty blocks) is missing, tarfile takes the end of the file for the end.
-            return count + (limit is not None and archive.offset + tarfile.BLOCKSIZE > limit)
+            if seekable and archive.offset + tarfile.BLOCKSIZE > size:
+                starts.append(size)
     except _DAMAGE:
-        return count + 1
+        starts.append(size)
+    return len(starts), np.array(starts, dtype=np.int64) if seekable else None
 
 
-def _headers(archive: tarfile.TarFile, limit: int | None) -> Iterator[tuple[str, None]]:
+def _headers(archive: tarfile.TarFile, limit: int | None) -> Iterator[tuple[str, int]]:
     for member in archive:
         if limit is not None and member.offset_data + member.size > limit:
             raise tarfile.ReadError(TRUNCATED)
         if member.isreg() and _belongs(member.name):
-            yield member.name, None
+            yield member.name, member.offset
         archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header otherwise
 
 
-def _read_groups(shard: Path) -> Iterator[dict[str, tuple[str, bytes]]]:
-    """Yield the files of each image; the stream ends early where the shard is damaged."""
+def _read_groups(shard: Path, start: int) -> Iterator[dict[str, tuple[str, bytes]]]:
+    """Yield the files of each image from an offset on; the stream ends early where the shard is damaged."""
     from webdataset.tariterators import tar_file_iterator
 
     with shard.open("rb") as file:
+        file.seek(start)
         members = tar_file_iterator(file, skip_meta=None, select_files=_belongs)
         try:
             yield from _groups((member["fname"], member["data"]) for member in members)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.base import Place, Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.order import Slot, draw_seed
 from patchloom.data.pixels import unit
+from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, StreamOrder
 from patchloom.errors import UsageError
 
 Batch = dict[str, Any]
@@ -76,47 +77,22 @@ class MapBatches(Dataset[Batch | UsageError]):
         raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
 
 
-class StreamBatches(IterableDataset[Batch | UsageError | None]):
+class StreamBatches(IterableDataset[Batch | UsageError]):
     """Reads this worker's part of a stream and yields finished batches.
 
-    A batch is always made of `batch_size` consecutive images of the stream, broken ones included, so the place
-    where a batch begins is known without reading.
+    A batch is always made of the next images of a lane, broken ones included, so the place where a batch begins is
+    known without reading.
 
     Args:
         source: The stream.
         transform: Run on every image.
-        batch_size: Images per batch.
-        seed: Seed of the order and of the transform's draws.
-        shuffle: Training: shuffled, and broken images replaced by readable ones of the same batch.
-        rank: This process.
-        world_size: Number of processes.
-        drop_last: Leave out an incomplete last batch (of a stream that ends).
-        endless: Start over at the end of the stream, for ever. Otherwise None is yielded, for ever, once the
-            stream has ended.
+        order: Which batches there are, and what they hold.
     """
 
-    def __init__(
-        self,
-        source: StreamSource,
-        transform: Transform,
-        batch_size: int,
-        *,
-        seed: int,
-        shuffle: bool,
-        rank: int,
-        world_size: int,
-        drop_last: bool,
-        endless: bool,
-    ) -> None:
+    def __init__(self, source: StreamSource, transform: Transform, order: StreamOrder) -> None:
         self.source = source
         self.transform = transform
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.endless = endless
+        self.order = order
         # Shared with the workers, which outlive an epoch: each reads it when an iteration starts.
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -124,108 +100,67 @@ class StreamBatches(IterableDataset[Batch | UsageError | None]):
         """Set where the next iteration starts, in all workers."""
         self._position[0], self._position[1] = epoch, batches_done
 
-    def count_batches(self, num_workers: int) -> int | None:
-        """Return how many batches a stream that ends yields to this rank, None when it can't say."""
-        counts = [self._count(0, worker, num_workers) for worker in range(num_workers)]
-        if any(count is None for count in counts):
-            return None
-        known = [count for count in counts if count is not None]
-        if self.drop_last:
-            return sum(count // self.batch_size for count in known)
-        return sum(-(-count // self.batch_size) for count in known)
-
-    def __iter__(self) -> Iterator[Batch | UsageError | None]:
+    def __iter__(self) -> Iterator[Batch | UsageError]:
         """Yield the batches of this worker from the position that was set."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch, done = self._position.tolist()
-        if self.endless:
-            # Batches are taken from the workers in turn, from worker 0 on. After `done` batches it is another
-            # one's turn: worker 0 plays its part.
-            worker = (worker + done) % workers
         try:
-            yield from self._batches(epoch, done, worker, workers)
+            # Batches are taken from the workers in turn, from worker 0 on.
+            yield from self.batches(epoch, range(done + worker, self.order.num_batches, workers))
         except UsageError as error:
             yield error
-        while True:
-            yield None
 
-    def _batches(self, epoch: int, done: int, worker: int, workers: int) -> Iterator[Batch]:
-        # Of the batches that are done this worker made every `workers`-th.
-        mine = max(0, -(-(done - worker) // workers)) if self.endless else 0
-        place = mine * self.batch_size
-        items = self._items(epoch, place, worker, workers)
-        while chunk := list(islice(items, self.batch_size)):
-            if len(chunk) < self.batch_size and self.drop_last:
-                return
-            yield self._batch(chunk, epoch, place, worker, workers)
-            place += len(chunk)
+    def batches(self, epoch: int, steps: Iterable[int]) -> Iterator[Batch]:
+        """Yield the batches of an epoch that have these ascending numbers."""
+        size = self.order.batch_size
+        lanes: dict[int, Iterator[tuple[Place, Any]]] = {}
+        made: dict[int, int] = {}
+        for step in steps:
+            number, lane = divmod(step, self.order.lanes)
+            if lane not in lanes:
+                lanes[lane] = self.source.read(self.order.reading(epoch, lane), number * size)
+            else:  # what other workers make of this lane is passed over without decoding it
+                for _ in islice(lanes[lane], (number - made[lane]) * size):
+                    pass
+            made[lane] = number + 1
+            yield self._batch([(place, self.source.decode(one)) for place, one in islice(lanes[lane], size)], epoch)
 
-    def _batch(
-        self, chunk: list[tuple[int, Sample | Unreadable]], epoch: int, place: int, worker: int, workers: int
-    ) -> Batch:
+    def _batch(self, chunk: list[tuple[Place, Sample | Unreadable]], epoch: int) -> Batch:
         batch = _Assembly()
         batch.skipped += [(item.key, item.reason) for _, item in chunk if isinstance(item, Unreadable)]
-        readable = [(turn, item) for turn, item in chunk if isinstance(item, Sample)]
+        readable = [(place, item) for place, item in chunk if isinstance(item, Sample)]
         broken = len(chunk) - len(readable)
-        if broken and self.shuffle:
-            stand_ins = readable or self._elsewhere(epoch, place, worker, workers)
+        if broken and self.order.shuffle:
+            stand_ins = readable or self._elsewhere(epoch, chunk[-1][0])
             readable = readable + [stand_ins[number % len(stand_ins)] for number in range(broken)]
-        for number, (turn, sample) in enumerate(readable):
-            # Draws by name, so that they don't depend on how shards fall to workers; a stand-in has its own.
-            repeat = turn if number < len(chunk) - broken else -1 - number
-            generator = _generator(self.seed, epoch, repeat, sample.key)
-            # A stream has no indices: number its images so that no two of an epoch share one, on any rank.
-            index = ((place + number) * workers + worker) * self.world_size + self.rank
-            batch.add(self.transform(sample.image, generator), sample, index)
+        for number, (place, sample) in enumerate(readable):
+            # A stand-in is drawn for anew.
+            repeat = place.turn if number < len(chunk) - broken else -1 - number
+            generator = _generator(self.order.seed, epoch, repeat, sample.key)
+            batch.add(self.transform(sample.image, generator), sample, place.image)
         return batch.stacked()
 
-    def _items(self, epoch: int, skip: int, worker: int, workers: int) -> Iterator[tuple[int, Sample | Unreadable]]:
-        """Yield (turn, item) from place `skip` on, starting over if endless."""
-        turn = 0
-        if skip and self.endless:
-            count = self._count(epoch, worker, workers)
-            if count is None:
-                count = sum(1 for _ in self._samples(epoch, worker, workers))
-            turn, skip = divmod(skip, max(1, count))
-        while True:
-            empty = skip == 0
-            for item in self._samples(epoch, worker, workers, skip):
-                empty = False
-                yield turn, item
-            if not self.endless:
-                return
-            if empty:
-                raise UsageError(f"{self.source.name!r} holds no image for worker {worker} of rank {self.rank}")
-            turn, skip = turn + 1, 0
-
-    def _elsewhere(self, epoch: int, place: int, worker: int, workers: int) -> list[tuple[int, Sample]]:
-        """Return up to a batch of readable images, for a batch that has none: later, earlier or another worker's."""
-        streams = (self._samples(epoch, (worker + other) % workers, workers) for other in range(workers))
-        later = self._samples(epoch, worker, workers, place + self.batch_size)
-        readable = (item for item in chain(later, *streams) if isinstance(item, Sample))
-        found = [(0, sample) for sample in islice(readable, self.batch_size)]
-        if not found:
-            raise UsageError(f"no image of {self.source.name!r} is readable on rank {self.rank}")
-        return found
-
-    def _samples(self, epoch: int, worker: int, workers: int, skip: int = 0) -> Iterator[Sample | Unreadable]:
-        return self.source.samples(**self._share(epoch, worker, workers), skip=skip)
-
-    def _count(self, epoch: int, worker: int, workers: int) -> int | None:
-        count = getattr(self.source, "count", None)
-        return None if count is None else count(**self._share(epoch, worker, workers))
-
-    def _share(self, epoch: int, worker: int, workers: int) -> dict[str, Any]:
-        return {
-            "epoch": epoch,
-            "seed": self.seed,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "worker": worker,
-            "num_workers": workers,
-            "shuffle": self.shuffle,
-        }
+    def _elsewhere(self, epoch: int, last: Place) -> list[tuple[Place, Sample]]:
+        """Return readable images for a batch that has none, up to its size: those that follow in the source."""
+        sizes = self.source.sizes
+        line = Line(sizes, sum(sizes), epoch=epoch, seed=self.order.seed, shuffle=False)
+        readable: list[tuple[Place, Sample]] = []
+        broken: list[Unreadable] = []
+        for low, high in ((last.image + 1, line.total), (0, last.image + 1)):
+            order = ShuffleBuffer(high - low, 1, np.random.default_rng(0))
+            for place, encoded in self.source.read(Reading(line.visits(low, high), order)):
+                item = self.source.decode(encoded)
+                if isinstance(item, Unreadable):
+                    broken = broken or [item]
+                    continue
+                readable.append((place, item))
+                if len(readable) == self.order.batch_size:
+                    return readable
+        if not readable:
+            key, reason = broken[0]
+            raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
+        return readable
 
 
 class _Assembly:

@@ -91,7 +91,7 @@ def extract(
         UsageError: No image could be read, the size does not fit the encoder, or there is no such device.
     """
     if limit is not None:
-        source, num_workers = _first(source, limit, num_workers)
+        source = _first(source, limit)
     options: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
     options |= {"device": device, "pool": pool, "layers": layers, "precision": precision, "view": view}
     return rows_in_memory(lambda take: extract_into(take, encoder, source, **options, progress=progress), limit)
@@ -263,13 +263,11 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     return set_image_size(copy.deepcopy(encoder), side)
 
 
-def _first(source: Source | StreamSource, limit: int, num_workers: int) -> tuple[Source | StreamSource, int]:
-    """Return what to read for the first images, and by how many workers: what a stream has first, one has to say."""
+def _first(source: Source | StreamSource, limit: int) -> Source | StreamSource:
+    """Return what to read for the first images; a stream, which comes in order, is left off in time."""
     if limit < 1:
         raise UsageError(f"limit is {limit}; take at least one image, or leave it out to take all")
-    if isinstance(source, StreamSource):
-        return source, min(num_workers, 1)
-    return SubsetSource(source, np.arange(min(limit, len(source)))), num_workers
+    return source if isinstance(source, StreamSource) else SubsetSource(source, np.arange(min(limit, len(source))))
 
 
 def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -97,7 +97,7 @@ class CCViTMethod(Method):
         """Return k: as asked for, or the largest power of two up to 8192 with 39 patches per centroid."""
         config = self.config
         count = len(self.source) if isinstance(self.source, Source) else self.source.num_samples
-        patches = min(count or config.codebook_images, config.codebook_images) * self.grid[0] * self.grid[1]
+        patches = min(count, config.codebook_images) * self.grid[0] * self.grid[1]
         if config.k is not None:
             if config.k > patches:
                 raise UsageError(

@@ -275,10 +275,10 @@ def _of_stream(
     if per_class is not None:
         raise UsageError(f"{source.name} is a stream: images cannot be drawn per class; give images=N instead")
     count = images if images is not None else source.num_samples
-    share = None if count is None else -(-count // ranks.world)
+    share = -(-count // ranks.world)
     samples = source.samples(epoch=0, seed=seed, rank=ranks.rank, world_size=ranks.world)
     for sample in islice(samples, share):
-        yield (None if isinstance(sample, Unreadable) else transform(sample.image)), share or 0
+        yield (None if isinstance(sample, Unreadable) else transform(sample.image)), share
 
 
 class _WholePatches:

@@ -99,6 +99,8 @@ class Finish(Callback):
             "patchloom": __version__,
             **method.describe(),
             "data": method.source.describe(),
+            "left_out_per_epoch": method.left_out,
+            "repeated_per_epoch": method.repeated,
             "steps": method.step,
             "total_steps": method.total_steps,
             **self.interrupted(method.step < method.total_steps),

@@ -6,6 +6,7 @@ it has, what its data workers do to an image, and what the loss of a batch is. E
 
 from __future__ import annotations
 
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,8 @@ class Method(lp.LightningModule):
         stage: Number of the present stage.
         steps_per_epoch: Steps per epoch of the present stage, set by the engine before training.
         total_steps: Steps of the whole run, likewise.
+        left_out: Images that an epoch leaves out because they do not fill a step, likewise.
+        repeated: Images that come once more in an epoch, so that every process takes as many, likewise.
         repeating: Whether the present forward pass is one besides the step's own, which counts and logs nothing.
         latest: The figures logged last.
     """
@@ -89,6 +92,8 @@ class Method(lp.LightningModule):
         self.steps_per_epoch = 1
         self.total_steps = 1
         self.batches_done = 0
+        self.left_out = self.repeated = 0
+        self.lanes: int | None = None
         self.repeating = False
         self.last_batch_keys: list[str] = []
         self.latest: dict[str, float] = {}
@@ -442,6 +447,10 @@ class Method(lp.LightningModule):
             self.spans.append(Span(start, steps, per_epoch))
             start += steps
         self.total_steps, self.steps_per_epoch = start, self.span.per_epoch
+        self.lanes = next((loader.lanes for loader in loaders if loader.lanes is not None), None)
+        self.left_out, self.repeated = loaders[self.stage].left_out, loaders[self.stage].repeated
+        if self.trainer.is_global_zero and self.repeats() == 1:
+            _say_what_is_uneven(self)
         return TrainingStream(loaders, self)
 
     def _loader(self, stage: Stage) -> Any:
@@ -458,6 +467,8 @@ class Method(lp.LightningModule):
             drop_last=True,
             pin_memory=self.device.type == "cuda",
             repeats=self.repeats(),
+            accumulate=config.accumulate,
+            lanes=self.lanes,
         )
 
     def begin_stage(self, number: int) -> None:
@@ -480,6 +491,7 @@ class Method(lp.LightningModule):
         checkpoint["stage"] = self.stage
         checkpoint["total_steps"] = self.total_steps
         checkpoint["seconds"] = self.seconds()
+        checkpoint["lanes"] = self.lanes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_done = int(checkpoint["batches_done"])
@@ -488,6 +500,7 @@ class Method(lp.LightningModule):
             self.enter_stage(number)
             self.stage = number
         self.seconds_before = float(checkpoint["seconds"])
+        self.lanes = checkpoint.get("lanes")
 
     def seconds(self) -> float:
         """Return the time the run has taken so far, over all its starts."""
@@ -549,6 +562,17 @@ def steps_done(checkpoint: dict[str, Any]) -> int:
 
 def _as_list(optimizers: Any) -> list[Any]:
     return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+
+
+def _say_what_is_uneven(method: Method) -> None:
+    if method.left_out:
+        per_step = method.config.batch_size * method.config.accumulate * method.trainer.world_size
+        uneven = f"{method.left_out:,} images do not fill a step of {per_step:,}: each epoch leaves so many out"
+    elif method.repeated:
+        uneven = f"{method.repeated:,} images come once more in each epoch, so that all processes take as many"
+    else:
+        return
+    print(f"{uneven}, others each time", file=sys.stderr)
 
 
 def _recompute(encoder: Encoder) -> None:
