@@ -203,7 +203,7 @@ def _run_method(verb: str, command: Verb, method: str, rest: list[str]) -> int:
 
     parser = _parser(f"{verb} {method}", (listing[method].__doc__ or config_class.__doc__ or "").strip())
     parser.add_class_arguments(config_class, fail_untyped=False)
-    rest = _with_saved_settings(rest)
+    rest = _with_saved_settings(rest, f"{verb} {method}")
     parser.set_defaults(dict(preset_values(config_class, _named_preset(rest))))
     values = _parse(parser, rest, get_type_hints(config_class))
     run: Any = importlib.import_module(command.module)
@@ -211,16 +211,21 @@ def _run_method(verb: str, command: Verb, method: str, rest: list[str]) -> int:
     return 0
 
 
-def _with_saved_settings(rest: list[str]) -> list[str]:
+def _with_saved_settings(rest: list[str], command: str) -> list[str]:
     """Let `--resume --out RUN` do: what is not given anew is read from the run's own settings."""
     options = [_underscored(argument) for argument in rest]
     joined = " ".join(options)
     resumes = re.search(r"--resume(?:[= ]true)?(?= --|$)", joined)
-    out = re.search(r"--out[= ](\S+)", joined)
+    out = _option(options, "out")
     if not resumes or not out or "--config" in joined:
         return rest
-    saved = Path(out[1]) / "config.yaml"
-    return [f"--config={saved}", *rest] if saved.exists() else rest
+    saved = Path(out) / "config.yaml"
+    if not saved.exists():
+        return rest
+    from patchloom.training.saved import saved_settings
+
+    saved_settings(saved.parent, command)  # refuses another method's run, puts damaged settings back
+    return [f"--config={saved}", *rest]
 
 
 def _named_preset(rest: list[str]) -> str | None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import timm
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from patchloom.encoders import embed_dim
 from patchloom.encoders.mask_token import MaskTokenEncoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
+from patchloom.stored import read_pickle
 
 PARTS = "pretraining.safetensors"
 MaskedModel: TypeAlias = MaskedAutoencoder | MaskTokenEncoder
@@ -162,7 +162,7 @@ def _from_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UsageError(alone)
     from patchloom.training.config import read_config
 
-    saved: Mapping[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    saved: Mapping[str, Tensor] = read_pickle(checkpoint, mmap=True)["state_dict"]
     own = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
     state = {name: value.clone() for name, value in own.items() if name.split(".")[0] in DECODER}
     if "mask_token" not in state:

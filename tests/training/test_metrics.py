@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from patchloom.training.metrics import CSVMetrics, read_metrics, series
 
 
@@ -26,3 +28,12 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     again.log_metrics({"loss": -1.0}, step=20)
     again.save()
     assert series(read_metrics(tmp_path / "metrics.csv"), "loss") == ([0, 10, 20], [0.0, 10.0, -1.0])
+
+
+@pytest.mark.parametrize("end", ["20,0.5", "20,0.5,", "\0\0\0\0", "x,y,z\n"])
+def test_a_line_that_was_cut_off_is_left_out_with_a_warning(tmp_path, end):
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"step,loss,lr\n0,2.0,0.1\n10,1.0,\n{end}")
+    with pytest.warns(UserWarning, match="is damaged; 1 of its lines are left out"):
+        rows = read_metrics(path)
+    assert rows == [{"step": 0, "loss": 2.0, "lr": 0.1}, {"step": 10, "loss": 1.0}]

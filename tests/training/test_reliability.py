@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import patchloom as pl
+from patchloom.stored import read_pickle
 from patchloom.training.checkpoint import CheckpointWriteError
 from patchloom.training.method import NonFiniteLossError
 from patchloom.training.metrics import read_metrics, series
+from patchloom.training.run import read_run
 
 TINY = {
     "encoder": "ccvit_tiny_patch8_64",
@@ -166,7 +169,11 @@ def test_the_run_folder_holds_what_it_should(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert {"config.yaml", "metrics.csv", "tensorboard", "checkpoints", "model", "report.html", "skipped.csv"} <= names
     assert "broken.png" in (uninterrupted / "skipped.csv").read_text()
-    assert [path.name for path in (uninterrupted / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
+    steps = [
+        read_pickle(uninterrupted / "checkpoints" / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")
+    ]
+    assert steps == [7, 8]
 
 
 def test_a_complete_run_is_left_alone(images, uninterrupted, capsys):
@@ -175,6 +182,50 @@ def test_a_complete_run_is_left_alone(images, uninterrupted, capsys):
     assert run.summary["steps"] == 8
     assert "nothing to resume" in capsys.readouterr().err
     assert (uninterrupted / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def damaged(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of a run, to be damaged."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "damaged"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(damaged, uninterrupted, capsys):
+    last = damaged / "checkpoints" / "last.ckpt"
+    held = last.read_bytes()
+    last.write_bytes(held[: len(held) // 2])
+    run = pl.pretrain("ccvit", out=str(damaged), resume=True)
+    said = capsys.readouterr().err
+    assert "last.ckpt is damaged (" in said
+    assert "it is kept as damaged.ckpt, and the run goes on from" in said
+    assert "going on after step 7 of 8" in said
+    assert run.summary["steps"] == 8
+    whole, again = (load_file(path / "model" / "model.safetensors") for path in (uninterrupted, damaged))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_of_another_method_is_named(uninterrupted):
+    with pytest.raises(
+        pl.UsageError, match="is one of pretrain ccvit, not of pretrain mae; go on with it by patchloom"
+    ):
+        pl.pretrain("mae", out=str(uninterrupted), resume=True)
+
+
+def test_damaged_settings_and_summary_are_written_anew(damaged):
+    text = (damaged / "config.yaml").read_text()
+    (damaged / "config.yaml").write_bytes(b"\xff\x00")
+    (damaged / "summary.json").write_text('{"steps": 8, "tot')
+    with pytest.raises(pl.UsageError, match="resume writes it anew"):
+        read_run(damaged)
+    assert pl.pretrain("ccvit", out=str(damaged), resume=True).summary["steps"] == 8
+    assert len((damaged / "config.yaml").read_text().splitlines()) == len(text.splitlines())
+
+
+def test_a_damaged_codebook_is_named(damaged):
+    (damaged / "codebook.safetensors").write_bytes(b"short")
+    (damaged / "summary.json").unlink()
+    with pytest.raises(pl.UsageError, match=r"codebook\.safetensors is damaged .*delete it and resume"):
+        pl.pretrain("ccvit", out=str(damaged), resume=True)
 
 
 def test_an_existing_run_is_not_overwritten_unasked(images, uninterrupted):

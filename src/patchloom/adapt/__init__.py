@@ -41,7 +41,8 @@ def run(method: str, **settings: Any) -> Run:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     method_class = METHODS[method]
-    return fit(f"adapt {method}", method_class, resolve(method_class, settings))
+    command = f"adapt {method}"
+    return fit(command, method_class, resolve(command, method_class, settings))
 
 
 make_callable(__name__, run)

@@ -36,7 +36,8 @@ def run(method: str, **settings: Any) -> Run:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     method_class = METHODS[method]
-    return fit(f"pretrain {method}", method_class, resolve(method_class, settings))
+    command = f"pretrain {method}"
+    return fit(command, method_class, resolve(command, method_class, settings))
 
 
 make_callable(__name__, run)

@@ -343,12 +343,12 @@ def load_heads(model: DINOv2, path: str) -> None:
     Raises:
         UsageError: There are none, or they are of another size (with both).
     """
-    from safetensors.torch import load_file
+    from patchloom.stored import read_tensors
 
     file = Path(path) / HEADS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"there are no heads at {file}; heads_from takes the folder of a finished dinov2 run")
-    state, own = load_file(file), model.state_dict()
+    state, own = read_tensors(file), model.state_dict()
     wanted = [name for name in own if ".encoder." not in name]
     wrong = [n for n in wanted if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
     if wrong:

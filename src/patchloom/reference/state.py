@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError
+from patchloom.stored import read_pickle, read_tensors
 
-TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher", "student")
 
 
@@ -51,18 +49,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UsageError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        # Published checkpoints carry their command line as a Namespace: plain data, so it may pass.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = TERMINAL_COLOURS.sub("", str(error)).strip().split("\n")[0]
-        raise UsageError(
-            f"{path} cannot be read as plain tensors ({reason}); save its state dict alone with torch.save"
-        ) from error
+        return read_tensors(path)
+    # Published checkpoints carry their command line as a Namespace: plain data, so it may pass.
+    state: Mapping[str, Any] = read_pickle(path, plain=[argparse.Namespace])
     if not isinstance(state, Mapping):
         raise UsageError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state

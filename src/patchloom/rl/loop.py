@@ -18,6 +18,7 @@ from patchloom import stopping
 from patchloom.data.atari import AtariGame
 from patchloom.rl.agent import RainbowAgent
 from patchloom.rl.replay import Replay
+from patchloom.stored import read_pickle
 
 CHECKPOINT, FRAMES = "agent.ckpt", "frames.raw"
 SAID_EVERY = 15.0
@@ -178,7 +179,7 @@ class Training:
 
     def _go_on(self, path: Path) -> None:
         """Go on from a checkpoint. The emulator's own state is not in it: a new episode begins there."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_pickle(path, "delete it, and this seed begins anew")
         self.step = int(state["step"])
         self.agent.load_state(state["agent"])
         self.memory.load_state(state["memory"])

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from patchloom.data.atari import STEPS, Policy, record_atari
 from patchloom.errors import UsageError
 from patchloom.rl.agent import AgentConfig, RainbowAgent
 from patchloom.rl.networks import rebuild_vision
+from patchloom.stored import read_tensors
 
 WEIGHTS, ABOUT = "agent.safetensors", "agent.json"
 
@@ -108,7 +109,7 @@ def load_agent(path: str | Path) -> RainbowAgent:
     config = AgentConfig(hidden=about["hidden"], atoms=about["atoms"], largest=about["largest"])
     with torch.random.fork_rng(devices=[]):
         agent = RainbowAgent(rebuild_vision(about["vision"]), about["num_actions"], config)
-    agent.online.load_state_dict(load_file(folder / WEIGHTS))
+    agent.online.load_state_dict(read_tensors(folder / WEIGHTS))
     return agent
 
 

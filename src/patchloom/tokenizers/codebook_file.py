@@ -115,7 +115,9 @@ def read_codebook(path: Path) -> tuple[Tensor, dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError, EOFError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{path} cannot be read as a codebook: {error}") from error
+        raise UsageError(
+            f"{path} is damaged or no codebook ({error}); fit it again (in a run folder: delete it and resume)"
+        ) from error
 
 
 def _as_table(table: Tensor, path: Path) -> Tensor:

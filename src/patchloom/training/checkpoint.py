@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from patchloom.stored import read_pickle
 from patchloom.training.method import Method
-
-LAST = "last.ckpt"
+from patchloom.training.saved import LAST, PREVIOUS
 
 
 class CheckpointWriteError(OSError):
@@ -37,6 +37,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.name == LAST:
+                _keep(target)
             temporary.replace(target)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
             temporary.unlink(missing_ok=True)
@@ -47,12 +49,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of ours: tensors and plain values only, never arbitrary objects."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint: dict[str, Any] = read_pickle(path)
         return checkpoint
 
 
 class CheckpointEvery(Checkpoint):
-    """Writes `last.ckpt` every so many optimiser steps, at the end of each epoch, and when training ends."""
+    """Writes `last.ckpt` every so many optimiser steps, at the end of each epoch, and when training ends.
+
+    The one before it is kept as `previous.ckpt`.
+    """
 
     def __init__(self, folder: Path, every: int) -> None:
         self.path = folder / LAST
@@ -82,6 +87,21 @@ class CheckpointEvery(Checkpoint):
                 logger.save()
             trainer.save_checkpoint(self.path)
             self.saved_at = step
+
+
+def _keep(last: Path) -> None:
+    """Keep a checkpoint beside the one that replaces it; there is a `last.ckpt` at any moment."""
+    if not last.exists():
+        return
+    previous = last.with_name(PREVIOUS)
+    link = last.with_name(PREVIOUS + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(last, link)
+    except OSError:  # no hard links on this disk: for a moment only the previous one is there
+        last.replace(previous)
+        return
+    link.replace(previous)
 
 
 def _reason(error: Exception) -> str:

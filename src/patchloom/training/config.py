@@ -22,6 +22,8 @@ import yaml
 from patchloom.errors import UsageError, unknown_name
 from patchloom.source_options import SourceOptions, words
 
+CONFIG = "config.yaml"
+
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = frozenset(
     {"data", "out", "resume", "overwrite", "accelerator", "devices", "nodes", "num_workers", "log_every"}
@@ -237,9 +239,19 @@ def config_from_mapping(config_class: type[Config], values: Mapping[str, Any]) -
 
 def write_config(config: TrainConfig, path: Path, command: str) -> None:
     """Write the settings as YAML that `patchloom COMMAND --config` reads back."""
+    dump_config(plain_settings(config), path, command)
+
+
+def plain_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a run as plain values."""
     values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    text = f"# patchloom {command} --config {path.name}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def dump_config(settings: Mapping[str, Any], path: Path, command: str) -> None:
+    """Write plain settings as YAML, whole or not at all, with their number, which tells when some are lost."""
+    text = f"# patchloom {command} --config {path.name}\n# {len(settings)} settings\n"
+    text += yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -253,7 +265,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no settings (a YAML mapping was expected)")

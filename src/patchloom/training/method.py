@@ -33,7 +33,7 @@ from patchloom.encoders import (
 )
 from patchloom.errors import UsageError
 from patchloom.training.attachment import Attachment
-from patchloom.training.config import TrainConfig
+from patchloom.training.config import TrainConfig, plain_settings
 from patchloom.training.inputs import read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
 from patchloom.training.phases import Phase, Span, Stage
@@ -492,6 +492,7 @@ class Method(lp.LightningModule):
         checkpoint["total_steps"] = self.total_steps
         checkpoint["seconds"] = self.seconds()
         checkpoint["lanes"] = self.lanes
+        checkpoint["settings"] = plain_settings(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_done = int(checkpoint["batches_done"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +70,24 @@ class CSVMetrics(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a `metrics.csv` (none if the file is not there), without empty cells."""
+    """Return the rows of a `metrics.csv` (none if the file is not there), without empty cells.
+
+    Lines that are damaged, such as a last one that was cut off, are left out with a warning.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "?")
+    whole, _, rest = text.rpartition("\n")
+    damaged = 1 if rest else 0
+    rows = []
+    for row in csv.DictReader(io.StringIO(whole, newline="")):
+        try:
+            rows.append({name: float(value) for name, value in row.items() if value} | {"step": float(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        warnings.warn(f"{path} is damaged; {damaged} of its lines are left out", stacklevel=2)
+    return rows
 
 
 def series(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:

@@ -39,16 +39,17 @@ from patchloom.training.callbacks import (
     SignalsLeftToUs,
     SkippedImages,
 )
-from patchloom.training.checkpoint import LAST, AtomicCheckpointIO, CheckpointEvery
+from patchloom.training.checkpoint import AtomicCheckpointIO, CheckpointEvery
 from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
 from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
 from patchloom.training.health import CollapseWatch
 from patchloom.training.inputs import open_training_images
-from patchloom.training.method import Method, steps_done
+from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
 from patchloom.training.probe_data import choose_probe_data
+from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class Run:
         return f"{state}: model {self.model}, report {self.report}"
 
 
-def resolve(method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:
+def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:
     """Return the settings of a run; one that is resumed needs only `out`, the rest is read from its folder.
 
     Raises:
-        UsageError: Unknown, missing or impossible settings.
+        UsageError: Unknown, missing or impossible settings, or a run of another method.
     """
     values = dict(settings)
     saved = Path(str(values.get("out", ""))) / "config.yaml"
     if values.get("resume") and values.get("out") and saved.exists():
-        values = read_config(saved) | values
+        values = saved_settings(saved.parent, command) | values
     return config_from_mapping(method_class.config_class, values)
 
 
@@ -127,9 +128,8 @@ def _fit(
     if is_first_process():
         _claim(run_dir, config)
         write_config(config, run_dir / "config.yaml", command)
-    checkpoint = run_dir / "checkpoints" / LAST
-    resuming = config.resume and checkpoint.exists()
-    if resuming and _is_complete(checkpoint, run_dir):
+    checkpoint = usable_checkpoint(run_dir) if config.resume else None
+    if checkpoint is not None and is_complete(checkpoint, run_dir):
         print(f"the run in {run_dir} is complete; nothing to resume", file=sys.stderr)
         return read_run(run_dir)
     with _quiet():
@@ -140,13 +140,16 @@ def _fit(
         _tell_of_signals(trainer)
         try:
             with stopping.through_lightning():
-                trainer.fit(method, ckpt_path=str(checkpoint) if resuming else None)
+                trainer.fit(method, ckpt_path=None if checkpoint is None else str(checkpoint))
         except stopping.Stopped:
-            begun = f"{checkpoint} is where" if checkpoint.exists() else "no step was saved; that is how"
+            last = run_dir / CHECKPOINTS / LAST
+            begun = f"{last} is where" if last.exists() else "no step was saved; that is how"
             print(f"stopped at once; {begun} --resume goes on", file=sys.stderr)
             raise
         except UsageError:
-            if is_new and not checkpoint.exists():  # nothing was done; the corrected command may use the name
+            if (
+                is_new and not (run_dir / CHECKPOINTS / LAST).exists()
+            ):  # nothing was done; the corrected command may use the name
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
         finally:
@@ -186,13 +189,17 @@ def read_run(path: str | Path) -> Run:
     """Return the run in a folder.
 
     Raises:
-        UsageError: The folder holds no finished run.
+        UsageError: The folder holds no finished run, or its summary is damaged.
     """
     run_dir = Path(path)
     summary = run_dir / "summary.json"
     if not summary.exists():
         raise UsageError(f"{run_dir} holds no finished run (there is no summary.json)")
-    return Run(run_dir, run_dir / "model", run_dir / "report.html", json.loads(summary.read_text(encoding="utf-8")))
+    try:
+        figures = json.loads(summary.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{summary} is damaged ({error}); resume writes it anew") from error
+    return Run(run_dir, run_dir / "model", run_dir / "report.html", figures)
 
 
 def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, command: str) -> lp.Trainer:
@@ -281,17 +288,6 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
     if holds_run and config.resume:
         refuse_changes(read_config(run_dir / "config.yaml"), config)
     run_dir.mkdir(parents=True, exist_ok=True)
-
-
-def _is_complete(checkpoint: Path, run_dir: Path) -> bool:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    steps = steps_done(state)
-    if steps < state["total_steps"] or not (run_dir / "model").exists():
-        return False
-    try:  # the summary is written last; one of an earlier stop is of fewer steps
-        return bool(read_run(run_dir).summary["steps"] == steps)
-    except (UsageError, ValueError, KeyError):
-        return False
 
 
 def is_first_process() -> bool:

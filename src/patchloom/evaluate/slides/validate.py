@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_l
 from patchloom.evaluate.slides.mil import MILHead
 from patchloom.evaluate.slides.store import write_json
 from patchloom.evaluate.slides.tasks import Task
+from patchloom.stored import read_tensors
 
 GRID = {"lr": (1e-3, 1e-4), "weight_decay": (0.0, 1e-4)}
 """The published grid."""
@@ -119,7 +120,7 @@ class MILEnsemble:
         heads = []
         for number in range(about["members"]):
             head = make_head(settings, about["in_features"], task.out_features)
-            head.load_state_dict(load_file(Path(path) / f"member-{number:02d}.safetensors"))
+            head.load_state_dict(read_tensors(Path(path) / f"member-{number:02d}.safetensors"))
             heads.append(head.eval())
         return MILEnsemble(heads, task, settings, about["choice"])
 
