@@ -147,9 +147,8 @@ def _fit(
             print(f"stopped at once; {begun} --resume goes on", file=sys.stderr)
             raise
         except UsageError:
-            if (
-                is_new and not (run_dir / CHECKPOINTS / LAST).exists()
-            ):  # nothing was done; the corrected command may use the name
+            # Nothing was done; the corrected command may use the name.
+            if is_new and not (run_dir / CHECKPOINTS / LAST).exists():
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
         finally:
