@@ -29,6 +29,7 @@ from patchloom import __version__
 from patchloom.adapt.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, set_image_size
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import check_place, write_json, written_whole
 
 __all__ = [
     "activate",
@@ -128,16 +129,11 @@ def save_adapter(
     if encoder_path is not None and Path(encoder_path).exists():
         about["encoder_from_here"] = os.path.relpath(encoder_path, file.parent)
     state = {key: value.detach().cpu().contiguous() for key, value in insertion.stored_state().items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file(state, temporary, metadata={"format": "pt", "patchloom": json.dumps(about)})
-    temporary.chmod(0o644)
-    temporary.replace(file)
+    with written_whole(file) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "patchloom": json.dumps(about)})
+        temporary.chmod(0o644)
     if lineage is not None and file.name == ADAPTER:
-        text = json.dumps({"lineage": lineage, "versions": about["versions"]}, indent=2, default=str)
-        beside = file.with_name(f".{LINEAGE}.tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file.with_name(LINEAGE))
+        write_json(file.with_name(LINEAGE), {"lineage": lineage, "versions": about["versions"]}, default=str)
     return file
 
 
@@ -245,7 +241,7 @@ def merge_to_bundle(adapter: str, out: str, overwrite: bool = False) -> str:
     """
     from patchloom.bundle import save_bundle
 
-    if Path(out).exists() and not overwrite:
+    if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     encoder = load_adapted(adapter)
     about, _ = read_adapter(adapter)

@@ -28,6 +28,7 @@ from patchloom import __version__
 from patchloom.encoders import has_tokens, image_size, in_chans
 from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
+from patchloom.io import make_folder
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
 # Names registered here are written as an entry point timm has by itself; all that differs stands in model_args.
@@ -73,7 +74,7 @@ def save_bundle(
         about["opened_by"] = "patchloom.load; timm alone does not know this architecture"
     if reading := (getattr(encoder, "pretrained_cfg", None) or {}).get("reading"):
         about["reading"] = reading
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
 from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import encodable
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -133,7 +134,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"patchloom: {_one_sentence(error)}", file=sys.stderr)
+        print(f"patchloom: {encodable(_one_sentence(error))}", file=sys.stderr)
         if (number := stopping.received()) is not None:  # what failed may have failed for it
             return stopping.Stopped(number).exit_code
         return 2 if isinstance(error, UsageError) else 1

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom._lazy import make_callable
+from patchloom.io import write_json
 from patchloom.report import Section, add_section, bars
 
 # Small enough for minutes on two cores. Chosen by k-NN accuracy on held-out parts of the training crops.
@@ -112,9 +112,7 @@ def _comparison(scores: dict[str, float]) -> Section:
 
 
 def _save(path: Path, summary: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, summary, default=str)
 
 
 make_callable(__name__, demo)

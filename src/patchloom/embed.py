@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from patchloom._lazy import make_callable
 from patchloom.errors import MissingExtraError, UsageError
+from patchloom.io import check_place, written_whole
 
 
 def embed(
@@ -71,7 +71,7 @@ def embed(
     from patchloom.encoders import in_chans
     from patchloom.features.extract import extract
 
-    path = Path(out)
+    path = check_place(out)
     if path.is_dir():
         raise UsageError(f"{out} is a folder; name a file in it, such as {out}/vectors.parquet")
     if path.suffix not in (".parquet", ".npz"):
@@ -104,16 +104,12 @@ def embed(
     for key, reason in features.skipped:
         print(f"left out {key}: {reason}", file=sys.stderr)
     vectors, labels = features.vectors.numpy(), features.labels.numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written in a folder of its own beside its place, so that the file appears whole or not at all.
-    with tempfile.TemporaryDirectory(prefix=".embed.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with written_whole(path) as temporary:
         if path.suffix == ".npz":
             # Plain text arrays: readable without pickle.
             np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors)
         else:
             _write_parquet(temporary, features.keys, labels, vectors)
-        temporary.replace(path)
     return str(path)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from patchloom._lazy import make_callable
 from patchloom.encoders import image_size, in_chans
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
+from patchloom.io import check_place, make_folder
 
 TOLERANCE = 1e-4
 
@@ -63,7 +64,7 @@ def export(
 
     if format not in ("onnx", "timm"):
         raise unknown_name("format", format, ("onnx", "timm"))
-    path = Path(out)
+    path = check_place(out)
     if path.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another place, or set overwrite to replace it")
     if format == "onnx":
@@ -109,7 +110,7 @@ def _export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None
     example = torch.rand(2, channels, height, width, generator=generator)
     name = "logits" if encoder.num_classes else "features"
     model = model.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=".onnx.", dir=path.parent))
     try:
         file = folder / path.name

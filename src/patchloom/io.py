@@ -19,8 +19,7 @@ import csv
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,11 @@ def raw_name(text: str) -> str:
     return _WRITTEN_OUT.sub(lambda match: os.fsdecode(bytes.fromhex(match[0].replace("\\x", ""))), text)
 
 
+def encodable(text: str) -> str:
+    r"""Return text in which bytes that are not UTF-8 are written out as `printable` does; nothing else changes."""
+    return _SURROGATE.sub(lambda match: _lone(match[0]), text)
+
+
 def existing(path: str | os.PathLike[str]) -> Path:
     """Return a path as it is, or read as `printable` text where that is what exists."""
     given = Path(path)
@@ -71,7 +75,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _unmade(target, error) from error
     # The name comes last: what is written may look at its suffix.
-    temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(3)}.{target.name[-40:]}")
+    temporary = target.with_name(f".{os.getpid()}-{os.urandom(3).hex()}.{target.name[-40:]}")
     try:
         yield temporary
         temporary.replace(target)
@@ -92,12 +96,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all; file names in it are made `printable` where need be."""
-    write_bytes(path, _encodable(text).encode())
+    write_bytes(path, encodable(text).encode())
 
 
-def write_json(path: str | Path, values: Any, *, indent: int | None = 2) -> None:
-    """Write values as JSON, whole or not at all."""
-    text = json.dumps(values, indent=indent, ensure_ascii=False) + "\n"
+def write_json(
+    path: str | Path, values: Any, *, indent: int | None = 2, default: Callable[[Any], Any] | None = None
+) -> None:
+    """Write values as JSON, whole or not at all; `default` turns what JSON has no form for into what it has."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False, default=default) + "\n"
     # In JSON a backslash is itself written with two.
     write_bytes(path, _SURROGATE.sub(lambda match: "\\" + _lone(match[0]), text).encode())
 
@@ -107,7 +113,7 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[
     with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows([_encodable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+        writer.writerows([encodable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
 
 
 def make_folder(path: str | Path) -> Path:
@@ -134,18 +140,21 @@ def check_place(path: str | Path) -> Path:
         UsageError: As `make_folder`.
     """
     place = Path(path)
+    if _SURROGATE.search(str(place)):
+        # Model files and tables are written by libraries that take text alone.
+        raise UsageError(f"{printable(place)} cannot be made: its name is not UTF-8; {_REMEDY}")
     try:
         os.lstat(place)  # says when the name is too long, or when a file stands where a folder has to be
     except FileNotFoundError:
         pass
     except OSError as error:
         raise _unmade(place, error) from error
-    for above in place.absolute().parents:
+    for above in (place.absolute(), *place.absolute().parents):
         with suppress(OSError):
             if above.exists():
-                if not above.is_dir():
+                if not above.is_dir() and above != place.absolute():
                     raise UsageError(f"{printable(place)} cannot be made: {printable(above)} is a file; {_REMEDY}")
-                if not place.exists() and not os.access(above, os.W_OK | os.X_OK):
+                if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
                     raise UsageError(
                         f"{printable(place)} cannot be made: {printable(above)} may not be written; {_REMEDY}"
                     )
@@ -166,11 +175,6 @@ def _unmade(path: Path, error: OSError) -> UsageError:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:120]}…{text[-40:]}"
-
-
-def _encodable(text: str) -> str:
-    """Write out bytes that are not UTF-8, and nothing else."""
-    return _SURROGATE.sub(lambda match: _lone(match[0]), text)
 
 
 def _lone(surrogate: str) -> str:

@@ -26,6 +26,7 @@ from patchloom.encoders import embed_dim
 from patchloom.encoders.mask_token import MaskTokenEncoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
+from patchloom.io import written_whole
 from patchloom.stored import read_pickle
 
 PARTS = "pretraining.safetensors"
@@ -53,9 +54,8 @@ def save_parts(model: nn.Module, folder: str | Path) -> Path:
     }
     about = {"encoder": bundle_fingerprint(folder), **settings_of(model)}
     target = Path(folder) / PARTS
-    temporary = target.with_suffix(".tmp")
-    save_file(state, temporary, metadata={"about": json.dumps(about)})
-    temporary.replace(target)
+    with written_whole(target) as temporary:
+        save_file(state, temporary, metadata={"about": json.dumps(about)})
     return target
 
 

@@ -28,6 +28,7 @@ import yaml
 
 from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import check_place, make_folder, write_json, write_text
 from patchloom.report.page import format_value
 
 CELLS = "cells"
@@ -88,7 +89,7 @@ def run_cells(
             raise UsageError(f"two entries of the study are called {cell}; give them different names")
         seen.add(key)
     kept = Path(folder) / CELLS
-    kept.mkdir(parents=True, exist_ok=True)
+    make_folder(kept)
     outcomes: dict[str, Outcome] = {}
     for cell in cells:
         if (found := _read(kept / f"{cell.name}.json", cell)) is not None and found.error is None:
@@ -132,21 +133,11 @@ def _write(path: Path, outcome: Outcome) -> None:
         "figures": outcome.figures,
         "error": outcome.error,
     }
-    replace_text(path, json.dumps(values, indent=1, default=_plain))
+    write_json(path, values, indent=1, default=_plain)
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
-
-
-def replace_text(path: str | Path, text: str) -> Path:
-    """Write a file that is either the one before or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 def claim_folder(out: str | Path, recipe: Mapping[str, Any], overwrite: bool = False) -> Path:
@@ -157,14 +148,16 @@ def claim_folder(out: str | Path, recipe: Mapping[str, Any], overwrite: bool = F
     Raises:
         UsageError: The folder holds something that is no study.
     """
-    folder = Path(out)
+    folder = check_place(out)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; a study is a folder, choose another out")
     if folder.exists() and any(folder.iterdir()) and not (folder / CELLS).is_dir() and not overwrite:
         raise UsageError(f"{folder} exists and holds no study; choose another out, or set overwrite")
     if overwrite:
         for file in (folder / CELLS).glob("*.json"):
             file.unlink()
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "study.yaml", yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+    make_folder(folder / CELLS)
+    write_text(folder / "study.yaml", yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
     return folder
 
 
@@ -208,7 +201,8 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return replace_text(path, text.getvalue())
+    write_text(path, text.getvalue())
+    return Path(path)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

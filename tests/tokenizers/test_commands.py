@@ -62,6 +62,15 @@ def test_show_draws_mosaics_and_reconstructions(codebook: Path, folder: Path, tm
     ]
     with pytest.raises(ValueError, match="exists; give another --out"):
         show_codebook(str(codebook), str(out))
+    picture = tmp_path / "deep" / "one.png"
+    shown = show_codebook(str(codebook), str(picture), str(folder), images=3, image_size=16)
+    assert (shown["mosaic"], shown["reconstructions"]) == (
+        str(picture),
+        str(picture.with_name("one-reconstructions.png")),
+    )
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match=r"one\.jpg; pictures are written as \.png"):
+        show_codebook(str(codebook), str(picture.with_suffix(".jpg")))
 
 
 def test_frequencies_of_a_bare_table_are_counted_on_images(codebook: Path, folder: Path, tmp_path: Path):

@@ -30,6 +30,7 @@ from typing import Any
 
 from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import write_text
 from patchloom.study import (
     Cell,
     Outcome,
@@ -37,7 +38,6 @@ from patchloom.study import (
     markdown,
     mean_and_interval,
     read_recipe,
-    replace_text,
     run_cells,
     write_csv,
 )
@@ -217,7 +217,7 @@ def _write(
 ) -> None:
     from patchloom.report import Section, write_report
 
-    replace_text(folder / "compare.md", markdown(readable(rows)) + "\n")
+    write_text(folder / "compare.md", markdown(readable(rows)) + "\n")
     write_csv(folder / "compare.csv", rows)
     failures: list[dict[str, object]] = [
         {"run": str(outcome.cell), "reason": outcome.error} for outcome in outcomes if outcome.error
@@ -281,7 +281,7 @@ def _main(arguments: list[str]) -> int:
     except Exception as error:
         print(f"patchloom: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    replace_text(answer, json.dumps({**found, "process_peak": peak_memory()}))
+    write_text(answer, json.dumps({**found, "process_peak": peak_memory()}))
     return 0
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from patchloom.data.frames import ABOUT, FRAMES, FrameSource, Recording, read_recording, reduced
 from patchloom.data.hub import CACHE
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
+from patchloom.io import check_place, make_folder
 
 STEPS = 10_000
 LONGEST_EPISODE = 108_000
@@ -155,7 +156,7 @@ def record_atari(
     for name in names:
         if name not in (known := list_games()):
             raise unknown_name("Atari game", name, known)
-        if out is not None and (Path(out) / name).exists() and not overwrite:
+        if out is not None and check_place(Path(out) / name).exists() and not overwrite:
             raise UsageError(f"{Path(out) / name} exists; choose another out, or set overwrite to replace it")
     recordings = []
     for name in names:
@@ -197,7 +198,7 @@ def _play(game: AtariGame, steps: int, seed: int, policy: Policy | None) -> Reco
 
 def write_recording(recording: Recording, folder: Path) -> Recording:
     """Write a recording as a folder of NumPy arrays, whole or not at all, and return it mapped from there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         np.save(temporary / FRAMES, recording.frames)

@@ -40,6 +40,7 @@ from patchloom.data.nifti import (
 from patchloom.data.pixels import resize
 from patchloom.data.segmentation import IGNORED, MOST_CLASSES, colours
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import written_whole
 
 SUFFIXES = (".nii.gz", ".nii")
 # The axis of the body (left-right, back-front, feet-head) along which slices follow one another.
@@ -360,10 +361,8 @@ def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
     body = np.flip(mask.numpy(), 1).transpose(np.argsort((axis, *IN_PLANE[axis])))
     back = nibabel.orientations.ornt_transform(BODY, axes)
     stored = nibabel.orientations.apply_orientation(body, back).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    nibabel.save(nibabel.Nifti1Image(stored, affine), temporary)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        nibabel.save(nibabel.Nifti1Image(stored, affine), temporary)
 
 
 def _volumes_by_name(folder: Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from patchloom._lazy import LazyTable, make_callable
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.predictions import Predictions
+from patchloom.io import check_place, write_json
 from patchloom.training.config import config_from_mapping
 
 EVALUATIONS: Mapping[str, type[Any]] = LazyTable(
@@ -58,6 +58,9 @@ def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
     if protocol not in EVALUATIONS:
         raise unknown_name("evaluation", protocol, EVALUATIONS)
     evaluation: Any = EVALUATIONS[protocol]
+    for name in ("out", "predictions", "report", "picture"):
+        if isinstance(place := settings.get(name), str | Path):
+            check_place(place)
     config = config_from_mapping(evaluation.config_class, settings)
     bound = evaluation(config)
     figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
@@ -68,15 +71,8 @@ def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
             raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
         said.save(path)
     if config.out is not None and not getattr(evaluation, "writes_out", False):
-        _write(Path(config.out), figures)
+        write_json(config.out, figures)
     return figures, said
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    temporary.replace(path)
 
 
 make_callable(__name__, run)

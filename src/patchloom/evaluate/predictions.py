@@ -7,7 +7,6 @@ Interval(value=0.71, low=0.69, high=0.73, redrawn=0)
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.config import check_free
 from patchloom.evaluate.metrics import SCORES, Score
 from patchloom.evaluate.statistics import Interval, bootstrap_interval
+from patchloom.io import written_whole
 
 Array = np.ndarray
 
@@ -105,7 +105,6 @@ class Predictions:
         """
         target = Path(path)
         check_free(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Array] = {
             "keys": np.array(self.keys, dtype=np.str_),
             "predicted": self.predicted,
@@ -117,10 +116,8 @@ class Predictions:
             arrays["scores"] = self.scores.astype(np.float32)
         if self.groups is not None:
             arrays["groups"] = self.groups
-        with tempfile.TemporaryDirectory(prefix=".predictions.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
+        with written_whole(target) as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
-            temporary.replace(target)
         return target
 
     @classmethod

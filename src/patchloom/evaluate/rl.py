@@ -28,6 +28,7 @@ from patchloom.encoders import create_encoder, image_size
 from patchloom.errors import UsageError
 from patchloom.evaluate.rl_config import RLConfig
 from patchloom.features.extract import torch_device
+from patchloom.io import make_folder, write_bytes, write_json
 from patchloom.rl.agent import AgentConfig, RainbowAgent
 from patchloom.rl.loop import LoopConfig, Training
 from patchloom.rl.networks import CONVOLUTIONAL, Vision, make_vision, rebuild_vision, vision_of
@@ -66,8 +67,8 @@ class RL:
             "seconds": round(time.perf_counter() - start, 1),
         }
         if out is not None:
-            _write(out / RESULTS, figures)
-            (out / CURVE).write_bytes(learning_curve(config.game, seeds, config.steps))
+            write_json(out / RESULTS, figures)
+            write_bytes(out / CURVE, learning_curve(config.game, seeds, config.steps))
             print(f"results {out / RESULTS}, learning curve {out / CURVE}", file=sys.stderr)
         return figures
 
@@ -111,7 +112,7 @@ class RL:
             if (folder / RESULTS).exists():
                 done: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
                 return done
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         settings = AgentConfig(
             batch_size=config.batch_size,
             n_step=config.n_step,
@@ -147,7 +148,7 @@ class RL:
             if agent.online.vision.made["kind"] == "timm":
                 lineage = {"made_by": f"evaluate rl {config.game}", "steps": config.steps, "seed": seed}
                 save_bundle(agent.online.vision.encoder, folder / "model", lineage=lineage, overwrite=True)
-            _write(folder / RESULTS, figures)
+            write_json(folder / RESULTS, figures)
             (folder / "frames.raw").unlink(missing_ok=True)
         return figures
 
@@ -174,8 +175,8 @@ class RL:
                     # More seeds may be asked for: the ones that are done stay as they are.
                     if name != "seeds" and before.get(name) != value:
                         raise UsageError(f"the evaluation in {out} has {name}={before.get(name)}, not {value}")
-        out.mkdir(parents=True, exist_ok=True)
-        _write(held, values)
+        make_folder(out)
+        write_json(held, values)
         return out
 
 
@@ -222,9 +223,3 @@ def _late_score(seeds: list[dict[str, Any]]) -> float | None:
 def _settings(config: RLConfig) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {**values, "encoder": "module" if isinstance(config.encoder, nn.Module) else str(config.encoder)}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    temporary.replace(path)

@@ -18,8 +18,9 @@ from patchloom.evaluate.subset import Protocol, check_shots, few_shot_subset, sh
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
+from patchloom.io import write_text
 from patchloom.source_options import SourceOptions
-from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, replace_text, run_cells, write_csv
+from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, run_cells, write_csv
 
 PROTOCOLS = ("logistic", "knn")
 NEIGHBOURS = 20
@@ -111,7 +112,7 @@ def scaling(
     rows = [row for outcome in outcomes for row in _rows(outcome)]
     write_csv(folder / "scaling.csv", rows)
     text = markdown([_readable(row) for row in rows])
-    replace_text(folder / "scaling.md", text + "\n")
+    write_text(folder / "scaling.md", text + "\n")
     _write_report(folder, rows, outcomes)
     return text
 

@@ -30,6 +30,7 @@ from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.segmentation_config import SegmentationConfig
 from patchloom.evaluate.target import resolve_encoder
+from patchloom.io import write_bytes
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
 from patchloom.source_options import refuse_untaken
@@ -134,10 +135,7 @@ class Segmentation:
 
         images, truth, said = zip(*tested.examples, strict=True)
         figure = segmentation_figure(images, {"truth": truth, "prediction": said}, test.palette, test.class_names or [])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(figure.png)
-        temporary.replace(path)
+        write_bytes(path, figure.png)
 
 
 def open_pair(train: str, test: str, channels: int, **options: Any) -> tuple[MaskSource, MaskSource]:

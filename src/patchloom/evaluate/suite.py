@@ -28,6 +28,7 @@ from typing import Any
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.compare import paired_differences
 from patchloom.evaluate.predictions import Predictions
+from patchloom.io import write_text
 from patchloom.study import (
     CELLS,
     Cell,
@@ -35,7 +36,6 @@ from patchloom.study import (
     claim_folder,
     markdown,
     read_recipe,
-    replace_text,
     run_cells,
     write_csv,
 )
@@ -82,7 +82,7 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
     if differences:
         write_csv(folder / "differences.csv", differences)
         text += "\n\n" + markdown([_readable_difference(row) for row in differences])
-    replace_text(folder / "suite.md", text + "\n")
+    write_text(folder / "suite.md", text + "\n")
     _write_report(folder, outcomes, rows, differences, recipe)
     return text
 

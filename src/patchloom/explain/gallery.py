@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from patchloom.errors import UsageError
+from patchloom.io import check_place, make_folder
 from patchloom.report.page import Section, write_report
 
 PAGE, FIGURES, MAPS, PICTURES = "index.html", "explanation.json", "maps", "pictures"
@@ -45,7 +46,7 @@ def check_out(out: str, overwrite: bool) -> None:
     Raises:
         UsageError: It holds something, and is not to be replaced or is no gallery.
     """
-    path = Path(out)
+    path = check_place(out)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; a gallery is a folder")
     if not path.exists() or not any(path.iterdir()):
@@ -86,7 +87,7 @@ def write_gallery(
     """
     check_out(out, overwrite)
     target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (temporary / PICTURES).mkdir()

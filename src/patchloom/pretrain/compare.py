@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import write_text
 from patchloom.study import (
     Cell,
     Outcome,
@@ -32,7 +33,6 @@ from patchloom.study import (
     markdown,
     mean_and_interval,
     read_recipe,
-    replace_text,
     run_cells,
     write_csv,
 )
@@ -176,7 +176,7 @@ def _write(
     budget = f"{plan['steps']} optimiser steps" if plan.get("steps") else f"{plan['minutes']} minutes"
     readable = [{k: v for k, v in row.items() if not k.endswith((" mean", " low", " high"))} for row in rows]
     numbers = [{k: v for k, v in row.items() if k not in protocols} for row in rows]
-    replace_text(folder / "compare.md", markdown(readable) + "\n")
+    write_text(folder / "compare.md", markdown(readable) + "\n")
     write_csv(folder / "compare.csv", numbers)
     figures = []
     for protocol in protocols:

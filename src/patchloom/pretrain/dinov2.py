@@ -25,6 +25,7 @@ from patchloom.data.multicrop import MultiCrop
 from patchloom.encoders import Encoder, create_encoder, depth, grid_size, normalize, num_prefix_tokens, patch_size
 from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE
 from patchloom.errors import UsageError
+from patchloom.io import written_whole
 from patchloom.masked_models import load_mask_token
 from patchloom.patches import patch_grid
 from patchloom.pretrain.dinov2_config import PRESETS, Dinov2Config
@@ -332,9 +333,8 @@ def save_heads(model: DINOv2, path: Path) -> None:
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     kept = {name: value for name, value in state.items() if ".encoder." not in name}
-    temporary = path.with_suffix(".tmp")
-    save_file(kept, temporary)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        save_file(kept, temporary)
 
 
 def load_heads(model: DINOv2, path: str) -> None:

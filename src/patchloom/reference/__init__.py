@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import check_place
 from patchloom.reference import (
     adaptformer,
     ccvit,
@@ -108,7 +109,7 @@ def import_reference(
     from patchloom.pretrain.centroid_mim import CentroidMIM
     from patchloom.pretrain.self_distillation import DINOv2
 
-    if Path(out).exists() and not overwrite:
+    if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
     module = load_reference(system, checkpoint, **config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchloom.errors import UsageError
+from patchloom.io import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -186,13 +186,7 @@ def _template(name: str) -> Template:
 
 
 def _write(target: Path, html: str) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8", errors="replace")  # file names need not be valid text
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)  # still there only when writing failed, as on a full disk
+    write_text(target, html)
     return target
 
 

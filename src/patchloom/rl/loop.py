@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 
 from patchloom import stopping
 from patchloom.data.atari import AtariGame
+from patchloom.io import write_rows, written_whole
 from patchloom.rl.agent import RainbowAgent
 from patchloom.rl.replay import Replay
 from patchloom.stored import read_pickle
@@ -167,15 +167,9 @@ class Training:
             "torch": torch.get_rng_state(),
             "episodes": [list(episode) for episode in self.episodes],
         }
-        temporary = self.folder / f"{CHECKPOINT}.tmp"
-        torch.save(state, temporary)
-        temporary.replace(self.folder / CHECKPOINT)
-        temporary = self.folder / "episodes.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "score"])
-            writer.writerows(self.episodes)
-        temporary.replace(self.folder / "episodes.csv")
+        with written_whole(self.folder / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
+        write_rows(self.folder / "episodes.csv", ["step", "score"], self.episodes)
 
     def _go_on(self, path: Path) -> None:
         """Go on from a checkpoint. The emulator's own state is not in it: a new episode begins there."""

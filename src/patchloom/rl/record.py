@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from patchloom.data.atari import STEPS, Policy, record_atari
 from patchloom.errors import UsageError
+from patchloom.io import write_json
 from patchloom.rl.agent import AgentConfig, RainbowAgent
 from patchloom.rl.networks import rebuild_vision
 from patchloom.stored import read_tensors
@@ -95,7 +96,7 @@ def save_agent(agent: RainbowAgent, folder: Path, game: str, size: int) -> None:
         "largest": agent.config.largest,
     }
     save_file(state, folder / WEIGHTS)
-    (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    write_json(folder / ABOUT, about)
 
 
 def load_agent(path: str | Path) -> RainbowAgent:

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from patchloom.errors import MissingExtraError, UsageError
+from patchloom.io import written_whole
 
 CODEBOOK_NAME = "codebook.safetensors"
 SUFFIXES = (".safetensors", ".npy", ".faiss")
@@ -47,10 +48,8 @@ def write_codebook(
     _check_suffix(path)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; give another name or overwrite=True")
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = centroids.detach().cpu().float().contiguous()
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with written_whole(path) as partial:
         if path.suffix == ".npy":
             with partial.open("wb") as file:
                 np.save(file, table.numpy())
@@ -70,9 +69,6 @@ def write_codebook(
             }
             tensors = {"centroids": table} | ({} if counts is None else {"counts": counts.cpu().contiguous()})
             partial.write_bytes(save(tensors, metadata))  # save_file would deny it to other users
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_codebook(path: Path) -> tuple[Tensor, dict[str, Any]]:

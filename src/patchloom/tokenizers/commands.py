@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from patchloom.data.pixels import unit
 from patchloom.errors import UsageError
+from patchloom.io import check_place, write_bytes, write_json
 from patchloom.source_options import SourceOptions
 from patchloom.tokenizers.centroid import CentroidTokenizer
 from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
 
+# Endings by which `show_codebook` tells a picture to write from a folder.
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf")
 # Seconds between two lines of progress where the output is no terminal.
 _LINE_EVERY = 10.0
 
@@ -83,7 +85,7 @@ def fit_codebook(
         UsageError: `out` holds files and `overwrite` is not set; no readable image; k larger than the number of
             different patches; an image size that is no multiple of the patch size.
     """
-    folder = Path(out)
+    folder = check_place(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise UsageError(f"{folder} is not an empty folder; give another --out or --overwrite")
     line = ProgressLine()
@@ -123,8 +125,8 @@ def fit_codebook(
         "fingerprint": tokenizer.fingerprint(),
         "codebook": str(folder / CODEBOOK_NAME),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "codebook.png").write_bytes(_mosaic(tokenizer, "hue"))
+    write_json(folder / "summary.json", summary)
+    write_bytes(folder / "codebook.png", _mosaic(tokenizer, "hue"))
     return summary
 
 
@@ -146,7 +148,8 @@ def show_codebook(
 
     Args:
         codebook: Codebook file (.safetensors, .npy, .faiss) or a folder made by `tokenize fit`.
-        out: Folder for the pictures `codebook-SORT.png` and `reconstructions.png`; default: the codebook's folder.
+        out: Picture to write, a name that ends in .png (`NAME-reconstructions.png` beside it with `data`); or a folder
+            for `codebook-SORT.png` and `reconstructions.png`; default: the codebook's folder.
         data: Images to draw beside what their nearest centroids make of them; default: none.
         sort: Order of the centroids in the mosaic: hue, or frequency (how many patches each had when fitted, or has
             in `data` where the file does not say).
@@ -167,10 +170,16 @@ def show_codebook(
     tokenizer = CentroidTokenizer.load(codebook)
     place = Path(codebook)
     folder = Path(out) if out is not None else (place if place.is_dir() else place.parent)
-    pictures = {"mosaic": folder / f"codebook-{sort}.png"}
-    if data is not None:
-        pictures["reconstructions"] = folder / "reconstructions.png"
+    if folder.suffix.lower() in PICTURES and not folder.is_dir():
+        if folder.suffix.lower() != ".png":
+            raise UsageError(f"out is {out}; pictures are written as .png")
+        pictures = {"mosaic": folder, "reconstructions": folder.with_name(f"{folder.stem}-reconstructions.png")}
+    else:
+        pictures = {"mosaic": folder / f"codebook-{sort}.png", "reconstructions": folder / "reconstructions.png"}
+    if data is None:
+        del pictures["reconstructions"]
     for path in pictures.values():
+        check_place(path)
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists; give another --out or --overwrite")
     figures: dict[str, Any] = {}
@@ -187,9 +196,8 @@ def show_codebook(
     drawings = {"mosaic": _mosaic(tokenizer, sort)}
     if originals is not None:
         drawings["reconstructions"] = _beside(tokenizer, originals)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, path in pictures.items():
-        path.write_bytes(drawings[name])
+        write_bytes(path, drawings[name])
     return {name: str(path) for name, path in pictures.items()} | figures
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import yaml
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import encodable, write_text
 from patchloom.source_options import SourceOptions, words
 
 CONFIG = "config.yaml"
@@ -252,9 +253,7 @@ def dump_config(settings: Mapping[str, Any], path: Path, command: str) -> None:
     """Write plain settings as YAML, whole or not at all, with their number, which tells when some are lost."""
     text = f"# patchloom {command} --config {path.name}\n# {len(settings)} settings\n"
     text += yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -315,8 +314,9 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     """Let YAML's and Python's near misses in: 1e-3 as text, whole numbers as floats, lists as tuples, paths."""
     kinds = get_args(hint) if get_origin(hint) not in (Literal, tuple, dict, list) else (hint,)
     kinds = kinds or (hint,)
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, str | Path):
+        # Names that are not UTF-8 are kept as text that finds them again; what is written goes to a name as it is.
+        value = str(value) if name in ("out", "predictions", "report", "picture") else encodable(str(value))
     if value is None and type(None) in kinds:
         return None
     if any(get_origin(kind) is tuple for kind in kinds) and isinstance(value, (list, tuple)):

@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from patchloom.io import write_rows
+
 
 class CSVMetrics(Logger):
     """Lightning logger that keeps `metrics.csv` readable at any moment and continues it on resume.
@@ -56,12 +58,8 @@ class CSVMetrics(Logger):
     def save(self) -> None:
         """Write the file anew beside the old one, then put it in its place."""
         columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows[number] for number in sorted(self.rows))
-        temporary.replace(self.path)
+        rows = (self.rows[number] for number in sorted(self.rows))
+        write_rows(self.path, columns, ([row.get(name, "") for name in columns] for row in rows))
         self.saved_at = time.monotonic()
 
     def finalize(self, status: str) -> None:

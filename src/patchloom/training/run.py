@@ -29,6 +29,7 @@ from patchloom import stopping
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
+from patchloom.io import check_place, make_folder
 from patchloom.training.attachment import Attachment
 from patchloom.training.callbacks import (
     ContinuedMetrics,
@@ -123,7 +124,7 @@ def _fit(
         raise no_labels(source, f"{command} needs labels and ")
     method = method_class(config, source)
     method.attached = [*method.attachments(), *attachments_of(config), *attach]
-    run_dir = Path(config.out)
+    run_dir = check_place(config.out)
     is_new = not run_dir.exists()
     if is_first_process():
         _claim(run_dir, config)
@@ -286,7 +287,7 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
             )
     if holds_run and config.resume:
         refuse_changes(read_config(run_dir / "config.yaml"), config)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
 
 
 def is_first_process() -> bool:

@@ -42,6 +42,13 @@ def test_labels_and_patients(store, tmp_path):
         "has features, but no label": ["s5"],
         "has an empty label": ["s4"],
     }
+    with pytest.warns(UserWarning, match=r"has a label that stands for a missing one: s1"):
+        assert read_cohort(
+            store.path, table(tmp_path, text.replace("s1,no", "s1,NA")), missing="?,NA"
+        ).task.classes == (
+            "no",
+            "yes",
+        )
     patients, labels, scores = cohort.per_patient(np.array([0.2, 0.5, 0.4, 0.9]))
     assert (patients, labels.tolist()) == (["p1", "p2", "s3"], [1, 0, 0])
     np.testing.assert_allclose(scores, [0.3, 0.5, 0.9])

@@ -107,8 +107,9 @@ def read_cohort(
     left_out = {
         "has a label, but no features": [name for name in rows if name not in known],
         "has features, but no label": sorted(known - set(rows)),
-        "has no label in the table": [
-            name for name in rows if name in known and rows[name][label_column].strip() in unknown
+        "has an empty label": [name for name in rows if name in known and not rows[name][label_column].strip()],
+        "has a label that stands for a missing one": [
+            name for name in rows if name in known and rows[name][label_column].strip() in unknown - {""}
         ],
     }
     left_out = {reason: slides for reason, slides in left_out.items() if slides}

@@ -28,10 +28,11 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.slides.embed_config import EmbedConfig, TileConfig
 from patchloom.evaluate.slides.figures import overview, thumbnail_picture
 from patchloom.evaluate.slides.report import write_store_report
-from patchloom.evaluate.slides.store import TileStore, write_json
+from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
 from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
 from patchloom.features.extract import torch_device
+from patchloom.io import write_json
 from patchloom.training.config import config_from_mapping
 
 SKIPPED = "skipped.json"

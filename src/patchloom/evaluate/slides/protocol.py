@@ -11,7 +11,6 @@ the test cohort, beside one model trained anew on all training slides (Phikon-v2
 
 from __future__ import annotations
 
-import csv
 import time
 import zlib
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.slides.bags import Cohort, read_cohort
 from patchloom.evaluate.slides.config import SlidesConfig
 from patchloom.evaluate.slides.embed import EmbedConfig, run_embed, weights_fingerprint
-from patchloom.evaluate.slides.store import TileStore, write_json
+from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.validate import (
     MILEnsemble,
     cross_validate_mil,
@@ -35,6 +34,7 @@ from patchloom.evaluate.slides.validate import (
     retrain,
 )
 from patchloom.evaluate.statistics import Difference, bootstrap_interval, delong, mean_interval, paired_bootstrap
+from patchloom.io import make_folder, write_json, write_rows
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Slides:
     ) -> None:
         from patchloom.evaluate.slides.result_page import write_result_page
 
-        out.mkdir(parents=True)
+        make_folder(out)
         write_json(out / "summary.json", {"protocol": "slides", **figures})
         write_predictions(out / "predictions.csv", answers)
         ensemble.save(out / "ensemble")
@@ -283,14 +283,14 @@ def write_predictions(path: Path, answers: Answers) -> None:
     """Write one row per slide: slide, patient, label and scores."""
     cohort = answers.cohort
     columns = list(cohort.task.classes) if cohort.task.kind == "multiclass" else ["score"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["slide", "patient", "label", *columns, *(["one_model"] if _has_column(answers) else [])])
-        for number, name in enumerate(cohort.names):
-            label = cohort.task.classes[int(cohort.labels[number])] if cohort.task.classes else cohort.labels[number]
-            scores = np.atleast_1d(answers.scores[number]).tolist()
-            alone = [float(answers.one_model[number])] if _has_column(answers) else []  # type: ignore[index]
-            writer.writerow([name, cohort.patients[number], label, *scores, *alone])
+    rows = []
+    for number, name in enumerate(cohort.names):
+        label = cohort.task.classes[int(cohort.labels[number])] if cohort.task.classes else cohort.labels[number]
+        scores = np.atleast_1d(answers.scores[number]).tolist()
+        alone = [float(answers.one_model[number])] if _has_column(answers) else []  # type: ignore[index]
+        rows.append([name, cohort.patients[number], label, *scores, *alone])
+    one_model = ["one_model"] if _has_column(answers) else []
+    write_rows(path, ["slide", "patient", "label", *columns, *one_model], rows)
 
 
 def _identity(encoder: Any) -> str:

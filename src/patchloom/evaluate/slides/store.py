@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UsageError
+from patchloom.io import make_folder, write_json
 
 STORE, FEATURES, SLIDE = "store.json", "features.npy", "slide.json"
 METADATA_COLUMNS = 3
@@ -69,7 +70,7 @@ class TileStore:
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(f"{path} is not empty and holds no tile features; choose another folder")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             write_json(file, self.about)
 
     def _read(self, file: Path) -> dict[str, Any]:
@@ -162,10 +163,3 @@ class TileStore:
         places = np.asarray(table[:, 1:METADATA_COLUMNS]).astype(np.int64)
         level = int(table[0, 0]) if len(table) else 0
         return TileBag(name, table[:, METADATA_COLUMNS:], places, level)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    temporary.replace(path)

@@ -27,8 +27,8 @@ from patchloom.choices import Average
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_logits
 from patchloom.evaluate.slides.mil import MILHead
-from patchloom.evaluate.slides.store import write_json
 from patchloom.evaluate.slides.tasks import Task
+from patchloom.io import make_folder, write_json
 from patchloom.stored import read_tensors
 
 GRID = {"lr": (1e-3, 1e-4), "weight_decay": (0.0, 1e-4)}
@@ -91,7 +91,7 @@ class MILEnsemble:
         folder = Path(path)
         if folder.exists():
             raise UsageError(f"{folder} exists; choose another folder")
-        folder.mkdir(parents=True)
+        make_folder(folder)
         for number, head in enumerate(self.heads):
             state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
             save_file(state, folder / f"member-{number:02d}.safetensors")
