@@ -248,3 +248,11 @@ def test_statistics_are_those_of_all_pixels(tmp_path):
     both = np.stack([stack, stack // 2]).astype(np.float64) / 4095
     np.testing.assert_allclose(mean, both.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(std, both.std((0, 2, 3)), rtol=1e-4)
+
+
+def test_what_a_file_declares_itself_is_not_settled_again(tmp_path):
+    pgm = b"P5 40 30 4000\n" + RAMP.astype(">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(pgm)
+    source = open_source(str(tmp_path), in_chans=1)
+    assert str(source.values) == "auto"
+    np.testing.assert_allclose(source.read(0).image[0], fraction(RAMP, 4000))

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.dicom import Monochrome1, decode_dicom, is_dicom
-from patchloom.data.stored import EXTRA, MOST_PIXELS, Stored, read_stored
+from patchloom.data.stored import EXTRA, MOST_PIXELS, Stored, is_tiff, read_stored
 from patchloom.data.value_range import ValueRange
 
 IMAGE_SUFFIXES = frozenset(
@@ -77,6 +77,22 @@ def decode_image(
         raise
     except Exception as error:  # decoders fail in many ways on damaged files; none may stop a run
         raise UnreadableImageError(key, _short(error)) from error
+
+
+def decode_frames(file: Path, key: str, values: ValueRange = STORED) -> Tensor:
+    """Return the pages of a file as grey frames (n, H, W), uint8 or float32 in [0, 1]; most files hold one.
+
+    Raises:
+        UnreadableImageError: As `decode_image`.
+    """
+    if is_tiff(file.read_bytes()[:4] if file.is_file() else b""):
+        try:
+            stored = read_stored(file.read_bytes(), key, 1, stacked=True)
+            if stored is not None and stored.pages > 1 and len(stored.pixels) == stored.pages:
+                return torch.from_numpy(np.ascontiguousarray(scale(stored, values)))
+        except Exception as error:
+            raise UnreadableImageError(key, _short(error)) from error
+    return decode_image(file, key, 1, values=values)
 
 
 def to_tensor(stored: Stored, in_chans: int, values: ValueRange, channels: tuple[int, ...] | None = None) -> Tensor:

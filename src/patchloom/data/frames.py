@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from patchloom.data.base import Sample, Source, UnreadableImageError
-from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
+from patchloom.data.base import Sample, Source, UnreadableImageError, spread
+from patchloom.data.decode import IMAGE_SUFFIXES, decode_frames
+from patchloom.data.pixels import levels
+from patchloom.data.survey import HEADERS, Survey, notice
+from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
 from patchloom.source_options import choose
@@ -366,31 +370,40 @@ def _found(root: Path) -> Iterator[Recording]:
 def _image_sequences(root: Path, size: int, include: str | None, exclude: str | None) -> Iterator[Recording]:
     """Yield each folder of images as a recording: grey, reduced to `size` pixels; broken images are left out."""
     folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())] if root.is_dir() else []
+    values = _settled(root)
     for folder in folders:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         by_name = {printable(file.relative_to(root).as_posix()): file for file in files}
         files = [by_name[name] for name in choose(by_name, include, exclude)]
         frames = []
         for file in files:
-            try:
-                image = decode_image(file, printable(file.name), in_chans=1)[0].numpy()
-            except UnreadableImageError:
-                continue
-            frames.append(reduced(image, size))
+            with suppress(UnreadableImageError):
+                pages = decode_frames(file, printable(file.name), values)
+                frames += [reduced(np.rint(levels(page).numpy()), size) for page in pages]
         if frames:
             name = printable(folder.name)
             yield Recording(name, np.stack(frames), about={"folder": name, "images": len(frames)})
+
+
+def _settled(root: Path) -> ValueRange:
+    """Return the one value range of all images below a folder, where they are deeper than 8 bits; says what is made."""
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    survey = Survey.of_files((printable(files[place].name), files[place]) for place in spread(len(files), HEADERS))
+    values = survey.settled(printable(root), ValueRange())
+    if values != ValueRange():
+        notice(f"{printable(root)}: frames are held with 8 bits; what is deeper is brought to them by that range")
+    return values
 
 
 def reduced(frame: np.ndarray, size: int) -> np.ndarray:
     """Return a frame as (size, size) uint8, each pixel the mean over the area it covers.
 
     Args:
-        frame: (H, W) uint8.
+        frame: (H, W), 0 … 255.
         size: Side in pixels; an area shared by two pixels counts for both in part, as OpenCV's `INTER_AREA` does.
     """
     if frame.shape == (size, size):
-        return frame
+        return frame.astype(np.uint8)
     down, across = (_shares(side, size) for side in frame.shape)
     return np.rint(down @ frame.astype(np.float32) @ across.T).clip(0, 255).astype(np.uint8)
 

@@ -7,6 +7,7 @@ the type that went in.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,6 +63,11 @@ def random_box(
 def unit(images: Tensor) -> Tensor:
     """Return uint8 images as floats in [0, 1]; floats are taken as they are."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def alike(images: Sequence[Tensor]) -> list[Tensor]:
+    """Return images of one type: all as they are, or all as floats in [0, 1] where some are floats."""
+    return [unit(image) for image in images] if any(image.is_floating_point() for image in images) else list(images)
 
 
 def levels(image: Tensor) -> Tensor:

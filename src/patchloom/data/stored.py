@@ -150,7 +150,7 @@ def _tiff(encoded: bytes, plain: bool) -> Stored | None:
         _check_size(page.imagewidth, page.imagelength)
         samples = int(page.samplesperpixel)
         by_pillow = page.dtype in (np.uint8, np.bool_) and samples in (1, 3, 4) and plain
-        pages = _pages(file)
+        pages = count_pages(file)
         if by_pillow and (samples < 4 or page.photometric.name in ("SEPARATED", "RGB")):
             return None
         try:
@@ -174,7 +174,7 @@ def _tiff(encoded: bytes, plain: bool) -> Stored | None:
     return Stored(_upright(pixels, int(tag.value) if tag else 1), alpha, inverted, pages=pages)
 
 
-def _pages(file: Any) -> int:
+def count_pages(file: Any) -> int:
     """Return the number of pictures as large as the first one; thumbnails and levels of a pyramid are none."""
     series = file.series[0]
     first = file.pages[0]

@@ -10,7 +10,9 @@ import io
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from torch import Tensor
 
 from patchloom.data.base import Sample, Source, StreamSource, UnreadableImageError, spread
 from patchloom.data.dicom import is_dicom
-from patchloom.data.stored import Stored, is_array, is_tiff, read_stored
+from patchloom.data.stored import Stored, count_pages, is_tiff, read_stored
 from patchloom.data.value_range import ValueRange, camera_bits, kind_of
 
 HEADERS, DECODED, PIXELS = 200, 100, 400_000_000
 """Most files whose headers are read; most that are decoded, and their pixels in all."""
 KEPT = 20_000
 """Pixels of an image that percentiles are taken of."""
+AUTO = ValueRange()
+_SAID: set[tuple[str, str]] = set()
 _EIGHT_BIT = (b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
 
 
@@ -42,29 +46,12 @@ def settle(source: Source | StreamSource, wanted: ValueRange, *, quiet: bool = F
         The range, also as `source.values`. What was asked for where nothing deeper than 8 bits is found.
     """
     source.values = wanted
-    survey = Survey.of(source)
-    values = wanted
-    lines = []
-    for kind, seen in survey.seen.items():
-        if kind == "alpha" or wanted.knows(kind) or (kind == "uint8" and wanted.percentiles is None):
-            continue
-        low, high, why = _bounds(kind, seen, wanted)
-        values = values.with_bounds(kind, low, high)
-        lines.append(f"{seen.what(kind)}, values {_span(seen, wanted)}: read {why}")
-    for kind in survey.seen.keys() & {"uint16", "uint32"}:
-        # Opacity is written in the depth of the colours by some, and by others in that of the file.
-        alpha = survey.seen.get("alpha")
-        if alpha is not None and not values.knows("alpha") and alpha.high <= values.bounds_of(kind)[1]:
-            values = values.with_bounds("alpha", 0, values.bounds_of(kind)[1])
-    source.values = values
+    survey = Survey.of_files(source.stored(HEADERS), wanted, source.in_chans, source.channels)
+    source.values = survey.settled(source.name, wanted, quiet=quiet)
     if not quiet:
-        if len(survey.seen.keys() - {"alpha"}) + bool(survey.plain) > 1 and lines:
-            lines.append(f"images of {_mixture(survey)} are mixed: each kind has its own range")
-        if lines:
-            notice(f"{source.name}: {'; '.join(lines)} (value_range={values})")
-        for line in survey.notices(source):
+        for line in survey.notices(source.name):
             notice(line)
-    return values
+    return source.values
 
 
 def notice(text: str) -> None:
@@ -125,6 +112,13 @@ class Seen:
         stored = "float" if kind == "float" else f"{self.bits}-bit" + (" signed" if kind.startswith("int") else "")
         return f"{stored} {colour}"
 
+    def span(self) -> str:
+        """Return the values in words."""
+        if not self.high >= self.low:
+            return "none of which is a number"
+        whole = self.low >= 0 and float(self.high).is_integer()
+        return f"up to {self.high:,.6g}" if whole else f"from {self.low:,.6g} to {self.high:,.6g}"
+
 
 @dataclass
 class Survey:
@@ -138,13 +132,18 @@ class Survey:
     """Name and pages of images of which the first page alone is read."""
 
     @classmethod
-    def of(cls, source: Source | StreamSource) -> Survey:
-        """Look at a sample of a source."""
+    def of_files(
+        cls,
+        files: Iterable[tuple[str, Path | bytes]],
+        wanted: ValueRange = AUTO,
+        in_chans: int = 1,
+        channels: tuple[int, ...] | None = None,
+    ) -> Survey:
+        """Look at files by name, the first so many of them; how they are to be read says what counts."""
         survey, decoded, pixels = cls(), 0, 0
-        wanted = source.values
-        for key, data in source.stored(HEADERS):
+        for key, data in islice(files, HEADERS):
             try:
-                stored = _deep(data, key, source, survey)
+                stored = survey.deep(data, key, in_chans, channels is not None)
                 if stored is None and wanted.percentiles is not None:
                     stored = _plain(data, key)
             except Exception:  # a broken file is the loader's to report
@@ -155,8 +154,8 @@ class Survey:
             if stored.alpha:
                 survey.seen.setdefault("alpha", Seen()).add(colours[-1:], None, False)
                 colours = colours[:-1]
-            if source.channels is not None:
-                colours = colours[[number for number in source.channels if number < len(colours)]]
+            if channels is not None:
+                colours = colours[[number for number in channels if number < len(colours)]]
             if stored.top is None and colours.size:
                 kind = kind_of(colours.dtype) if colours.dtype != np.bool_ else "uint8"
                 survey.seen.setdefault(kind, Seen()).add(colours, wanted.no_data, wanted.percentiles is not None)
@@ -165,61 +164,80 @@ class Survey:
                 break
         return survey
 
-    def notices(self, source: Source | StreamSource) -> list[str]:
+    def settled(self, name: str, wanted: ValueRange, *, quiet: bool = False) -> ValueRange:
+        """Return what was asked for with a range for every kind of storage that was seen; says what was found."""
+        values, lines = wanted, []
+        for kind, seen in self.seen.items():
+            if kind == "alpha" or (kind == "uint8" and wanted.percentiles is None and not wanted.given):
+                continue
+            if wanted.knows(kind):
+                low, high = wanted.bounds_of(kind)
+                beyond = " and what lies beyond is cut off" if seen.high > high or seen.low < low else ""
+                lines.append(f"{seen.what(kind)}, values {seen.span()}: read as {low:,.6g}…{high:,.6g}{beyond}")
+                continue
+            low, high, why = _bounds(kind, seen, wanted)
+            values = values.with_bounds(kind, low, high)
+            lines.append(f"{seen.what(kind)}, values {seen.span()}: read {why}")
+        alpha = self.seen.get("alpha")
+        for kind in sorted(self.seen.keys() & {"uint16", "uint32"}):
+            # Opacity is written in the depth of the colours by some, and by others in that of the file.
+            if alpha is not None and not values.knows("alpha") and alpha.high <= values.bounds_of(kind)[1]:
+                values = values.with_bounds("alpha", 0, values.bounds_of(kind)[1])
+        if len(self.seen.keys() - {"alpha"}) + bool(self.plain) > 1 and lines:
+            kinds = [seen.what(kind) for kind, seen in self.seen.items() if kind != "alpha"]
+            mixed = " and ".join([*kinds, *(["8 bits"] if self.plain else [])])
+            lines.append(f"images of {mixed} are mixed: each kind has its own range")
+        if lines and not quiet and (name, lines[0]) not in _SAID:
+            _SAID.add((name, lines[0]))
+            notice(f"{name}: {'; '.join(lines)} (value_range={values})")
+        return values
+
+    def deep(self, data: Path | bytes, key: str, in_chans: int, stacked: bool) -> Stored | None:
+        """Return an image that is deeper than 8 bits, or None; but the first bytes nothing is read of most others."""
+        head = data[:64] if isinstance(data, bytes) else _head(data)
+        plain = head.startswith(_EIGHT_BIT) or (head[:4] == b"\x89PNG" and head[24:25] != b"\x10")
+        if plain or (is_tiff(head) and not self.worth_decoding(data, key, in_chans in (1, 3) and not stacked)):
+            self.plain += 1
+            return None
+        encoded = data if isinstance(data, bytes) else data.read_bytes()
+        if is_dicom(encoded, key):
+            return None
+        found = read_stored(encoded, key, in_chans, stacked=stacked)
+        if found is None and not is_tiff(head):
+            found = _plain(data, key)
+        if found is None or found.pixels.dtype in (np.uint8, np.bool_):
+            self.plain += 1
+            return None
+        return found
+
+    def worth_decoding(self, data: Path | bytes, key: str, first_page: bool) -> bool:
+        """Look at the header of a TIFF: count its pages, and tell whether its values are deep."""
+        import tifffile
+
+        with tifffile.TiffFile(data if isinstance(data, Path) else io.BytesIO(data)) as file:
+            page: Any = file.pages[0]
+            pages = count_pages(file) if len(file.pages) > 1 else 1
+            if pages > 1 and first_page:
+                self.paged.append((key, pages))
+            return bool(page.dtype not in (np.uint8, np.bool_))
+
+    def notices(self, name: str) -> list[str]:
         """Return what is to be said besides the range."""
         if not self.paged:
             return []
         key, pages = self.paged[0]
         others = f" (and {len(self.paged) - 1} more of the sample)" if len(self.paged) > 1 else ""
         return [
-            f"{source.name}: {key} holds {pages} pages and is read as its first{others}; in_chans={pages} takes pages "
+            f"{name}: {key} holds {pages} pages and is read as its first{others}; in_chans={pages} takes pages "
             f"as channels, channels=0,1,2 some of them"
         ]
 
 
-def _deep(data: Path | bytes, key: str, source: Source | StreamSource, survey: Survey) -> Stored | None:
-    """Return an image that is deeper than 8 bits, or None; nothing but the first bytes is read of most others."""
-    head = data[:64] if isinstance(data, bytes) else _head(data)
-    if head.startswith(_EIGHT_BIT) or (head[:4] == b"\x89PNG" and head[24:25] != b"\x10"):
-        survey.plain += 1
-        return None
-    stacked = source.channels is not None
-    if is_tiff(head) and not _worth_decoding(data, key, source, survey):
-        survey.plain += 1
-        return None
-    encoded = data if isinstance(data, bytes) else data.read_bytes()
-    if is_dicom(encoded, key):
-        return None
-    found = read_stored(encoded, key, source.in_chans, stacked=stacked)
-    if found is None or (found.pixels.dtype in (np.uint8, np.bool_)):
-        survey.plain += 1
-        found = None
-    if found is None and not is_array(head, key) and not is_tiff(head):
-        return _plain(data, key, deep_only=True)
-    return found
-
-
-def _worth_decoding(data: Path | bytes, key: str, source: Source | StreamSource, survey: Survey) -> bool:
-    """Look at the header of a TIFF: count its pages, and tell whether its values are deep."""
-    import tifffile
-
-    from patchloom.data.stored import _pages
-
-    with tifffile.TiffFile(data if isinstance(data, Path) else io.BytesIO(data)) as file:
-        page: Any = file.pages[0]
-        pages = _pages(file) if len(file.pages) > 1 else 1
-        if pages > 1 and source.in_chans in (1, 3) and source.channels is None:
-            survey.paged.append((key, pages))
-        return bool(page.dtype not in (np.uint8, np.bool_))
-
-
-def _plain(data: Path | bytes, key: str, *, deep_only: bool = False) -> Stored | None:
-    """Return an image by Pillow, with the channels it has; with `deep_only` one of more than 8 bits or none."""
+def _plain(data: Path | bytes, key: str) -> Stored:
+    """Return an image by Pillow, with the channels it has."""
     from patchloom.data.decode import _read_by_pillow
 
-    encoded = data if isinstance(data, bytes) else data.read_bytes()
-    stored = _read_by_pillow(encoded, 0, False)
-    return None if deep_only and stored.pixels.dtype == np.uint8 else stored
+    return _read_by_pillow(data if isinstance(data, bytes) else data.read_bytes(), 0, False)
 
 
 def _head(path: Path) -> bytes:
@@ -252,19 +270,6 @@ def _bounds(kind: str, seen: Seen, wanted: ValueRange) -> tuple[float, float, st
 def _apart(low: float, high: float) -> tuple[float, float]:
     """Return two ends that differ, where all values are one."""
     return (low, high) if high > low else (low, low + max(1.0, abs(low)))
-
-
-def _span(seen: Seen, wanted: ValueRange) -> str:
-    if not seen.high >= seen.low:
-        return "none of which is a number"
-    return f"up to {seen.high:,.6g}" if seen.low >= 0 and float(seen.high).is_integer() else (
-        f"from {seen.low:,.6g} to {seen.high:,.6g}"
-    )  # fmt: skip
-
-
-def _mixture(survey: Survey) -> str:
-    kinds = [f"{seen.what(kind)}" for kind, seen in survey.seen.items() if kind != "alpha"]
-    return " and ".join([*kinds, *(["8 bits"] if survey.plain else [])])
 
 
 def _images(source: Source | StreamSource, count: int, seed: int) -> Any:

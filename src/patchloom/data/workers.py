@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 
 from patchloom.data.base import Place, Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.order import Slot, draw_seed
-from patchloom.data.pixels import unit
+from patchloom.data.pixels import alike
 from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, StreamOrder
 from patchloom.errors import UsageError
 
@@ -203,9 +203,7 @@ class _Assembly:
                     f"{self.keys[0]!r} and {key!r} differ in shape after the transform, {tuple(tensors[0].shape)} "
                     f"and {tuple(tensor.shape)}; use one that brings all images to one size"
                 )
-        if any(tensor.is_floating_point() for tensor in tensors):  # 8-bit images among deeper ones
-            tensors = [unit(tensor) for tensor in tensors]
-        return default_collate(tensors)
+        return default_collate(alike(tensors))
 
 
 def _generator(seed: int, epoch: int, turn: int, image: int | str) -> torch.Generator:

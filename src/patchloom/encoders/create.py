@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import adapt_input_conv
 
 from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size, require_tokens
 from patchloom.encoders.properties import image_size as size_of
@@ -153,8 +155,9 @@ def _from_bundle(
     if create is create_encoder:
         require_tokens(saved)
     saved.reset_classifier(0)
+    state = saved.state_dict()
     if channels_of(saved) != in_chans:
-        raise UsageError(f"the encoder in {path} takes {channels_of(saved)} channels, not {in_chans}; set in_chans")
+        state = widened(state, saved, in_chans, path)
     made = saved.patchloom_args
     arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
     encoder = create(
@@ -165,10 +168,37 @@ def _from_bundle(
         **arguments,
     )
     encoder.pretrained_cfg = saved.pretrained_cfg
-    encoder.load_state_dict(saved.state_dict())
+    encoder.load_state_dict(state)
     if size is not None:
         set_image_size(encoder, size)
     return encoder
+
+
+def widened(state: dict[str, torch.Tensor], trained: Encoder, in_chans: int, name: str) -> dict[str, torch.Tensor]:
+    """Return the weights of an encoder of RGB images for another number of channels, by timm's rule.
+
+    The weights of red, green and blue are repeated over the channels and scaled to keep the size of the sum; for one
+    channel they are summed. Says so on the error stream.
+
+    Args:
+        state: The weights.
+        trained: The encoder they are of.
+        in_chans: Channels wanted.
+        name: What the encoder is called.
+
+    Raises:
+        UsageError: The encoder takes other than three channels, or its first layer is no convolution of them.
+    """
+    had = channels_of(trained)
+    first = next((key for key, value in state.items() if value.ndim == 4 and value.shape[1] == had), None)
+    if had != 3 or first is None:
+        raise UsageError(f"the encoder in {name} takes {had} channels, not {in_chans}; set in_chans={had}")
+    print(
+        f"{name} takes 3 channels: its first layer is adapted to {in_chans} by timm's rule (its weights repeated, or "
+        f"summed for one channel)",
+        file=sys.stderr,
+    )
+    return {**state, first: adapt_input_conv(in_chans, state[first])}
 
 
 def _is_encoder(name: str) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from patchloom._lazy import make_callable
+from patchloom.data.reading import parse_channels
 from patchloom.errors import unknown_name
 from patchloom.explain.commands import AttentionGallery, CompareGallery, TraitsGallery
 from patchloom.explain.gallery import Gallery
+from patchloom.report.tiles import shown_channels
 from patchloom.training.config import config_from_mapping
 
 EXPLANATIONS: dict[str, type[AttentionGallery] | type[CompareGallery] | type[TraitsGallery]] = {
@@ -33,7 +35,9 @@ def run(explanation: str, **settings: Any) -> Gallery:
     if explanation not in EXPLANATIONS:
         raise unknown_name("explanation", explanation, EXPLANATIONS)
     chosen: Any = EXPLANATIONS[explanation]
-    return chosen(config_from_mapping(chosen.config_class, settings)).run()
+    config = config_from_mapping(chosen.config_class, settings)
+    with shown_channels(parse_channels(config.shown_channels)):
+        return chosen(config).run()
 
 
 make_callable(__name__, run)

@@ -21,6 +21,8 @@ class ExplainConfig(SourceOptions):
     """Folder for the gallery, pictures, maps and figures; must be empty or absent unless overwrite is set"""
     limit: int = 8
     """Most images explained, drawn at random"""
+    shown_channels: str | None = None
+    """Channels that pictures show as red, green and blue, or one as grey, such as 4,2,0; default: the first three"""
     class_name: str | None = None
     """Class to explain; default: the true one where it is known, else the predicted one"""
     adapters: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from patchloom.adapt.class_prompts import PromptCAM
 from patchloom.bundle import open_encoder
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
-from patchloom.data.pixels import unit
+from patchloom.data.pixels import alike, unit
 from patchloom.encoders import Encoder, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
@@ -100,7 +100,7 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         raise UsageError(f"{config.images} holds no readable image")
     found = torch.cat(labels)
     true = torch.full((len(keys),), -1) if found.ndim > 1 else _renumbered(found, source.class_names, names)
-    return Subject(model, torch.cat(pictures), keys, true, names, skipped)
+    return Subject(model, torch.cat(alike(pictures)), keys, true, names, skipped)
 
 
 def open_model(config: ExplainConfig) -> nn.Module:

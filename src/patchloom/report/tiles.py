@@ -6,7 +6,9 @@ The ground is transparent and labels are of a middling grey, to be read on light
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -33,8 +35,27 @@ def pixels_of(image: Tensor) -> np.ndarray:
     return (opaque.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
+_SHOWN: ContextVar[tuple[int, ...] | None] = ContextVar("shown channels", default=None)
+
+
+@contextmanager
+def shown_channels(channels: Sequence[int] | None) -> Iterator[None]:
+    """Let pictures of more than three channels show these as red, green and blue, or one of them as grey."""
+    before = _SHOWN.set(None if channels is None else tuple(channels))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(before)
+
+
 def as_colour(images: Tensor) -> Tensor:
-    """Return (n, C, H, W) with three channels: the first three, or the first as grey where there are fewer."""
+    """Return (n, C, H, W) with three channels: the first three, or the first as grey where there are fewer.
+
+    Of more than three channels those that `shown_channels` names are shown.
+    """
+    chosen = _SHOWN.get()
+    if chosen is not None and images.shape[1] > 3:
+        images = images[:, [number for number in chosen if number < images.shape[1]]]
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.data.pixels import unit
+from patchloom.data.pixels import alike, unit
 from patchloom.errors import UsageError
 from patchloom.io import check_place, write_bytes, write_json
 from patchloom.source_options import SourceOptions
@@ -143,6 +143,7 @@ def show_codebook(
     exclude: str | None = None,
     value_range: str = "auto",
     channels: str | None = None,
+    shown_channels: str | None = None,
 ) -> dict[str, Any]:
     """Draw a codebook, and what images look like through it.
 
@@ -159,6 +160,9 @@ def show_codebook(
         overwrite: Replace pictures of the same name.
         include: Only files of `data` that fit one of these globs, separated by commas.
         exclude: Leave out files of `data` that fit one of these globs.
+        value_range: What stored values become 0 and 1; auto: as those the codebook was fitted on.
+        channels: Numbers of the channels taken of each file, from 0; default: as the codebook was fitted.
+        shown_channels: Channels shown as red, green and blue, or one as grey, such as 4,2,0; default: the first three.
 
     Returns:
         The files written and, with `data`, the codebook's figures on those images: usage and perplexity of the codes,
@@ -167,6 +171,9 @@ def show_codebook(
     Raises:
         UsageError: No codebook or no image there; a picture exists; frequencies asked for and not known.
     """
+    from patchloom.data.reading import parse_channels
+    from patchloom.report.tiles import shown_channels as showing
+
     tokenizer = CentroidTokenizer.load(codebook)
     place = Path(codebook)
     folder = Path(out) if out is not None else (place if place.is_dir() else place.parent)
@@ -193,9 +200,10 @@ def show_codebook(
             tokenizer.counts = torch.bincount(tokenizer.encode(originals).flatten(), minlength=tokenizer.num_codes)
     if sort == "frequency" and tokenizer.counts is None:
         raise UsageError(f"{codebook} does not say how often its centroids occur; give --data to count them on")
-    drawings = {"mosaic": _mosaic(tokenizer, sort)}
-    if originals is not None:
-        drawings["reconstructions"] = _beside(tokenizer, originals)
+    with showing(parse_channels(shown_channels)):
+        drawings = {"mosaic": _mosaic(tokenizer, sort)}
+        if originals is not None:
+            drawings["reconstructions"] = _beside(tokenizer, originals)
     for name, path in pictures.items():
         write_bytes(path, drawings[name])
     return {name: str(path) for name, path in pictures.items()} | figures
@@ -245,15 +253,9 @@ def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
     from patchloom.report.figures import image_grid
 
     made = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
-    rows = {"image": _as_colour(unit(originals)), "its nearest centroids": _as_colour(made)}
+    rows = {"image": unit(originals), "its nearest centroids": made}
     png: bytes = image_grid(rows).png
     return png
-
-
-def _as_colour(images: Tensor) -> Tensor:
-    """One channel as grey, of more than three the first three."""
-    channels = images.shape[1]
-    return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, [0, 1, min(2, channels - 1)]]
 
 
 def _draw_images(
@@ -285,7 +287,7 @@ def _draw_images(
                 continue
     if not drawn:
         raise UsageError(f"no readable image in {data!r}")
-    return torch.stack(drawn)
+    return torch.stack(alike(drawn))
 
 
 def _fitted(tokenizer: CentroidTokenizer) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CONFIG = "config.yaml"
 FREE_ON_RESUME = frozenset(
     {"data", "out", "resume", "overwrite", "accelerator", "devices", "nodes", "num_workers", "log_every"}
     | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data", "health_every"}
+    | {"shown_channels"}
 )
 
 
@@ -59,6 +60,9 @@ class TrainConfig(SourceOptions):
     of images of other than 1 or 3 channels what a sample of them has"""
     channel_std: tuple[float, ...] | None = None
     """Standard deviation per channel, likewise"""
+    shown_channels: str | None = None
+    """Channels that pictures in the report show as red, green and blue, or one as grey, such as 4,2,0; default: the
+    first three"""
     epochs: int = 300
     """Passes over the images"""
     max_steps: int | None = None

@@ -29,8 +29,10 @@ from patchloom.encoders import (
     embed_dim,
     has_tokens,
     image_size,
+    in_chans,
     layer_of_parameter,
 )
+from patchloom.encoders.create import widened
 from patchloom.errors import UsageError
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
@@ -600,7 +602,10 @@ def load_weights(
     """
     from patchloom.bundle import load
 
-    saved = convert(encoder, load(path).state_dict())
+    trained = load(path)
+    saved = convert(encoder, trained.state_dict())
+    if (channels := in_chans(encoder)) != in_chans(trained) == 3:
+        saved = widened(saved, trained, channels, path)
     own = encoder.state_dict()
     head = ("head.",)
     usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}

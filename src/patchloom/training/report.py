@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.data.base import Source, UnreadableImageError
-from patchloom.data.pixels import unit
+from patchloom.data.pixels import alike, unit
+from patchloom.data.reading import parse_channels
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
 from patchloom.report import Figure, Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
+from patchloom.report.tiles import shown_channels
 from patchloom.training.metrics import read_metrics, series
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ def write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, 
         probe: Its held-out images are the ones shown.
         summary: The final figures.
     """
+    with shown_channels(parse_channels(method.config.shown_channels)):
+        return _write_run_report(run_dir, command, method, probe, summary)
+
+
+def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, summary: dict[str, Any]) -> Path:
     rows = read_metrics(run_dir / "metrics.csv")
     sections: list[Section | None] = [*training_sections(rows)]
     if probe.data.queries is not None:
@@ -59,12 +66,21 @@ def write_run_report(run_dir: Path, command: str, method: Method, probe: Probe, 
     return write_report(
         run_dir / "report.html",
         title=f"{command}: {method.config.data}",
-        subtitle=f"{method.config.encoder}, {summary['steps']} steps, {summary['duration']}",
+        subtitle=f"{method.config.encoder}, {summary['steps']} steps, {summary['duration']}{_channels_shown(method)}",
         facts=headline(summary),
         sections=[section for section in sections if section is not None],
         command=command_line(command, method),
         verdict=str(summary.get("verdict", "")),
     )
+
+
+def _channels_shown(method: Method) -> str:
+    """Return which channels the pictures show, where there are more than can be."""
+    count = method.config.in_chans
+    if count <= 3:
+        return ""
+    shown = parse_channels(method.config.shown_channels) or (0, 1, 2)
+    return f"; pictures show channels {', '.join(map(str, shown[:3]))} of {count} (from 0)"
 
 
 def held_out_images(source: Source, size: int, count: int) -> Tensor:
@@ -79,7 +95,7 @@ def held_out_images(source: Source, size: int, count: int) -> Tensor:
             continue
         if len(images) == count:
             break
-    return torch.stack(images)
+    return torch.stack(alike(images))
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

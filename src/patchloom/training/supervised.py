@@ -16,6 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.survey import notice
 from patchloom.data.transforms import FinetuneTransform, make_mixup
 from patchloom.encoders import Encoder, create_encoder, depth, has_tokens
 from patchloom.training.attachment import Attachment
@@ -71,6 +72,12 @@ class SupervisedMethod(LabelledMethod):
         """Return timm's augmentation for training classifiers; its images are normalised for the encoder."""
         config = self.config
         pretrained = self.encoder.pretrained_cfg
+        if config.auto_augment and (config.in_chans != 3 or self.source.values.known):
+            colour = "" if config.in_chans == 3 else ", and changes of colour"
+            notice(
+                f"images of {config.data} are deep or of other than 3 channels: RandAugment leaves out what is defined "
+                f"by 8-bit grey levels (equalise, posterise, SolarizeAdd){colour}"
+            )
         return FinetuneTransform(
             self.input_size,
             mean=pretrained["mean"],
