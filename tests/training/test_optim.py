@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch import nn
 
-import patchloom.encoders  # noqa: F401  (registers ccvit_*)
-from patchloom.training.optim import adamw, decays, layer_of, make_optimizer, parameter_groups, set_rates
+from patchloom.encoders import has_tokens, layer_of_parameter
+from patchloom.errors import UsageError
+from patchloom.training.optim import STEM, adamw, decays, layer_of, make_optimizer, parameter_groups, set_rates
 
 
 def group_of(groups: list, name: str) -> dict:
@@ -38,6 +42,69 @@ def test_layers_as_the_specification_numbers_them():
     assert layer_of("blocks.0.attn.relative_position_bias_table", depth) == 1
     assert layer_of("blocks.3.mlp.fc1.weight", depth) == 4
     assert layer_of("rel_pos_bias.relative_position_bias_table", depth) == layer_of("head.weight", depth) == 5
+
+
+REPRESENTATIVES = [
+    *("vit_base_patch16_clip_quickgelu_224", "vit_base_patch14_reg4_dinov2", "vit_so400m_patch14_siglip_224"),
+    *("deit_base_distilled_patch16_224", "deit3_base_patch16_224", "aimv2_large_patch14_224", "vit_base_r50_s16_224"),
+    *("vit_medium_patch16_gap_240", "vit_base_patch16_xp_224", "vit_wee_patch16_reg1_gap_256", "vit_base_mci_224"),
+    *("vit_little_patch16_reg1_gap_256", "vit_small_patch16_36x1_224", "test_vit4", "ccvit_tiny_patch4_32"),
+    *("beit_base_patch16_224", "beitv2_base_patch16_224", "beit3_base_patch16_224", "vit_7b_patch16_dinov3"),
+    *(
+        "eva_large_patch14_196",
+        "eva02_base_patch14_224",
+        "vit_base_patch16_rope_mixed_224",
+        "vit_pe_core_base_patch16_224",
+    ),
+    *("vit_base_patch16_rope_reg1_gap_256", "vit_small_patch16_dinov3", "vit_pe_spatial_tiny_patch16_512"),
+]
+
+
+def vits() -> list[str]:
+    modules = ("vision_transformer", "vision_transformer_hybrid", "deit", "beit", "eva", "ccvit")
+    return [name for module in modules for name in timm.list_models(module=module)]
+
+
+def check_layers(name: str) -> None:
+    """Compare layers and weight decay with timm's; what departs is what the specification of CCViT says."""
+    with torch.device("meta"):
+        try:
+            model: Any = timm.create_model(name, depth=2)
+        except (TypeError, AssertionError, IndexError):  # it has blocks of several kinds
+            model = timm.create_model(name)
+    if not has_tokens(model):
+        return
+    depth = len(model.blocks)
+    theirs = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    free = model.no_weight_decay()
+    for key, parameter in model.named_parameters():
+        first = key.split(".")[0]
+        if first not in ("norm", "rel_pos_bias"):
+            last = first not in STEM and first != "blocks"
+            assert layer_of(key, depth) == (depth + 1 if last else theirs[key]), key
+            assert not last or theirs[key] >= depth, key
+        if not key.endswith("relative_position_bias_table"):
+            plain = parameter.ndim < 2 or key in free or any(key.endswith(f".{end}") for end in free)
+            assert decays(key, parameter) != plain, key
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_layers_are_timms(name: str) -> None:
+    check_layers(name)
+
+
+@pytest.mark.slow
+def test_layers_of_every_vit_are_timms() -> None:
+    for name in vits():
+        check_layers(name)
+
+
+def test_the_norm_before_the_blocks_is_part_of_the_stem_and_unknown_names_are_refused() -> None:
+    assert layer_of("norm_pre.weight", 3) == 0
+    with pytest.raises(UsageError, match=r"how far from the head 'adapters.a.weight' is"):
+        layer_of("adapters.a.weight", 3)
+    with pytest.raises(UsageError, match=r"ResNet has no parameter 'blocks.99.w'"):
+        layer_of_parameter(timm.create_model("resnet10t", num_classes=0), "blocks.99.w")
 
 
 def test_learning_rates_fall_from_the_head_to_the_embedding():

@@ -64,10 +64,17 @@ def depth(encoder: Encoder) -> int:
 def layer_of_parameter(encoder: Encoder, name: str) -> int:
     """Return the layer of a parameter of a model that is no ViT, as timm groups them.
 
-    0 for the stem, up to `depth` for the last layer, depth + 1 for the head and whatever is not the model's own.
+    0 for the stem, up to `depth` for the last layer, depth + 1 for the head.
+
+    Raises:
+        UsageError: The model has no parameter of that name.
     """
-    last = depth(encoder) + 1
-    return last if name.startswith(_classifier_names(encoder)) else _layers(encoder).get(name, last)
+    if name.startswith(_classifier_names(encoder)):
+        return depth(encoder) + 1
+    layers = _layers(encoder)
+    if name not in layers:
+        raise UsageError(f"a {type(encoder).__name__} has no parameter {name!r}, so its layer is not known")
+    return layers[name]
 
 
 def patch_size(encoder: Encoder) -> int:

@@ -231,7 +231,7 @@ class Dinov2Method(Method):
             part, scale = self.part(name), 1.0
             if part == "backbone":
                 inner = name.removeprefix("encoder.").removeprefix("model.student.")
-                scale = config.layer_decay ** (blocks + 1 - self.layer(inner))
+                scale = config.layer_decay ** (blocks + 1 - self.layer(f"encoder.{inner}"))
                 scale *= config.patch_embed_lr if inner.startswith("patch_embed.") else 1.0
             key = (part, scale, self.decays(name, parameter))
             group = groups.setdefault(

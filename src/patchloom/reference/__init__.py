@@ -53,6 +53,10 @@ REFERENCES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# A probe of volumes is one of slices within `model.`.
+MEANT = {"dinov2_radiology": (dinov2_radiology.OF_VOLUMES,)}
+
+
 def list_references() -> list[str]:
     """Return the names of the systems whose published checkpoints can be loaded."""
     return sorted(REFERENCES)
@@ -73,7 +77,7 @@ def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **co
         raise unknown_name("system", system, REFERENCES)
     # Building a module draws initial weights; whoever loads weights does not expect their random state to move.
     with torch.random.fork_rng(devices=[]):
-        return REFERENCES[system](read_state(checkpoint), **config).eval()
+        return REFERENCES[system](read_state(checkpoint, MEANT.get(system, ())), **config).eval()
 
 
 def import_reference(

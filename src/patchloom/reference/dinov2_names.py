@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from patchloom.reference.state import OF_PARTS
+
 # Layers of the training checkpoint are named as in the official backbone, heads as torch's newer weight norm has it.
 CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 WEIGHT_NORM = {
@@ -51,7 +53,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, value in state.items():
-        plain = name.replace("_fsdp_wrapped_module.", "").replace("module.", "")
+        plain = OF_PARTS.sub("", name).replace("module.", "")
         if CHUNK.search(plain):
             # blocks.CHUNK.INDEX, the index counted through all chunks.
             plain = CHUNK.sub(r"\1blocks.\2.", plain)

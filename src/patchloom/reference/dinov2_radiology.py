@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.probe import LinearProbe, LinearProbes
-from patchloom.reference.state import agree, check_settings, fill, has
+from patchloom.reference.state import agree, bare, check_settings, fill, has, wrapper_of
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 
 CLASSIFIERS, DECODERS = "classifiers_dict.", "decoders_dict."
@@ -26,7 +26,6 @@ SPELLINGS = {"classifier": "name", "use_n_blocks": "blocks", "use_avgpool": "avg
 TOLD_BY_NAME = re.compile(r"(\d+)(?:_blocks_|:)avgpool[_=](True|False)")
 # What stands between a probe's name and its tensors: a probe of volumes wraps one of slices.
 OF_VOLUMES = "model."
-PROBE_WRAPPERS = ("", OF_VOLUMES, "module.", f"module.{OF_VOLUMES}")
 
 
 def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
@@ -49,9 +48,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     config = {SPELLINGS.get(name, name): value for name, value in config.items()}
     make: Callable[[Mapping[str, Tensor], Mapping[str, Any], str], nn.Module]
     container: type[nn.ModuleDict]
-    if any(CLASSIFIERS in name for name in state) or any(
-        f"{wrapper}linear.weight" in state for wrapper in PROBE_WRAPPERS
-    ):
+    if any(CLASSIFIERS in name or bare(name) == "linear.weight" for name in state):
         known, marker, kind, make, container = OF_PROBES, CLASSIFIERS, "probe", _probe, LinearProbes
     else:
         known, marker, kind, make, container = OF_DECODERS, DECODERS, "decoder", _decoder, nn.ModuleDict
@@ -80,7 +77,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -> LinearProbe:
     """Return a probe of tensors that stand under `title` in the file."""
-    wrapper = max(PROBE_WRAPPERS, key=lambda each: sum(name.startswith(f"{each}linear.") for name in state))
+    wrapper = wrapper_of(name for name in state if bare(name).startswith("linear."))
     needed = [f"{wrapper}linear.weight", f"{wrapper}linear.bias"]
     missing = [f"{title}{name}" for name in needed if name not in state]
     unexpected = [f"{title}{name}" for name in state if name not in needed]
@@ -108,7 +105,7 @@ def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -
             f"share"
         )
     agree(config, {"embed_dim": width})
-    made = LinearProbe(width, classes, blocks, avgpool, volumes=wrapper.endswith(OF_VOLUMES))
+    made = LinearProbe(width, classes, blocks, avgpool, volumes=OF_VOLUMES in wrapper)
     made.to(torch.promote_types(weight.dtype, torch.float32))
     ours = {name.removeprefix(wrapper): value for name, value in state.items()}
     fill(made, ours, published=lambda name: f"{title}{wrapper}{name}")
@@ -130,9 +127,7 @@ def _check_widths(probes: Mapping[str, LinearProbe]) -> None:
 
 def _decoder(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -> nn.Module:
     """Return a decoder of tensors that stand under `title` in the file."""
-    wrapper = next(
-        (each for each in ("module.model.", "module.", "model.") if all(n.startswith(each) for n in state)), ""
-    )
+    wrapper = wrapper_of(state)
     state = {name.removeprefix(wrapper): value for name, value in state.items()}
 
     def shape(name: str) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,47 @@ from patchloom.errors import UsageError
 from patchloom.stored import read_pickle, read_tensors
 
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher", "student")
+# What training puts before all names of a model: parallel training, torch.compile, DeepSpeed, a LightningModule …
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "model.")
+# … and before those of its parts, where parts are compiled, sharded or recomputed.
+OF_PARTS = re.compile(r"(?<![^.])(_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def read_state(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, Tensor]:
+def read_state(checkpoint: Mapping[str, Any] | str | Path, meant: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint by name.
 
     Args:
         checkpoint: State dict, possibly inside wrapper keys such as `model`; or the path of one (a pickle, read
             with `weights_only=True`, or safetensors), or of the folder of a DeepSpeed checkpoint.
+        meant: Of `PREFIXES` those which say something about the model, and stay.
 
     Raises:
         UsageError: There is no such file, or no tensors in it, or it holds objects that are not plain data.
     """
     state: Any = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
-    for _ in range(3):
-        inner = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), None)
-        if inner is None:
-            break
+    while (inner := next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), None)) is not None:
         state = inner
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {OF_PARTS.sub("", str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UsageError(f"no tensors in the checkpoint (its keys: {', '.join(map(str, list(state)[:8]))})")
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    prefix = wrapper_of(tensors, meant)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def wrapper_of(names: Iterable[str], meant: Collection[str] = ()) -> str:
+    """Return what training put before all names of a model, in whichever nesting: such as `module.model.`."""
+    names, prefix = list(names), ""
+    known = [each for each in PREFIXES if each not in meant]
+    while names and (
+        found := next((each for each in known if all(name.startswith(prefix + each) for name in names)), "")
+    ):
+        prefix += found
+    return prefix
+
+
+def bare(name: str) -> str:
+    """Return a tensor's name without the wrappers before it."""
+    return name.removeprefix(wrapper_of([name]))
 
 
 def _read(path: Path) -> Mapping[str, Any]:

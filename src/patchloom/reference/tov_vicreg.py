@@ -15,7 +15,7 @@ from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.precision import at_least_float32
 from patchloom.pretrain.vicreg import TOVVICReg
-from patchloom.reference.state import agree, check_settings, fill, require
+from patchloom.reference.state import agree, bare, check_settings, fill, require
 
 FRAME_SIDE = 84
 SETTINGS = ("num_heads", "image_size", "projector", "sim", "std", "cov", "temporal", "balanced", "chronological")
@@ -103,7 +103,7 @@ def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[in
 
 def _encoder_tensors(state: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
     """Return the encoder's tensors under timm's names; a head of another method is left out."""
-    names = {name.removeprefix("module."): value for name, value in state.items()}
+    names = {bare(name): value for name, value in state.items()}
     if whole:
         return {n.removeprefix("backbone."): v for n, v in names.items() if not n.startswith(HEADS)}
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")

@@ -153,9 +153,12 @@ class Method(lp.LightningModule):
         """Return `loss` and whatever else is to be logged, as scalars."""
 
     def layer(self, name: str) -> int:
-        """Return the layer of a parameter, for layer-wise learning rates."""
+        """Return the layer of a parameter, for learning rates by layer; what is not the encoder's learns as a head."""
+        last = depth(self.encoder) + 1
+        if not name.startswith("encoder."):
+            return last
         own = name.removeprefix("encoder.")
-        return layer_of(own, depth(self.encoder)) if has_tokens(self.encoder) else layer_of_parameter(self.encoder, own)
+        return layer_of(own, last - 1) if has_tokens(self.encoder) else layer_of_parameter(self.encoder, own)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies to a parameter."""

@@ -9,30 +9,46 @@ from timm.optim import Lamb
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from patchloom.errors import UsageError
+
 Kind = Literal["adamw", "sgd", "lamb"]
+
+
+NO_DECAY = ("bias", "pos_embed", "cls_token", "dist_token", "reg_token", "freqs")
+# What stands before the blocks of timm's ViTs, and what behind or beside them; these and the blocks are all they have.
+STEM = frozenset({"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"})
+HEAD = frozenset({"norm", "fc_norm", "head", "head_dist", "attn_pool", "rope", "rel_pos_bias"})
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies, as in BEiT: to everything but vectors, biases, positions and class tokens.
 
-    `mask_token` (3-D) and relative-position tables (2-D) do decay (CCViT specification, section 3.1).
+    `mask_token` (3-D) and relative-position tables (2-D) do decay (CCViT specification, section 3.1); frequencies of
+    rotary positions that are learnt do not.
     """
-    last = name.rsplit(".", 1)[-1]
-    return parameter.ndim > 1 and last not in ("bias", "pos_embed", "cls_token", "dist_token", "reg_token")
+    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of an encoder's parameter for layer-wise learning rates.
+    """Return the layer of a ViT's parameter for layer-wise learning rates, by its name in the encoder.
 
-    0 for embeddings, i + 1 for block i, depth + 1 for the rest: head, final norm and a relative-position table
-    shared by all blocks (CCViT specification, section 3.2).
+    0 for embeddings and the norm behind them, i + 1 for block i, depth + 1 for the rest: head, final norm, learnt
+    frequencies of rotary positions, and a relative-position table shared by all blocks (CCViT specification, section
+    3.2). timm groups them in the same way, but for that table (embeddings) and the final norm (last block).
+
+    Raises:
+        UsageError: No ViT of timm has a parameter of that name.
     """
     first = name.split(".", 1)[0]
-    if first in ("cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed"):
+    if first in STEM:
         return 0
     if first == "blocks":
         return int(name.split(".")[1]) + 1
-    return depth + 1
+    if first in HEAD:
+        return depth + 1
+    raise UsageError(
+        f"it is not known how far from the head {name!r} is, so it has no learning rate; set layer_decay=1"
+    )
 
 
 def parameter_groups(
