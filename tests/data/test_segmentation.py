@@ -12,6 +12,7 @@ from PIL import Image
 from patchloom.data import UnreadableImageError
 from patchloom.data.segmentation import CAMVID, colours, open_segmentation, split_mask
 from patchloom.errors import UsageError
+from patchloom.mask_settings import MaskSettings
 from segment_support import paint_pairs
 
 
@@ -97,7 +98,6 @@ def test_colours_of_many_classes_differ():
         (lambda root: [p.unlink() for p in (root / "masks").iterdir()], "no image in .*masks"),
         (lambda root: (root / "masks").rename(root / "truth"), "a folder images and a folder masks"),
         (lambda root: [save(p, np.full((40, 52), 255)) for p in (root / "masks").iterdir()], "hold no class"),
-        (lambda root: save(root / "masks/0.png", np.zeros((40, 52, 3))), "is in colour"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(tmp_path, change, message):
@@ -129,3 +129,71 @@ def test_a_broken_mask_is_an_unreadable_image(tmp_path):
     with pytest.raises(UnreadableImageError, match="its mask cannot be read"):
         source.read(0)
     assert torch.equal(source.read_mask(1), source.read(1).image[-1])
+
+
+def test_masks_with_a_file_per_class_are_put_together(tmp_path):
+    for number in range(3):
+        save(tmp_path / f"images/{number}.jpg", np.zeros((4, 4, 3)))
+    half = np.array([[0, 0, 255, 255]] * 4)
+    for layout, name in (("folder", "{c}/{n}.png"), ("ending", "{n}_{c}.png")):
+        root = tmp_path / layout
+        (root).mkdir()
+        (root / "images").symlink_to(tmp_path / "images")
+        for number in range(3):
+            save(root / "masks" / name.format(c="traffic_light", n=number), half)
+            if number:
+                save(root / "masks" / name.format(c="car", n=number), half.T)
+        source = open_segmentation(str(root))
+        assert source.class_names == ["background", "car", "traffic_light"]
+        assert source.read_mask(0).tolist() == [[0, 0, 2, 2]] * 4
+        assert source.read_mask(1).tolist() == [[0, 0, 2, 2]] * 2 + [[1, 1, 2, 2]] * 2
+        assert "one file per class" in source.said()
+        assert "1 times a class has no file" in source.said()
+        rest = open_segmentation(str(root), settings=MaskSettings(ignore_label="rest"))
+        assert rest.class_names == ["car", "traffic_light"]
+        assert rest.read_mask(0).tolist() == [[255, 255, 1, 1]] * 4
+        (root / "classes.txt").write_text("traffic_light\ncar\n")
+        assert open_segmentation(str(root)).class_names == ["background", "traffic_light", "car"]
+        save(root / "masks" / name.format(c="depth", n=0), np.arange(16).reshape(4, 4) * 9)
+        with pytest.raises(UsageError, match=r"several masks for each image .*two values each"):
+            open_segmentation(str(root))
+
+
+def test_masks_that_all_end_alike_are_one_mask_for_each_image(tmp_path):
+    for number in range(2):
+        save(tmp_path / f"images/{number}.jpg", np.zeros((4, 4, 3)))
+        save(tmp_path / f"masks/{number}_seg.png", np.eye(4) * 255)
+    assert open_segmentation(str(tmp_path)).read_mask(1).tolist() == np.eye(4, dtype=int).tolist()
+
+
+def test_the_reading_settled_on_one_source_holds_for_another(tmp_path):
+    for part, scale in (("train", 200), ("test", 200), ("other", 1)):
+        save(tmp_path / part / "images/a.png", np.zeros((4, 4, 3)))
+        save(tmp_path / part / "masks/a.png", np.eye(4) * scale)
+    save(tmp_path / "test/masks/a.png", np.full((4, 4), 200))
+    train = open_segmentation(str(tmp_path / "train"))
+    assert open_segmentation(str(tmp_path / "test"), coding=train.coding).read_mask(0).tolist() == [[1] * 4] * 4
+    with pytest.raises(UsageError, match=r"a\.png holds the value 1, which has no class; .* 0 is background, 200 is"):
+        open_segmentation(str(tmp_path / "other"), coding=train.coding)
+
+
+def test_a_table_beside_the_masks_names_their_colours(tmp_path):
+    save(tmp_path / "images/a.png", np.zeros((2, 2, 3)))
+    save(tmp_path / "masks/a.png", [[[0, 0, 0], [64, 128, 64]], [[64, 128, 64], [192, 0, 128]]])
+    (tmp_path / "label_colors.txt").write_text("64 128 64\tAnimal\n192 0 128\tArchway\n0 0 0\tVoid\n")
+    source = open_segmentation(str(tmp_path))
+    assert source.class_names == ["Animal", "Archway"]
+    assert source.palette == [(64, 128, 64), (192, 0, 128)]
+    assert source.read_mask(0).tolist() == [[255, 0], [0, 1]]
+
+
+def test_palettes_in_another_order_are_refused(tmp_path):
+    for part, palette in (("train", [0, 0, 0, 255, 0, 0, 0, 0, 255]), ("test", [0, 0, 0, 0, 0, 255, 255, 0, 0])):
+        save(tmp_path / part / "images/a.png", np.zeros((3, 3, 3)))
+        mask = Image.frombytes("P", (3, 3), bytes([0, 1, 2] * 3))
+        mask.putpalette(palette)
+        (tmp_path / part / "masks").mkdir()
+        mask.save(tmp_path / part / "masks/a.png")
+    train = open_segmentation(str(tmp_path / "train"))
+    with pytest.raises(UsageError, match="in another order: #0000ff is number 1, and 2 in those"):
+        open_segmentation(str(tmp_path / "test"), coding=train.coding)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from patchloom.data import UnreadableImageError
+from patchloom.data.nifti import load_nifti
 from patchloom.data.volumes import SliceSource, as_images, open_volumes, save_mask, square_masks, windowed
 from patchloom.errors import UsageError
+from patchloom.mask_settings import MaskSettings
 from volume_support import class_volumes, paint_volumes, save_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -171,11 +173,14 @@ def test_values_and_spacing_that_are_none_get_a_warning(tmp_path):
             lambda root: save_nifti(root / "masks/case0.nii.gz", np.zeros((3, 3, 3))),
             r"3x3x3 voxels and its volume 24x28x6",
         ),
-        (lambda root: save_nifti(root / "masks/case0.nii.gz", np.full((24, 28, 6), 0.5)), "no whole numbers"),
-        (lambda root: (root / "classes.txt").write_text("nothing\n"), "holds the value 1; .* has 1 classes"),
+        (
+            lambda root: save_nifti(root / "masks/case0.nii.gz", np.full((24, 28, 6), 0.5)),
+            r"3 values: .*, 0\.5 \(",
+        ),
+        (lambda root: save_nifti(root / "masks/case0.nii.gz", np.full((24, 28, 6), np.nan)), "not finite"),
         (
             lambda root: save_nifti(root / "masks/case0.nii.gz", np.full((24, 28, 6), 300, np.int16)),
-            "at most 255 classes",
+            r"hold 3 values: 0 .*--mask_values 0,1,300",
         ),
         (lambda root: save_nifti(root / "images/case0.nii", np.zeros((3, 3, 3))), "two volumes for case0"),
     ],
@@ -203,3 +208,20 @@ def test_folders_without_volumes_are_refused(tmp_path):
         open_volumes(str(tmp_path), plane="axail")
     with pytest.raises(UsageError, match="has no masks"):
         SliceSource(open_volumes(str(class_volumes(tmp_path / "scans", 1))))
+
+
+def test_binary_masks_of_0_and_255_are_an_object_and_its_background(tmp_path):
+    root = paint_volumes(tmp_path / "scans", 2)
+    plain = open_volumes(str(root)).read(0).mask
+    for number in range(2):
+        file = root / f"masks/case{number}.nii.gz"
+        save_nifti(file, np.asarray(load_nifti(file, "a").dataobj) * 255)
+    source = open_volumes(str(root))
+    assert source.class_names == ["background", "foreground"]
+    assert source.shares.ignored == 0
+    assert torch.equal(source.read(0).mask, plain)
+    for number in range(2):
+        file = root / f"masks/case{number}.nii.gz"
+        save_nifti(file, np.asarray(load_nifti(file, "a").dataobj) / 300.0)
+    soft = open_volumes(str(root), settings=MaskSettings(foreground="0.5"))
+    assert torch.equal(soft.read(0).mask, plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -316,3 +317,59 @@ def test_pictures_are_pngs_with_a_legend():
     assert {(255, 0, 0, 255), (0, 0, 255, 255), (0, 0, 0, 255)} <= reached
     with pytest.raises(UsageError, match="at least one image"):
         segmentation_figure([], {}, [], [])
+
+
+def noise(root, count, values):
+    rng = np.random.default_rng(len(str(root)))
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray(rng.choice(values, (32, 32)).astype(np.uint8)).save(root / f"masks/{number}.png")
+    return str(root)
+
+
+def test_binary_masks_at_random_score_as_chance(encoder, tmp_path, capsys):
+    train, test = noise(tmp_path / "train", 8, [0, 255]), noise(tmp_path / "measured", 8, [0, 255])
+    figures = pl.evaluate("segmentation", encoder=encoder, train=train, test=test, augment=False, **FAST)
+    assert figures["miou"] < 0.45  # half the pixels right: 1/3
+    assert figures["interval"][0] < figures["miou"] < figures["interval"][1]
+    assert figures["masks"]["mask_values"] == {"0": "background", "255": "foreground"}
+    assert figures["masks"]["guessed"]
+    shares = figures["masks"]["test"]["class_shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["foreground"] == pytest.approx(0.5, abs=0.03)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said[:2]] == [f"masks of {train}", f"masks of {test}"]
+    with pytest.raises(UsageError, match=r"hold one class only, 0, and .* is ignored"):
+        pl.evaluate("segmentation", encoder=encoder, train=train, test=test, ignore_label=255, **FAST)
+
+
+def test_dozens_of_grey_levels_end_at_once_with_a_sentence(encoder, tmp_path):
+    train, test = (noise(tmp_path / name, 2, np.arange(48) * 5) for name in ("train", "measured"))
+    with pytest.raises(UsageError, match=r"hold 48 values: .*--foreground 118 .*--mask_values 0\.\.235"):
+        pl.evaluate("segmentation", encoder=encoder, train=train, test=test, **FAST)
+    settings = dict(encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 2})
+    figures = pl.evaluate("segmentation", foreground=118, **settings)
+    assert figures["masks"]["mask_values"] == {"rest": "background", "118..": "foreground"}
+    assert set(figures["per_class_iou"]) == {"background", "foreground"}
+
+
+def test_much_that_is_ignored_by_request_is_said_first(encoder, tmp_path, capsys):
+    train, test = (noise(tmp_path / name, 3, [0, 1, 255, 255, 255]) for name in ("train", "measured"))
+    settings = dict(encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 2})
+    with pytest.raises(UsageError, match="are ignored, which was a guess; 255 is taken as unknown"):
+        pl.evaluate("segmentation", **settings)
+    figures = pl.evaluate("segmentation", ignore_label=255, **settings)
+    assert list(figures)[:2] == ["protocol", "notice"]
+    assert "of the pixels of the masks of" in figures["notice"]
+    assert capsys.readouterr().err.splitlines()[0].startswith(figures["notice"].split(";")[0])
+
+
+def test_progress_is_said_in_lines_where_there_is_no_terminal(encoder, folders, capsys, monkeypatch):
+    monkeypatch.setattr("patchloom.progress.EVERY_SECONDS", 0.0)
+    train, test = folders
+    pl.evaluate("segmentation", encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 3})
+    said = capsys.readouterr().err
+    assert re.search(r"training the bn head 2/3  loss \d\.\d+  .* steps/s  .* left", said)
+    assert re.search(r"segmenting 5/6  .* images/s  .* left", said)

@@ -1,7 +1,8 @@
 """Images with a mask: a class for every pixel. Paired folders, CamVid and ADE20K in their published layouts.
 
 A source hands out the mask as the image's last channel, 255 where the class is unknown, so that whatever reads,
-shuffles, skips and batches images does so with their masks.
+shuffles, skips and batches images does so with their masks. What the values in the files mean is settled once for the
+source (`mask_values`).
 
 >>> source = open_segmentation("camvid:data/camvid:train")  # doctest: +SKIP
 >>> source.read(0).image.shape, source.class_names[:3]  # doctest: +SKIP
@@ -23,12 +24,26 @@ from torch import Tensor
 
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.decode import decode_image
-from patchloom.data.folder import chosen_images
+from patchloom.data.mask_pairs import ListedFile, list_images, paired
+from patchloom.data.mask_settling import MOST_GUESSED, settle
+from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
+from patchloom.data.mask_table import TABLE_FILES, read_table
+from patchloom.data.mask_values import (
+    IGNORED,
+    MaskCoding,
+    MaskShares,
+    UnknownValueError,
+    shares_of_counts,
+    wrong_value,
+)
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
+from patchloom.mask_settings import MaskSettings
 
-IGNORED = 255
-MOST_CLASSES = 255
+# Raised when the same masks would be counted otherwise than before.
+FORMAT = 1
+MOST_LOOKED_AT = 500
+MOST_TOGETHER = 64
 MASK_FOLDERS = ("masks", "labels", "annotations", "annots")
 CAMVID = {
     "sky": (128, 128, 128),
@@ -63,23 +78,33 @@ def split_mask(image: Tensor) -> Pair:
 class MaskSource(Source):
     """Images and masks from two folders, paired by name.
 
+    How masks are read is settled once, from all of them, see `mask_settling.settle`; `said` says it in a line.
+
     Args:
         name: The source as the user named it.
         images: Folder of images.
-        masks: Folder of masks: one value per pixel (grey or indexed), of the images' size. The mask of `a/b.jpg` is
-            `a/b.png` or another image of that stem, `_mask` or `_label` at its end allowed.
-        class_names: Names by number; default: as many as the masks hold, which are then all read once.
-        unknown: Values of masks that mean unknown.
-        from_one: Classes count from 1 in the files, and 0 is unknown (ADE20K).
-        palette: (R, G, B) by class; default: that of the first indexed mask, else colours all round the circle.
+        masks: Folder of masks, of the images' size. The mask of `a/b.jpg` is `a/b.png` or another image of that stem,
+            `_mask` or `_label` at its end allowed; or a file per class, see `mask_pairs.paired`.
+        class_names: Names by number; default: as many as the masks hold.
+        layout: Of masks whose values are published: those that are unknown, and the number of the first class.
+        palette: (R, G, B) by class; default: that of indexed masks, else colours all round the circle.
         in_chans: Channels the images are read as, 3 or 1.
+        settings: What the user says of the masks' values.
+        coding: How masks are read, as settled on another source.
+        table: File that names values or colours.
         include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
 
+    Attributes:
+        coding: How masks are read.
+        shares: What the masks hold.
+
     Raises:
-        UsageError: No such folder, nothing in it, a mask without image or an image without mask, or more classes
-            than a byte holds.
+        UsageError: No such folder, nothing in it, a mask without image or an image without mask, more classes than a
+            byte holds, or masks whose meaning has to be said.
     """
+
+    class_names: list[str]
 
     def __init__(
         self,
@@ -88,32 +113,45 @@ class MaskSource(Source):
         masks: Path,
         *,
         class_names: Sequence[str] | None = None,
-        unknown: Sequence[int] = (IGNORED,),
-        from_one: bool = False,
-        palette: Sequence[tuple[int, int, int]] | None = None,
+        layout: tuple[Sequence[int], int] | None = None,
+        palette: Sequence[RGB] | None = None,
         in_chans: int = 3,
+        settings: MaskSettings | None = None,
+        coding: MaskCoding | None = None,
+        table: Path | None = None,
         include: str | None = None,
         exclude: str | None = None,
     ) -> None:
         self.name = printable(name)
         self.in_chans = in_chans
         self.images, self.masks = Path(images), Path(masks)
-        self.unknown, self.from_one = tuple(unknown), from_one
-        found = [_listed(self.images, include, exclude), _listed(self.masks)]
-        if include is not None or exclude is not None:
-            found[1] = {stem: file for stem, file in found[1].items() if stem in found[0]}
-        self.pairs = _paired(found[0], found[1], self.images, self.masks)
-        digest = hashlib.sha256(repr((self.unknown, from_one)).encode())
+        found = [list_images(self.images, include, exclude), list_images(self.masks)]
+        left_out = frozenset(file[0] for file in list_images(self.images)) - {file[0] for file in found[0]}
+        self.pairs = paired(found[0], found[1], self.images, self.masks, left_out)
+        used = {part.file for pair in self.pairs for part in pair.parts}
+        found[1] = [file for file in found[1] if file[0] in used]
+        per_class = tuple(sorted({part.name for pair in self.pairs for part in pair.parts if part.name is not None}))
+        self.own_names = list(class_names) if class_names is not None else None
+        settings = settings or MaskSettings()
+        survey = self._look(found[1], None if coding is None and layout is None else MOST_LOOKED_AT, settings, coding)
+        if coding is None:
+            entries = None if table is None else read_table(table)
+            coding = settle(
+                survey, name, settings, names=class_names, table=entries, layout=layout, per_class=per_class
+            )
+        self._fits(coding, survey, per_class)
+        self._check_sizes()
+        self.coding = coding
+        self.class_names = list(coding.names)
+        digest = hashlib.sha256(repr((coding.table(), coding.names, coding.per_class)).encode())
         for files in found:
-            for file in sorted(files.values()):
+            for file in files:
                 digest.update(repr(file).encode())
         self._stamp = digest.hexdigest()[:16]
-        names = list(class_names) if class_names is not None else [str(n) for n in range(self._highest() + 1)]
-        if not 1 <= len(names) <= MOST_CLASSES:
-            raise UsageError(f"{name} has {len(names)} classes; masks here hold 1 to {MOST_CLASSES}")
-        self.class_names = names
-        own = palette if palette is not None else self._own_palette()
-        self.palette = list(own) if own is not None and len(own) >= len(names) else colours(len(names))
+        # Where each class has a file of its own, what covers what shows only once they are put together.
+        self.shares = self._shares() if per_class else coding.shares(survey)
+        own = coding.palette if palette is None or len(palette) != len(coding.names) else palette
+        self.palette = list(own) if own is not None else colours(len(coding.names))
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -121,71 +159,112 @@ class MaskSource(Source):
 
     def key(self, index: int) -> str:
         """Return the path of image number `index` below its folder."""
-        return printable(self.pairs[index][0])
+        return printable(self.pairs[index].image)
+
+    def said(self) -> str:
+        """Return the line that says how masks are read and what they hold."""
+        return self.coding.line(self.name, self.shares)
 
     def read(self, index: int) -> Sample:
         """Return pair number `index`: (C + 1, H, W) uint8, the mask last; see `split_mask`.
 
         Raises:
             UnreadableImageError: One of the two files cannot be decoded.
-            UsageError: The mask is of another size than its image, in colour, or holds a class there is not.
+            UsageError: The mask is of another size than its image, or holds a value that means nothing.
         """
-        name, mask_key = self.pairs[index]
         key = self.key(index)
-        image = decode_image(self.images / name, key, self.in_chans)
+        image = decode_image(self.images / self.pairs[index].image, key, self.in_chans)
         mask = self.read_mask(index)
         if mask.shape != image.shape[1:]:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, image.shape[1:])]
-            raise UsageError(
-                f"the mask {self.masks / mask_key} is {sizes[0]} and its image {sizes[1]}; they must be of one size"
-            )
+            file = self.masks / self.pairs[index].parts[0].file
+            raise _wrong_size(file, tuple(mask.shape)[::-1], tuple(image.shape[1:])[::-1])
         return Sample(torch.cat([image, mask[None]]), -1, key)
 
     def read_mask(self, index: int) -> Tensor:
         """Return mask number `index`, (H, W) uint8, 255 where unknown."""
-        file = self.masks / self.pairs[index][1]
-        values = _values(file, printable(self.pairs[index][1]))
-        hidden = np.isin(values, self.unknown)
-        if self.from_one:
-            hidden |= values == 0
-            values = values - 1
-        wrong = values[~hidden]
-        if wrong.size and (wrong.max() >= len(self.class_names or []) or wrong.min() < 0):
-            value = int(wrong.max()) + self.from_one
+        parts = self.pairs[index].parts
+        if not self.coding.per_class:
+            return torch.from_numpy(self._decoded(parts[0].file).astype(np.uint8))
+        classes = {part.name: self._decoded(part.file) for part in parts}
+        sizes = {values.shape for values in classes.values()}
+        if len(sizes) > 1:
             raise UsageError(
-                f"the mask {file} holds the value {value}; {self.name} has {len(self.class_names or [])} classes, "
-                f"numbered from {int(self.from_one)}, and {', '.join(map(str, self.unknown))} for unknown"
+                f"the masks of {self.images / self.key(index)} are of different sizes; they must be of one"
             )
-        return torch.from_numpy(np.where(hidden, IGNORED, values).astype(np.uint8))
+        return torch.from_numpy(self.coding.together(classes).astype(np.uint8))
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes and times of images and masks."""
         return self._stamp
 
-    def _highest(self) -> int:
-        """Return the highest class of all masks."""
-        highest = -1
-        for _, key in self.pairs:
+    def _decoded(self, key: str) -> np.ndarray:
+        try:
+            return self.coding.decode(open_mask(self.masks / key, printable(key)))
+        except UnknownValueError as error:
+            raise wrong_value(f"the mask {self.masks / key}", error.value, self.coding, self.name) from error
+
+    def _look(
+        self, files: list[ListedFile], most: int | None, settings: MaskSettings, coding: MaskCoding | None
+    ) -> Survey:
+        """Return what the masks hold; of those read in a known way, `most` from all over the list do."""
+        chosen = sorted({round(x) for x in np.linspace(0, len(files) - 1, min(len(files), most or len(files)))})
+        looked = [files[number] for number in chosen]
+        stamp = hashlib.sha256(repr((FORMAT, str(self.masks.resolve()), looked)).encode()).hexdigest()[:24]
+
+        def refuse_early(few: Survey) -> None:
+            if len(few.values) > MOST_GUESSED or few.many:
+                settle(few, self.name, settings, names=self.own_names)
+
+        check = refuse_early if most is None else None
+        return survey_files([(self.masks / file[0], printable(file[0])) for file in looked], stamp, check)
+
+    def _fits(self, coding: MaskCoding, survey: Survey, per_class: tuple[str, ...]) -> None:
+        """Refuse masks that are not read as those the coding was settled on."""
+        if bool(per_class) != bool(coding.per_class):
+            kinds = ("one mask for each image", "one for each class")
+            raise UsageError(
+                f"{self.name} has {kinds[bool(per_class)]}, and what it is compared with {kinds[not per_class]}"
+            )
+        if strange := sorted(set(per_class) - set(coding.per_class)):
+            raise UsageError(
+                f"{self.name} has masks of the class {strange[0]}; there are {', '.join(coding.per_class)}"
+            )
+        if clash := coding.palette_clash(survey):
+            raise UsageError(
+                f"the palettes of the masks of {self.name} are in another order: {clash}; store the same indices, or "
+                f"name the colours by --mask_values"
+            )
+        try:
+            coding.shares(survey)
+        except UnknownValueError as error:
+            place = self.masks / survey.place(error.value, coding.form)
+            raise wrong_value(f"the mask {place}", error.value, coding, self.name) from error
+
+    def _check_sizes(self) -> None:
+        """Refuse a mask of another size than its image before anything is trained, as far as headers tell."""
+        for number in sorted({round(x) for x in np.linspace(0, len(self) - 1, min(len(self), MOST_LOOKED_AT))}):
+            pair = self.pairs[number]
+            files = [self.images / pair.image, *(self.masks / part.file for part in pair.parts)]
             try:
-                present = np.unique(_values(self.masks / key, key))
+                sizes = [_stored_size(file) for file in files]
+            except (OSError, ValueError, SyntaxError):  # no file Pillow opens: reading it will tell
+                continue
+            for size, file in zip(sizes[1:], files[1:], strict=True):
+                if sorted(size) != sorted(sizes[0]):  # an image may be stored on its side
+                    raise _wrong_size(file, size, sizes[0])
+
+    def _shares(self) -> MaskShares:
+        chosen = sorted({round(x) for x in np.linspace(0, len(self) - 1, min(len(self), MOST_TOGETHER))})
+        sums = np.zeros(256, np.int64)
+        for index in chosen:
+            try:
+                sums += np.bincount(self.read_mask(index).numpy().ravel(), minlength=256)
             except UnreadableImageError:
                 continue
-            known = present[~np.isin(present, self.unknown)]
-            if known.size:
-                highest = max(highest, int(known.max()) - self.from_one)
-        if highest < 0:
-            raise UsageError(f"the masks in {self.masks} hold no class")
-        return highest
-
-    def _own_palette(self) -> list[tuple[int, int, int]] | None:
-        try:
-            with Image.open(self.masks / self.pairs[0][1]) as mask:
-                values = mask.getpalette() if mask.mode == "P" else None
-        except OSError:
-            return None
-        if values is None:
-            return None
-        return [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values) - 2, 3)]
+        names = self.coding.names
+        shares = shares_of_counts(sums[: len(names)], int(sums[IGNORED]), names, len(chosen))
+        files = sum(len(pair.parts) for pair in self.pairs)
+        return shares._replace(without_file=len(self) * len(self.coding.per_class) - files)
 
 
 def open_segmentation(
@@ -193,7 +272,8 @@ def open_segmentation(
     *,
     in_chans: int = 3,
     class_names: Sequence[str] | None = None,
-    default_names: Sequence[str] | None = None,
+    settings: MaskSettings | None = None,
+    coding: MaskCoding | None = None,
     include: str | None = None,
     exclude: str | None = None,
 ) -> MaskSource:
@@ -201,21 +281,24 @@ def open_segmentation(
 
     Args:
         name: A folder with `images` and `masks` (or `labels`, `annotations`) in it, and optionally `classes.txt`, a
-            name per line; `camvid:FOLDER:train` (val, test); `ade20k:FOLDER:train` (val).
+            name per line, or a table of values or colours (`mask_values.txt`, `label_colors.txt`, `class_dict.csv`);
+            `camvid:FOLDER:train` (val, test); `ade20k:FOLDER:train` (val).
         in_chans: Channels the images are read as.
         class_names: Names of the classes of a plain folder, instead of its own.
-        default_names: Names of the classes of a plain folder that names none; default: as many as its masks hold.
+        settings: What the user says of the values of masks; default: they are recognised.
+        coding: How masks are read, as settled on another source, instead.
         include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
 
     Raises:
         UsageError: There is no such source.
     """
+    read: dict[str, Any] = {"in_chans": in_chans, "settings": settings, "coding": coding}
+    read |= {"include": include, "exclude": exclude}
     word, _, rest = name.partition(":")
     if word in ("camvid", "ade20k") and rest:
         folder, split = _split_of(rest, {"camvid": ("train", "val", "test"), "ade20k": ("train", "val")}[word])
-        opener = _camvid if word == "camvid" else _ade20k
-        return opener(name, folder, split, in_chans=in_chans, include=include, exclude=exclude)
+        return (_camvid if word == "camvid" else _ade20k)(name, folder, split, read)
     root = existing(name)
     if not root.is_dir():
         raise UsageError(
@@ -231,10 +314,9 @@ def open_segmentation(
                 lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
                 class_names = [line.strip() for line in lines if line.strip()]
                 break
-    names = class_names if class_names is not None else default_names
-    return MaskSource(
-        name, root / "images", masks, class_names=names, in_chans=in_chans, include=include, exclude=exclude
-    )
+    tables = [place / file for place in (root, root.parent) for file in TABLE_FILES if (place / file).is_file()]
+    table = tables[0] if tables and class_names is None else None
+    return MaskSource(name, root / "images", masks, class_names=class_names, table=table, **read)
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
@@ -248,7 +330,17 @@ def colours(count: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _camvid(name: str, root: Path, split: str, **options: Any) -> MaskSource:
+def _stored_size(file: Path) -> tuple[int, ...]:
+    with Image.open(file) as image:
+        return image.size
+
+
+def _wrong_size(file: Path, mask: tuple[int, ...], image: tuple[int, ...]) -> UsageError:
+    sizes = [f"{size[0]}x{size[1]}" for size in (mask, image)]
+    return UsageError(f"the mask {file} is {sizes[0]} and its image {sizes[1]}; they must be of one size")
+
+
+def _camvid(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSource:
     """CamVid, SegNet's split: 11 classes, 11 is void; `train` + `trainannot`, or `train/images` + `train/labels`."""
     nested = root / split / "images", root / split / "labels"
     flat = root / split, root / f"{split}annot"
@@ -260,13 +352,13 @@ def _camvid(name: str, root: Path, split: str, **options: Any) -> MaskSource:
         images,
         masks,
         class_names=list(CAMVID),
-        unknown=(len(CAMVID), IGNORED),
+        layout=((len(CAMVID), IGNORED), 0),
         palette=list(CAMVID.values()),
-        **options,
+        **read,
     )
 
 
-def _ade20k(name: str, root: Path, split: str, **options: Any) -> MaskSource:
+def _ade20k(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSource:
     """ADE20K's challenge: 150 classes from 1 on, 0 is unknown."""
     folder = {"train": "training", "val": "validation"}[split]
     images, masks = root / "images" / folder, root / "annotations" / folder
@@ -275,9 +367,9 @@ def _ade20k(name: str, root: Path, split: str, **options: Any) -> MaskSource:
     names = [f"class {number}" for number in range(1, ADE_CLASSES + 1)]
     if (listing := root / "objectInfo150.txt").is_file():
         rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines()[1:]]
-        read = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]
-        names = read if len(read) == ADE_CLASSES else names
-    return MaskSource(name, images, masks, class_names=names, from_one=True, **options)
+        found = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]
+        names = found if len(found) == ADE_CLASSES else names
+    return MaskSource(name, images, masks, class_names=names, layout=((IGNORED,), 1), **read)
 
 
 def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:
@@ -287,57 +379,3 @@ def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:
     if split not in known:
         raise unknown_name("split", split, known)
     return Path(folder), split
-
-
-def _listed(folder: Path, include: str | None = None, exclude: str | None = None) -> dict[str, tuple[str, int, int]]:
-    """Return the image files below a folder by what pairs them: their path without suffix."""
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
-    found: dict[str, tuple[str, int, int]] = {}
-    for file in chosen_images(folder, include, exclude):
-        stem = file[0].rpartition(".")[0]
-        for ending in ("_mask", "_label", "_labelIds"):
-            stem = stem.removesuffix(ending)
-        if stem in found:
-            raise UsageError(
-                f"{folder} holds two files for {printable(stem)}: {printable(found[stem][0])} and {printable(file[0])}"
-            )
-        found[stem] = file
-    if not found:
-        raise UsageError(f"no image in {folder} or below")
-    return found
-
-
-def _paired(
-    images: dict[str, tuple[str, int, int]], masks: dict[str, tuple[str, int, int]], image_root: Path, mask_root: Path
-) -> list[tuple[str, str]]:
-    """Return the names of images and masks, in the order of the images."""
-    for have, lack, kind, other, root in (
-        (images, masks, "image", "mask", mask_root),
-        (masks, images, "mask", "image", image_root),
-    ):
-        lone = [file[0] for stem, file in have.items() if stem not in lack]
-        if lone:
-            more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
-            raise UsageError(f"the {kind} {printable(lone[0])}{more} has no {other} of that name in {root}")
-    return [(images[stem][0], masks[stem][0]) for stem in sorted(images)]
-
-
-def _values(file: Path, key: str) -> np.ndarray:
-    """Return the values of a mask, (H, W) int32: the indices of an indexed image, not its colours."""
-    try:
-        with Image.open(file) as mask:
-            mask.load()
-            if mask.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
-                raise UsageError(
-                    f"the mask {file} is in colour ({mask.mode}); save the number of the class of each pixel instead, "
-                    f"as a grey or indexed PNG"
-                )
-            values = np.asarray(mask)
-    except UsageError:
-        raise
-    except Exception as error:  # decoders fail in many ways on damaged files
-        raise UnreadableImageError(key, f"its mask cannot be read: {' '.join(str(error).split())[:100]}") from error
-    if values.ndim != 2:
-        raise UsageError(f"the mask {file} has {values.ndim} dimensions; one value per pixel is needed")
-    return values.astype(np.int32)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ from torch import Tensor
 
 from patchloom.choices import Plane, Window
 from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.mask_settling import settle
+from patchloom.data.mask_survey import Survey
+from patchloom.data.mask_values import MaskCoding, MaskShares, UnknownValueError, wrong_value
 from patchloom.data.nifti import (
     BODY,
     IN_PLANE,
@@ -38,9 +40,11 @@ from patchloom.data.nifti import (
     spacing_of,
 )
 from patchloom.data.pixels import resize
-from patchloom.data.segmentation import IGNORED, MOST_CLASSES, colours
+from patchloom.data.segmentation import colours
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import written_whole
+from patchloom.mask_settings import MaskSettings
+from patchloom.progress import track
 
 SUFFIXES = (".nii.gz", ".nii")
 # The axis of the body (left-right, back-front, feet-head) along which slices follow one another.
@@ -89,10 +93,16 @@ class VolumeSource:
             `labels`, and `imagesTr` beside `labelsTr`), paired by name.
         plane: Along which axis of the body slices follow one another.
         channel: Which of the images of a 4-D file; default: such files are refused.
-        class_names: Names of the classes of masks; default: `classes.txt` in the folder, else as many as they hold.
+        settings: What the user says of the values of masks; default: they are recognised (see `mask_values`). Names
+            of the classes are in `classes.txt` in the folder.
+        coding: How masks are read, as settled on another source, instead.
+
+    Attributes:
+        coding: How masks are read, None without masks.
+        shares: What the masks hold, None without masks.
 
     Raises:
-        UsageError: No such folder, no volume in it, or volumes without their mask.
+        UsageError: No such folder, no volume in it, volumes without their mask, or masks whose meaning has to be said.
     """
 
     def __init__(
@@ -100,7 +110,8 @@ class VolumeSource:
         path: str,
         plane: Plane = "axial",
         channel: int | None = None,
-        class_names: Sequence[str] | None = None,
+        settings: MaskSettings | None = None,
+        coding: MaskCoding | None = None,
     ) -> None:
         if plane not in AXES:
             raise unknown_name("plane", plane, AXES)
@@ -117,7 +128,7 @@ class VolumeSource:
             _check_pairs(images, masks, root / paired[0], root / paired[1])
             self.files = [images[name] for name in sorted(images)]
             self.masks = [masks[name] for name in sorted(images)]
-            names = list(class_names) if class_names is not None else _listed_names(root)
+            names = _listed_names(root)
         else:
             self.files = sorted(file for file in root.rglob("*.nii*") if _is_volume(file))
             tops = [file.relative_to(root).parts[0] for file in self.files]
@@ -127,8 +138,17 @@ class VolumeSource:
         if not self.files:
             raise UsageError(f"no volume in {path} or below (looked for {', '.join(SUFFIXES)})")
         self.root = root
-        if self.masks is not None and names is None:
-            names = [str(number) for number in range(self._highest() + 1)]
+        self.coding: MaskCoding | None = None
+        self.shares: MaskShares | None = None
+        if self.masks is not None:
+            survey = self._survey()
+            self.coding = coding or settle(survey, path, settings, names=names)
+            try:
+                self.shares = self.coding.shares(survey)
+            except UnknownValueError as error:
+                file = f"the mask {survey.place(error.value, 'values')}"
+                raise wrong_value(file, error.value, self.coding, path) from error
+            names = list(self.coding.names)
         self.class_names = names
         self.palette = colours(len(names)) if names else []
         if self.masks is not None and names is not None:
@@ -203,31 +223,25 @@ class VolumeSource:
                 f"the mask {file} lies elsewhere in space than its volume; their voxels are taken to belong together",
                 stacklevel=3,
             )
-        whole = np.rint(values)
-        if not np.isfinite(values).all() or not np.allclose(values, whole, atol=1e-3):
-            raise UsageError(f"the mask {file} holds values that are no whole numbers; a mask numbers classes")
-        wrong = whole[(whole < 0) | ((whole >= len(self.class_names or [])) & (whole != IGNORED))]
-        if self.class_names is not None and wrong.size:
-            raise UsageError(
-                f"the mask {file} holds the value {int(wrong[0])}; {self.name} has {len(self.class_names)} classes, "
-                f"numbered from 0, and {IGNORED} for unknown"
-            )
+        assert self.coding is not None
+        try:
+            classes = self.coding.decode(_cleaned(values, file))
+        except UnknownValueError as error:
+            raise wrong_value(f"the mask {file}", error.value, self.coding, self.name) from error
         # The mask lies on its volume voxel by voxel, so it turns as its volume does.
-        turned = as_slices(whole, body_axes(image, file), axis)
+        turned = as_slices(classes, body_axes(image, file), axis)
         return torch.from_numpy(np.ascontiguousarray(turned).astype(np.uint8))
 
-    def _highest(self) -> int:
+    def _survey(self) -> Survey:
+        """Return the count over the masks; those that cannot be read are passed over."""
         assert self.masks is not None
-        highest = 0
-        for file in self.masks:
-            values = np.asarray(load_nifti(file, file.name).dataobj)
-            known = values[np.isfinite(values) & (values != IGNORED)]
-            highest = max(highest, int(known.max(initial=0)))
-        if highest >= MOST_CLASSES:
-            raise UsageError(
-                f"the masks of {self.name} hold values up to {highest}; at most {MOST_CLASSES} classes fit"
-            )
-        return highest
+        survey = Survey()
+        for file in track(self.masks, "looking at masks", unit="mask"):
+            try:
+                survey.add_array(_cleaned(np.asanyarray(load_nifti(file, file.name).dataobj), file), str(file))
+            except UnreadableImageError:
+                continue
+        return survey
 
 
 class SliceSource(Source):
@@ -290,7 +304,12 @@ class SliceSource(Source):
 
 
 def open_volumes(
-    path: str, *, plane: Plane = "axial", channel: int | None = None, class_names: Sequence[str] | None = None
+    path: str,
+    *,
+    plane: Plane = "axial",
+    channel: int | None = None,
+    settings: MaskSettings | None = None,
+    coding: MaskCoding | None = None,
 ) -> VolumeSource:
     """Return the volumes of a folder, see `VolumeSource`.
 
@@ -299,7 +318,7 @@ def open_volumes(
         MissingExtraError: Without nibabel.
     """
     import_nibabel()
-    return VolumeSource(path, plane, channel, class_names)
+    return VolumeSource(path, plane, channel, settings, coding)
 
 
 def as_images(volume: Volume, window: Window = "minmax") -> Tensor:
@@ -363,6 +382,16 @@ def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
     stored = nibabel.orientations.apply_orientation(body, back).astype(np.uint8)
     with written_whole(path) as temporary:
         nibabel.save(nibabel.Nifti1Image(stored, affine), temporary)
+
+
+def _cleaned(values: np.ndarray, file: Path) -> np.ndarray:
+    """Return the values of a mask, those that are whole but for rounding as whole numbers."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return values
+    if not np.isfinite(values).all():
+        raise UsageError(f"the mask {file} holds values that are not finite")
+    whole = np.rint(values)
+    return whole if np.allclose(values, whole, atol=1e-3) else values
 
 
 def _volumes_by_name(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,6 @@ torch.Size([2, 10])
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
@@ -33,6 +31,7 @@ from patchloom.errors import UsageError
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory
 from patchloom.features.fingerprint import source_hash, weights_hash
+from patchloom.progress import track
 
 
 class TeacherAnswers:
@@ -105,7 +104,7 @@ def teacher_answers(
         loader = make_loader(source, view, batch_size, seed=0, shuffle=False, num_workers=num_workers)
         teacher.eval().to(device)
         with torch.autocast(torch.device(device).type, enabled=False):
-            for batch in tqdm(loader, desc="teacher", disable=not sys.stderr.isatty(), leave=False):
+            for batch in track(loader, "teacher", unit="batch"):
                 skipped += batch["skipped"]
                 if batch["key"]:
                     images = normalize(unit(batch["image"].to(device)), teacher)

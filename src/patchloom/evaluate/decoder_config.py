@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.mask_settings import MaskSettings
 from patchloom.source_options import SourceOptions
 
 HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
@@ -16,7 +17,7 @@ BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "set
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(SourceOptions):
+class DecoderConfig(MaskSettings, SourceOptions):
     """Settings of a decoder and of its training."""
 
     preset: str | None = None
@@ -90,6 +91,10 @@ class DecoderConfig(SourceOptions):
     def image_size(self) -> None:
         """Images keep the size they have; the encoder is set up for `crop`."""
         return
+
+    def source_options(self) -> dict[str, Any]:
+        """Return what is handed to sources; `channels` is the width of a decoder here, none of an image."""
+        return {name: value for name, value in super().source_options().items() if name != "channels"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from patchloom.data import make_loader
 from patchloom.data.base import Source
 from patchloom.data.mask_transforms import TestImage, TrainCrop
+from patchloom.data.mask_values import IGNORED
 from patchloom.data.pixels import unit
-from patchloom.data.segmentation import IGNORED
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, normalize, patch_size, set_image_size
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoder_config import BLOCKS, DecoderConfig
 from patchloom.features.extract import torch_device
+from patchloom.progress import track
 from patchloom.segment.backbone import Backbone, choose_layers
 from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
 from patchloom.segment.inference import Size, windows
@@ -287,7 +288,32 @@ def _trainer(config: DecoderConfig, device: torch.device) -> lp.Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=[_Lines(f"training the {config.head} head", config.steps)],
     )
+
+
+class _Lines(lp.Callback):
+    """How far training has come: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, what: str, steps: int) -> None:
+        self.what, self.steps = what, steps
+
+    def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
+        """Start the clock."""
+        assert isinstance(pl_module, SegmentationModule)
+        self.module = pl_module
+        self.lines = iter(track(range(self.steps), self.what, unit="step", say=self._loss))
+        next(self.lines, None)
+
+    def on_train_batch_end(
+        self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a step."""
+        next(self.lines, None)
+
+    def _loss(self) -> str:
+        losses = self.module.losses
+        return f"loss {losses[-1]:.3f}" if losses else ""
 
 
 @contextmanager

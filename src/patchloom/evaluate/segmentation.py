@@ -10,7 +10,6 @@ over all test images. Specifications `segmentation_heads` and `dinov2_radiology`
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patchloom.data import make_loader
 from patchloom.data.mask_transforms import TestImage
@@ -27,10 +25,13 @@ from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
+from patchloom.evaluate.mask_reading import masks_said
 from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.segmentation_config import SegmentationConfig
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.io import write_bytes
+from patchloom.mask_settings import MaskSettings
+from patchloom.progress import track
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
 from patchloom.source_options import refuse_untaken
@@ -65,7 +66,8 @@ class Segmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("the segmentation probe needs an encoder with patch tokens; raw pixels have none")
-        train, test = open_pair(config.train, config.test, in_chans(encoder), **config.source_options())
+        train, test = open_pair(config.train, config.test, in_chans(encoder), config, **config.source_options())
+        masks = masks_said(train.coding, (train.name, train.shares), (test.name, test.shares))
         trained = train_decoder(encoder, train, config)
         trained_at = time.perf_counter()
         tested = self.measure(trained, test)
@@ -73,7 +75,8 @@ class Segmentation:
             self._draw(tested, test, Path(config.picture))
         skipped = trained.skipped + tested.skipped
         return {
-            **scores_with_intervals(tested.areas, test.class_names or [], seed=config.seed, counted=tested.counted),
+            **masks,
+            **scores_with_intervals(tested.areas, test.class_names, seed=config.seed, counted=tested.counted),
             "n": len(tested.keys),
             "train_images": len(train),
             "head": config.head,
@@ -108,8 +111,8 @@ class Segmentation:
         )
         wanted = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
         found, counted, keys, skipped, shown = [], [], [], [], []
-        classes = len(test.class_names or [])
-        for batch in tqdm(loader, desc="segmenting", disable=not sys.stderr.isatty(), leave=False):
+        classes = len(test.class_names)
+        for batch in track(loader, "segmenting", total=len(test)):
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue
@@ -128,35 +131,46 @@ class Segmentation:
         total, of_overlap = (Areas(*map(torch.stack, zip(*rows, strict=True))) for rows in (found, counted))
         if not int(total.true.sum()):
             raise UsageError(f"the masks of {test.name} hold no pixel whose class is known")
+        if len(there := [name for name, n in zip(test.class_names, total.true.sum(0).tolist(), strict=True) if n]) < 2:
+            raise UsageError(f"the masks of {test.name} hold one class only, {there[0]}: a score would say nothing")
         return Tested(total, of_overlap, keys, skipped, shown)
 
     def _draw(self, tested: Tested, test: MaskSource, path: Path) -> None:
         from patchloom.report.masks import segmentation_figure
 
         images, truth, said = zip(*tested.examples, strict=True)
-        figure = segmentation_figure(images, {"truth": truth, "prediction": said}, test.palette, test.class_names or [])
+        figure = segmentation_figure(images, {"truth": truth, "prediction": said}, test.palette, test.class_names)
         write_bytes(path, figure.png)
 
 
-def open_pair(train: str, test: str, channels: int, **options: Any) -> tuple[MaskSource, MaskSource]:
-    """Return training and test images with masks, of the same classes; `options` are those of the sources.
+def open_pair(
+    train: str, test: str, channels: int, settings: MaskSettings | None = None, **options: Any
+) -> tuple[MaskSource, MaskSource]:
+    """Return training and test images with masks, of the same classes and read in the same way.
+
+    Args:
+        train: What is learnt from; how masks are read is settled on it.
+        test: What is measured on.
+        channels: Channels the images are read as.
+        settings: What the user says of the values of masks.
+        options: Those of the sources.
 
     Raises:
         UsageError: An option such a source cannot obey, the same images twice, or classes that differ.
     """
     refuse_untaken(open_segmentation, train, options)
-    learnt = open_segmentation(train, in_chans=channels, **options)
-    # Where numbers are all there is, they mean what they mean in training, and one beyond it is an error.
-    measured = open_segmentation(test, in_chans=channels, default_names=learnt.class_names, **options)
+    learnt = open_segmentation(train, in_chans=channels, settings=settings, **options)
+    measured = open_segmentation(test, in_chans=channels, coding=learnt.coding, **options)
     measured.palette = learnt.palette
-    if learnt.class_names != measured.class_names:
-        pairs = zip(learnt.class_names or [], measured.class_names or [], strict=False)
-        number, names = next(
-            ((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1]),
-            (-1, (f"{len(learnt.class_names or [])} classes", f"{len(measured.class_names or [])} classes")),
+    own, names = measured.own_names, learnt.class_names
+    # Names of a source whose classes are values or colours of masks are the values' or the colours'.
+    if own is not None and own not in (names, names[1:]) and learnt.own_names != own:
+        number, pair = next(
+            ((number, pair) for number, pair in enumerate(zip(names, own, strict=False)) if pair[0] != pair[1]),
+            (-1, (f"{len(names)} classes", f"{len(own)} classes")),
         )
         where = f"class {number} is " if number >= 0 else "they have "
-        raise UsageError(f"{train} and {test} differ in their classes: {where}{names[0]} and {names[1]}")
+        raise UsageError(f"{train} and {test} differ in their classes: {where}{pair[0]} and {pair[1]}")
     if learnt.fingerprint() == measured.fingerprint():
         raise UsageError(f"train {train} and test {test} are the same images; measure on images apart from them")
     return learnt, measured

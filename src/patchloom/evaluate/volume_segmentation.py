@@ -10,7 +10,6 @@ Specification `dinov2_radiology`, sections 2.7 and 2.8. Dice is taken per volume
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.mask_transforms import resized_size
@@ -34,10 +32,12 @@ from patchloom.data.volumes import (
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
+from patchloom.evaluate.mask_reading import masks_said
 from patchloom.evaluate.overlap import by_foreground_class, counted_areas, nanmean, plain, scores_with_intervals
 from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.evaluate.volume_segmentation_config import VolumeSegmentationConfig
+from patchloom.progress import track
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import Areas, areas, dice, hausdorff
@@ -70,18 +70,22 @@ class VolumeSegmentation:
         if encoder is None:
             raise UsageError("segmentation needs an encoder with patch tokens; raw pixels have none")
         refuse_untaken(open_volumes, config.train, config.source_options())
-        train = open_volumes(config.train, plane=config.plane, channel=config.channel)
-        test = open_volumes(config.test, plane=config.plane, channel=config.channel, class_names=train.class_names)
-        if test.masks is None:
+        train = open_volumes(config.train, plane=config.plane, channel=config.channel, settings=config)
+        test = open_volumes(config.test, plane=config.plane, channel=config.channel, coding=train.coding)
+        if test.masks is None or test.shares is None:
             raise UsageError(f"{test.name} has no masks to measure against; put them in a folder masks beside images")
         slices = SliceSource(train, config.window, in_chans(encoder))
+        assert train.coding is not None
+        assert train.shares is not None
         if len(train.class_names or []) < 2:
             raise UsageError(f"the masks of {train.name} hold background only; there is nothing to learn")
         if train.fingerprint() == test.fingerprint():
             raise UsageError(f"train {train.name} and test {test.name} are the same volumes; measure on others")
+        masks = masks_said(train.coding, (train.name, train.shares), (test.name, test.shares))
         trained = train_decoder(encoder, slices, config)
         cases, skipped = self.measure(trained, test)
         return {
+            **masks,
             **case_scores(cases, train.class_names or [], config.seed),
             "train_volumes": len(train) - len(slices.broken),
             "train_slices": len(slices),
@@ -98,7 +102,7 @@ class VolumeSegmentation:
         """Return the scores of every readable volume, and the names and reasons of the others."""
         config, cases, skipped = self.config, [], []
         classes = len(test.class_names or [])
-        for index in tqdm(range(len(test)), desc="segmenting", disable=not sys.stderr.isatty(), leave=False):
+        for index in track(range(len(test)), "segmenting", unit="volume"):
             try:
                 volume = test.read(index)
             except UnreadableImageError as error:

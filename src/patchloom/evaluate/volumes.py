@@ -10,7 +10,6 @@ regression; attention over slices (ABMIL) as the stronger head.
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.groups import read_groups
@@ -36,6 +34,7 @@ from patchloom.evaluate.volumes_config import VolumesConfig
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
+from patchloom.progress import track
 from patchloom.source_options import refuse_untaken
 
 
@@ -178,7 +177,7 @@ def slice_features(encoder: Encoder, source: VolumeSource, config: VolumesConfig
     @torch.no_grad()
     def produce(take: Take) -> list[tuple[str, str]]:
         skipped = []
-        for index in tqdm(range(len(source)), desc="volumes", disable=not sys.stderr.isatty(), leave=False):
+        for index in track(range(len(source)), "volumes", unit="volume"):
             try:
                 volume = source.read(index)
             except UnreadableImageError as error:

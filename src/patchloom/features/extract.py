@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patchloom.choices import Pool, Precision
 from patchloom.data import SubsetSource, make_loader
@@ -27,6 +25,7 @@ from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
+from patchloom.progress import track
 
 PIXELS_SIDE = 32
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -84,7 +83,7 @@ def extract(
             gives out. With it the vectors of the blocks stand one after the other, see `vector_parts`.
         precision: Number format of the encoder's arithmetic.
         view: `crop`, the centre of the image, or `whole`, all of it out of proportion with each channel stretched.
-        progress: Show a bar on a terminal.
+        progress: Say how far it has come.
         limit: Take the first so many images only.
 
     Raises:
@@ -145,7 +144,7 @@ def extract_into(
         precision: Number format of the encoder's arithmetic.
         view: What the encoder is shown of an image.
         view: What the encoder is shown of an image.
-        progress: Show a bar on a terminal.
+        progress: Say how far it has come.
 
     Returns:
         Name and reason of images that could not be read.
@@ -176,7 +175,7 @@ def extract_into(
     held: list[tuple[Tensor, Tensor, list[str]]] = []
     going, read = True, 0
     with _Evaluating(encoder, target), _arithmetic(target, precision):
-        for batch in tqdm(loader, desc="features", disable=not (progress and sys.stderr.isatty()), leave=False):
+        for batch in track(loader, "features", unit="batch", show=progress):
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue

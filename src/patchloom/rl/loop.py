@@ -200,6 +200,6 @@ class Training:
 
 
 def _duration(seconds: float) -> str:
-    from patchloom.training.callbacks import duration
+    from patchloom.progress import duration
 
     return duration(seconds)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from patchloom import stopping
 from patchloom.data.base import Source
+from patchloom.progress import duration
 from patchloom.training.method import Method, NonFiniteLossError
 from patchloom.training.metrics import CSVMetrics
 
@@ -298,20 +299,6 @@ class FailureNote(Callback):
             "files": pl_module.last_batch_keys,
         }
         self.path.write_text(json.dumps(note, indent=2), encoding="utf-8")
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as a person says it.
-
-    >>> duration(75), duration(3 * 3600 + 120)
-    ('1 min 15 s', '3 h 2 min')
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def read_skipped(path: Path) -> dict[str, str]:

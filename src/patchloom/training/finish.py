@@ -15,7 +15,8 @@ from torch import nn
 
 from patchloom import __version__
 from patchloom.bundle import read_lineage
-from patchloom.training.callbacks import Interruption, Probe, SkippedImages, duration
+from patchloom.progress import duration
+from patchloom.training.callbacks import Interruption, Probe, SkippedImages
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report

@@ -33,6 +33,7 @@ from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
 from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
 from patchloom.features.extract import torch_device
 from patchloom.io import write_json
+from patchloom.progress import track
 from patchloom.training.config import config_from_mapping
 
 SKIPPED = "skipped.json"
@@ -112,8 +113,7 @@ def _for_each_slide(
     store = TileStore(config.out, about)
     waiting = {name: path for name, path in found.items() if name not in store}
     skipped: list[dict[str, str]] = []
-    progress = tqdm(waiting.items(), desc="slides", disable=not sys.stderr.isatty(), leave=False)
-    for name, path in progress:
+    for name, path in track(waiting.items(), "slides", unit="slide"):
         try:
             with Slide(path, config.slide_mpp, name) as slide:
                 tiles = find_tiles(slide, config)
@@ -121,7 +121,7 @@ def _for_each_slide(
                 _write(store, slide, tiles, features)
         except UnreadableImageError as error:
             skipped.append({"slide": name, "reason": error.reason})
-            progress.write(f"left out {name}: {error.reason}", file=sys.stderr)
+            tqdm.write(f"left out {name}: {error.reason}", file=sys.stderr)
     write_json(store.path / SKIPPED, {"skipped": skipped})
     here = [name for name in found if name in store]
     if not here:

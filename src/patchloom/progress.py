@@ -1,0 +1,101 @@
+"""How far a long loop has come: a live bar on a terminal, plain lines with rate and time left elsewhere.
+
+>>> list(track([1, 2, 3], "counting"))
+[1, 2, 3]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+EVERY_SECONDS = 15.0
+
+
+class Ticker:
+    """Says when a line is due, and what rate and time left are.
+
+    Args:
+        total: Steps in all, None where that is not known.
+        first: Steps done before.
+        every_seconds: Between lines; default: 15.
+    """
+
+    def __init__(self, total: int | None, first: int = 0, every_seconds: float | None = None) -> None:
+        self.total, self.first = total, first
+        self.every_seconds = EVERY_SECONDS if every_seconds is None else every_seconds
+        self.started = self.said = time.monotonic()
+
+    def due(self, done: int) -> bool:
+        """Return whether it is time for a line: every so many seconds, and at the end of what took that long."""
+        now = time.monotonic()
+        if now - self.said < self.every_seconds and (done != self.total or self.said == self.started):
+            return False
+        self.said = now
+        return True
+
+    def line(self, what: str, done: int, unit: str, more: str = "") -> str:
+        """Return `what 120/500  3.1 images/s  2 min 3 s left`."""
+        rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        parts = [f"{what} {done}" + (f"/{self.total}" if self.total is not None else "")]
+        parts += [more] if more else []
+        parts.append(f"{rate:.{0 if rate >= 10 else 2}f} {unit}s/s")
+        if self.total is not None and rate > 0:
+            parts.append(f"{duration((self.total - done) / rate)} left")
+        return "  ".join(parts)
+
+
+def track(
+    items: Iterable[T],
+    what: str,
+    *,
+    unit: str = "image",
+    total: int | None = None,
+    show: bool = True,
+    say: Callable[[], str] | None = None,
+) -> Iterator[T]:
+    """Yield the items; say how far it has come, on stderr.
+
+    Args:
+        items: What is worked through.
+        what: The work, for the line.
+        unit: Name of one item.
+        total: How many there are; default: the length of `items`, where it has one.
+        show: False to say nothing.
+        say: Returns what else belongs into the line.
+    """
+    if total is None and isinstance(items, Sized):
+        with suppress(TypeError):  # a loader of a stream
+            total = len(items)
+    if not show or sys.stderr.isatty():
+        bar = tqdm(items, desc=what, total=total, unit=unit, disable=not show, leave=False, dynamic_ncols=True)
+        for item in bar:
+            yield item
+            if say is not None and show:
+                bar.set_postfix_str(say(), refresh=False)
+        return
+    ticker = Ticker(total)
+    for done, item in enumerate(items, 1):
+        yield item
+        if ticker.due(done):
+            print(ticker.line(what, done, unit, say() if say is not None else ""), file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> duration(75), duration(3 * 3600 + 120)
+    ('1 min 15 s', '3 h 2 min')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
