@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from PIL import Image
 
 from patchloom.data.base import UNLABELLED, Sample, Source, spread
 from patchloom.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_image
+from patchloom.data.survey import notice
 from patchloom.errors import UsageError
 from patchloom.io import printable
 from patchloom.source_options import choose, words
@@ -64,15 +66,20 @@ class FolderSource(Source):
         if not self.root.is_dir():
             kind = "is a file" if self.root.exists() else "does not exist"
             raise UsageError(f"the image folder {path} {kind}; give the folder that holds the images")
-        found = chosen_images(self.root, include, exclude)
+        passed: Counter[str] = Counter()
+        found = chosen_images(self.root, include, exclude, passed)
         if not found:
-            known = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known})")
+            known = ", ".join(sorted(READ))
+            others = f"; there are {_counted(passed)}" if passed else ""
+            raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known}){others}")
         names = [os.fsencode(name) for name, _, _ in found]
         self.offsets = np.cumsum([0] + [len(name) for name in names])
         self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
         self._stamp = _hash(found)
         self._label(names, labels, words(missing))
+        if passed and f"{self.name} passed over" not in _NOTICED:
+            _NOTICED.add(f"{self.name} passed over")
+            notice(f"{self.name}: {sum(passed.values())} files are passed over for their suffix ({_counted(passed)})")
         _notice_masks(self.name, self.root, names, include is not None or exclude is not None)
 
     def _label(self, names: list[bytes], labels: Labels, missing: list[str]) -> None:
@@ -118,13 +125,17 @@ class FolderSource(Source):
         return self._stamp
 
 
-def chosen_images(root: Path, include: str | None = None, exclude: str | None = None) -> list[tuple[str, int, int]]:
+def chosen_images(
+    root: Path, include: str | None = None, exclude: str | None = None, passed: Counter[str] | None = None
+) -> list[tuple[str, int, int]]:
     """Return (path below root, size, time) of the image files globs choose, in the order of their paths.
+
+    Other files are counted by their suffix in `passed`.
 
     Raises:
         UsageError: There are images, and none is chosen.
     """
-    found = sorted(walk_images(root))
+    found = sorted(walk_images(root, passed))
     if include is None and exclude is None:
         return found
     names = set(choose((printable(name) for name, _, _ in found), include, exclude))
@@ -140,8 +151,11 @@ def chosen_images(root: Path, include: str | None = None, exclude: str | None = 
     return chosen
 
 
-def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (path below root, size, time) of image files; folders reached twice through links are entered once."""
+def walk_images(root: Path, passed: Counter[str] | None = None) -> Iterator[tuple[str, int, int]]:
+    """Yield (path below root, size, time) of image files; folders reached twice through links are entered once.
+
+    Files of other suffixes are counted in `passed`.
+    """
     seen: set[tuple[int, int]] = set()
     stack = [("", str(root))]
     while stack:
@@ -160,11 +174,21 @@ def walk_images(root: Path) -> Iterator[tuple[str, int, int]]:
             try:
                 if entry.is_dir():
                     stack.append((f"{prefix}{entry.name}/", entry.path))
-                elif os.path.splitext(entry.name)[1].lower() in READ and entry.is_file():  # noqa: PTH122
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+                if suffix in READ and entry.is_file():
                     about = entry.stat()
                     yield f"{prefix}{entry.name}", about.st_size, about.st_mtime_ns
+                elif passed is not None and entry.is_file():
+                    passed[suffix or "none"] += 1
             except OSError:
                 continue
+
+
+def _counted(passed: Counter[str]) -> str:
+    """Return suffixes with how many files have them: `.txt 10, .json 2`."""
+    told = ", ".join(f"{printable(suffix)} {count:,}" for suffix, count in passed.most_common(5))
+    return told + (f" and {len(passed) - 5} suffixes more" if len(passed) > 5 else "")
 
 
 def _why_unlabelled(names: list[bytes], tops: list[bytes | None], classes: list[bytes]) -> str:
