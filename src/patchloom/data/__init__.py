@@ -98,9 +98,7 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     options = {option: value for option, value in options.items() if option not in READING}
-    source = _open(name, labels, in_chans, seed, reading.channel_files, options)
-    reading.given_to(source, quiet=quiet)
-    return source
+    return reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, options), quiet=quiet)
 
 
 def open_alike(names: Sequence[str], *, model: Any = None, **options: Any) -> list[Source | StreamSource]:

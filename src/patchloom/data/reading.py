@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from patchloom.data.base import Source, StreamSource, reading
 from patchloom.data.survey import settle
@@ -16,6 +16,7 @@ from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 
 AUTO = ValueRange()
+Opened = TypeVar("Opened", bound=Source | StreamSource)
 OPTIONS = ("value_range", "no_data", "channels", "channel_files")
 
 
@@ -39,8 +40,8 @@ class Reading:
         values = ValueRange.parse("auto" if text is None else str(text), taken.get("no_data"))
         return cls(values, parse_channels(taken.get("channels")), taken.get("channel_files"))
 
-    def given_to(self, source: Source | StreamSource, *, quiet: bool = False) -> None:
-        """Let a source read so, and settle its value range.
+    def given_to(self, source: Opened, *, quiet: bool = False) -> Opened:
+        """Let a source read so, settle its value range, and return it.
 
         Raises:
             UsageError: The source is not of files, or has another number of channels.
@@ -50,7 +51,7 @@ class Reading:
             for name, value in (("value_range", self.values.given), ("channels", self.channels)):
                 if value:
                     raise UsageError(f"{name} is {value}, which the source {source.name} cannot obey; leave it out")
-            return
+            return source
         if self.channels is not None and len(self.channels) != source.in_chans:
             raise UsageError(
                 f"channels names {len(self.channels)} channels and images of {source.in_chans} are asked for; "
@@ -58,6 +59,7 @@ class Reading:
             )
         source.channels = self.channels
         settle(source, self.values, quiet=quiet)
+        return source
 
 
 def parse_channels(text: str | Sequence[int] | None) -> tuple[int, ...] | None:

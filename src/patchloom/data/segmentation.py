@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.mask_pairs import ListedFile, list_images, paired
 from patchloom.data.mask_settling import MOST_GUESSED, settle
@@ -36,6 +36,7 @@ from patchloom.data.mask_values import (
     shares_of_counts,
     wrong_value,
 )
+from patchloom.data.reading import Reading, remembered
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
 from patchloom.mask_settings import MaskSettings
@@ -65,7 +66,7 @@ class Pair(NamedTuple):
     """An image and its mask."""
 
     image: Tensor
-    """(C, H, W) uint8."""
+    """(C, H, W) uint8, or float32 in [0, 1]."""
     mask: Tensor
     """(H, W) uint8, 255 where unknown."""
 
@@ -166,14 +167,15 @@ class MaskSource(Source):
         return self.coding.line(self.name, self.shares)
 
     def read(self, index: int) -> Sample:
-        """Return pair number `index`: (C + 1, H, W) uint8, the mask last; see `split_mask`.
+        """Return pair number `index`: (C + 1, H, W) of the image's type, the mask last; see `split_mask`.
 
         Raises:
             UnreadableImageError: One of the two files cannot be decoded.
             UsageError: The mask is of another size than its image, or holds a value that means nothing.
         """
         key = self.key(index)
-        image = decode_image(self.images / self.pairs[index].image, key, self.in_chans)
+        path = self.images / self.pairs[index].image
+        image = decode_image(path, key, self.in_chans, "invert", self.values, self.channels)
         mask = self.read_mask(index)
         if mask.shape != image.shape[1:]:
             file = self.masks / self.pairs[index].parts[0].file
@@ -192,6 +194,11 @@ class MaskSource(Source):
                 f"the masks of {self.images / self.key(index)} are of different sizes; they must be of one"
             )
         return torch.from_numpy(self.coding.together(classes).astype(np.uint8))
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and paths of up to `count` images."""
+        for index in spread(len(self), count):
+            yield self.key(index), self.images / self.pairs[index].image
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes and times of images and masks."""
@@ -276,6 +283,10 @@ def open_segmentation(
     coding: MaskCoding | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    value_range: str | None = None,
+    no_data: float | None = None,
+    channels: str | None = None,
+    model: Any = None,
 ) -> MaskSource:
     """Open images with masks by name.
 
@@ -289,16 +300,22 @@ def open_segmentation(
         coding: How masks are read, as settled on another source, instead.
         include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
+        value_range: What stored values of images become 0 and 1, see `patchloom.source_options`.
+        no_data: Value that means that nothing is known of a pixel.
+        channels: Numbers of the channels taken of each image.
+        model: Encoder whose training images say how these are read, where the options do not.
 
     Raises:
-        UsageError: There is no such source.
+        UsageError: There is no such source, or it cannot be read so.
     """
+    asked = {"value_range": value_range, "no_data": no_data, "channels": channels}
+    how = Reading.of(remembered(model) | {option: value for option, value in asked.items() if value is not None})
     read: dict[str, Any] = {"in_chans": in_chans, "settings": settings, "coding": coding}
     read |= {"include": include, "exclude": exclude}
     word, _, rest = name.partition(":")
     if word in ("camvid", "ade20k") and rest:
         folder, split = _split_of(rest, {"camvid": ("train", "val", "test"), "ade20k": ("train", "val")}[word])
-        return (_camvid if word == "camvid" else _ade20k)(name, folder, split, read)
+        return how.given_to((_camvid if word == "camvid" else _ade20k)(name, folder, split, read))
     root = existing(name)
     if not root.is_dir():
         raise UsageError(
@@ -316,7 +333,7 @@ def open_segmentation(
                 break
     tables = [place / file for place in (root, root.parent) for file in TABLE_FILES if (place / file).is_file()]
     table = tables[0] if tables and class_names is None else None
-    return MaskSource(name, root / "images", masks, class_names=class_names, table=table, **read)
+    return how.given_to(MaskSource(name, root / "images", masks, class_names=class_names, table=table, **read))
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:

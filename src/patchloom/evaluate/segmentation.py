@@ -21,6 +21,7 @@ from torch import Tensor
 from patchloom.data import make_loader
 from patchloom.data.mask_transforms import TestImage
 from patchloom.data.pixels import unit
+from patchloom.data.reading import reading_options, remembered
 from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
@@ -66,7 +67,9 @@ class Segmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("the segmentation probe needs an encoder with patch tokens; raw pixels have none")
-        train, test = open_pair(config.train, config.test, in_chans(encoder), config, **config.source_options())
+        train, test = open_pair(
+            config.train, config.test, in_chans(encoder), config, **(remembered(encoder) | config.source_options())
+        )
         masks = masks_said(train.coding, (train.name, train.shares), (test.name, test.shares))
         trained = train_decoder(encoder, train, config)
         trained_at = time.perf_counter()
@@ -160,6 +163,7 @@ def open_pair(
     """
     refuse_untaken(open_segmentation, train, options)
     learnt = open_segmentation(train, in_chans=channels, settings=settings, **options)
+    options |= reading_options(learnt)
     measured = open_segmentation(test, in_chans=channels, coding=learnt.coding, **options)
     measured.palette = learnt.palette
     own, names = measured.own_names, learnt.class_names
