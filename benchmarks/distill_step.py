@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, paired_ratio, rewrite
+from patchloom import registry
 from patchloom.bundle import save_bundle
 from patchloom.data import open_source
-from patchloom.distill import METHODS
 from patchloom.encoders import create_backbone
 from patchloom.training.config import config_from_mapping
 from patchloom.training.optim import set_rates
@@ -41,7 +41,7 @@ def method(name: str, teacher: Path, options: argparse.Namespace, device: str) -
         "cutmix": 0.0,
         "val_fraction": 0.0,
     }
-    kind = METHODS[name]
+    kind = registry.method_class("distill", name)
     return kind(config_from_mapping(kind.config_class, settings), open_source("digits")).to(device).train()
 
 

@@ -13,6 +13,7 @@ import patchloom as pl
 from patchloom.adapt.adaptformer import AdaptFormer
 from patchloom.adapt.bitfit import BitFit
 from patchloom.adapt.lora import LoRA
+from patchloom.adapt.merge import merge_to_bundle
 from patchloom.adapt.vpt import VisualPrompts
 from patchloom.adapters import (
     activate,
@@ -21,7 +22,6 @@ from patchloom.adapters import (
     encoder_hash,
     insert,
     insertions,
-    merge_to_bundle,
     remove,
     save_adapter,
 )

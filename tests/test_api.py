@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ def python(code: str) -> str:
 
 
 def test_import_loads_nothing_heavy():
-    heavy = "['torch', 'timm', 'lightning', 'matplotlib', 'torchvision', 'sklearn']"
+    heavy = "['torch', 'timm', 'lightning', 'matplotlib', 'torchvision', 'sklearn', 'numpy']"
     assert python(f"import sys, patchloom; print([m for m in {heavy} if m in sys.modules])") == "[]\n"
 
 
@@ -25,11 +27,34 @@ def test_encoders_are_known_to_timm_in_either_order_of_import(order):
     assert python(f"{order}; print(timm.is_model('ccvit_base_patch16_224'))") == "True\n"
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "adapt", "evaluate", "embed", "export", "demo"])
-def test_a_verb_is_a_module_and_a_function(verb):
-    module = getattr(pl, verb)
-    assert callable(module)
-    assert module.__name__ == f"patchloom.{verb}"
+VERBS = ["pretrain", "adapt", "distill", "evaluate", "explain", "embed", "export", "demo", "load", "load_reference"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_a_plain_function(verb):
+    function = getattr(pl, verb)
+    assert inspect.isfunction(function)
+    assert pickle.loads(pickle.dumps(function)) is function
+    described = function.__doc__.split("Args:")[1]
+    for name, parameter in inspect.signature(function).parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty, name
+        assert f"{name}:" in described, name
+
+
+def test_a_verb_stays_a_function_when_the_package_of_its_name_is_imported():
+    lines = [
+        "import patchloom.pretrain.ccvit_config, patchloom.evaluate, patchloom.embed",
+        "from patchloom.explain import config",
+        "import inspect, sys, patchloom as pl",
+        "print(all(map(inspect.isfunction, (pl.pretrain, pl.evaluate, pl.embed, pl.explain))))",
+        "print(sys.modules['patchloom.pretrain'].__path__ != [])",
+    ]
+    assert python("\n".join(lines)) == "True\nTrue\n"
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(pl.UsageError, match="missing data"):
+        pl.pretrain("ccvit", out="nowhere")
 
 
 def test_methods_are_listed():

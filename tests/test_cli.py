@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import pytest
 
 import patchloom as pl
-from patchloom import cli
+from patchloom import cli, registry
 from patchloom.errors import UsageError
+from patchloom.terminal.options import read_options
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -27,29 +28,55 @@ def test_overview_names_every_command(capsys):
         assert f"  {name} " in out
 
 
-def test_a_command_loads_what_it_needs_and_nothing_else():
-    script = """
-import sys
-from patchloom.evaluate import EVALUATIONS
-assert "torch" not in sys.modules and len(EVALUATIONS) > 10, "naming the evaluations loads nothing"
-assert EVALUATIONS["knn"].__name__ == "KNN"
-print([name for name in ("lightning", "sklearn", "patchloom.evaluate.finetune") if name in sys.modules])
+HELP = """
+import contextlib, io, pathlib, sys
+from patchloom import cli, registry
+for words in [*cli.COMMANDS, *(f"{verb} {name}" for verb in registry.METHODS for name in registry.METHODS[verb])]:
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        cli.main([*words.split(), "--help"])
+    assert "--" in page.getvalue(), words
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    assert cli.main(["list"]) == 0
+    assert cli.main(["completion", "bash"]) == 0
+    assert cli.main(["pretrain", "ccvit", "--epoch", "3"]) == 2
+    assert cli.main(["pretrain", "ccvti"]) == 2
+    assert cli.main(["pretrain", "ccvit", "--data", "photos"]) == 2
+heavy = ["torch", "lightning", "timm", "sklearn", "skimage", "numpy", "scipy", "matplotlib", "PIL", "torchvision"]
+print([name for name in heavy if name in sys.modules])
+status = pathlib.Path("/proc/self/status")  # not getrusage, whose peak a process inherits
+peak = status.read_text().split("VmHWM:")[1].split()[0] if status.exists() else 0
+print(int(peak) // 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "adapt", "distill", "evaluate"])
-def test_every_name_of_a_table_stands_for_a_class(verb):
-    import importlib
+def test_every_help_page_and_refusal_is_light():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    loaded, megabytes = done.stdout.split("\n")[:2]
+    assert loaded == "[]", done.stdout + done.stderr
+    assert int(megabytes) < 120
 
-    module = importlib.import_module(f"patchloom.{verb}")
-    table = module.EVALUATIONS if verb == "evaluate" else module.METHODS
-    assert sorted(table) == pl.list_methods(verb)
-    for name in table:
-        assert hasattr(table[name], "config_class"), name
-    with pytest.raises(KeyError):
-        table["nothing"]
+
+def test_one_help_page_takes_less_than_half_a_second_of_cpu_time():
+    script = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'patchloom', *sys.argv[1:]]); "
+    script += "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    command = [sys.executable, "-c", script, "distill", "scalekd", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) < 0.5
+
+
+@pytest.mark.parametrize("verb", registry.METHODS)
+def test_every_entry_stands_for_a_method_its_settings_and_its_summary(verb):
+    assert sorted(registry.METHODS[verb]) == pl.list_methods(verb)
+    for name, entry in registry.METHODS[verb].items():
+        method = registry.method_class(verb, name)
+        assert registry.settings_class(verb, name) is method.config_class, name
+        assert method.__doc__.strip().splitlines()[0] == f"{entry.summary}.", name
+    with pytest.raises(UsageError, match=r"unknown .* 'nothing'"):
+        registry.entry(verb, "nothing")
+
+
+def test_every_name_of_a_published_system_stands_for_its_loader():
+    assert all(callable(registry.load(place)) for place in registry.REFERENCES.values())
 
 
 def test_python_runs_the_package_as_the_command():
@@ -64,7 +91,7 @@ def test_every_command_explains_all_its_options(name, capsys):
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     options = [line for line in lines if line.startswith("  --")]
-    assert options
+    assert options, lines
     text = "\n".join(lines)
     for option in options:
         name = option.split()[0]
@@ -140,11 +167,7 @@ class Settings:
 
 
 def parse(*arguments: str) -> dict[str, object]:
-    from typing import get_type_hints
-
-    parser = cli._parser("made up", "Made up.")
-    parser.add_class_arguments(Settings, fail_untyped=False)
-    return cli._parse(parser, list(arguments), get_type_hints(Settings))
+    return read_options("made up", "Made up.", Settings, arguments)
 
 
 @pytest.mark.parametrize("spelling", ["--batch_size=4", "--batch-size=4"])
@@ -177,10 +200,14 @@ def test_missing_config_file_is_bad_usage(tmp_path):
         parse("--config", str(tmp_path / "none.yaml"))
 
 
-def test_list_is_machine_readable(capsys):
-    code, out, _ = run(capsys, "list", "--verb", "pretrain")
+def test_list_is_a_table_for_a_person_and_json_for_a_program(capsys):
+    code, out, _ = run(capsys, "list", "pretrain")
     assert code == 0
-    assert "ccvit" in json.loads(out)["pretrain"]
+    assert "  ccvit       Masked image modelling" in out
+    code, out, _ = run(capsys, "list", "--verb", "pretrain", "--json")
+    assert (code, json.loads(out)) == (0, {"pretrain": pl.list_methods("pretrain")})
+    _, out, _ = run(capsys, "list", "--json")
+    assert json.loads(out)["references"] == pl.list_references()
 
 
 def test_installed_command_answers():
@@ -192,12 +219,12 @@ def test_installed_command_answers():
 
 @pytest.mark.parametrize("spelling", [["--preset", "big"], ["--preset=big"], ["--config", "settings.yaml"]])
 def test_a_preset_changes_the_defaults_of_a_command(spelling, monkeypatch, tmp_path):
-    from patchloom import pretrain
-    from patchloom.pretrain.ccvit import CCViTConfig, CCViTMethod
+    from patchloom.pretrain.ccvit import CCViTConfig
+    from patchloom.training import run as module
 
     seen = {}
-    monkeypatch.setattr(pretrain, "METHODS", {"made_up": CCViTMethod})
-    monkeypatch.setattr(pretrain, "fit", lambda command, method, config: seen.update(asdict(config)))
+    monkeypatch.setitem(registry.METHODS["pretrain"], "made_up", registry.METHODS["pretrain"]["ccvit"])
+    monkeypatch.setattr(module, "fit", lambda command, method, config: seen.update(asdict(config)))
     monkeypatch.setattr(CCViTConfig, "PRESETS", {"big": {"batch_size": 77, "epochs": 5}})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.yaml").write_text("preset: big\n")

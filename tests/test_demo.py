@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 import patchloom as pl
-from patchloom import demo as demo_module
 
 
 @pytest.mark.slow
@@ -17,7 +17,9 @@ def test_the_demo_leaves_its_figures_and_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(embedded.DEFAULT_CROPS, "train", 54)
     monkeypatch.setitem(embedded.DEFAULT_CROPS, "test", 36)
     monkeypatch.setattr(
-        demo_module, "RECIPE", {"batch_size": 16, "k": 32, "codebook_images": 20, "max_steps": 2, "probe_every": 0}
+        sys.modules["patchloom.demo"],
+        "RECIPE",
+        {"batch_size": 16, "k": 32, "codebook_images": 20, "max_steps": 2, "probe_every": 0},
     )
     out = tmp_path / "demo"
     summary = pl.demo(out=str(out), num_workers=0)

@@ -11,7 +11,7 @@ import timm
 import torch
 
 import patchloom as pl
-from patchloom import export as module
+from patchloom import onnx_file as module
 from patchloom.bundle import bundle_fingerprint, read_lineage, save_bundle
 from patchloom.encoders import create_encoder
 from patchloom.errors import MissingExtraError, UsageError

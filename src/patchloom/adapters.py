@@ -29,7 +29,7 @@ from patchloom import __version__
 from patchloom.adapt.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, set_image_size
 from patchloom.errors import UsageError, unknown_name
-from patchloom.io import check_place, write_json, written_whole
+from patchloom.io import write_json, written_whole
 
 __all__ = [
     "activate",
@@ -39,7 +39,6 @@ __all__ = [
     "insert",
     "insertions",
     "merge",
-    "merge_to_bundle",
     "read_adapter",
     "remove",
     "save_adapter",
@@ -223,32 +222,6 @@ def load_into(insertion: Insertion, path: str | Path, *, base: str, classes: int
     if theirs != classes:
         raise UsageError(f"{path} tells {theirs} classes apart, and there are {classes} here; start without it")
     _fill(insertion, state, path)
-
-
-def merge_to_bundle(adapter: str, out: str, overwrite: bool = False) -> str:
-    """Write an adapter into its encoder's weights, and the result as a bundle that timm opens by itself.
-
-    Args:
-        adapter: Run or adapter file whose mathematics allow it: lora, bitfit, linear.
-        out: Folder of the bundle.
-        overwrite: Replace a bundle already there.
-
-    Returns:
-        The folder of the bundle.
-
-    Raises:
-        UsageError: The adapter cannot be merged, or the folder exists.
-    """
-    from patchloom.bundle import save_bundle
-
-    if check_place(out).exists() and not overwrite:
-        raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
-    encoder = load_adapted(adapter)
-    about, _ = read_adapter(adapter)
-    merge(encoder)
-    lineage = {"made_by": f"merge of {about['kind']}", "adapter": str(adapter), "encoder": about["encoder"]}
-    save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
-    return out
 
 
 def _named(paths: Sequence[str | Path]) -> dict[str, str | Path]:

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from patchloom._lazy import make_callable
 from patchloom.io import write_json
-from patchloom.report import Section, add_section, bars
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
 
 # Small enough for minutes on two cores. Chosen by k-NN accuracy on held-out parts of the training crops.
 ENCODER = "ccvit_tiny_patch8_64"
@@ -48,6 +49,7 @@ def demo(
         UsageError: `out` holds something already and `overwrite` is not set.
     """
     import patchloom as pl
+    from patchloom.report import add_section
 
     start = time.perf_counter()
     run = pl.pretrain(
@@ -96,6 +98,8 @@ def _table(scores: dict[str, float]) -> str:
 
 def _comparison(scores: dict[str, float]) -> Section:
     """Return the comparison as a section of the report."""
+    from patchloom.report import Section, bars
+
     shares = {
         f"{name} ({protocol})": scores[f"{protocol}_{kind}"] for protocol in LABELS for kind, name in KINDS.items()
     }
@@ -113,6 +117,3 @@ def _comparison(scores: dict[str, float]) -> Section:
 
 def _save(path: Path, summary: dict[str, Any]) -> None:
     write_json(path, summary, default=str)
-
-
-make_callable(__name__, demo)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from patchloom._lazy import make_callable
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import check_place, written_whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def embed(
@@ -66,6 +66,8 @@ def embed(
         UsageError: Another kind of file, one that exists, or no such model or data.
         MissingExtraError: Parquet without pyarrow.
     """
+    import numpy as np
+
     from patchloom.bundle import open_encoder
     from patchloom.data import SourceOptions, open_source
     from patchloom.encoders import in_chans
@@ -133,6 +135,3 @@ def _write_parquet(path: Path, keys: list[str], labels: np.ndarray, vectors: np.
         columns["label"] = pyarrow.array(labels)
     columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-
-make_callable(__name__, embed)

@@ -23,13 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from patchloom import stopping
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import check_place, make_folder, write_json, write_text
-from patchloom.report.page import format_value
 
 CELLS = "cells"
 
@@ -137,7 +135,7 @@ def _write(path: Path, outcome: Outcome) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else str(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)  # arrays and their numbers
 
 
 def claim_folder(out: str | Path, recipe: Mapping[str, Any], overwrite: bool = False) -> Path:
@@ -183,6 +181,7 @@ def read_recipe(path: str | Path, known: Iterable[str], needed: Iterable[str]) -
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of repeated measurements and the ends of its 95 % interval (Student's t; equal for one)."""
+    import numpy as np
     from scipy import stats
 
     mean = float(np.mean(values))
@@ -221,4 +220,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell_text(value: Any) -> str:
+    from patchloom.report.page import format_value
+
     return str(format_value(value)).replace("|", "\\|").replace("\n", " ")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import patchloom as pl
-from patchloom.adapt import METHODS
+from patchloom import registry
 from patchloom.adapt.adaptformer import AdaptFormerConfig, AdaptFormerMethod
 from patchloom.adapters import encoder_hash, read_adapter
 from patchloom.bundle import load, save_bundle
@@ -40,12 +40,14 @@ def base(tmp_path_factory):
 
 
 def made(kind, base, **settings):
-    method_class = METHODS[kind]
+    method_class = registry.method_class("adapt", kind)
     config = method_class.config_class(out="unused", encoder=str(base), **SMALL, **OF_KIND.get(kind, {}), **settings)
     return method_class(config, open_source("digits"))
 
 
-@pytest.mark.parametrize("kind", [name for name in METHODS if name not in ("finetune", "scratch", "prompt_cam")])
+@pytest.mark.parametrize(
+    "kind", [name for name in registry.METHODS["adapt"] if name not in ("finetune", "scratch", "prompt_cam")]
+)
 def test_every_method_learns_and_touches_nothing_else(kind, base):
     if kind == "lora":
         pytest.importorskip("peft")
@@ -115,9 +117,9 @@ def test_a_run_leaves_a_small_file_that_evaluates_and_resumes(tmp_path, base):
 
 
 def test_the_linear_probe_of_masked_autoencoders(base):
-    config_class = METHODS["linear"].config_class
+    config_class = registry.method_class("adapt", "linear").config_class
     config = config_from_mapping(config_class, {"preset": "mae", "out": "unused", "encoder": str(base), **SMALL})
-    method = METHODS["linear"](config, open_source("digits"))
+    method = registry.method_class("adapt", "linear")(config, open_source("digits"))
     optimizer = method.configure_optimizers()
     assert isinstance(optimizer, Lars)
     assert {(group["momentum"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.9, 0.0)}

@@ -74,7 +74,7 @@ def test_a_cell_of_its_own_process_knows_its_memory_and_one_that_fails_stays_alo
 
 
 def test_mistakes_are_named_before_anything_runs(base):
-    with pytest.raises(UsageError, match="unknown method 'adaptfomer'; did you mean adaptformer"):
+    with pytest.raises(UsageError, match="unknown adapt method 'adaptfomer'; did you mean adaptformer"):
         plan_cells(plan(base, methods={"adaptfomer": {}}))
     with pytest.raises(UsageError, match="unknown setting 'bottlneck'"):
         plan_cells(plan(base, methods={"adaptformer": {"bottlneck": 3}}))

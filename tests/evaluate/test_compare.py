@@ -62,7 +62,7 @@ def test_files_are_compared_with_holms_correction(tmp_path, capsys):
     assert by_pair[0]["p_holm"] >= by_pair[0]["p_value"]
     assert by_pair[0]["p_holm"] < 0.05 < by_pair[2]["p_value"]
     assert len(pl.evaluate("compare", files=files, against="first")["differences"]) == 2
-    assert main(["evaluate", "compare", "--files", ",".join(files)]) == 0
+    assert main(["evaluate", "compare", "--files", ",".join(files), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["differences"] == found["differences"]
 
 

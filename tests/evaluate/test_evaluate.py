@@ -15,11 +15,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
 import patchloom as pl
+from patchloom import registry
 from patchloom.bundle import load, save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.evaluate import EVALUATIONS
 from patchloom.evaluate.figures import classification_figures, wilson
 from patchloom.evaluate.metrics import SCORES
 from patchloom.evaluate.predictions import Predictions
@@ -27,6 +27,7 @@ from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
+from patchloom.terminal.options import help_texts
 
 from .small_images import CLASSIFIERS, QUICK, TINY, write_images
 
@@ -258,16 +259,12 @@ def test_data_that_cannot_be_used_is_refused(data, tmp_path):
         pl.evaluate("knn", encoder="pixels", train=few, test=data["test"], **QUICK)
 
 
-@pytest.mark.parametrize("protocol", EVALUATIONS)
+@pytest.mark.parametrize("protocol", registry.METHODS["evaluate"])
 def test_every_setting_has_its_meaning_beside_it(protocol):
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser()
-    parser.add_class_arguments(EVALUATIONS[protocol].config_class, fail_untyped=False)
-    meanings = {action.dest: action.help for action in parser._actions}
-    for field in fields(EVALUATIONS[protocol].config_class):
-        assert len(str(meanings[field.name]).split()) > 2, field.name
+    settings_class = registry.settings_class("evaluate", protocol)
+    meanings = help_texts(settings_class)
+    for field in fields(settings_class):
+        assert len(meanings[field.name].split()) > 2, field.name
 
 
 def test_our_names_are_timms_too():

@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_
 
 import patchloom as pl
 from patchloom.errors import UsageError
+from patchloom.evaluate import retrieval
 from patchloom.evaluate.metrics import per_label_auroc
 from patchloom.evaluate.multilabel import MultiLabelConfig
 from patchloom.evaluate.ordinal import in_order
@@ -72,7 +73,7 @@ def test_images_look_for_one_another(monkeypatch):
         alone, place = ranks(x[others], y[others], x[[row]], y[[row]])
         assert float(precision[row]) == pytest.approx(float(alone[0]), rel=1e-5)
         assert int(first[row]) == int(place[0])
-    monkeypatch.setattr("patchloom.evaluate.retrieval.MOST_SIMILARITIES", 60)
+    monkeypatch.setattr(retrieval, "MOST_SIMILARITIES", 60)
     torch.testing.assert_close(ranks(x, y, x, y, leave_one_out=True)[0], precision)
 
 

@@ -116,7 +116,7 @@ def test_what_cannot_be_is_refused_in_words(bundle, tmp_path):
 def test_an_agent_plays_for_a_recording(done, tmp_path, capsys):
     out = tmp_path / "played"
     command = ["data", "atari", "Breakout", "--steps", "30", "--policy", str(done[0]), "--epsilon", "0"]
-    assert main([*command, "--out", str(out)]) == 0
+    assert main([*command, "--out", str(out), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["data"] == f"frames:{out}"
     about = json.loads((out / "Breakout" / "recording.json").read_text())

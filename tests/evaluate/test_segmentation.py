@@ -109,7 +109,8 @@ def test_from_the_command_line_with_a_bundle(encoder, folders, tmp_path, capsys)
     arguments = [f"--{name}={value}" for name, value in FAST.items() if name != "steps"]
     code = main(
         ["evaluate", "segmentation", "--encoder", str(tmp_path / "model"), "--train", train, "--test", test, "--preset",
-         "tiny", "--steps", "5", "--untrained", "--crop", "[32,32]", "--out", str(tmp_path / "out.json"), *arguments]
+         "tiny", "--steps", "5", "--untrained", "--crop", "[32,32]", "--json",
+         "--out", str(tmp_path / "out.json"), *arguments]
     )  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.err

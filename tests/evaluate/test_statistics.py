@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from patchloom.errors import UsageError
+from patchloom.evaluate import statistics
 from patchloom.evaluate.metrics import accuracy, auroc, mean_auroc
 from patchloom.evaluate.statistics import (
     Difference,
@@ -93,7 +94,7 @@ def test_draws_are_of_the_seed_and_splitting_them_changes_nothing(monkeypatch):
     whole = bootstrap_interval(accuracy, said, truth, seed=1)
     assert whole == bootstrap_interval(accuracy, said, truth, seed=1)
     assert whole != bootstrap_interval(accuracy, said, truth, seed=2)
-    monkeypatch.setattr("patchloom.evaluate.statistics.MOST_WEIGHTS", 1000)
+    monkeypatch.setattr(statistics, "MOST_WEIGHTS", 1000)
     assert whole == bootstrap_interval(accuracy, said, truth, seed=1)
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from patchloom import cli, evaluate
 from patchloom.errors import UsageError
+from patchloom.evaluate import run as running
 from patchloom.evaluate.suite import plan_cells, suite
 
 PLAN = {
@@ -44,7 +45,7 @@ def test_every_combination_is_measured_and_what_fails_is_apart(tmp_path):
 def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     file = written(tmp_path, {**PLAN, "encoders": {"pixels": "pixels"}})
     first = suite(file, str(tmp_path / "out"))
-    monkeypatch.setattr(evaluate, "measure", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(running, "measure", lambda *args: pytest.fail("measured again"))
     assert suite(file, str(tmp_path / "out")) == first
 
 

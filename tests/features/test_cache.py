@@ -203,10 +203,10 @@ def test_clearing_deletes_entries_and_nothing_else(encoder, images, tmp_path):
 
 def test_the_command_lists_and_clears(encoder, images, tmp_path, capsys):
     cached_features(encoder, open_source(str(images)), cache=tmp_path / "c", name="e", **QUICK)
-    assert main(["cache", "--cache", str(tmp_path / "c")]) == 0
+    assert main(["cache", "--json", "--cache", str(tmp_path / "c")]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert listed["entries"][0]["images"] == 10
-    assert main(["cache", "--cache", str(tmp_path / "c"), "--clear"]) == 0
+    assert main(["cache", "--cache", str(tmp_path / "c"), "--clear", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["deleted"] == 1
 
 

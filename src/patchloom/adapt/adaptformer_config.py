@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from patchloom.adapt.adapter_config import AdapterConfig
 
@@ -16,6 +16,8 @@ Input = Literal["residual", "normed"]
 @dataclass(frozen=True, kw_only=True)
 class AdaptFormerConfig(AdapterConfig):
     """Settings of AdaptFormer; the defaults are the paper's for images."""
+
+    ABLATIONS: ClassVar[tuple[str, ...]] = ("scale", "learnable_scale", "placement", "input", "norm", "init", "blocks")
 
     bottleneck: int = 64
     """Width of the branch; paper: 64 (1 to 256 tried)"""

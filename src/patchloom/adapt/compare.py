@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from patchloom import stopping
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 from patchloom.io import write_text
 from patchloom.study import (
     Cell,
@@ -84,7 +84,7 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
     Raises:
         UsageError: A method or setting there is not, or both kinds of label budget.
     """
-    from patchloom.adapt import METHODS
+    from patchloom import registry
     from patchloom.training.config import config_from_mapping
 
     if plan.get("label_fractions") and plan.get("shots"):
@@ -95,12 +95,10 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
     for label, given in plan["methods"].items():
         settings = dict(given or {})
         method = str(settings.pop("method", label))
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
         shared = {"data": plan["data"], "encoder": str(plan["encoder"]), "test": plan.get("test"), "probe_every": 0}
         merged = {**shared, **(plan.get("defaults") or {}), **settings}
         # Refused now, not after the cells before it have been computed.
-        config_from_mapping(METHODS[method].config_class, {**merged, "out": "unused"})
+        config_from_mapping(registry.settings_class("adapt", method), {**merged, "out": "unused"})
         for budget in budgets:
             for seed in plan.get("seeds") or [0]:
                 details = {"method": method, "settings": {**merged, name: budget, "seed": int(seed)}}
@@ -134,10 +132,10 @@ def _in_process_of_its_own(request: dict[str, Any], folder: Path) -> dict[str, A
 
 def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     """Carry out one run; its figures without the parts of a process."""
-    from patchloom.adapt import run
+    from patchloom.training.run import train
 
     out = Path(request["out"])
-    made = run(request["method"], **request["settings"], out=str(out), resume=True)
+    made = train("adapt", request["method"], {**request["settings"], "out": str(out), "resume": True})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it is done; the model is kept
     summary = made.summary
     score = summary.get(summary["headline"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from patchloom.adapt.adapter_config import AdapterConfig
 
@@ -13,6 +13,8 @@ Pool = Literal["prompts+class", "class"]
 @dataclass(frozen=True, kw_only=True)
 class DVPTConfig(AdapterConfig):
     """Settings of DVPT; the defaults are the paper's for grading fundus photographs."""
+
+    ABLATIONS: ClassVar[tuple[str, ...]] = ("share_every", "dynamic", "augment", "normalize")
 
     num_prompts: int = 50
     """Learnt prompts; paper: 50"""

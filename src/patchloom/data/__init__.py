@@ -26,6 +26,7 @@ from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
 from patchloom.io import existing
+from patchloom.registry import SOURCES
 from patchloom.source_options import SourceOptions, refuse_untaken
 
 __all__ = [
@@ -52,21 +53,7 @@ __all__ = [
 
 def list_sources() -> dict[str, str]:
     """Return the ways to name a data source, each with one line of help."""
-    return {
-        "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
-        "digits": "scikit-learn's 8x8 digits; digits:test",
-        "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
-        "FILE.csv": "images and labels by a table (or .parquet): file,label, or a column per label; FILE.csv:SPLIT",
-        "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
-        "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
-        "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
-        "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
-        "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
-        "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
-        "chexpert:FOLDER": "CheXpert, 5 labels; …:train, :val, :test, and :ones, :zeros, :ignore for uncertain",
-        "mimic-cxr:FOLDER": "MIMIC-CXR, 5 labels; …:train, :val, :test",
-        "covidx:FOLDER": "COVIDx, 3 classes; …:train, :val, :test",
-    }
+    return dict(SOURCES)
 
 
 def open_source(

@@ -15,6 +15,8 @@ from patchloom.errors import UsageError
 class DeiTLTConfig(DistillConfig):
     """Settings of DeiT-LT; the defaults are the paper's for CIFAR-10-LT and CIFAR-100-LT."""
 
+    ABLATIONS: ClassVar[tuple[str, ...]] = ("renormalize", "antialias", "weighted_labels")
+
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "imagenet_lt": {"epochs": 1400, "reweight_from": 6 / 7, "mixup_late": True},
         "inaturalist": {"epochs": 1000, "reweight_from": 0.9, "mixup_late": True},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
@@ -12,6 +12,17 @@ from patchloom.training.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class G2SDGenericConfig(TrainConfig):
     """Settings of G2SD's first stage; the defaults are the paper's for a small student at 224 pixels."""
+
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "target",
+        "beta",
+        "encoder_loss_weight",
+        "teacher_decoder_layer",
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+        "interpolation",
+    )
 
     teacher: str
     """Run of `pretrain mae` (or its bundle, or an imported MAE checkpoint with its decoder), of `pretrain ccvit`, or of

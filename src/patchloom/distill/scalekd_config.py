@@ -15,6 +15,19 @@ from patchloom.errors import UsageError
 class ScaleKDConfig(DistillConfig):
     """Settings of ScaleKD; the defaults are the paper's "traditional" recipe for convolutional students."""
 
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "kd",
+        "tpp",
+        "dfm",
+        "cap",
+        "num_heads",
+        "softmax_scale",
+        "tpp_blocks",
+        "student_stages",
+        "scale",
+        "loss",
+    )
+
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "traditional": {},
         "advanced_cnn": {

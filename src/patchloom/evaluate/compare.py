@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 from patchloom.evaluate.compare_config import ComparisonConfig
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import Difference, delong, holm, paired_bootstrap
@@ -64,12 +64,10 @@ class Compare:
         config = self.config
         if config.files is not None:
             return Predictions.load(name)
-        from patchloom.evaluate import EVALUATIONS
+        from patchloom import registry
         from patchloom.training.config import config_from_mapping
 
-        if config.by not in EVALUATIONS:
-            raise unknown_name("evaluation", config.by, EVALUATIONS)
-        evaluation = EVALUATIONS[config.by]
+        evaluation = registry.method_class("evaluate", config.by)
         shared = {"train": config.train, "test": config.test, "seed": config.seed, "encoder": name}
         bound = evaluation(config_from_mapping(evaluation.config_class, {**config.settings, **shared}))
         bound.run()

@@ -20,7 +20,7 @@ from patchloom.data.base import Source
 from patchloom.data.pixels import unit
 from patchloom.data.reading import reading_options
 from patchloom.encoders import embed_dim, image_size, in_chans, normalize
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
@@ -34,12 +34,11 @@ class Finetune(Evaluation):
 
     def figures(self) -> dict[str, Any]:
         """Return accuracy (a fraction), what goes with it, and what an adapter costs to store."""
-        from patchloom.adapt import METHODS
-        from patchloom.adapt import run as adapt
+        from patchloom import registry
+        from patchloom.training.run import train as train_by
 
         config = self.config
-        if config.method not in METHODS:
-            raise unknown_name("adapt method", config.method, METHODS)
+        registry.entry("adapt", config.method)  # refuses an unknown one before anything is loaded
         encoder = resolve_encoder(config)
         if encoder is None:
             raise UsageError("raw pixels cannot be trained further; name an encoder")
@@ -60,20 +59,18 @@ class Finetune(Evaluation):
             folder = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
             # What is meant by the encoder (published weights, fresh ones, a module) is settled here, not by adapt.
             bundle = save_bundle(encoder, Path(folder) / "encoder")
-            done = adapt(
-                config.method,
-                **config.settings,
-                **options,
-                data=config.train,
-                test=config.test,
-                encoder=str(bundle),
-                out=str(Path(folder) / "adapted"),
-                seed=config.seed,
-                num_workers=config.num_workers,
-                image_size=config.image_size,
-                in_chans=channels,
-                accelerator="cpu" if device.type == "cpu" else "gpu",
-            )
+            ours = {
+                "data": config.train,
+                "test": config.test,
+                "encoder": str(bundle),
+                "out": str(Path(folder) / "adapted"),
+                "seed": config.seed,
+                "num_workers": config.num_workers,
+                "image_size": config.image_size,
+                "in_chans": channels,
+                "accelerator": "cpu" if device.type == "cpu" else "gpu",
+            }
+            done = train_by("adapt", config.method, {**config.settings, **options, **ours})
             model = load(done.path)
             names = list(done.summary["class_names"])
             logits, measured = self._predict(model, test, names, device)

@@ -29,7 +29,7 @@ FEWEST_STEPS, PASSES = 1000, 10
 
 
 class LinearGrid(Evaluation):
-    """DINOv2's linear probe: learning rates, blocks and poolings in one pass, the best on validation images counts."""
+    """DINOv2's linear probe: rates, blocks and poolings in one pass, the best on validation images counts."""
 
     config_class = LinearGridConfig
 

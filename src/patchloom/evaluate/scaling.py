@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from patchloom.data.groups import read_groups
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.logistic import fit_logistic
-from patchloom.evaluate.subset import Protocol, check_shots, few_shot_subset, shot_neighbours, taken
-from patchloom.evaluate.target import EvaluationConfig, labelled_features
-from patchloom.features.extract import Features
-from patchloom.features.knn import knn_predict
+from patchloom.evaluate.config import EvaluationConfig
+from patchloom.evaluate.subset_config import Protocol, check_shots
 from patchloom.io import write_text
 from patchloom.source_options import SourceOptions
 from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, run_cells, write_csv
+
+if TYPE_CHECKING:
+    from patchloom.features.extract import Features
 
 PROTOCOLS = ("logistic", "knn")
 NEIGHBOURS = 20
@@ -118,6 +117,10 @@ def scaling(
 
 
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
+    from patchloom.data.groups import read_groups
+    from patchloom.evaluate.subset import few_shot_subset, shot_neighbours, taken
+    from patchloom.evaluate.target import labelled_features
+
     start = time.perf_counter()
     train, test, class_names = labelled_features(config)
     by, patients = probe.get("shots_by", "nested"), probe.get("patients")
@@ -140,6 +143,9 @@ def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score(train: Features, test: Features, classes: int, protocol: str, most: int) -> float:
+    from patchloom.evaluate.logistic import fit_logistic
+    from patchloom.features.knn import knn_predict
+
     x, y = train.vectors, train.labels
     if protocol == "knn":
         said = knn_predict(x, y, test.vectors, k=min(most, len(y)), temperature=0.07, num_classes=classes)

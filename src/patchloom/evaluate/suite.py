@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.compare import paired_differences
-from patchloom.evaluate.predictions import Predictions
 from patchloom.io import write_text
 from patchloom.study import (
     CELLS,
@@ -59,7 +57,7 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
     Raises:
         UsageError: The file cannot be read, or names protocols there are not.
     """
-    from patchloom.evaluate import measure
+    from patchloom.evaluate.run import measure
 
     plan = read_recipe(recipe, KNOWN, ("encoders", "data", "protocols"))
     cells = plan_cells(plan)
@@ -93,13 +91,13 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
     Raises:
         UsageError: A protocol there is not, or an entry that is no mapping.
     """
-    from patchloom.evaluate import EVALUATIONS
+    from patchloom.registry import METHODS
 
     protocols = {name: _mapping(given, name) for name, given in plan["protocols"].items()}
     for name, settings in protocols.items():
         settings.setdefault("protocol", name)
-        if settings["protocol"] not in EVALUATIONS:
-            raise unknown_name("protocol", str(settings["protocol"]), EVALUATIONS)
+        if settings["protocol"] not in METHODS["evaluate"]:
+            raise unknown_name("protocol", str(settings["protocol"]), METHODS["evaluate"])
     cells = []
     for data_name, given in plan["data"].items():
         data = _mapping(given, data_name)
@@ -141,6 +139,9 @@ def _predictions(folder: Path, cell: Cell) -> Path:
 
 def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return the paired difference of every two encoders measured on the same images by the same protocol."""
+    from patchloom.evaluate.compare import paired_differences
+    from patchloom.evaluate.predictions import Predictions
+
     groups: dict[tuple[str, str], list[tuple[str, Predictions]]] = {}
     for outcome in outcomes:
         labels, kept = outcome.cell.labels, _predictions(folder, outcome.cell)

@@ -26,7 +26,7 @@ MOST_HEADS = 6
 
 
 class AttentionGallery:
-    """Where the encoder looks: heads of a block, attention rollout and, for classifiers, maps weighted by gradients."""
+    """Where the encoder looks: heads of a block, rollout and, for classifiers, maps weighted by gradients."""
 
     config_class = AttentionConfig
 
@@ -71,7 +71,7 @@ class AttentionGallery:
 
 
 class TraitsGallery:
-    """What a Prompt-CAM model decided by: the heads that matter for each image, or for one class against another."""
+    """What a Prompt-CAM model decided by: the heads that matter for an image, or for one class against another."""
 
     config_class = TraitsConfig
 

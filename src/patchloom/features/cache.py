@@ -197,22 +197,6 @@ def clear(cache: str | Path | None = "auto") -> int:
     return len(entries)
 
 
-def show_cache(cache: str = "auto", clear: bool = False) -> dict[str, Any]:
-    """List the features kept on disk, or delete them.
-
-    Args:
-        cache: Folder of the cache; auto is its usual place (PATCHLOOM_CACHE, or ~/.cache/patchloom/features).
-        clear: Delete all entries.
-    """
-    root = cache_folder(cache)
-    entries = list_entries(cache)
-    total = round(sum(entry["megabytes"] for entry in entries), 1)
-    found: dict[str, Any] = {"folder": str(root), "megabytes": total, "limit_gigabytes": _limit() / 1e9}
-    if clear:
-        return {**found, "deleted": globals()["clear"](cache)}
-    return {**found, "entries": entries}
-
-
 def _extracted(encoder: Encoder | None, source: Source | StreamSource, options: dict[str, Any]) -> Features:
     from patchloom.features.extract import extract
 
@@ -328,7 +312,7 @@ def _replace_outdated(entry: Path, about: dict[str, Any]) -> None:
 def _keep_within_limit(root: Path, keep: Path) -> None:
     """Delete the entries not used for longest until the rest fits."""
     entries = sorted(_entries(root), key=_last_use, reverse=True)
-    total, most = 0, _limit()
+    total, most = 0, limit_in_bytes()
     for entry in [keep, *(one for one in entries if one != keep)]:
         size = _size(entry)
         total += size
@@ -343,7 +327,7 @@ def _keep_within_limit(root: Path, keep: Path) -> None:
             total -= size
 
 
-def _limit() -> float:
+def limit_in_bytes() -> float:
     given = os.environ.get("PATCHLOOM_CACHE_GB", str(LIMIT_GB))
     try:
         return float(given) * 1e9

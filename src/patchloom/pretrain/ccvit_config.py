@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
@@ -12,6 +12,18 @@ from patchloom.training.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class CCViTConfig(TrainConfig):
     """Settings of CCViT; the defaults are the paper's recipe for a base encoder at 224 pixels."""
+
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "target",
+        "token_weight",
+        "pixel_weight",
+        "early_layers",
+        "head_layers",
+        "shared_head",
+        "init_condenser",
+        "interpolation",
+        "target_interpolation",
+    )
 
     codebook: str | None = None
     """Codebook made by `patchloom tokenize fit` (folder or file); default: fitted on the training images first"""

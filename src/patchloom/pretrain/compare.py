@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_text
@@ -36,7 +36,9 @@ from patchloom.study import (
     run_cells,
     write_csv,
 )
-from patchloom.training.run import Run
+
+if TYPE_CHECKING:
+    from patchloom.training.run import Run
 
 KNOWN = ("data", "test", "train", "encoder", "steps", "minutes", "seeds", "defaults", "methods", "evaluate")
 UNTRAINED = "untrained"
@@ -76,10 +78,9 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
     Raises:
         UsageError: A method there is not, or settings that are no mapping.
     """
-    from patchloom.adapt import METHODS as ADAPTATIONS
-    from patchloom.pretrain import METHODS
+    from patchloom.registry import METHODS
 
-    known = [UNTRAINED, *METHODS, *(f"adapt {name}" for name in ADAPTATIONS)]
+    known = [UNTRAINED, *METHODS["pretrain"], *(f"adapt {name}" for name in METHODS["adapt"])]
     cells = []
     for name, given in plan["methods"].items():
         settings = dict(given or {})
@@ -95,7 +96,7 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
 
 
 def _train_and_measure(cell: Cell, folder: Path) -> dict[str, Any]:
-    from patchloom.evaluate import run as evaluate
+    from patchloom.evaluate.run import measure
 
     plan = cell.settings
     figures: dict[str, Any] = {}
@@ -110,22 +111,17 @@ def _train_and_measure(cell: Cell, folder: Path) -> dict[str, Any]:
         protocol = settings.pop("protocol")
         if plan["method"] == UNTRAINED:
             settings["untrained"] = True
-        measured = evaluate(
-            protocol,
-            **{"train": plan["train"] or plan["data"], "test": plan["test"], "seed": plan["seed"], **settings},
-            encoder=encoder,
-        )
+        shared = {"train": plan["train"] or plan["data"], "test": plan["test"], "seed": plan["seed"]}
+        measured, _ = measure(protocol, {**shared, **settings, "encoder": encoder})
         figures[name] = measured.get("score", measured.get("accuracy"))
     return figures
 
 
 def _train(plan: Mapping[str, Any], out: Path, steps: int) -> Run:
     """Train by the cell's method for a number of steps; a run that was cut off goes on."""
+    from patchloom.training.run import train
+
     verb, _, method = plan["method"].rpartition(" ")
-    if verb == "adapt":
-        from patchloom.adapt import run
-    else:
-        from patchloom.pretrain import run
     settings = {
         "data": plan["data"],
         "encoder": plan["encoder"],
@@ -133,7 +129,7 @@ def _train(plan: Mapping[str, Any], out: Path, steps: int) -> Run:
         "probe_every": 0,
         **plan["settings"],
     }
-    return run(method, **settings, max_steps=steps, out=str(out), resume=True)
+    return train(verb or "pretrain", method, {**settings, "max_steps": steps, "out": str(out), "resume": True})
 
 
 def _steps_within(plan: Mapping[str, Any], folder: Path) -> int:

@@ -61,6 +61,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Dinov2Config(TrainConfig):
     """Settings of DINOv2; the defaults are the published recipe for a large encoder, short schedule."""
 
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "batch_drop",
+        "head_hidden_dim",
+        "ibot_bottleneck_dim",
+        "dino_weight",
+        "ibot_weight",
+        "koleo_weight",
+        "student_temp",
+        "teacher_temp",
+        "teacher_temp_start",
+        "teacher_temp_epochs",
+        "teacher_momentum_end",
+        "freeze_last_layer_epochs",
+        "blur_as_published",
+    )
+
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     encoder: str = "vit_large_patch16_224"

@@ -14,6 +14,15 @@ from patchloom.training.config import TrainConfig
 class MAEConfig(TrainConfig):
     """Settings of MAE; the defaults are the paper's recipe for a base encoder at 224 pixels."""
 
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "decoder_dim",
+        "decoder_depth",
+        "decoder_heads",
+        "norm_pix_loss",
+        "fixed_positions",
+        "interpolation",
+    )
+
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "thorax": {
             "encoder": "vit_small_patch16_224",

@@ -14,6 +14,16 @@ from patchloom.training.config import TrainConfig
 class TOVVICRegConfig(TrainConfig):
     """Settings of TOV-VICReg; the defaults are those of the published run script."""
 
+    ABLATIONS: ClassVar[tuple[str, ...]] = (
+        "sim",
+        "std",
+        "cov",
+        "temporal",
+        "balanced",
+        "chronological",
+        "respect_episodes",
+    )
+
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "script_defaults": {"sim": 25.0, "std": 25.0, "cov": 1.0, "temporal": 1.0, "batch_size": 1024},
         "small": {"optimizer": "adamw", "lr": 1e-3, "lr_base_batch": None, "batch_size": 64, "temporal": 1.0},

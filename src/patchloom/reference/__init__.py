@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import check_place
-from patchloom.reference import (
-    adaptformer,
-    ccvit,
-    deit_lt,
-    dinov2,
-    dinov2_radiology,
-    dinov3,
-    dvpt,
-    g2sd,
-    mae,
-    phikon_v2,
-    prompt_cam,
-    scalekd,
-    segmentation_heads,
-    thorax_mae,
-    tov_vicreg,
-)
-from patchloom.reference.state import read_state
+from patchloom.registry import REFERENCES, load
 
-REFERENCES: dict[str, Callable[..., nn.Module]] = {
-    "adaptformer": adaptformer.load,
-    "ccvit": ccvit.load,
-    "dinov2": dinov2.load,
-    "rad_dino": dinov2.load_rad_dino,
-    "mae": mae.load,
-    "thorax_mae": thorax_mae.load,
-    "prompt_cam": prompt_cam.load,
-    "phikon_v2": phikon_v2.load,
-    "tov_vicreg": tov_vicreg.load,
-    **phikon_v2.LOADERS,
-    "deit_lt": deit_lt.load,
-    "g2sd": g2sd.load,
-    "scalekd": scalekd.load,
-    "segmentation_heads": segmentation_heads.load,
-    "upernet": segmentation_heads.load,
-    "dinov2_radiology": dinov2_radiology.load,
-    "dinov3": dinov3.load,
-    "dvpt": dvpt.load,
-    "dinov3_medical": dinov3.load,
-}
+if TYPE_CHECKING:
+    from torch import nn
 
 
 # A probe of volumes is one of slices within `model.`.
-MEANT = {"dinov2_radiology": (dinov2_radiology.OF_VOLUMES,)}
+MEANT = {"dinov2_radiology": ("model.",)}
 
 
 def list_references() -> list[str]:
@@ -73,11 +34,16 @@ def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **co
     Raises:
         UsageError: Unknown system or setting, or tensors missing or left over (they are named).
     """
+    import torch
+
+    from patchloom.reference.state import read_state
+
     if system not in REFERENCES:
         raise unknown_name("system", system, REFERENCES)
     # Building a module draws initial weights; whoever loads weights does not expect their random state to move.
     with torch.random.fork_rng(devices=[]):
-        return REFERENCES[system](read_state(checkpoint, MEANT.get(system, ())), **config).eval()
+        module: nn.Module = load(REFERENCES[system])(read_state(checkpoint, MEANT.get(system, ())), **config)
+    return module.eval()
 
 
 def import_reference(
@@ -104,6 +70,8 @@ def import_reference(
     Raises:
         UsageError: Unknown system, or a checkpoint that does not fit.
     """
+    from torch import Tensor
+
     from patchloom.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.bundle import save_bundle
     from patchloom.distill.specific import DistilledVisionTransformer, as_timm
@@ -116,7 +84,7 @@ def import_reference(
     if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
-    module = load_reference(system, checkpoint, **config)
+    module: Any = load_reference(system, checkpoint, **config)
     module = getattr(module, "autoencoder", module)  # of a student of G2SD
     module = module.teacher if isinstance(module, DINOv2) else module  # what its authors ship
     if isinstance(module, DistilledVisionTransformer):

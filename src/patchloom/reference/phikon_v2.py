@@ -116,8 +116,13 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     return fill(HEADS[found](**arguments), state).eval()
 
 
-LOADERS = {name: partial(load, head=name) for name in HEADS}
-"""A loader for each head by its own name."""
+# A loader for each head by its own name.
+load_meanpool = partial(load, head="meanpool")
+load_abmil = partial(load, head="abmil")
+load_chowder = partial(load, head="chowder")
+load_dsmil = partial(load, head="dsmil")
+load_transmil = partial(load, head="transmil")
+load_hiptmil = partial(load, head="hiptmil")
 
 
 def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:

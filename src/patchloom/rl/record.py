@@ -1,4 +1,4 @@
-"""`patchloom data atari`: games recorded as frames, played at random or by an agent that `evaluate rl` trained."""
+"""Agents on disk, and as players of games to record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from patchloom.data.atari import STEPS, Policy, record_atari
 from patchloom.errors import UsageError
 from patchloom.io import write_json
 from patchloom.rl.agent import AgentConfig, RainbowAgent
@@ -36,51 +35,6 @@ class AgentPlayer:
         if generator.random() < self.epsilon:
             return int(generator.integers(self.agent.online.num_actions))
         return self.agent.act(frames, noisy=False)
-
-
-def record_frames(
-    games: str,
-    out: str,
-    steps: int = STEPS,
-    policy: str = "random",
-    epsilon: float = 0.05,
-    frame_skip: int = 4,
-    sticky: float = 0.25,
-    size: int = 84,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, object]:
-    """Record frames of Atari games in time order, for `--data frames:OUT`.
-
-    Args:
-        games: Games with commas between, such as Pong,Freeway.
-        out: Folder that gets a folder per game.
-        steps: Frames per game; the paper has 100 000 of each of three players.
-        policy: Who plays: random, or the folder of an agent that `patchloom evaluate rl` left behind.
-        epsilon: Share of an agent's actions that are drawn at random.
-        frame_skip: Emulator frames per step.
-        sticky: Probability that the emulator repeats the last action.
-        size: Side of the frames in pixels.
-        seed: Seed of game and player.
-        overwrite: Replace recordings that are there.
-
-    Returns:
-        The data source to name, and what is in it.
-
-    Raises:
-        UsageError: Unknown game or agent, or recordings that are there already.
-    """
-    player: Policy | None = None
-    if not 0 <= epsilon <= 1:
-        raise UsageError(f"epsilon is {epsilon}; it is a share, between 0 and 1")
-    if policy != "random":
-        player = AgentPlayer(load_agent(policy), epsilon)
-        size = int(json.loads((find_agent(policy) / ABOUT).read_text(encoding="utf-8"))["size"])
-    recordings = record_atari(
-        games, steps, frame_skip, seed, out=out, policy=player, sticky=sticky, size=size, overwrite=overwrite
-    )
-    episodes = {recording.name: int(recording.parts["episode_starts"].sum()) for recording in recordings}
-    return {"data": f"frames:{out}", "frames": steps * len(recordings), "episodes": episodes}
 
 
 def save_agent(agent: RainbowAgent, folder: Path, game: str, size: int) -> None:

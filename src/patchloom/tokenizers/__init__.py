@@ -8,7 +8,16 @@
 torch.Size([40, 4, 4])
 """
 
-from patchloom.tokenizers.centroid import CentroidTokenizer
-from patchloom.tokenizers.commands import fit_codebook, show_codebook
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from patchloom.tokenizers.centroid import CentroidTokenizer
+    from patchloom.tokenizers.commands import fit_codebook, show_codebook
+
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__, submod_attrs={"centroid": ["CentroidTokenizer"], "commands": ["fit_codebook", "show_codebook"]}
+)
 
 __all__ = ["CentroidTokenizer", "fit_codebook", "show_codebook"]

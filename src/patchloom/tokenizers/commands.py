@@ -5,18 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from patchloom.data.pixels import alike, unit
 from patchloom.errors import UsageError
 from patchloom.io import check_place, write_bytes, write_json
 from patchloom.source_options import SourceOptions
-from patchloom.tokenizers.centroid import CentroidTokenizer
-from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from patchloom.tokenizers.centroid import CentroidTokenizer
 
 # Endings by which `show_codebook` tells a picture to write from a folder.
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf")
@@ -85,6 +84,9 @@ def fit_codebook(
         UsageError: `out` holds files and `overwrite` is not set; no readable image; k larger than the number of
             different patches; an image size that is no multiple of the patch size.
     """
+    from patchloom.tokenizers.centroid import CentroidTokenizer
+    from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
+
     folder = check_place(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise UsageError(f"{folder} is not an empty folder; give another --out or --overwrite")
@@ -171,8 +173,11 @@ def show_codebook(
     Raises:
         UsageError: No codebook or no image there; a picture exists; frequencies asked for and not known.
     """
+    import torch
+
     from patchloom.data.reading import parse_channels
     from patchloom.report.tiles import shown_channels as showing
+    from patchloom.tokenizers.centroid import CentroidTokenizer
 
     tokenizer = CentroidTokenizer.load(codebook)
     place = Path(codebook)
@@ -250,6 +255,7 @@ def _mosaic(tokenizer: CentroidTokenizer, sort: str) -> bytes:
 
 
 def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
+    from patchloom.data.pixels import unit
     from patchloom.report.figures import image_grid
 
     made = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
@@ -262,8 +268,12 @@ def _draw_images(
     data: str, count: int, image_size: int, tokenizer: CentroidTokenizer, seed: int, options: dict[str, Any]
 ) -> Tensor:
     """Return (n, C, image_size, image_size) uint8 images drawn from a source, n <= count."""
+    import numpy as np
+    import torch
+
     from patchloom.data import open_source
     from patchloom.data.base import StreamSource, Unreadable, UnreadableImageError
+    from patchloom.data.pixels import alike
     from patchloom.data.transforms import EvalTransform
     from patchloom.patches import patch_grid
 
@@ -296,6 +306,8 @@ def _fitted(tokenizer: CentroidTokenizer) -> dict[str, Any]:
 
 
 def _device(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

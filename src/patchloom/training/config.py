@@ -39,9 +39,11 @@ class TrainConfig(SourceOptions):
 
     Attributes:
         PRESETS: Named recipes of a method: for each, the fields whose defaults it replaces.
+        ABLATIONS: Fields a paper varied and its users leave alone; a help page has them last.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    ABLATIONS: ClassVar[tuple[str, ...]] = ()
 
     data: str
     """Images to train on: a folder, shards (train-{000000..000099}.tar), photos, digits, torchvision:NAME or hf:NAME"""

@@ -1,7 +1,6 @@
 """One training run, from settings to a folder with a model and a report.
 
->>> from patchloom.pretrain import METHODS  # doctest: +SKIP
->>> run = fit("ccvit", METHODS["ccvit"], config)  # doctest: +SKIP
+>>> run = train("pretrain", "ccvit", {"data": "photos", "out": "runs/photos"})  # doctest: +SKIP
 >>> run.summary["knn_accuracy"]  # doctest: +SKIP
 """
 
@@ -25,7 +24,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from patchloom import stopping
+from patchloom import registry, stopping
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
@@ -69,6 +68,13 @@ class Run:
     def __str__(self) -> str:
         state = "interrupted (go on with --resume)" if self.summary.get("interrupted") else "done"
         return f"{state}: model {self.model}, report {self.report}"
+
+
+def train(verb: str, method: str, settings: Mapping[str, Any]) -> Run:
+    """Train by a method of a verb, as `patchloom VERB METHOD` does; see `resolve` and `fit` for what is raised."""
+    method_class = registry.method_class(verb, method)
+    command = f"{verb} {method}"
+    return fit(command, method_class, resolve(command, method_class, settings))
 
 
 def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:

@@ -118,7 +118,7 @@ def test_threads_sizes_and_types_change_little(made, encoder, slides, tmp_path):
 
 def test_from_the_command_line(slides, tmp_path, capsys):
     out = tmp_path / "tiles"
-    assert cli.main(["slides", "tile", str(slides), "--out", str(out), "--tile_size", "32"]) == 0
+    assert cli.main(["slides", "tile", str(slides), "--out", str(out), "--tile_size", "32", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["slides"] == 2
     page = (out / "report.html").read_text()

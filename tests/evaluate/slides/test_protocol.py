@@ -169,7 +169,7 @@ def test_from_slides_on_the_command_line(tmp_path, capsys, monkeypatch):
     words = "evaluate slides --train slides --train_labels labels.csv --encoder vit_tiny_patch16_224 --untrained"
     words += " --image_size 16 --tile_size 32 --folds 2 --repeats 1 --epochs 2 --lr [0.001] --weight_decay [0]"
     words += " --head_args.temperature 2 --device cpu --out run"
-    assert cli.main(words.split()) == 0
+    assert cli.main([*words.split(), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["train_slides"] == 12
     page = (tmp_path / "run" / "report.html").read_text()

@@ -1,0 +1,270 @@
+"""The verbs of the command line as functions, with the same names and the same arguments.
+
+They are plain functions: typed, documented, picklable. What they need is loaded when they are called, so importing this
+module loads neither torch nor timm.
+
+>>> import patchloom as pl
+>>> run = pl.pretrain("ccvit", data="photos", out="runs/photos", encoder="ccvit_tiny_patch8_64", epochs=50)
+... # doctest: +SKIP
+>>> pl.evaluate("knn", encoder=run.model, train="photos", test="photos:test")["accuracy"]  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+# A function has to win over the package of its name. Python makes a submodule an attribute of its package once, when it
+# is first loaded; so these, which load nothing themselves, are loaded here, before `patchloom/__init__.py` takes over
+# the functions.
+import patchloom.adapt
+import patchloom.distill
+import patchloom.evaluate
+import patchloom.explain
+import patchloom.pretrain  # noqa: F401
+from patchloom import registry
+from patchloom.demo import demo
+from patchloom.embed import embed
+from patchloom.export import export
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from patchloom.explain.gallery import Gallery
+    from patchloom.training.run import Run
+
+__all__ = [
+    "adapt",
+    "demo",
+    "distill",
+    "embed",
+    "evaluate",
+    "explain",
+    "export",
+    "list_methods",
+    "list_references",
+    "list_sources",
+    "load",
+    "load_reference",
+    "pretrain",
+]
+
+
+def pretrain(
+    method: str,
+    /,
+    *,
+    out: str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    encoder: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train an encoder on unlabelled images.
+
+    Args:
+        method: Name of the method: ccvit, dinov2, mae, tov_vicreg; `list_methods("pretrain")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images: a folder, shards, photos, digits, torchvision:NAME, hf:NAME; `list_sources()` has all. May be left
+            out where a run is resumed.
+        encoder: Name of a timm model, or the bundle or run to start from; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom pretrain METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle), its `report` and its figures, `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("pretrain", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def adapt(
+    method: str,
+    /,
+    *,
+    out: str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    encoder: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train an encoder further on labelled images.
+
+    Args:
+        method: Name of the method: finetune, linear, lora, vpt, adaptformer …; `list_methods("adapt")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Labelled images: a folder with a folder per class, FILE.csv, shards, torchvision:NAME …
+        encoder: Bundle, run, or name of a timm model; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom adapt METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle with its classifier, or an adapter), its `report`, `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("adapt", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def distill(
+    method: str,
+    /,
+    *,
+    out: str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    teacher: str | PathLike[str] | None = None,
+    encoder: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Teach a small model what a large one knows.
+
+    Args:
+        method: Name of the method: logits, scalekd, deit_lt, g2sd_generic, g2sd_specific.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images, as for `pretrain`; labelled, but for g2sd_generic.
+        teacher: Bundle, run, or name of a timm model.
+        encoder: The student: name of a timm model, or the bundle or run to start from; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom distill METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle of the student alone), its `report` and its `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("distill", method, settings | _given(out=out, data=data, teacher=teacher, encoder=encoder))
+
+
+def evaluate(
+    protocol: str,
+    /,
+    *,
+    encoder: str | PathLike[str] | nn.Module | None = None,
+    train: str | PathLike[str] | None = None,
+    test: str | PathLike[str] | None = None,
+    out: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure an encoder on labelled images.
+
+    Args:
+        protocol: Name of the evaluation: knn, linear, logistic, segmentation …; `list_methods("evaluate")` has all.
+        encoder: Bundle, run, timm model with published weights, a module, or the word pixels for raw pixels.
+        train: Labelled images to learn from.
+        test: Labelled images to measure on.
+        out: Also write the figures to this JSON file.
+        **settings: Further fields of the evaluation's settings class; `patchloom evaluate NAME --help` explains them.
+            Some evaluations take others than the above, such as `encoders` of compare or `game` of rl.
+
+    Returns:
+        The `score` (`score_name` says which) with its 95 % `interval`, the number of test images `n`, the width `dim`
+        of the features, `skipped` images, `seconds`, and what the evaluation chose; of a classification also
+        `accuracy` (a fraction), `balanced_accuracy`, `macro_f1` and `auroc` with their `intervals`, and
+        `per_class_accuracy`.
+
+    Raises:
+        UsageError: Unknown evaluation or setting, or data that cannot be used.
+    """
+    from patchloom.evaluate.run import measure
+
+    return measure(protocol, settings | _given(encoder=encoder, train=train, test=test, out=out))[0]
+
+
+def explain(
+    explanation: str,
+    /,
+    *,
+    model: str | PathLike[str] | nn.Module,
+    images: str | PathLike[str],
+    out: str | PathLike[str],
+    **settings: Any,
+) -> Gallery:
+    """Show what an encoder or a classifier looks at.
+
+    Args:
+        explanation: Name of the explanation: attention, compare, prompt_cam.
+        model: Bundle, run, name of a timm model, or a module.
+        images: Images to explain.
+        out: Folder of the gallery.
+        **settings: Further fields of the explanation's settings class; `patchloom explain NAME --help` explains them.
+
+    Returns:
+        The gallery: its folder `path`, its `page` and its `figures`.
+
+    Raises:
+        UsageError: Unknown explanation or setting, or a request that cannot be carried out.
+    """
+    from patchloom.explain.run import show
+
+    return show(explanation, settings | _given(model=model, images=images, out=out))
+
+
+def load(
+    path: str | PathLike[str], adapters: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]] = ()
+) -> nn.Module:
+    """Return the timm module of a bundle (or of a run folder, whose `model/` is meant), in eval mode.
+
+    Args:
+        path: The bundle or run.
+        adapters: Runs or files of adapters to put in (a list, or a mapping from names); the first of them acts, and
+            `patchloom.adapters` has what switches, serves, merges and removes them.
+
+    Raises:
+        UsageError: `path` holds no bundle, or an adapter was made for another encoder.
+    """
+    from patchloom.bundle import load as load_bundle
+
+    return load_bundle(path, adapters)
+
+
+def load_reference(
+    system: str, checkpoint: Mapping[str, Tensor] | Mapping[str, Any] | str | PathLike[str], **config: Any
+) -> nn.Module:
+    """Return our module with the weights of a published implementation's checkpoint, in eval mode.
+
+    Args:
+        system: Name of the system, see `list_references`.
+        checkpoint: State dict (wrapper keys such as `model` or `module.` are handled) or the path of one.
+        **config: What shapes do not tell, under the names of the published implementation.
+
+    Raises:
+        UsageError: Unknown system or setting, or tensors missing or left over (they are named).
+    """
+    from patchloom.reference import load_reference as load_published
+
+    return load_published(system, checkpoint, **config)
+
+
+def list_methods(verb: str) -> list[str]:
+    """Return the names of the methods of a verb (`pretrain`, `adapt`, `distill`, `evaluate`, `explain`), sorted.
+
+    Raises:
+        UsageError: There is no such verb.
+    """
+    if verb not in registry.METHODS:
+        raise registry.unknown_name("verb", verb, registry.METHODS)
+    return sorted(registry.METHODS[verb])
+
+
+def list_references() -> list[str]:
+    """Return the names of the systems whose published checkpoints can be loaded, sorted."""
+    return sorted(registry.REFERENCES)
+
+
+def list_sources() -> dict[str, str]:
+    """Return the ways to name a data source, each with one line of help."""
+    return dict(registry.SOURCES)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Return the values that were given; what was not is left to the defaults of the settings class."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,35 @@
+"""Run an evaluation by its name: figures, and what was said of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchloom import registry
+from patchloom.errors import UsageError
+from patchloom.io import check_place, write_json
+from patchloom.training.config import config_from_mapping
+
+if TYPE_CHECKING:
+    from patchloom.evaluate.predictions import Predictions
+
+
+def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Predictions | None]:
+    """Return the figures of an evaluation, see `patchloom.evaluate`, and what was said of each image, where known."""
+    evaluation = registry.method_class("evaluate", protocol)
+    for name in ("out", "predictions", "report", "picture"):
+        if isinstance(place := settings.get(name), str | Path):
+            check_place(place)
+    config = config_from_mapping(evaluation.config_class, settings)
+    bound = evaluation(config)
+    figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
+    said = getattr(bound, "predictions", None)
+    # Protocols whose predictions are pictures write these themselves.
+    if (path := getattr(config, "predictions", None)) is not None and hasattr(bound, "predictions"):
+        if said is None:
+            raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
+        said.save(path)
+    if config.out is not None and not getattr(evaluation, "writes_out", False):
+        write_json(config.out, figures)
+    return figures, said

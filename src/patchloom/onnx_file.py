@@ -1,0 +1,125 @@
+"""A timm module as one ONNX file, checked against onnxruntime."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchloom.encoders import image_size, in_chans, normalize
+from patchloom.errors import MissingExtraError
+from patchloom.io import make_folder
+
+TOLERANCE = 1e-4
+
+
+class ExportMismatchError(RuntimeError):
+    """The exported model gives other numbers than the original; nothing was written."""
+
+
+def need_onnx() -> None:
+    """Say which extra is missing before anything is computed.
+
+    Raises:
+        MissingExtraError: ONNX packages are not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("onnx, onnxruntime and onnxscript", "onnx", "ONNX export") from error
+
+
+class Normalised(nn.Module):
+    """A model that takes images in [0, 1]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.model(normalize(images, self.model))
+        return features
+
+
+def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None:
+    """Write `model`, `encoder` or a wrapper of it, to `path`; nothing is written where onnxruntime disagrees."""
+    channels, (height, width) = in_chans(encoder), image_size(encoder)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.rand(2, channels, height, width, generator=generator)
+    name = "logits" if encoder.num_classes else "features"
+    model = model.eval()
+    make_folder(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=".onnx.", dir=path.parent))
+    try:
+        file = folder / path.name
+        with _quiet(), _attention_spelled_out(encoder):
+            torch.onnx.export(
+                model,
+                (example,),
+                file,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=[name],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                external_data=False,
+                verbose=False,
+            )
+        _check(model, file, (channels, height, width))
+        file.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _attention_spelled_out(encoder: nn.Module) -> Iterator[None]:
+    """Compute attention in plain operations: the fused one of a `Beit` with a bias per block does not translate."""
+    fused: list[Any] = [module for module in encoder.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to its developers off the terminal; errors are raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@torch.no_grad()
+def _check(model: nn.Module, file: Path, shape: tuple[int, int, int]) -> None:
+    """Compare with onnxruntime at several batch sizes."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(1)
+    for batch in (1, 3):
+        images = torch.rand(batch, *shape, generator=generator)
+        expected = model(images)
+        got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+        if got.shape != expected.shape or not difference <= TOLERANCE:
+            raise ExportMismatchError(
+                f"onnxruntime differs from torch by {difference:.2g} at batch {batch}; nothing was written"
+            )

@@ -1,0 +1,299 @@
+"""What there is, by name: methods, data sources, published systems. Nothing of it is loaded before it is used.
+
+The command line, the Python API and tab completion read these tables; a new method is an entry here.
+
+>>> sorted(METHODS["pretrain"])[:2]
+['ccvit', 'dinov2']
+>>> settings_class("evaluate", "knn").__name__
+'KNNConfig'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from patchloom.errors import unknown_name
+
+
+class Entry(NamedTuple):
+    """One method: where its class lives, where its settings live (light to import), and what it does."""
+
+    method: str
+    settings: str
+    summary: str
+
+
+METHODS: dict[str, dict[str, Entry]] = {
+    "pretrain": {
+        "ccvit": Entry(
+            "pretrain.ccvit:CCViTMethod",
+            "pretrain.ccvit_config:CCViTConfig",
+            "Masked image modelling against a k-means codebook of patches (CCViT)",
+        ),
+        "dinov2": Entry(
+            "pretrain.dinov2:Dinov2Method",
+            "pretrain.dinov2_config:Dinov2Config",
+            "Self-distillation with crops and hidden patches (DINOv2; presets of RAD-DINO and Phikon-v2)",
+        ),
+        "tov_vicreg": Entry(
+            "pretrain.tov_vicreg:TOVVICRegMethod",
+            "pretrain.tov_vicreg_config:TOVVICRegConfig",
+            "VICReg on stacks of frames with temporal order verification (TOV-VICReg)",
+        ),
+        "mae": Entry(
+            "pretrain.mae:MAEMethod",
+            "pretrain.mae_config:MAEConfig",
+            "Reconstruction of hidden patches from the visible ones (MAE)",
+        ),
+    },
+    "adapt": {
+        "finetune": Entry(
+            "adapt.finetune:FinetuneMethod",
+            "adapt.finetune_config:FinetuneConfig",
+            "End-to-end fine-tuning of all weights for classification",
+        ),
+        "scratch": Entry(
+            "adapt.scratch:ScratchMethod",
+            "adapt.scratch_config:ScratchConfig",
+            "Supervised training of any timm model from fresh weights",
+        ),
+        "linear": Entry(
+            "adapt.linear:LinearMethod",
+            "adapt.linear_config:LinearConfig",
+            "A linear classifier on the frozen encoder, trained on augmented images",
+        ),
+        "bitfit": Entry(
+            "adapt.bitfit:BitFitMethod",
+            "adapt.bitfit_config:BitFitConfig",
+            "BitFit: the encoder's biases and a classifier",
+        ),
+        "lora": Entry(
+            "adapt.lora:LoRAMethod",
+            "adapt.lora_config:LoRAConfig",
+            "LoRA: low-rank updates of the frozen encoder's linear layers (extra: lora)",
+        ),
+        "vpt": Entry(
+            "adapt.vpt:VPTMethod",
+            "adapt.vpt_config:VPTConfig",
+            "Visual prompt tuning: learnt tokens in front of the frozen encoder's own",
+        ),
+        "adaptformer": Entry(
+            "adapt.adaptformer:AdaptFormerMethod",
+            "adapt.adaptformer_config:AdaptFormerConfig",
+            "AdaptFormer: a narrow two-layer branch beside every MLP of the frozen encoder",
+        ),
+        "dvpt": Entry(
+            "adapt.dvpt:DVPTMethod",
+            "adapt.dvpt_config:DVPTConfig",
+            "DVPT: prompts that read the image, and narrow bottlenecks shared by neighbouring blocks",
+        ),
+        "prompt_cam": Entry(
+            "adapt.prompt_cam:PromptCAMMethod",
+            "adapt.prompt_cam_config:PromptCAMConfig",
+            "Prompt-CAM: a prompt per class in a frozen encoder, whose attention shows what was decided by",
+        ),
+    },
+    "distill": {
+        "logits": Entry(
+            "distill.logits:LogitsMethod",
+            "distill.logits_config:LogitsConfig",
+            "Any student learns the answers of any teacher of the same classes, beside the labels",
+        ),
+        "scalekd": Entry(
+            "distill.scalekd:ScaleKDMethod",
+            "distill.scalekd_config:ScaleKDConfig",
+            "Any student learns from a strong vision transformer by three aligned views of its features",
+        ),
+        "deit_lt": Entry(
+            "distill.deit_lt:DeiTLTMethod",
+            "distill.deit_lt_config:DeiTLTConfig",
+            "A ViT with a token for the labels and one for a CNN, which is asked about the student's own strong views",
+        ),
+        "g2sd_generic": Entry(
+            "distill.g2sd_generic:G2SDGenericMethod",
+            "distill.g2sd_generic_config:G2SDGenericConfig",
+            "A small masked autoencoder learns what a large one's decoder holds, without labels (G2SD, first stage)",
+        ),
+        "g2sd_specific": Entry(
+            "distill.g2sd_specific:G2SDSpecificMethod",
+            "distill.g2sd_specific_config:G2SDSpecificConfig",
+            "A classifier learns from labels and a fine-tuned teacher, each on a token of its own (G2SD, second stage)",
+        ),
+    },
+    "evaluate": {
+        "compare": Entry(
+            "evaluate.compare:Compare",
+            "evaluate.compare_config:ComparisonConfig",
+            "Paired difference of two or more encoders on the same images, with interval and p-value",
+        ),
+        "few_shot": Entry(
+            "evaluate.few_shot:FewShot",
+            "evaluate.few_shot_config:FewShotConfig",
+            "Episodes of a few classes with a few images each; nearest class mean and logistic regression",
+        ),
+        "finetune": Entry(
+            "evaluate.finetune:Finetune",
+            "evaluate.finetune_config:FinetuneEvaluationConfig",
+            "Train the encoder further on train by a method of patchloom adapt, and measure the classifier on test",
+        ),
+        "health": Entry(
+            "evaluate.health:Health",
+            "evaluate.health_config:HealthConfig",
+            "Rank, alignment, uniformity, attention, outlier tokens, position leakage and a probe of every layer",
+        ),
+        "knn": Entry(
+            "evaluate.knn:KNN",
+            "evaluate.knn_config:KNNConfig",
+            "Vote of the nearest training images by cosine similarity; each image by all others where train is test",
+        ),
+        "linear": Entry(
+            "evaluate.linear:Linear",
+            "evaluate.linear_config:LinearProbeConfig",
+            "Logistic regression on standardised frozen features; the penalty is chosen on training images only",
+        ),
+        "linear_grid": Entry(
+            "evaluate.linear_grid:LinearGrid",
+            "evaluate.linear_grid_config:LinearGridConfig",
+            "DINOv2's linear probe: rates, blocks and poolings in one pass, the best on validation images counts",
+        ),
+        "logistic": Entry(
+            "evaluate.logistic_sweep:Logistic",
+            "evaluate.logistic_config:LogisticConfig",
+            "Logistic regression on frozen features as they are, with the penalty that does best on validation images",
+        ),
+        "multilabel": Entry(
+            "evaluate.multilabel:MultiLabel",
+            "evaluate.multilabel_config:MultiLabelConfig",
+            "Mean AUROC over labels of which an image may have several; unknown labels are left out",
+        ),
+        "ordinal": Entry(
+            "evaluate.ordinal:Ordinal",
+            "evaluate.ordinal_config:OrdinalConfig",
+            "Logistic regression on frozen features, scored by quadratic kappa: a wrong grade counts by its distance",
+        ),
+        "retrieval": Entry(
+            "evaluate.retrieval:Retrieval",
+            "evaluate.retrieval_config:RetrievalConfig",
+            "Mean average precision and recall of looking for images of the same class; train is the collection",
+        ),
+        "rl": Entry(
+            "evaluate.rl:RL",
+            "evaluate.rl_config:RLConfig",
+            "Score of an agent that learns a game through the encoder, data-efficiently",
+        ),
+        "segmentation": Entry(
+            "evaluate.segmentation:Segmentation",
+            "evaluate.segmentation_config:SegmentationConfig",
+            "Decoder on the maps of a frozen encoder: a class for every pixel, mean IoU",
+        ),
+        "slides": Entry(
+            "evaluate.slides.protocol:Slides",
+            "evaluate.slides.config:SlidesConfig",
+            "Multiple-instance learning on the tiles of whole slides: cross-validated, ensembled, tested elsewhere",
+        ),
+        "volume_segmentation": Entry(
+            "evaluate.volume_segmentation:VolumeSegmentation",
+            "evaluate.volume_segmentation_config:VolumeSegmentationConfig",
+            "Decoder on the slices of volumes: Dice per volume and 95 % Hausdorff distance",
+        ),
+        "volumes": Entry(
+            "evaluate.volumes:Volumes",
+            "evaluate.volumes_config:VolumesConfig",
+            "Volumes sorted into classes by their slices: mean, maximum or attention over slice features",
+        ),
+    },
+    "explain": {
+        "attention": Entry(
+            "explain.commands:AttentionGallery",
+            "explain.commands_config:AttentionConfig",
+            "Where the encoder looks: heads of a block, rollout and, for classifiers, maps weighted by gradients",
+        ),
+        "compare": Entry(
+            "explain.commands:CompareGallery",
+            "explain.commands_config:CompareConfig",
+            "Several explanations side by side, with their insertion and deletion scores",
+        ),
+        "prompt_cam": Entry(
+            "explain.commands:TraitsGallery",
+            "explain.commands_config:TraitsConfig",
+            "What a Prompt-CAM model decided by: the heads that matter for an image, or for one class against another",
+        ),
+    },
+}
+"""The methods of each verb. Places are `module:name` within this package."""
+
+SOURCES: dict[str, str] = {
+    "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
+    "digits": "scikit-learn's 8x8 digits; digits:test",
+    "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
+    "FILE.csv": "images and labels by a table (or .parquet): file,label, or a column per label; FILE.csv:SPLIT",
+    "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
+    "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
+    "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
+    "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
+    "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
+    "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
+    "chexpert:FOLDER": "CheXpert, 5 labels; …:train, :val, :test, and :ones, :zeros, :ignore for uncertain",
+    "mimic-cxr:FOLDER": "MIMIC-CXR, 5 labels; …:train, :val, :test",
+    "covidx:FOLDER": "COVIDx, 3 classes; …:train, :val, :test",
+}
+"""Ways to name a data source, each with one line of help."""
+
+REFERENCES: dict[str, str] = {
+    "adaptformer": "reference.adaptformer:load",
+    "ccvit": "reference.ccvit:load",
+    "dinov2": "reference.dinov2:load",
+    "rad_dino": "reference.dinov2:load_rad_dino",
+    "mae": "reference.mae:load",
+    "thorax_mae": "reference.thorax_mae:load",
+    "prompt_cam": "reference.prompt_cam:load",
+    "phikon_v2": "reference.phikon_v2:load",
+    "tov_vicreg": "reference.tov_vicreg:load",
+    "meanpool": "reference.phikon_v2:load_meanpool",
+    "abmil": "reference.phikon_v2:load_abmil",
+    "chowder": "reference.phikon_v2:load_chowder",
+    "dsmil": "reference.phikon_v2:load_dsmil",
+    "transmil": "reference.phikon_v2:load_transmil",
+    "hiptmil": "reference.phikon_v2:load_hiptmil",
+    "deit_lt": "reference.deit_lt:load",
+    "g2sd": "reference.g2sd:load",
+    "scalekd": "reference.scalekd:load",
+    "segmentation_heads": "reference.segmentation_heads:load",
+    "upernet": "reference.segmentation_heads:load",
+    "dinov2_radiology": "reference.dinov2_radiology:load",
+    "dinov3": "reference.dinov3:load",
+    "dvpt": "reference.dvpt:load",
+    "dinov3_medical": "reference.dinov3:load",
+}
+"""Loaders of published checkpoints."""
+
+
+def load(place: str) -> Any:
+    """Import what stands at a place, `module:name` within this package."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"patchloom.{module}"), name)
+
+
+def entry(verb: str, name: str) -> Entry:
+    """Return the entry of a method.
+
+    Raises:
+        UsageError: There is no such verb or method; names the nearest.
+    """
+    if verb not in METHODS:
+        raise unknown_name("verb", verb, METHODS)
+    if name not in METHODS[verb]:
+        kind = {"evaluate": "evaluation", "explain": "explanation"}.get(verb, f"{verb} method")
+        raise unknown_name(kind, name, METHODS[verb])
+    return METHODS[verb][name]
+
+
+def method_class(verb: str, name: str) -> Any:
+    """Return the class of a method, see `entry`."""
+    return load(entry(verb, name).method)
+
+
+def settings_class(verb: str, name: str) -> Any:
+    """Return the settings class of a method, see `entry`."""
+    return load(entry(verb, name).settings)

@@ -1,0 +1,203 @@
+"""The options of a command: read from the fields or arguments that carry it out, whose docstrings are their help.
+
+>>> from patchloom.evaluate.knn_config import KNNConfig
+>>> given = ["--encoder", "pixels", "--train", "digits", "--test", "digits:test", "--k", "5"]
+>>> read_options("evaluate knn", "", KNNConfig, given)["k"]
+5
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from patchloom.errors import UsageError
+from patchloom.terminal.groups import grouped
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+# A page with fewer options needs no headings.
+FEW = 12
+
+
+def read_options(
+    name: str,
+    summary: str,
+    described: Callable[..., Any],
+    given: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the options of a command by name.
+
+    Args:
+        name: The command, without `patchloom`.
+        summary: What it does, for its help page.
+        described: Settings class or function; its fields or arguments are the options.
+        given: The words after the command.
+        defaults: Instead of those of `described`.
+
+    Raises:
+        UsageError: An option there is not (with the nearest), a missing one, or a value of the wrong kind.
+        SystemExit: The help page was asked for and has been printed.
+    """
+    hints = option_types(described)
+    given = [_underscored(word) for word in given]
+    _refuse_unknown(name, given, hints)
+    parser = _parser(name, summary, described, hints)
+    if defaults:
+        parser.set_defaults(dict(defaults))
+    return _parse(parser, given, hints)
+
+
+def option_types(described: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type of each option of a settings class or function."""
+    return {
+        name: hint
+        for name, hint in get_type_hints(described).items()
+        if name != "return" and not str(hint).startswith("typing.ClassVar")
+    }
+
+
+def help_texts(described: Callable[..., Any]) -> dict[str, str]:
+    """Return the help text of each option: an argument's in the docstring, or the one under a field."""
+    from docstring_parser import parse, parse_from_object
+
+    if not isinstance(described, type):
+        return {about.arg_name: about.description or "" for about in parse(described.__doc__ or "").params}
+    texts: dict[str, str] = {}
+    for base in reversed(described.__mro__[:-1]):
+        texts |= {about.arg_name: about.description or "" for about in parse_from_object(base).params}
+    return texts
+
+
+def with_positionals(positional: tuple[str, ...], rest: list[str]) -> list[str]:
+    """Give leading bare words the names of the options they stand for (`patchloom embed MODEL --data …`).
+
+    Raises:
+        UsageError: There are more words than names.
+    """
+    bare = 0
+    while bare < len(rest) and not rest[bare].startswith("-"):
+        bare += 1
+    if bare > len(positional):
+        raise UsageError(f"unexpected argument {rest[len(positional)]!r}; options are written --name value")
+    named = [f"--{name}={value}" for name, value in zip(positional, rest[:bare], strict=False)]
+    return named + rest[bare:]
+
+
+def option(rest: Sequence[str], name: str) -> str | None:
+    """Return the value of an option as it was typed; the last one counts."""
+    value = None
+    for argument, following in zip(rest, [*rest[1:], None], strict=True):
+        if argument == f"--{name}":
+            value = following
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _refuse_unknown(name: str, given: Sequence[str], hints: Mapping[str, Any]) -> None:
+    for word in given:
+        spelled = word.removeprefix("--").split("=")[0]
+        if word.startswith("--") and spelled.split(".")[0].removeprefix("no_") not in {*hints, "config", "help"}:
+            near = get_close_matches(spelled, hints, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
+            raise UsageError(f"patchloom {name} has no option --{spelled}{hint} (--help lists them)")
+
+
+def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mapping[str, Any]) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parameters = signature(described).parameters
+    required = [option for option in hints if parameters[option].default is Parameter.empty]
+    needed = [f"--{option} {option.upper()}" for option in required]
+    parser = ArgumentParser(
+        prog=f"patchloom {name}",
+        usage=" ".join(["%(prog)s", *needed, "[--option value …]"]),
+        description=summary,
+        epilog="--json prints figures as JSON; --debug shows the traceback of an error.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    # One by one, not `add_class_arguments`, which runs the `if TYPE_CHECKING:` imports of the module: torch, mostly.
+    texts = help_texts(described)
+    factories = {one.name: one.default_factory for one in fields(described)} if is_dataclass(described) else {}
+    for option, hint in hints.items():
+        about: dict[str, Any] = {"type": hint, "help": texts.get(option, "").replace("%", "%%")}
+        if option in required:
+            about["required"] = True
+        elif (factory := factories.get(option, MISSING)) is not MISSING:
+            about["default"] = factory()  # type: ignore[operator]
+        else:
+            about["default"] = parameters[option].default
+        parser.add_argument(f"--{option}", **about)
+    _group(parser, required, getattr(described, "ABLATIONS", ()))
+    return parser
+
+
+def _group(parser: ArgumentParser, required: Sequence[str], ablations: Sequence[str]) -> None:
+    """Put the options under the headings of `terminal.groups`, where there are many."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "print_config"}
+    groups = grouped(actions, required, ablations) if len(actions) > FEW else {"Options": list(actions)}
+    parser._action_groups.clear()
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        group._group_actions.extend(actions[name] for name in names)
+
+
+def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    from jsonargparse import ArgumentError
+
+    switches = {name for name, hint in hints.items() if hint is bool}
+    try:
+        namespace = parser.parse_args(_spelled_out_switches(given, switches))
+    except ArgumentError as error:
+        raise UsageError(_plain_words(" ".join(str(error).split()))) from error
+    values: dict[str, Any] = namespace.as_dict()
+    values.pop("config", None)
+    return values
+
+
+def _underscored(argument: str) -> str:
+    """Options are spelled with underscores or dashes, as the user likes."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
+def _spelled_out_switches(given: Sequence[str], switches: set[str]) -> list[str]:
+    """Turn `--resume` and `--no_resume` into `--resume=true` and `--resume=false`."""
+    spelled = []
+    for position, argument in enumerate(given):
+        name = argument.removeprefix("--")
+        followed = position + 1 < len(given) and not given[position + 1].startswith("--")
+        if argument.startswith("--") and name in switches and not followed:
+            spelled.append(f"--{name}=true")
+        elif argument.startswith("--no_") and name.removeprefix("no_") in switches:
+            spelled.append(f"--{name.removeprefix('no_')}=false")
+        else:
+            spelled.append(argument)
+    return spelled
+
+
+def _plain_words(complaint: str) -> str:
+    """Rewrite a complaint of the parser about a value in the words of the command line."""
+    complaint = re.sub(r'Parser key "([\w.]+)":', r"--\1:", complaint)
+    union = re.search(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", complaint)
+    if union:
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", union[1]).replace("NoneType", "null").replace(", ", " or ")
+        complaint = f"{complaint[: union.start()]}expected {kinds}, got {union[2]}"
+    complaint = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1,", complaint)
+    complaint = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\.", r"expected one of \1;", complaint)
+    complaint = complaint.replace("Got value:", "got")
+    return re.sub(r"the following arguments are required: (.*)", _missing_options, complaint)
+
+
+def _missing_options(match: re.Match[str]) -> str:
+    return "missing " + ", ".join(f"--{name}" for name in match.group(1).split(", "))
