@@ -22,6 +22,7 @@ import yaml
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
 from patchloom.source_options import SourceOptions, words
+from patchloom.training.places import PLACES, absolute, same_place
 
 CONFIG = "config.yaml"
 
@@ -250,8 +251,9 @@ def write_config(config: TrainConfig, path: Path, command: str) -> None:
 
 
 def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings of a run as plain values."""
+    """Return the settings of a run as plain values; places on disk lead there from any folder."""
     values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    values |= {name: absolute(name, value) for name, value in values.items() if name in PLACES and value is not None}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -287,6 +289,8 @@ def refuse_changes(saved: Mapping[str, Any], config: TrainConfig) -> None:
         if name in FREE_ON_RESUME or name not in saved:
             continue
         before = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        if name in PLACES and before and value and same_place(name, value, saved, Path(config.out)):
+            continue
         if before != value:
             raise UsageError(
                 f"the run in {config.out} has {name}={before}, not {value}; resume it unchanged, or start a new run "

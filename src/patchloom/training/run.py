@@ -48,6 +48,7 @@ from patchloom.training.health import CollapseWatch
 from patchloom.training.inputs import open_training_images
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
+from patchloom.training.places import PLACES, found_again
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
 
@@ -86,7 +87,11 @@ def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any
     values = dict(settings)
     saved = Path(str(values.get("out", ""))) / "config.yaml"
     if values.get("resume") and values.get("out") and saved.exists():
-        values = saved_settings(saved.parent, command) | values
+        before = saved_settings(saved.parent, command)
+        values = before | values
+        for name in PLACES & values.keys():
+            if values[name] is not None and values[name] == before.get(name) and name != "out":
+                values[name] = found_again(name, before, saved.parent)
     return config_from_mapping(method_class.config_class, values)
 
 
