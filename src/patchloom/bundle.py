@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +194,26 @@ def open_encoder(model: str | Path | nn.Module) -> Any:
         made_from(model)
         return model
     name = str(model)
-    if Path(name).exists():
-        return load(name)
+    return load(name) if Path(name).exists() else fetch_encoder(name).eval()
+
+
+def fetch_encoder(name: str, create: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Return a timm model with its published weights, fetched on first use.
+
+    Args:
+        name: Name of the timm model.
+        create: `create_backbone` (default) or `create_encoder`, which takes ViTs only.
+        **options: What that takes.
+
+    Raises:
+        UsageError: There is no such model, it has no published weights or they cannot be fetched.
+    """
     from patchloom.encoders import create_backbone
 
     if timm.is_model(name) and not timm.models.is_model_pretrained(name):
         raise UsageError(f"{name} has no published weights; give the path of a bundle or run")
     try:
-        return create_backbone(name, pretrained=True).eval()
+        return (create or create_backbone)(name, pretrained=True, **options)
     except UsageError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such file, or a file of another model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from patchloom.adapt.adapter_config import AdapterConfig
 from patchloom.adapt.insertion import Insertion, insert, insertions
+from patchloom.bundle import fetch_encoder
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
@@ -92,7 +93,7 @@ class AdapterMethod(LabelledMethod):
                 f"{name} has no published weights, and there is nothing to adapt in fresh ones; give the path of a "
                 f"bundle or run"
             )
-        return create_encoder(name, in_chans=config.in_chans, drop_path=config.drop_path, pretrained=True)
+        return fetch_encoder(name, create_encoder, in_chans=config.in_chans, drop_path=config.drop_path)
 
     def transform(self) -> Transform:
         """Return random crops and flips."""

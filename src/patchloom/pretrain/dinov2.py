@@ -20,6 +20,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from patchloom.bundle import fetch_encoder
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.multicrop import MultiCrop
 from patchloom.encoders import Encoder, create_encoder, depth, grid_size, normalize, num_prefix_tokens, patch_size
@@ -109,7 +110,8 @@ class Dinov2Method(Method):
         else:
             if config.registers is not None:
                 raise UsageError(f"registers are for fresh encoders; {start} is trained already, leave them unset")
-            encoder = create_encoder(start, **size, pretrained=not Path(start).exists())
+            there = Path(start).exists()
+            encoder = create_encoder(start, **size) if there else fetch_encoder(start, create_encoder, **size)
             _check_architecture(encoder, config)
             if (token := load_mask_token(start)) is not None:
                 # The student's starts from it; the bundle of the run holds the encoder alone.

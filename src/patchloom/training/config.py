@@ -129,7 +129,7 @@ class TrainConfig(SourceOptions):
     share_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the share rate gets there, from 0"""
     init_from: str | None = None
-    """Bundle or run whose weights the encoder starts from (same architecture)"""
+    """Bundle, run or timm model (its published weights) whose weights the encoder starts from (same architecture)"""
     checkpoint_every: int = 500
     """Optimiser steps between checkpoints; one is also written when an epoch and when the run ends"""
     probe_data: str | None = None

@@ -76,13 +76,14 @@ class Finish(Callback):
     def lineage(self, method: Method, steps: int) -> dict[str, Any]:
         """Return what made the model, and from which bundle."""
         config = method.config
-        parent = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
+        # A timm model's published weights are named by it, and have no lineage here.
+        parent = config.init_from or (config.encoder if Path(config.encoder).exists() else None)
         return {
             "made_by": self.command,
             "data": method.source.describe(),
             "steps": steps,
             "settings": dataclasses.asdict(config),
-            "from": None if parent is None else {"path": parent, "lineage": read_lineage(parent)},
+            "from": None if parent is None else {"path": parent, "lineage": _lineage_of(parent)},
             **method.lineage(),
         }
 
@@ -113,6 +114,10 @@ class Finish(Callback):
             "seconds": round(seconds, 1),
             "duration": duration(seconds),
         }
+
+
+def _lineage_of(parent: str) -> dict[str, Any]:
+    return read_lineage(parent) if Path(parent).exists() else {}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as lp
+import timm
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -593,19 +594,20 @@ def load_weights(
     path: str,
     convert: Callable[[Encoder, dict[str, Tensor]], dict[str, Tensor]] = lambda encoder, saved: saved,
 ) -> None:
-    """Fill an encoder with the weights of a bundle or run of the same architecture.
+    """Fill an encoder with the weights of a trained one of the same architecture, whose mean and std it takes too.
 
     Args:
         encoder: What is filled.
-        path: The bundle or run.
+        path: The bundle or run; or a timm model, whose published weights are fetched and fitted to the image size.
         convert: Turns its tensors into the encoder's, where they are of another kind.
 
     Raises:
-        UsageError: The tensors do not match, with how many do.
+        UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
     """
-    from patchloom.bundle import load
+    from patchloom.bundle import fetch_encoder, load
 
-    trained = load(path)
+    published = timm.is_model(path) and not Path(path).exists()
+    trained = fetch_encoder(path, image_size=image_size(encoder)) if published else load(path)
     saved = convert(encoder, trained.state_dict())
     if (channels := in_chans(encoder)) != in_chans(trained) == 3:
         saved = widened(saved, trained, channels, path)
@@ -619,3 +621,5 @@ def load_weights(
             f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; name the architecture and image size it has"
         )
     encoder.load_state_dict(usable, strict=False)
+    statistics = {name: trained.pretrained_cfg[name] for name in ("mean", "std") if name in trained.pretrained_cfg}
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}
