@@ -15,6 +15,7 @@ from patchloom.report import (
     bars,
     codebook_mosaic,
     curves,
+    figures,
     image_grid,
     nearest_neighbours,
     pca_features,
@@ -75,6 +76,13 @@ def test_attention_is_drawn_where_it_is():
     second = pixels[tile + 22 : 2 * tile, : tile - 24]
     assert second[: len(second) // 4, : second.shape[1] // 4].mean() > second[-5:, -5:].mean()
     assert "head" in figure.alt
+
+
+def test_heads_are_counted_from_0_as_explanations_do(monkeypatch):
+    rows = {}
+    monkeypatch.setattr(figures, "image_grid", lambda given, **_: rows.update(given))
+    attention_maps(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 4), (2, 2), heads=2)
+    assert list(rows) == ["image", "mean over heads", "head 0", "head 1"]
 
 
 def test_features_that_differ_get_colours_that_differ():

@@ -226,8 +226,8 @@ class G2SDGenericMethod(Method):
         theirs = dict(zip(wanted, found, strict=True))
         return [
             {
-                "student's block": block,
-                "teacher's block": other,
+                "student's block": block - 1,
+                "teacher's block": other - 1,
                 "alignment": f"{linear_cka(tokens.patches.flatten(0, 1), theirs[other].patches.flatten(0, 1)):.3f}",
             }
             for (block, other), tokens in zip(pairs, mine, strict=True)

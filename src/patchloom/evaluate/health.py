@@ -193,7 +193,7 @@ def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
     }
     drawn = []
     if "layer_accuracy" in figures:
-        blocks = range(1, len(figures["layer_accuracy"]) + 1)
+        blocks = range(len(figures["layer_accuracy"]))
         probed = {
             name: (blocks, figures[f"layer_{name.replace(' ', '_')}"]) for name in ("accuracy", "balanced accuracy")
         }
@@ -201,7 +201,7 @@ def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
         title = "Linear probe by layer"
         drawn.append(curves(probed, x_label="block", y_label="share", title=title, references=naming))
     drawn += [
-        curves({name: (range(1, len(figures[name]) + 1), figures[name])}, x_label="block", y_label=unit, title=title)
+        curves({name: (range(len(figures[name])), figures[name])}, x_label="block", y_label=unit, title=title)
         for name, (title, unit) in titles.items()
         if name in figures
     ]

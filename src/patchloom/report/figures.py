@@ -97,7 +97,7 @@ def codebook_mosaic(
 
 
 def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, heads: int = 6) -> Figure:
-    """Return images beside where the class token looks: mean over heads, then single heads.
+    """Return images beside where the class token looks: mean over heads, then single heads, counted from 0.
 
     Args:
         images: (n, C, H, W) float in [0, 1].
@@ -114,7 +114,7 @@ def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, 
     maps = finite(attention).float().view(n, count, *grid)
     rows = {"image": images.float(), "mean over heads": overlay(images, maps.mean(1))}
     for head in range(min(heads, count)):
-        rows[f"head {head + 1}"] = overlay(images, maps[:, head])
+        rows[f"head {head}"] = overlay(images, maps[:, head])
     return image_grid(rows, alt="Attention of the class token over each image, by head")
 
 

@@ -98,8 +98,8 @@ def representation_section(observed: Observed) -> Section:
     )
     values = [max(value, 1e-9) for value in figures["singular_values"]]
     spectrum = {"singular value": (list(range(1, len(values) + 1)), values)}
-    layers = list(range(1, len(figures["hoyer"]) + 1))
-    entropy = {f"head {n + 1}": value for n, value in enumerate(figures["attention_entropy"])}
+    layers = list(range(len(figures["hoyer"])))
+    entropy = {f"head {n}": value for n, value in enumerate(figures["attention_entropy"])}
     alike = {"within a game": figures["within_similarity"], "consecutive": figures["sequence_similarity"]}
     if "between_similarity" in figures:
         alike["between games"] = figures["between_similarity"]
