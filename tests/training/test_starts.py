@@ -15,7 +15,7 @@ from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_backbone, create_encoder
 from patchloom.errors import UsageError
-from patchloom.pretrain import METHODS
+from patchloom.registry import method_class
 from patchloom.training.method import load_weights
 
 NAME = "test_vit"  # a tiny ViT of timm, for images of 160 pixels, with published weights
@@ -45,7 +45,7 @@ def test_published_weights_are_fitted_to_size_and_channels(published: dict[str, 
 def test_a_method_that_initialises_fresh_encoders_keeps_published_weights(
     name: str, published: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    method: Any = METHODS[name]
+    method: Any = method_class("pretrain", name)
     common = {"data": "digits", "out": str(tmp_path / "run"), "encoder": NAME, "image_size": 160}
     made = method(method.config_class(**common, init_from=NAME), open_source("digits"))
     state = made.encoder.state_dict()
