@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -210,6 +211,29 @@ def test_list_is_a_table_for_a_person_and_json_for_a_program(capsys):
     assert json.loads(out)["references"] == pl.list_references()
 
 
+def test_training_hears_of_what_was_given_alone(monkeypatch, tmp_path):
+    from patchloom.training import run as module
+
+    seen = {}
+    monkeypatch.setattr(module, "fit", lambda command, method, config, given: seen.update(given))
+    cli.main(["pretrain", "mae", "--data", "photos", "--out", str(tmp_path / "x"), "--lr", "0.1"])
+    assert seen == {"data": "photos", "out": str(tmp_path / "x"), "lr": 0.1}
+
+
+def test_a_warning_is_one_line_without_its_place_in_the_source(monkeypatch, capsys):
+    def warn(arguments: list[str]) -> int:
+        warnings.warn("the codebook holds\n  3 patches twice", stacklevel=2)
+        warnings.warn("a keyword will be renamed", FutureWarning, stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run(capsys) == (0, "", "warning: the codebook holds 3 patches twice\n")
+    with pytest.warns(UserWarning, match="twice"), pytest.warns(FutureWarning):
+        cli.main(["--debug"])
+
+
 def test_installed_command_answers():
     done = subprocess.run(
         [sys.executable, "-m", "patchloom.cli", "--version"], capture_output=True, text=True, check=True
@@ -224,7 +248,7 @@ def test_a_preset_changes_the_defaults_of_a_command(spelling, monkeypatch, tmp_p
 
     seen = {}
     monkeypatch.setitem(registry.METHODS["pretrain"], "made_up", registry.METHODS["pretrain"]["ccvit"])
-    monkeypatch.setattr(module, "fit", lambda command, method, config: seen.update(asdict(config)))
+    monkeypatch.setattr(module, "fit", lambda command, method, config, given: seen.update(asdict(config)))
     monkeypatch.setattr(CCViTConfig, "PRESETS", {"big": {"batch_size": 77, "epochs": 5}})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.yaml").write_text("preset: big\n")

@@ -5,7 +5,7 @@ command out; their docstrings are the help texts. Help pages, tab completion and
 `patchloom.registry`, none of which loads torch; only the modules of the command at hand are imported, when it runs.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 128 + the signal that ended it (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1).
-Errors are one sentence; `--debug` shows the traceback. Figures are printed as a table, with `--json` as JSON.
+Errors are one sentence; `--debug` shows the traceback, and where a warning comes from. Figures are printed as a table, with `--json` as JSON.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,11 +118,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    with stopping.stoppable():
+    with stopping.stoppable(), _plain_warnings(debug):
         code = _main(arguments, debug)
         number = stopping.received()
         # A signal that something swallowed is answered all the same.
         return code if number is None or code or stopping.is_helper() else stopping.Stopped(number).exit_code
+
+
+@contextmanager
+def _plain_warnings(debug: bool) -> Iterator[None]:
+    """Show warnings as one line each, without the place in the source; those for programmers not at all."""
+    for_programmers = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **named: Any) -> None:
+        if not issubclass(category, for_programmers) and not stopping.is_helper():
+            print(f"warning: {encodable(' '.join(str(message).split()))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = show
+        yield
 
 
 def _main(arguments: list[str], debug: bool) -> int:
@@ -234,7 +250,11 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     config_class = load(entry.settings)
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
-    values = read_options(f"{verb} {method}", f"{entry.summary}.", config_class, rest, defaults)
+    # Only what was given of training's: what is left open may be settled by the size of the data.
+    settles = verb in ("pretrain", "adapt", "distill")
+    values = read_options(
+        f"{verb} {method}", f"{entry.summary}.", config_class, rest, defaults, all_of_them=not settles
+    )
     return partial(getattr(api, verb), method, **values)
 
 

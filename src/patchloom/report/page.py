@@ -24,7 +24,7 @@ CONTENTS_BEGIN, SECTIONS_BEGIN = "<!-- contents -->", "<!-- sections -->"
 
 COMMAND_TITLE = "Repeat this run"
 
-ALARMS = ("collapsed", "collapsing", "diverged", "not finite")
+ALARMS = ("collapsed", "collapsing", "diverged", "not finite", "too few", "blown up", "holds for nothing else")
 """Words that turn the banner of a verdict into a warning."""
 
 MOST_COLUMNS = 7

@@ -31,6 +31,8 @@ def read_options(
     described: Callable[..., Any],
     given: Sequence[str],
     defaults: Mapping[str, Any] | None = None,
+    *,
+    all_of_them: bool = True,
 ) -> dict[str, Any]:
     """Return the options of a command by name.
 
@@ -40,6 +42,7 @@ def read_options(
         described: Settings class or function; its fields or arguments are the options.
         given: The words after the command.
         defaults: Instead of those of `described`.
+        all_of_them: Return the defaults of options that were left out, too.
 
     Raises:
         UsageError: An option there is not (with the nearest), a missing one, or a value of the wrong kind.
@@ -51,7 +54,7 @@ def read_options(
     parser = _parser(name, summary, described, hints)
     if defaults:
         parser.set_defaults(dict(defaults))
-    return _parse(parser, given, hints)
+    return _parse(parser, given, hints, all_of_them)
 
 
 def option_types(described: Callable[..., Any]) -> dict[str, Any]:
@@ -150,12 +153,12 @@ def _group(parser: ArgumentParser, required: Sequence[str], ablations: Sequence[
         group._group_actions.extend(actions[name] for name in names)
 
 
-def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any], defaults: bool) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     switches = {name for name, hint in hints.items() if hint is bool}
     try:
-        namespace = parser.parse_args(_spelled_out_switches(given, switches))
+        namespace = parser.parse_args(_spelled_out_switches(given, switches), defaults=defaults)
     except ArgumentError as error:
         raise UsageError(_plain_words(" ".join(str(error).split()))) from error
     values: dict[str, Any] = namespace.as_dict()

@@ -67,11 +67,11 @@ class TrainConfig(SourceOptions):
     """Channels that pictures in the report show as red, green and blue, or one as grey, such as 4,2,0; default: the
     first three"""
     epochs: int = 300
-    """Passes over the images"""
+    """Passes over the images; where not given, more than the recipe's if the images are few"""
     max_steps: int | None = None
     """Stop after this many optimiser steps, whatever epochs says (the schedule ends there too)"""
     batch_size: int = 128
-    """Images per device and forward pass"""
+    """Images per device and forward pass; where not given, fewer than the recipe's if the images are few"""
     accumulate: int = 1
     """Forward passes per optimiser step; the global batch is batch_size * accumulate * devices * nodes"""
     lr: float = 1.5e-3

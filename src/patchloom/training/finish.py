@@ -20,19 +20,27 @@ from patchloom.training.callbacks import Interruption, Probe, SkippedImages
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report
+from patchloom.training.size import Advice
 
 
 class Finish(Callback):
     """Writes what a run leaves behind; in the first process, inside the process group so that shards can be joined."""
 
     def __init__(
-        self, run_dir: Path, command: str, probe: Probe, skipped: SkippedImages, interruption: Interruption
+        self,
+        run_dir: Path,
+        command: str,
+        probe: Probe,
+        skipped: SkippedImages,
+        interruption: Interruption,
+        advice: Advice,
     ) -> None:
         self.run_dir = run_dir
         self.command = command
         self.probe = probe
         self.skipped = skipped
         self.interruption = interruption
+        self.advice = advice
 
     def on_fit_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Write bundle, summary and report."""
@@ -109,6 +117,7 @@ class Finish(Callback):
             **{name: value for name, value in last.items() if name not in known},
             **self.probe.latest,
             **method.summary(),
+            "advice": self.advice.lines,
             "unreadable_images": len(self.skipped.seen),
             "images_per_second": round(images / seconds, 1),
             "seconds": round(seconds, 1),

@@ -90,6 +90,17 @@ class LabelledMethod(Method):
             groups=class_groups(counts.tolist()) if counts is not None and self.has_tail() else None,
         )
 
+    @classmethod
+    def images_to_learn_from(cls, config: Any, source: Source | StreamSource) -> int | None:
+        """Return about how many images remain to learn from after the held-out part and the label budget."""
+        count = super().images_to_learn_from(config, source)
+        if count is None:
+            return None
+        count -= max(1, round(config.val_fraction * count)) if config.test is None and config.val_fraction else 0
+        if config.shots is not None:
+            return min(count, config.shots * len(source.class_names or []))
+        return max(1, round(config.label_fraction * count))
+
     def has_tail(self) -> bool:
         """Return whether accuracy is reported for the head, the middle and the tail of the classes."""
         return self.config.imbalance is not None

@@ -137,6 +137,13 @@ class Method(lp.LightningModule):
     def load_prepared(self, run_dir: Path) -> None:
         """Load what `prepare` made; called in every process, on every start."""
 
+    @classmethod
+    def images_to_learn_from(cls, config: Any, source: Source | StreamSource) -> int | None:
+        """Return how many images a run of these settings would learn from, about; None where nobody knows."""
+        from patchloom.data.base import Source
+
+        return len(source) if isinstance(source, Source) else None
+
     def training_source(self) -> Source | StreamSource:
         """Return what batches are drawn from: the source, or another form of it, such as its images in time order."""
         return self.source

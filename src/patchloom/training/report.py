@@ -70,7 +70,7 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
         facts=headline(summary),
         sections=[section for section in sections if section is not None],
         command=command_line(command, method),
-        verdict=str(summary.get("verdict", "")),
+        verdict=" ".join([*summary.get("advice", []), str(summary.get("verdict", ""))]).strip(),
     )
 
 

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ from patchloom.training.metrics import CSVMetrics
 from patchloom.training.places import PLACES, found_again
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
+from patchloom.training.size import Advice, fit_to_data
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def train(verb: str, method: str, settings: Mapping[str, Any]) -> Run:
     """Train by a method of a verb, as `patchloom VERB METHOD` does; see `resolve` and `fit` for what is raised."""
     method_class = registry.method_class(verb, method)
     command = f"{verb} {method}"
-    return fit(command, method_class, resolve(command, method_class, settings))
+    return fit(command, method_class, resolve(command, method_class, settings), given=settings)
 
 
 def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:
@@ -102,6 +103,7 @@ def fit(
     *,
     source: Source | StreamSource | None = None,
     attach: Sequence[Attachment] = (),
+    given: Collection[str] | None = None,
 ) -> Run:
     """Train, and leave a run folder behind: settings, metrics, checkpoints, model, report.
 
@@ -111,6 +113,7 @@ def fit(
         config: Its settings.
         source: What `config.data` names, where it is open already or no source that a name opens.
         attach: What rides on the run besides what the settings ask for.
+        given: Names of the settings that were chosen; others are made to fit the number of images. Default: all.
 
     Raises:
         UsageError: The data, the encoder or the run folder cannot be used as asked.
@@ -119,7 +122,7 @@ def fit(
         Stopped: A signal ended the run; from its first step on, checkpoint, model and report are written.
     """
     with stopping.stoppable():
-        return _fit(command, method_class, config, source, attach)
+        return _fit(command, method_class, config, source, attach, given)
 
 
 def _fit(
@@ -128,11 +131,14 @@ def _fit(
     config: TrainConfig,
     source: Source | StreamSource | None,
     attach: Sequence[Attachment],
+    given: Collection[str] | None,
 ) -> Run:
     if source is None:
         source, config = open_training_images(config)
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
+    if given is not None and not (config.resume and (Path(config.out) / "config.yaml").exists()):
+        config = fit_to_data(config, method_class.images_to_learn_from(config, source), given)
     method = method_class(config, source)
     method.attached = [*method.attachments(), *attachments_of(config), *attach]
     run_dir = check_place(config.out)
@@ -226,6 +232,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
     )
     queries = probe.data.queries
     skipped = SkippedImages(run_dir)
+    advice = Advice()
     interruption = Interruption()
     callbacks = [
         *method.attached,
@@ -237,7 +244,8 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         Progress(),
         FailureNote(run_dir),
         CheckpointEvery(run_dir / "checkpoints", config.checkpoint_every),
-        Finish(run_dir, command, probe, skipped, interruption),
+        advice,
+        Finish(run_dir, command, probe, skipped, interruption, advice),
     ]
     trainer = lp.Trainer(
         default_root_dir=run_dir,
