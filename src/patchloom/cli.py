@@ -5,7 +5,8 @@ command out; their docstrings are the help texts. Help pages, tab completion and
 `patchloom.registry`, none of which loads torch; only the modules of the command at hand are imported, when it runs.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 128 + the signal that ended it (130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1).
-Errors are one sentence; `--debug` shows the traceback, and where a warning comes from. Figures are printed as a table, with `--json` as JSON.
+Errors are one sentence, warnings one line; `--debug` shows the traceback, and where a warning comes from. Figures are
+printed as a table, with `--json` as JSON.
 """
 
 from __future__ import annotations
