@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -278,3 +279,18 @@ def test_shards_of_unequal_sizes_are_seen_alike_with_more_workers_than_shards(tm
     for epoch in range(3):
         loader.set_position(epoch)
         assert sorted(torch.cat([batch["label"] for batch in loader]).tolist()) == list(range(24))
+
+
+def test_members_whose_names_are_not_utf_8_are_told_as_text(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in (b"g\xe9.png", b"br\xe9ken.png"):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(content, "PNG")
+            data = content.getvalue() if name.startswith(b"g") else b"junk"
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    samples = list(ShardSource(path).samples(epoch=0, seed=0, shuffle=False))
+    assert [sample.key for sample in samples] == [r"a.tar/g\xe9.png", r"a.tar/br\xe9ken.png"]
+    assert isinstance(samples[1], Unreadable)

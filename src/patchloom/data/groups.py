@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from patchloom.errors import UsageError
-from patchloom.io import printable, raw_name
+from patchloom.io import existing, printable, raw_name
 
 
 def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
@@ -22,7 +21,7 @@ def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
     Raises:
         UsageError: No such file, no such columns, or images it does not name.
     """
-    file = Path(path)
+    file = existing(path)
     if not file.is_file():
         raise UsageError(f"there is no group file {path}; give a CSV file with the columns key and group")
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:

@@ -21,6 +21,7 @@ import numpy as np
 from patchloom.data.dicom import Monochrome1
 from patchloom.data.listed import SHOWN, ListedSource
 from patchloom.errors import UsageError, unknown_name
+from patchloom.io import existing
 
 Split = Literal["train", "val", "test"]
 Uncertain = Literal["paper", "ones", "zeros", "ignore"]
@@ -317,7 +318,7 @@ def shared_patients(first: ChestXray14Source, second: ChestXray14Source) -> list
 
 
 def _folder(name: str, root: str | Path) -> Path:
-    folder = Path(root).expanduser()
+    folder = existing(Path(root).expanduser())
     if not str(root) or not folder.is_dir():
         raise UsageError(f"{name}: there is no folder {str(root)!r}; give the one that holds lists and images")
     return folder

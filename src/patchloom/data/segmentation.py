@@ -392,7 +392,7 @@ def _ade20k(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSour
 def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:
     folder, _, split = rest.rpartition(":")
     if not folder:  # no split named
-        return Path(rest), "train"
+        return existing(rest), "train"
     if split not in known:
         raise unknown_name("split", split, known)
-    return Path(folder), split
+    return existing(folder), split

@@ -26,6 +26,7 @@ import numpy as np
 from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.errors import MissingExtraError, UsageError
+from patchloom.io import printable
 
 TRUNCATED = "the shard is damaged or cut short here"
 Content = TypeVar("Content")
@@ -57,11 +58,11 @@ class ShardSource(StreamSource):
         if buffer_size < 1:
             raise UsageError(f"buffer_size is {buffer_size}; it must be at least 1")
         patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
-        self.name = ", ".join(str(one) for one in patterns)
+        self.name = printable(", ".join(str(one) for one in patterns))
         self.in_chans = in_chans
         self.buffer_size = buffer_size
         self.shards = expand_shards(patterns)
-        self._names = _distinct_names(self.shards)
+        self._names = [printable(name) for name in _distinct_names(self.shards)]
         scanned = [_scan(shard) for shard in self.shards]
         self.sizes = [count for count, _ in scanned]
         self._starts = [starts for _, starts in scanned]
@@ -100,7 +101,7 @@ class ShardSource(StreamSource):
         if files is None:
             return Unreadable(shard, TRUNCATED)
         name, data = files["image"]
-        key = f"{shard}/{name}"
+        key = printable(f"{shard}/{name}")
         try:
             return Sample(
                 decode_image(data, key, self.in_chans, "invert", self.values, self.channels), _label(files, key), key

@@ -42,7 +42,7 @@ from patchloom.data.nifti import (
 from patchloom.data.pixels import resize
 from patchloom.data.segmentation import colours
 from patchloom.errors import UsageError, unknown_name
-from patchloom.io import written_whole
+from patchloom.io import existing, printable, written_whole
 from patchloom.mask_settings import MaskSettings
 from patchloom.progress import track
 
@@ -115,8 +115,8 @@ class VolumeSource:
     ) -> None:
         if plane not in AXES:
             raise unknown_name("plane", plane, AXES)
-        self.name, self.plane, self.channel = path, plane, channel
-        root = Path(path)
+        self.name, self.plane, self.channel = printable(path), plane, channel
+        root = existing(path)
         if not root.is_dir():
             raise UsageError(f"there is no folder of volumes {path}")
         self.masks: list[Path] | None = None
@@ -131,7 +131,7 @@ class VolumeSource:
             names = _listed_names(root)
         else:
             self.files = sorted(file for file in root.rglob("*.nii*") if _is_volume(file))
-            tops = [file.relative_to(root).parts[0] for file in self.files]
+            tops = [printable(file.relative_to(root).parts[0]) for file in self.files]
             if len(set(tops)) > 1 and all(len(file.relative_to(root).parts) > 1 for file in self.files):
                 names = sorted(set(tops))
                 self.labels = np.array([names.index(top) for top in tops], dtype=np.int64)
@@ -159,8 +159,8 @@ class VolumeSource:
         return len(self.files)
 
     def key(self, index: int) -> str:
-        """Return the path of a volume below the folder."""
-        return str(self.files[index].relative_to(self.root))
+        """Return the path of a volume below the folder, as `patchloom.io.printable` writes it."""
+        return printable(self.files[index].relative_to(self.root))
 
     def read(self, index: int) -> Volume:
         """Return volume number `index`.
@@ -206,7 +206,7 @@ class VolumeSource:
         digest = hashlib.sha256(f"{self.plane} {self.channel}".encode())
         for file in [*self.files, *(self.masks or [])]:
             about = file.stat()
-            digest.update(f"{file.relative_to(self.root)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+            digest.update(f"{printable(file.relative_to(self.root))}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
     def _mask(self, index: int, image: Any, axis: int) -> Tensor:

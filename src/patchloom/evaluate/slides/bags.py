@@ -23,6 +23,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tasks import Kind, Task
 from patchloom.evaluate.slides.wsi import SLIDE_SUFFIXES
+from patchloom.io import printable, raw_name
 from patchloom.source_options import words
 
 MOST_CLASSES = 50
@@ -165,6 +166,7 @@ def _rows(path: Path, slide_column: str, label_column: str) -> dict[str, dict[st
             name = (row[slide_column] or "").strip()
             if Path(name).suffix.lower() in SLIDE_SUFFIXES:
                 name = Path(name).stem
+            name = printable(raw_name(name))  # as tile features are called
             cells = {key: value or "" for key, value in row.items() if key is not None}
             if name in rows and rows[name][label_column] != cells[label_column]:
                 raise UsageError(

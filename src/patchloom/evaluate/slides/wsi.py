@@ -18,6 +18,7 @@ import numpy as np
 
 from patchloom.data.base import UnreadableImageError
 from patchloom.errors import MissingExtraError, UsageError
+from patchloom.io import existing, printable
 
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
@@ -42,7 +43,7 @@ class Slide:
 
     def __init__(self, path: str | Path, slide_mpp: float | None = None, name: str | None = None) -> None:
         self.path = Path(path)
-        self.name = name or self.path.stem
+        self.name = name or printable(self.path.stem)
         openslide = need_openslide()
         try:
             self.handle: Any = openslide.open_slide(self.path)
@@ -160,9 +161,9 @@ def find_slides(slides: str | Path) -> dict[str, Path]:
     Raises:
         UsageError: There is nothing there, or two files would have the same name.
     """
-    path = Path(slides)
+    path = existing(slides)
     if path.is_file():
-        return {path.stem: path}
+        return {printable(path.stem): path}
     if not path.is_dir():
         raise UsageError(f"there is no slide or folder {slides}")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SLIDE_SUFFIXES and file.is_file())
@@ -170,11 +171,10 @@ def find_slides(slides: str | Path) -> dict[str, Path]:
         raise UsageError(f"{slides} holds no slide (looked for {', '.join(sorted(SLIDE_SUFFIXES))})")
     found: dict[str, Path] = {}
     for file in files:
-        if file.stem in found:
-            raise UsageError(
-                f"{found[file.stem]} and {file} have the same name; slides are told apart by it, rename one"
-            )
-        found[file.stem] = file
+        name = printable(file.stem)
+        if name in found:
+            raise UsageError(f"{found[name]} and {file} have the same name; slides are told apart by it, rename one")
+        found[name] = file
     return found
 
 
