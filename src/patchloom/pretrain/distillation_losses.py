@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError
 from patchloom.precision import at_least_float32
+from patchloom.training.gather import gathered
 
 
 class SoftmaxCentering(nn.Module):
@@ -131,31 +132,58 @@ def ibot_loss(student: Tensor, teacher: Tensor, masks: Tensor, temp: float = 0.1
     return soft_cross_entropy(student[None], teacher, weights / len(masks), temp)
 
 
-def koleo_loss(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Return the Kozachenko-Leonenko regulariser: it pushes each feature away from its nearest neighbour.
+def koleo_loss(
+    x: Tensor, eps: float = 1e-8, topk: int = 1, across_processes: bool = False, group_size: int | None = None
+) -> Tensor:
+    """Return the Kozachenko-Leonenko regulariser: it pushes each feature away from its nearest neighbours.
 
-    Computed among the features given, that is, by publication, per process and per crop: more processes with smaller
-    batches each do not give the loss of one with a large batch.
+    By default computed among the features given, that is, by publication, per process and per crop: more processes with
+    smaller batches each do not give the loss of one with a large batch. DINOv3's distributed form looks for neighbours
+    in the batch of all processes, or of groups of them.
 
     Args:
         x: (B, D) features, not normalised.
         eps: Added where a length or a distance might be 0.
+        topk: Neighbours of each feature; DINOv2: 1.
+        across_processes: Look among the features of all processes, which all have B of them.
+        group_size: Across processes: features that are looked among, those of neighbouring ranks; None: all.
 
     Returns:
-        Scalar: -mean log(‖x_i - x_nn(i)‖ + eps) of the normalised features.
+        Scalar: -mean log(‖x_i - x_n‖ + eps) of the normalised features, over the neighbours n of each.
 
     Raises:
-        UsageError: There is a single feature, which has no neighbour.
+        UsageError: There are fewer neighbours than `topk`, or groups that no whole number of processes fills.
     """
-    if len(x) < 2:
-        raise UsageError("KoLeo needs at least 2 images per process; raise batch_size, or set koleo_weight=0")
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(at_least_float32(x), eps=eps)
+        others, own = (x, 0) if not across_processes else _group_of(gathered(x), len(x), group_size)
+        if topk < 1 or len(others) <= topk:
+            raise UsageError(
+                f"KoLeo needs at least {max(topk, 1) + 1} images per process for {topk} neighbours, and has "
+                f"{len(others)}; raise batch_size, or set koleo_weight=0"
+                if topk != 1
+                else "KoLeo needs at least 2 images per process; raise batch_size, or set koleo_weight=0"
+            )
         with torch.no_grad():
-            similarity = x @ x.T
-            nearest = similarity.fill_diagonal_(-1).argmax(1)
-        distances = F.pairwise_distance(x, x[nearest], p=2, eps=eps)
+            similarity = x @ others.T
+            rows = torch.arange(len(x), device=x.device)
+            similarity[rows, rows + own] = -1
+            nearest = similarity.topk(topk, dim=1).indices
+        distances = F.pairwise_distance(x[:, None].expand(-1, topk, -1), others[nearest], p=2, eps=eps)
         return -(distances + eps).log().mean()
+
+
+def _group_of(rows: Tensor, count: int, size: int | None) -> tuple[Tensor, int]:
+    """Return the rows of this process's group, and where its own `count` rows begin among them."""
+    size = len(rows) if size is None else size
+    if size % count or len(rows) % size:
+        raise UsageError(
+            f"KoLeo's groups of {size} features do not fit {len(rows)} of processes with {count} each; give a multiple "
+            f"of the batch per process that divides the batch of all"
+        )
+    first = dist.get_rank() * count if len(rows) > count else 0
+    group = first // size
+    return rows[group * size : (group + 1) * size], first % size
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:

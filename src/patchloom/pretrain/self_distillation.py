@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from patchloom.pretrain.distillation_losses import (
     koleo_loss,
     sinkhorn_knopp,
 )
+from patchloom.pretrain.gram import Gram, to_grid
 
 Centering = Literal["centering", "sinkhorn_knopp"]
 GLOBAL_CROPS = 2
@@ -54,6 +55,7 @@ class DINOHead(nn.Module):
         bottleneck_dim: Width of the normalised vector.
         nlayers: Linear layers up to the bottleneck; 1 is a single one.
         use_bn: Batch normalisation after each hidden layer.
+        mlp_bias: Biases in the linear layers up to the bottleneck.
 
     Raises:
         UsageError: `nlayers` below 1.
@@ -67,6 +69,7 @@ class DINOHead(nn.Module):
         bottleneck_dim: int = 256,
         nlayers: int = 3,
         use_bn: bool = False,
+        mlp_bias: bool = True,
     ) -> None:
         super().__init__()
         if nlayers < 1:
@@ -74,10 +77,10 @@ class DINOHead(nn.Module):
         self.out_dim = out_dim
         layers: list[nn.Module] = []
         for width in [in_dim, *[hidden_dim] * (nlayers - 2)] if nlayers > 1 else []:
-            layers.append(nn.Linear(width, hidden_dim))
+            layers.append(nn.Linear(width, hidden_dim, bias=mlp_bias))
             layers += [nn.BatchNorm1d(hidden_dim)] if use_bn else []
             layers.append(nn.GELU())
-        last = nn.Linear(hidden_dim if layers else in_dim, bottleneck_dim)
+        last = nn.Linear(hidden_dim if layers else in_dim, bottleneck_dim, bias=mlp_bias)
         self.mlp: nn.Module = nn.Sequential(*layers, last) if layers else last
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
         for module in self.modules():
@@ -105,6 +108,8 @@ class Crops(NamedTuple):
     """(n, D) normed class tokens."""
     patches: Tensor
     """(M, D) normed patch tokens at the masked places, crop by crop."""
+    every: Tensor | None = None
+    """(n, T, D), all normed patch tokens, where they were asked for."""
 
 
 class Distilled(nn.Module):
@@ -130,13 +135,14 @@ class Distilled(nn.Module):
         self.rule = rule
         self.part_rate = 0.0
 
-    def crops(self, images: Tensor, masks: Tensor | None = None, hide: bool = False) -> Crops:
+    def crops(self, images: Tensor, masks: Tensor | None = None, hide: bool = False, every: bool = False) -> Crops:
         """Return the class tokens of crops and their patch tokens at masked places.
 
         Args:
             images: (n, C, H, W), normalised.
             masks: (n, T) bool; None: no patch tokens are asked for.
             hide: Replace the masked patches by the mask token; the teacher sees them.
+            every: Return all patch tokens as well.
         """
         hidden = masks if hide else None
         embedded = embed_any_size(self.encoder, images, hidden, self.mask_token if hide else None, self.rule)
@@ -146,6 +152,10 @@ class Distilled(nn.Module):
             x, _ = run_blocks(self.encoder, embedded)
         # The norm acts on each token alone, so only the rows that are asked for go through it.
         prefix = num_prefix_tokens(self.encoder)
+        if every:
+            whole = final_norm(self.encoder, x)
+            patches = whole[:, prefix:]
+            return Crops(whole[:, 0], whole[:0, 0] if masks is None else patches[masks], patches)
         rows = x[:, 0] if masks is None else torch.cat([x[:, 0], x[:, prefix:][masks]])
         normed = final_norm(self.encoder, rows)
         return Crops(normed[: len(x)], normed[len(x) :])
@@ -175,10 +185,17 @@ class DINOv2(nn.Module):
         separate_head: Give the patches a head of their own; else one head serves both.
         ibot_out_dim: Prototypes of the patches' own head; default: `out_dim`.
         ibot_bottleneck_dim: Bottleneck of the patches' own head; default: `bottleneck_dim`.
+        ibot_hidden_dim: Width of its hidden layers; default: `hidden_dim`.
+        ibot_nlayers: Its linear layers up to the bottleneck; default: `nlayers`.
+        mlp_bias: Biases in the heads' linear layers; paper: yes.
         centering: How teacher logits become probabilities.
         dino_weight: Weight of the image-level loss; 0 leaves it out of the sum.
         ibot_weight: Weight of the patch-level loss.
         koleo_weight: Weight of KoLeo; paper: 0.1.
+        koleo_topk: Neighbours each feature is pushed away from; paper: 1.
+        koleo_across: Look for them in the batch of all processes, as DINOv3's distributed form does.
+        koleo_group: Features looked among there; default: all.
+        gram: Anchor the likenesses of patches, see `Gram`; default: not.
         student_temp: Temperature of the student; paper: 0.1.
         center_momentum: See `SoftmaxCentering`.
         drop_path: Stochastic depth rate, the same in all blocks.
@@ -202,10 +219,17 @@ class DINOv2(nn.Module):
         separate_head: bool = False,
         ibot_out_dim: int | None = None,
         ibot_bottleneck_dim: int | None = None,
+        ibot_hidden_dim: int | None = None,
+        ibot_nlayers: int | None = None,
+        mlp_bias: bool = True,
         centering: Centering = "centering",
         dino_weight: float = 1.0,
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
+        koleo_topk: int = 1,
+        koleo_across: bool = False,
+        koleo_group: int | None = None,
+        gram: Gram | None = None,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
         drop_path: float = 0.0,
@@ -223,11 +247,18 @@ class DINOv2(nn.Module):
                 f"negative, and dino or ibot must be above 0"
             )
         width = embed_dim(encoder)
-        head = DINOHead(width, out_dim, hidden_dim, bottleneck_dim, nlayers, use_bn)
+        head = DINOHead(width, out_dim, hidden_dim, bottleneck_dim, nlayers, use_bn, mlp_bias)
         own = None
         if separate_head:
-            bottleneck = ibot_bottleneck_dim or bottleneck_dim
-            own = DINOHead(width, ibot_out_dim or out_dim, hidden_dim, bottleneck, nlayers, use_bn)
+            own = DINOHead(
+                width,
+                ibot_out_dim or out_dim,
+                ibot_hidden_dim or hidden_dim,
+                ibot_bottleneck_dim or bottleneck_dim,
+                ibot_nlayers or nlayers,
+                use_bn,
+                mlp_bias,
+            )
         self.student = Distilled(encoder, head, own, rule)
         part = batch_drop and drop_path > LEAST_RATE and can_run_on_part(encoder)
         set_drop_path(encoder, 0.0 if part else drop_path)
@@ -239,21 +270,45 @@ class DINOv2(nn.Module):
         self.dino_weight = dino_weight
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight
+        self.koleo: dict[str, Any] = {
+            "topk": koleo_topk,
+            "across_processes": koleo_across,
+            "group_size": koleo_group,
+        }
+        self.gram = gram
+        self.anchor: Encoder | None = None
+        if gram is not None and gram.anchor == "frozen":
+            self.anchor = copy.deepcopy(self.teacher.encoder)
         self.student_temp = student_temp
         self.train()
 
     def follow(self) -> None:
         """Make the teacher a copy of the student as it is now."""
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        if getattr(self, "anchor", None) is not None:
+            self.anchor = copy.deepcopy(self.teacher.encoder)
+
+    def take_anchor(self) -> None:
+        """Keep the likenesses of the teacher as it is now from here on, where the anchor is a frozen one."""
+        if self.anchor is not None:
+            self.anchor.load_state_dict(self.teacher.encoder.state_dict())
 
     def train(self, mode: bool = True) -> DINOv2:
         """Set the mode; the teacher stays in eval mode."""
         super().train(mode)
         self.teacher.eval()
+        if self.anchor is not None:
+            self.anchor.eval()
         return self
 
     def forward(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, teacher_temp: float
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor | None,
+        masks: Tensor,
+        teacher_temp: float,
+        anchor_crops: Tensor | None = None,
+        anchored: bool = True,
     ) -> dict[str, Tensor]:
         """Return `loss` and its parts.
 
@@ -262,12 +317,15 @@ class DINOv2(nn.Module):
             local_crops: (L·B, C, h, w) normalised, crop-major too; None or empty without local crops.
             masks: (2B, T) or (2B, h, w) bool, patches of the global crops hidden from the student.
             teacher_temp: Temperature of the teacher.
+            anchor_crops: (2B, C, H', W') the global crops as a frozen anchor sees them, normalised; default: as they
+                are. What it says of them is resampled to the student's grid.
+            anchored: Whether the Gram loss counts, where there is one.
 
         Returns:
-            The terms as they enter the sum: `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`, and
-            `loss`, their sum. Beside them, for the log: `published_koleo` and `published_ibot`, halved as the
-            published code shows them; `teacher_entropy`, the entropy of the mean of the teacher's distributions over
-            the batch as a share of log K (0: all images on one prototype), and `teacher_doubt`, the mean of their
+            The terms as they enter the sum: `dino_global_loss`, `dino_local_loss`, `ibot_loss`, `koleo_loss`,
+            `gram_loss`, and `loss`, their sum. Beside them, for the log: `published_koleo` and `published_ibot`, halved
+            as the published code shows them; `teacher_entropy`, the entropy of the mean of the teacher's distributions
+            over the batch as a share of log K (0: all images on one prototype), and `teacher_doubt`, the mean of their
             entropies, likewise (1: the teacher says nothing of any image).
 
         Raises:
@@ -275,8 +333,9 @@ class DINOv2(nn.Module):
                 grid.
         """
         batch, masks = self._check(global_crops, local_crops, masks)
+        gram = self.gram if anchored else None
         class_targets, patch_targets = self.targets(global_crops, masks, teacher_temp)
-        student = self.student.crops(global_crops, masks, hide=True)
+        student = self.student.crops(global_crops, masks, hide=True, every=gram is not None)
         classes, groups = student.classes, GLOBAL_CROPS
         if local_crops is not None and len(local_crops):
             classes = torch.cat([classes, self.student.crops(local_crops).classes])
@@ -295,9 +354,11 @@ class DINOv2(nn.Module):
             teachers = class_targets.unflatten(0, (GLOBAL_CROPS, batch))
             losses["dino_local_loss"] = dino_loss(local, teachers, self.student_temp) * (self.dino_weight / pairs)
         if self.koleo_weight > 0:
-            spread = [koleo_loss(view) for view in student.classes.chunk(GLOBAL_CROPS)]
+            spread = [koleo_loss(view, **self.koleo) for view in student.classes.chunk(GLOBAL_CROPS)]
             losses["koleo_loss"] = torch.stack(spread).sum() * self.koleo_weight
             losses["published_koleo"] = losses["koleo_loss"].detach() / GLOBAL_CROPS
+        if gram is not None and student.every is not None:
+            losses["gram_loss"] = gram.loss(student.every, self.anchored(global_crops, anchor_crops), masks)
         terms = [value for name, value in losses.items() if name.endswith("_loss")]
         losses["published_ibot"] = losses["ibot_loss"].detach() / GLOBAL_CROPS
         losses["teacher_entropy"] = mean_entropy(class_targets)
@@ -325,6 +386,25 @@ class DINOv2(nn.Module):
         return self.dino_centering(classes, teacher_temp), self.ibot_centering(patches, teacher_temp)
 
     @torch.no_grad()
+    def anchored(self, global_crops: Tensor, anchor_crops: Tensor | None = None) -> Tensor:
+        """Return the patch tokens (2B, T, D) whose likenesses are kept, of the grid of the global crops.
+
+        Args:
+            global_crops: (2B, C, H, W) normalised.
+            anchor_crops: The same as a frozen anchor sees them, of any size; default: as they are.
+        """
+        if self.anchor is None:
+            patches = self.teacher.crops(global_crops, every=True).every
+            assert patches is not None
+            return patches
+        seen = global_crops if anchor_crops is None else anchor_crops
+        x, _ = run_blocks(self.anchor, embed_any_size(self.anchor, seen, rule=self.teacher.rule))
+        found = final_norm(self.anchor, x)[:, num_prefix_tokens(self.anchor) :]
+        sizes = [(images.shape[-2], images.shape[-1]) for images in (seen, global_crops)]
+        grid, wanted = (grid_size(self.anchor, size) for size in sizes)
+        return to_grid(found, grid, wanted)
+
+    @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student: t <- m t + (1 - m) s, encoder and heads.
 
@@ -334,6 +414,10 @@ class DINOv2(nn.Module):
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         teacher, student = map(list, zip(*pairs, strict=True))
         torch._foreach_lerp_(teacher, student, 1 - momentum)
+        # Statistics of a batch norm in the heads are no parameters, and the teacher, in eval mode, has none of its own.
+        for theirs, ours in zip(self.teacher.modules(), self.student.modules(), strict=True):
+            if isinstance(theirs, nn.BatchNorm1d):
+                theirs.load_state_dict({**theirs.state_dict(), **dict(ours.named_buffers())})
 
     def _ibot(self, logits: Tensor, targets: Tensor, masks: Tensor) -> Tensor:
         # The published sum has the factors 2 (as the global term) and 1/2 (global crops), which cancel.

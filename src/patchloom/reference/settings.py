@@ -121,15 +121,33 @@ class Hidden(NamedTuple):
 
     width: int
     hidden: int
+    gated: bool = False
+    """Two thirds of that, made up to a multiple of 8, as gated MLPs have it"""
 
     @property
     def ratio(self) -> float:
-        """A ratio that gives it."""
+        """A ratio that gives the width of a plain MLP."""
         exact = self.hidden / self.width
         return exact if int(self.width * exact) == self.hidden else (self.hidden + 0.5) / self.width
 
+    def admits(self, ratio: Any) -> bool:
+        """Return whether a ratio gives this width."""
+        plain = int(self.width * float(ratio))
+        return self.hidden == ((int(plain * 2 / 3) + 7) // 8 * 8 if self.gated else plain)
+
     def __str__(self) -> str:
-        return f"{self.hidden / self.width:g}"
+        return f"{self.hidden / self.width:g}{' (gated)' * self.gated}"
+
+
+class OneOf(tuple[Any, ...]):
+    """Words that tensors fit alike."""
+
+    def admits(self, value: Any) -> bool:
+        """Return whether a value is among them."""
+        return value in self
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self))
 
 
 def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
@@ -142,8 +160,8 @@ def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
         if name not in config or value is None:
             continue
         asked = config[name]
-        if isinstance(value, Hidden):
-            fits = asked is None or int(value.width * float(asked)) == value.hidden
+        if isinstance(value, (Hidden, OneOf)):
+            fits = asked is None or value.admits(asked)
         else:
             fits = comparable(asked, value) == comparable(value)
         if not fits:
