@@ -74,6 +74,13 @@ def batch(made: Dinov2Method, count: int = 4) -> dict[str, torch.Tensor]:
         ({"init_from": "no_such_model"}, "unknown encoder 'no_such_model'"),
         ({"encoder": "ccvit_tiny_patch4_32", "image_size": 16, "registers": 2}, "a Beit has no register tokens"),
         ({"preset": "rad_dinos"}, "did you mean rad_dino"),
+        ({"koleo_topk": 8}, "koleo_topk=8 neighbours are more than 8 images have"),
+        ({"koleo_group": 8}, "koleo_group is for koleo_across=true"),
+        ({"gram_from": "runs/x"}, "gram_from is for a frozen anchor"),
+        ({"gram_weight": 1.0, "gram_tokens": "masked"}, "tokens=masked differ in number"),
+        ({"gram_weight": 1.0, "gram_crop_size": 18}, "gram_crop_size is 18; it must be at least the crops' 16"),
+        ({"gram_weight": 1.0, "gram_from": "no_such_model"}, "unknown encoder 'no_such_model'"),
+        ({"gram_weight": 1.0, "gram_update_every": -1}, "gram_update_every is -1"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(settings, message, tmp_path):
@@ -175,6 +182,10 @@ def test_gradients_are_clipped_apart():
         {"encoder": "ccvit_tiny_patch4_32", "image_size": 16},
         {"encoder": "eva02_tiny_patch14_224", "image_size": 28, "local_size": 14},
         {"grad_checkpointing": True},
+        {"gram_weight": 1.0, "gram_crop_size": 24, "koleo_topk": 2},
+        {"gram_weight": 1.0, "gram_anchor": "teacher", "gram_level": "batch", "gram_tokens": "unmasked"},
+        {"head_bias": False, "head_batch_norm": True, "head_layers": 2},
+        {"separate_head": True, "ibot_out_dim": 12, "ibot_hidden_dim": 10, "ibot_layers": 2, "head_layers": 1},
     ],
 )
 def test_every_variant_trains_all_its_parameters(settings):
@@ -234,6 +245,58 @@ def test_a_run_ends_with_bundle_figures_and_report(run):
     page = run.report.read_text()
     for title in ("Teacher and student", "Prototypes", "Entropy of the teacher", "Attention", "Repeat this run"):
         assert title in page
+
+
+@pytest.mark.parametrize(("every", "ahead"), [(3, True), (2, False)])
+def test_a_run_with_an_anchor_takes_it_anew_and_keeps_it(every, ahead, tmp_path):
+    settings = {
+        **SMALL,
+        "max_steps": 4,
+        "lr": 0.1,
+        "lr_base_batch": None,
+        "warmup_epochs": 0.0,
+        "teacher_momentum": 0.5,
+        "gram_weight": 1.0,
+        "gram_update_every": every,
+        "gram_start": 1,
+        "out": str(tmp_path / "anchored"),
+    }
+    made = pl.pretrain("dinov2", **settings)
+    assert made.summary["anchor"] == "frozen"
+    assert made.summary["gram_loss"] > 0
+    checkpoint = torch.load(made.path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    names = [name for name in checkpoint if ".anchor." in name]
+    teacher = [checkpoint[name.replace("anchor.", "teacher.encoder.")] for name in names]
+    # Taken after the third step of four, the teacher is a step ahead; after the fourth, it is the teacher.
+    same = all(torch.equal(checkpoint[name], value) for name, value in zip(names, teacher, strict=True))
+    assert same != ahead
+    if every == 2:
+        on = {"max_steps": 1, "heads_from": str(made.path), "out": str(tmp_path / "on")}
+        assert pl.pretrain("dinov2", **{**SMALL, **on}).summary["steps"] == 1
+
+
+def test_the_anchor_may_be_that_of_an_earlier_run(run):
+    made = method(gram_weight=1.0, gram_from=str(run.path))
+    wanted = pl.load(run.path).state_dict()
+    found = made.model.anchor.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    made.train()
+    made.training_loss(batch(made))
+    assert all(torch.equal(value, wanted[name]) for name, value in made.model.anchor.state_dict().items())
+    assert not made.model.anchor.training
+
+
+def test_the_student_sees_the_anchors_crops_at_its_own_size():
+    made = method(gram_weight=1.0, gram_crop_size=32)
+    views = batch(made)["global"]
+    assert views.shape[-2:] == (32, 32)
+    small = made.crops(views, 16)
+    assert small.shape == (8, 3, 16, 16)
+    low = torch.nn.functional.interpolate(
+        views.transpose(0, 1).flatten(0, 1).float() / 255, (16, 16), mode="bicubic", antialias=True
+    )
+    low = low.clamp(views.min() / 255, views.max() / 255)
+    torch.testing.assert_close(small * 0.5 + 0.5, low, atol=1e-5, rtol=1e-5)
 
 
 def test_the_bundle_is_the_teachers_and_opens_with_timm(run):

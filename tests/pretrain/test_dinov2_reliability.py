@@ -106,6 +106,6 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(tmp_pat
 def test_a_loss_that_is_not_finite_is_named_with_its_term(tmp_path, monkeypatch):
     from patchloom.pretrain import self_distillation
 
-    monkeypatch.setattr(self_distillation, "koleo_loss", lambda x: x.sum() * float("nan"))
+    monkeypatch.setattr(self_distillation, "koleo_loss", lambda x, **_: x.sum() * float("nan"))
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 0 from koleo_loss, published_koleo "):
         pl.pretrain("dinov2", **{**TINY, "out": str(tmp_path / "nan")})

@@ -87,6 +87,26 @@ def test_koleo_is_the_log_distance_to_the_nearest_neighbour():
     assert float(koleo_loss(x)) == pytest.approx(-np.log(distances + 1e-8).mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_koleo_of_several_neighbours_is_the_mean_over_them(topk):
+    x = draw(6, 4)
+    unit = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -1)
+    logs = [
+        np.log(np.linalg.norm(unit[i] - unit[j] + 1e-8) + 1e-8)
+        for i in range(6)
+        for j in np.argsort(-similarity[i])[:topk]
+    ]
+    assert float(koleo_loss(x, topk=topk)) == pytest.approx(-np.mean(logs), rel=1e-12)
+    # One process is all of them.
+    assert float(koleo_loss(x, topk=topk, across_processes=True)) == pytest.approx(-np.mean(logs), rel=1e-12)
+    with pytest.raises(UsageError, match="at least 7 images per process for 6 neighbours, and has 6"):
+        koleo_loss(x, topk=6)
+    with pytest.raises(UsageError, match="groups of 4 features do not fit 6"):
+        koleo_loss(x, across_processes=True, group_size=4)
+
+
 def test_koleo_pushes_both_neighbours_apart():
     x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     koleo_loss(x).backward()
@@ -159,7 +179,7 @@ TWO_PROCESSES = """
 import sys
 import torch
 import torch.distributed as dist
-from patchloom.pretrain.distillation_losses import SoftmaxCentering, sinkhorn_knopp
+from patchloom.pretrain.distillation_losses import SoftmaxCentering, koleo_loss, sinkhorn_knopp
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -168,7 +188,19 @@ mine = z[:7] if rank == 0 else z[7:]
 q = sinkhorn_knopp(mine, 0.07)
 centering = SoftmaxCentering(6).double()
 centering(mine, 0.07)
+rows = torch.randn(8, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+own = rows.chunk(2)[rank].clone().requires_grad_()
+far = koleo_loss(own, topk=2, across_processes=True)
+near = koleo_loss(own, topk=2, across_processes=True, group_size=4)
+far.backward()
+mean = far.detach().clone()
+dist.all_reduce(mean)
 dist.destroy_process_group()
+together = rows.clone().requires_grad_()
+koleo_loss(together, topk=2).backward()
+torch.testing.assert_close(mean / 2, koleo_loss(rows, topk=2))
+torch.testing.assert_close(own.grad / 2, together.grad.chunk(2)[rank])
+torch.testing.assert_close(near, koleo_loss(own, topk=2))
 whole = sinkhorn_knopp(z, 0.07)
 torch.testing.assert_close(q, whole[:7] if rank == 0 else whole[7:])
 torch.testing.assert_close(centering.center[0], 0.1 * z.mean(0))
@@ -176,7 +208,7 @@ torch.testing.assert_close(centering.center[0], 0.1 * z.mean(0))
 
 
 @pytest.mark.slow
-def test_two_processes_of_unequal_batches_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -263,6 +263,152 @@ def test_a_head_alone_is_a_head():
     same(model(x), logits(state, x))
 
 
+def odd_head(layers: int, bias: bool, norm: bool, hidden: int = 10, prototypes: int = 6, bottleneck: int = 5):
+    """A head of another build than the default: random tensors, and what it computes, in float64."""
+    generator = torch.Generator().manual_seed(layers + 2 * bias + 4 * norm)
+    state: dict[str, torch.Tensor] = {}
+    step = 3 if norm else 2
+    widths = [WIDTH, *[hidden] * (layers - 1), bottleneck]
+    for number in range(layers):
+        name = f"mlp.{number * step}" if layers > 1 else "mlp"
+        state[f"{name}.weight"] = torch.randn(widths[number + 1], widths[number], generator=generator) * 0.4
+        if bias:
+            state[f"{name}.bias"] = torch.randn(widths[number + 1], generator=generator)
+        if norm and number < layers - 1:
+            for part in ("weight", "bias", "running_mean"):
+                state[f"mlp.{number * step + 1}.{part}"] = torch.randn(hidden, generator=generator)
+            state[f"mlp.{number * step + 1}.running_var"] = 0.5 + torch.rand(hidden, generator=generator)
+            state[f"mlp.{number * step + 1}.num_batches_tracked"] = torch.tensor(9)
+    state["last_layer.weight_g"] = torch.randn(prototypes, 1, generator=generator)
+    state["last_layer.weight_v"] = torch.randn(prototypes, bottleneck, generator=generator)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        s, x = {name: value.double() for name, value in state.items()}, x.double()
+        for number in range(layers):
+            name = f"mlp.{number * step}" if layers > 1 else "mlp"
+            x = x @ s[f"{name}.weight"].T + s.get(f"{name}.bias", torch.zeros(()).double())
+            if number == layers - 1:
+                break
+            if norm:
+                own = f"mlp.{number * step + 1}"
+                x = (x - s[f"{own}.running_mean"]) / (s[f"{own}.running_var"] + 1e-5).sqrt()
+                x = x * s[f"{own}.weight"] + s[f"{own}.bias"]
+            x = torch.nn.functional.gelu(x)
+        x = x / x.norm(dim=-1, keepdim=True)
+        v = s["last_layer.weight_v"]
+        return x @ (s["last_layer.weight_g"] * v / v.norm(dim=1, keepdim=True)).T
+
+    return state, forward
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_heads_of_every_build_give_the_published_logits(layers, bias, norm):
+    state, expected = odd_head(layers, bias, norm)
+    told = {"mlp_bias": bias, "nlayers": layers, "head_n_prototypes": 6, "hidden_dim": 10, "in_dim": WIDTH}
+    model = pl.load_reference("dinov2", state, **told, **({"use_bn": norm} if layers > 1 else {}))
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(model(x).double(), expected(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match=f"mlp_bias={not bias}, but the checkpoint's tensors say {bias}"):
+        pl.load_reference("dinov2", state, mlp_bias=not bias)
+
+
+@pytest.mark.parametrize(("bias", "norm"), [(True, False), (False, True)])
+def test_the_patches_head_of_a_training_checkpoint_may_have_any_size(bias, norm):
+    state: dict[str, torch.Tensor] = {}
+    dino, of_classes = odd_head(3, bias, norm, hidden=10, prototypes=6, bottleneck=5)
+    ibot, of_patches = odd_head(2, bias, norm, hidden=14, prototypes=9, bottleneck=4)
+    for seed, network in ((1, "student."), (2, "teacher.")):
+        state |= prefixed(backbone(seed=seed), f"{network}backbone.")
+        state |= prefixed(dino, f"{network}dino_head.") | prefixed(ibot, f"{network}ibot_head.")
+    state |= {"dino_loss.center": torch.zeros(1, 6), "ibot_patch_loss.center": torch.zeros(1, 1, 9)}
+    config = {
+        "dino": {"head_n_prototypes": 6, "head_bottleneck_dim": 5, "head_nlayers": 3, "head_hidden_dim": 10},
+        "ibot": {"separate_head": True, "head_n_prototypes": 9, "head_bottleneck_dim": 4, "head_nlayers": 2},
+    }
+    model = pl.load_reference("dinov2", {"model": state}, num_heads=HEADS, **config)
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(6))
+    classes, patches = model.teacher.heads(x, x)
+    torch.testing.assert_close(classes.double(), of_classes(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches.double(), of_patches(x), atol=1e-5, rtol=1e-5)
+    config["ibot"]["head_n_prototypes"] = 6
+    with pytest.raises(UsageError, match="ibot_out_dim=6, but the checkpoint's tensors say 9"):
+        pl.load_reference("dinov2", {"model": state}, num_heads=HEADS, **config)
+
+
+OFFICIAL = {
+    "MODEL": {"WEIGHTS": ""},
+    "compute_precision": {"grad_scaler": True},
+    "dino": {"loss_weight": 1.0, "head_n_prototypes": PROTOTYPES, "head_bottleneck_dim": 12, "head_nlayers": 3}
+    | {"head_hidden_dim": 20, "koleo_loss_weight": 0.1},
+    "ibot": {"loss_weight": 1.0, "mask_sample_probability": 0.5, "mask_ratio_min_max": [0.1, 0.5]}
+    | {"separate_head": False, "head_n_prototypes": 65536, "head_bottleneck_dim": 256, "head_nlayers": 3}
+    | {"head_hidden_dim": 2048},
+    "train": {"batch_size_per_gpu": 64, "dataset_path": "ImageNet:split=TRAIN", "output_dir": ".", "saveckp_freq": 20}
+    | {"seed": 0, "num_workers": 10, "OFFICIAL_EPOCH_LENGTH": 1250, "cache_dataset": True, "centering": "centering"},
+    "student": {"arch": "vit_large", "patch_size": PATCH, "drop_path_rate": 0.3, "layerscale": 1e-5, "block_chunks": 0}
+    | {"drop_path_uniform": True, "pretrained_weights": "", "ffn_layer": "mlp", "qkv_bias": True, "proj_bias": True}
+    | {"ffn_bias": True, "num_register_tokens": 0, "interpolate_antialias": False, "interpolate_offset": 0.1},
+    "teacher": {"momentum_teacher": 0.992, "final_momentum_teacher": 1, "warmup_teacher_temp": 0.04},
+    "optim": {"epochs": 100, "weight_decay": 0.04, "base_lr": 0.004},
+    "crops": {"global_crops_scale": [0.32, 1.0], "local_crops_number": 8, "global_crops_size": 224},
+    "evaluation": {"eval_period_iterations": 12500},
+}
+
+
+def test_the_official_configuration_is_taken_whole():
+    for state in (backbone(), prefixed(backbone(), "teacher.backbone.")):
+        same(
+            pl.load_reference("dinov2", state, num_heads=HEADS, **OFFICIAL)(images()),
+            forward(backbone(), images())[:, 0],
+        )
+    model = pl.load_reference("dinov2", {"model": training_state(False)}, num_heads=HEADS, **OFFICIAL)
+    assert (model.koleo_weight, model.student.part_rate) == (0.1, 0.3)
+    wrong = {**OFFICIAL, "student": {**OFFICIAL["student"], "patch_size": 14}}
+    with pytest.raises(UsageError, match="patch_size=14, but the checkpoint's tensors say 4"):
+        pl.load_reference("dinov2", backbone(), num_heads=HEADS, **wrong)
+    with pytest.raises(UsageError, match="unknown setting 'heads_dim'"):
+        pl.load_reference("dinov2", backbone(), num_heads=HEADS, **{**OFFICIAL, "dino": {"heads_dim": 3}})
+
+
+def test_the_configuration_of_transformers_is_taken_whole_and_its_epsilon_obeyed():
+    config = {
+        "architectures": ["Dinov2Model"],
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": 0.0,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": WIDTH,
+        "image_size": SIDE,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+        "mlp_ratio": 4,
+        "model_type": "dinov2",
+        "num_attention_heads": HEADS,
+        "num_channels": 3,
+        "num_hidden_layers": 3,
+        "out_features": ["stage3"],
+        "out_indices": [3],
+        "patch_size": PATCH,
+        "qkv_bias": True,
+        "stage_names": ["stem"],
+        "torch_dtype": "float32",
+        "transformers_version": "4.37.2",
+        "use_swiglu_ffn": False,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+    }
+    state = transformers_layout(backbone())
+    same(pl.load_reference("rad_dino", state, **config)(images()), forward(backbone(), images())[:, 0])
+    with pytest.warns(UserWarning, match=r"epsilon 0\.01"):
+        model = pl.load_reference("rad_dino", state, **{**config, "layer_norm_eps": 1e-2})
+    assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-2}
+    with pytest.raises(UsageError, match="hidden_act=relu is not computed here"):
+        pl.load_reference("rad_dino", state, **{**config, "hidden_act": "relu"})
+
+
 def test_phikon_of_the_first_version_is_its_teacher():
     teacher = prefixed(backbone(scale=False, seed=1), "module.backbone.")
     student = prefixed(backbone(scale=False, seed=2), "module.backbone.")
@@ -284,7 +430,7 @@ def test_phikon_of_the_first_version_is_its_teacher():
         (
             lambda s: None,
             {"ffn_layer": "swiglufused"},
-            "ffn_layer=swiglufused, but the checkpoint",
+            "ffn_layer=swiglufused, but the checkpoint's tensors say mlp",
         ),
         (lambda s: None, {"num_head": 4}, "did you mean num_heads"),
         (lambda s: None, {"num_heads": 5}, "divisible by num_heads"),

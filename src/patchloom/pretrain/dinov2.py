@@ -19,11 +19,22 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from patchloom.bundle import fetch_encoder
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.multicrop import MultiCrop
-from patchloom.encoders import Encoder, create_encoder, depth, grid_size, normalize, num_prefix_tokens, patch_size
+from patchloom.encoders import (
+    Encoder,
+    create_encoder,
+    depth,
+    grid_size,
+    image_size,
+    in_chans,
+    normalize,
+    num_prefix_tokens,
+    patch_size,
+)
 from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE
 from patchloom.errors import UsageError
 from patchloom.io import written_whole
@@ -38,6 +49,7 @@ from patchloom.pretrain.distillation_losses import (
     sinkhorn_knopp,
 )
 from patchloom.pretrain.distillation_masks import draw_masks
+from patchloom.pretrain.gram import gram_loss, refreshes_after
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2
 from patchloom.training.ewa import experts_of
 from patchloom.training.inputs import read_as
@@ -57,6 +69,7 @@ __all__ = [
     "SoftmaxCentering",
     "dino_loss",
     "draw_masks",
+    "gram_loss",
     "ibot_loss",
     "koleo_loss",
     "sinkhorn_knopp",
@@ -80,11 +93,21 @@ class Dinov2Method(Method):
             hidden_dim=config.head_hidden_dim,
             bottleneck_dim=config.bottleneck_dim,
             separate_head=config.separate_head,
+            nlayers=config.head_layers,
+            use_bn=config.head_batch_norm,
+            mlp_bias=config.head_bias,
+            ibot_out_dim=config.ibot_out_dim,
             ibot_bottleneck_dim=config.ibot_bottleneck_dim,
+            ibot_hidden_dim=config.ibot_hidden_dim,
+            ibot_nlayers=config.ibot_layers,
             centering=config.centering,
             dino_weight=config.dino_weight,
             ibot_weight=config.ibot_weight,
             koleo_weight=config.koleo_weight,
+            koleo_topk=config.koleo_topk,
+            koleo_across=config.koleo_across,
+            koleo_group=config.koleo_group,
+            gram=config.gram(),
             student_temp=config.student_temp,
             drop_path=config.drop_path,
             # A compiled block is left whole, so the branches in it cannot be run on a part of the batch.
@@ -93,6 +116,8 @@ class Dinov2Method(Method):
         )
         if config.heads_from is not None:
             load_heads(self.model, config.heads_from)
+        if config.gram_from is not None and self.model.anchor is not None:
+            load_anchor(self.model.anchor, config.gram_from)
         if config.ibot_weight == 0:
             # Unused, they would stall processes that wait for their gradients.
             self.model.student.mask_token.requires_grad_(False)
@@ -145,7 +170,7 @@ class Dinov2Method(Method):
         """Return the crops."""
         config = self.config
         return MultiCrop(
-            self.input_size,
+            self.global_size,
             self.local_size,
             config.local_crops,
             config.global_scale,
@@ -153,16 +178,42 @@ class Dinov2Method(Method):
             config.augmentation(),
         )
 
+    @property
+    def global_size(self) -> int:
+        """Side of the global crops as they are cut out: a frozen anchor may see more of them than the student."""
+        wanted = self.config.gram_crop_size or self.input_size
+        if wanted < self.input_size or wanted % patch_size(self.encoder):
+            raise UsageError(
+                f"gram_crop_size is {wanted}; it must be at least the crops' {self.input_size} pixels and a multiple "
+                f"of {patch_size(self.encoder)}"
+            )
+        return wanted
+
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses of a batch of crops."""
-        global_crops = self.crops(batch["global"])
+        config = self.config
+        large = self.crops(batch["global"]) if self.global_size > self.input_size else None
+        global_crops = self.crops(batch["global"], self.input_size)
         local_crops = self.crops(batch["local"]) if "local" in batch else None
         masks = self.masks(len(batch["global"])).to(global_crops.device)
-        return self.model(global_crops, local_crops, masks, self.teacher_temperature(self.step))
+        if self.step == config.gram_start and config.gram_from is None:
+            self.model.take_anchor()
+        return self.model(
+            global_crops,
+            local_crops,
+            masks,
+            self.teacher_temperature(self.step),
+            anchor_crops=large,
+            anchored=self.step >= config.gram_start,
+        )
 
-    def crops(self, views: Tensor) -> Tensor:
-        """Return (B, n, C, h, w) uint8 crops as (n·B, C, h, w), crop-major and normalised."""
-        return normalize(self.pixels(views.transpose(0, 1).flatten(0, 1)), self.encoder)
+    def crops(self, views: Tensor, side: int | None = None) -> Tensor:
+        """Return (B, n, C, h, w) uint8 crops as (n·B, C, h, w), crop-major and normalised; of `side` where given."""
+        pixels = self.pixels(views.transpose(0, 1).flatten(0, 1))
+        if side is not None and pixels.shape[-1] != side:
+            low, high = pixels.amin(), pixels.amax()
+            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(low, high)
+        return normalize(pixels, self.encoder)
 
     def masks(self, batch_size: int) -> Tensor:
         """Return the masks (2B, T) of the present batch."""
@@ -257,8 +308,11 @@ class Dinov2Method(Method):
             self.record({"teacher_momentum": momentum, "teacher_temperature": temperature})
 
     def after_step(self) -> None:
-        """Move the teacher."""
+        """Move the teacher, and take the anchor anew from it where it is time to."""
+        config, done = self.config, self.step + 1
         self.model.update_teacher(self.teacher_momentum(self.step))
+        if refreshes_after(done, config.gram_update_every, config.gram_first_update, config.gram_updates):
+            self.model.take_anchor()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -282,6 +336,8 @@ class Dinov2Method(Method):
         super().setup(stage)
         if experts_of(self.encoder) and not experts_of(self.model.teacher):
             self.model.follow()
+            if self.config.gram_from is not None and self.model.anchor is not None:
+                raise UsageError("experts and gram_from do not go together: the anchor has none; leave one of them out")
             if self.config.heads_from is not None:
                 load_heads(self.model, self.config.heads_from)
         if self.config.compile:
@@ -307,6 +363,7 @@ class Dinov2Method(Method):
             "head_parameters": sum(p.numel() for n, p in model.student.named_parameters() if "_head." in n),
             "registers": num_prefix_tokens(self.encoder) - 1,
             "batch_drop": model.student.part_rate > 0,
+            "anchor": None if model.gram is None else self.config.gram_from or model.gram.anchor,
         }
 
     def report_sections(self, images: Tensor) -> list[Section]:
@@ -334,7 +391,7 @@ def save_heads(model: DINOv2, path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    kept = {name: value for name, value in state.items() if ".encoder." not in name}
+    kept = {name: value for name, value in state.items() if _of_heads(name)}
     with written_whole(path) as temporary:
         save_file(kept, temporary)
 
@@ -351,7 +408,7 @@ def load_heads(model: DINOv2, path: str) -> None:
     if not file.is_file():
         raise UsageError(f"there are no heads at {file}; heads_from takes the folder of a finished dinov2 run")
     state, own = read_tensors(file), model.state_dict()
-    wanted = [name for name in own if ".encoder." not in name]
+    wanted = [name for name in own if _of_heads(name)]
     wrong = [n for n in wanted if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
     if wrong:
         name = wrong[0]
@@ -361,6 +418,29 @@ def load_heads(model: DINOv2, path: str) -> None:
             f"head_hidden_dim, bottleneck_dim and separate_head of that run"
         )
     model.load_state_dict(state, strict=False)
+
+
+def load_anchor(anchor: Encoder, path: str) -> None:
+    """Fill a frozen anchor with the encoder of a bundle or run.
+
+    Raises:
+        UsageError: It is of another shape.
+    """
+    shape: dict[str, Any] = {"image_size": image_size(anchor), "in_chans": in_chans(anchor)}
+    found = create_encoder(path, **shape) if Path(path).exists() else fetch_encoder(path, create_encoder, **shape)
+    state, own = found.state_dict(), anchor.state_dict()
+    if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+        raise UsageError(
+            f"the encoder in {path} does not fit as gram_from: {wrong[0]} is "
+            f"{tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and the student's is "
+            f"{tuple(own[wrong[0]].shape)}"
+        )
+    anchor.load_state_dict({name: state[name] for name in own})
+
+
+def _of_heads(name: str) -> bool:
+    """Return whether a tensor of the model is of its heads, mask tokens or centres, not of an encoder."""
+    return ".encoder." not in name and not name.startswith("anchor.")
 
 
 def _check_architecture(encoder: Encoder, config: Dinov2Config) -> None:

@@ -11,6 +11,7 @@ from patchloom.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from patchloom.data.multicrop import Augmentation
+    from patchloom.pretrain.gram import Gram
 
 LARGE = {
     "image_size": 224,
@@ -130,6 +131,18 @@ class Dinov2Config(TrainConfig):
     """Give the patches a head of their own; paper: large models do"""
     ibot_bottleneck_dim: int | None = None
     """Bottleneck of the patches' own head; paper: 256. Default: as bottleneck_dim"""
+    ibot_out_dim: int | None = None
+    """Prototypes of the patches' own head; DINOv3: 98 304 beside 262 144. Default: as out_dim"""
+    ibot_hidden_dim: int | None = None
+    """Width of its hidden layers; DINOv3: 4096 beside 8192. Default: as head_hidden_dim"""
+    head_layers: int = 3
+    """Linear layers of a head up to the bottleneck; paper: 3"""
+    ibot_layers: int | None = None
+    """Those of the patches' own head. Default: as head_layers"""
+    head_bias: bool = True
+    """Biases in these layers; paper: yes"""
+    head_batch_norm: bool = False
+    """Batch normalisation after each hidden layer of the heads; paper: none"""
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"
     """How teacher logits become probabilities; paper: large models use sinkhorn_knopp"""
     dino_weight: float = 1.0
@@ -138,6 +151,39 @@ class Dinov2Config(TrainConfig):
     """Weight of the patch-level loss; 0: nothing is masked (plain DINO)"""
     koleo_weight: float = 0.1
     """Weight of the spread of features (KoLeo), computed per process and crop; paper: 0.1"""
+    koleo_topk: int = 1
+    """Neighbours that a feature is pushed away from; paper: 1"""
+    koleo_across: bool = False
+    """Look for neighbours in the batch of all processes (DINOv3's distributed form)"""
+    koleo_group: int | None = None
+    """Images looked among then, of neighbouring processes. Default: all"""
+    gram_weight: float = 0.0
+    """Weight of the Gram loss, which keeps the likenesses of patches as an anchor has them; DINOv3: 1, at high
+    resolution 1.5; 0: none"""
+    gram_anchor: Literal["frozen", "teacher"] = "frozen"
+    """The anchor: an earlier teacher, frozen (DINOv3), or the teacher of the moment"""
+    gram_from: str | None = None
+    """Bundle or run of the frozen anchor. Default: the teacher as it is at step gram_start"""
+    gram_start: int = 0
+    """Steps before the Gram loss counts; DINOv3: 1,000,000"""
+    gram_update_every: int = 10_000
+    """Steps after which the frozen anchor is taken anew from the teacher; DINOv3: 10,000; 0: never"""
+    gram_first_update: int = 0
+    """Steps before the first of these times; DINOv3: 1,010,000"""
+    gram_updates: int | None = 3
+    """Most such times; DINOv3: 3. Null: any number"""
+    gram_crop_size: int | None = None
+    """Side of the global crops as the frozen anchor sees them, pixels; what it says is resampled to the student's grid
+    (DINOv3: higher than theirs). Default: as they are"""
+    gram_level: Literal["image", "batch"] = "image"
+    """Compare the patches of each image (DINOv3), or those of the whole batch of a process"""
+    gram_normalize: bool = True
+    """Compare directions of patches (DINOv3); else plain products"""
+    gram_negatives: Literal["none", "both", "anchor", "anchor_both"] = "none"
+    """Negative similarities that count as 0: none (DINOv3), both matrices', the anchor's, or anchor_both: the anchor's,
+    and the student's where both are negative (as another version of the published code has it)"""
+    gram_tokens: Literal["all", "masked", "unmasked"] = "all"
+    """Patches compared; masked or unmasked ones at gram_level=batch only"""
     student_temp: float = 0.1
     """Temperature of the student"""
     teacher_temp: float = 0.07
@@ -212,9 +258,38 @@ class Dinov2Config(TrainConfig):
             raise UsageError(f"out_dim is {self.out_dim}; there are at least 2 prototypes")
         if self.koleo_weight > 0 and self.batch_size < 2:
             raise UsageError("batch_size=1 leaves KoLeo no neighbour; raise batch_size, or set koleo_weight=0")
+        if self.koleo_weight > 0 and self.koleo_topk >= self.batch_size and not self.koleo_across:
+            raise UsageError(
+                f"koleo_topk={self.koleo_topk} neighbours are more than {self.batch_size} images have; lower it, or "
+                f"raise batch_size"
+            )
+        if self.koleo_group is not None and not self.koleo_across:
+            raise UsageError("koleo_group is for koleo_across=true; set it, or leave the group out")
+        for name in ("gram_weight", "gram_start", "gram_update_every", "gram_first_update"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("gram_from", "gram_crop_size"):
+            if getattr(self, name) is not None and (self.gram_weight == 0 or self.gram_anchor == "teacher"):
+                raise UsageError(f"{name} is for a frozen anchor; set gram_weight above 0 and gram_anchor=frozen")
+        self.gram()
         if (self.pixel_mean is None) != (self.pixel_std is None):
             raise UsageError("pixel_mean and pixel_std belong together; set both or neither")
         self.augmentation()
+
+    def gram(self) -> Gram | None:
+        """Return how patches are anchored, or None where they are not."""
+        if self.gram_weight == 0:
+            return None
+        from patchloom.pretrain.gram import Gram
+
+        return Gram(
+            weight=self.gram_weight,
+            anchor=self.gram_anchor,
+            image_level=self.gram_level == "image",
+            normalize=self.gram_normalize,
+            remove_negatives=self.gram_negatives,
+            tokens=self.gram_tokens,
+        )
 
     def augmentation(self) -> Augmentation:
         """Return what is done to the crops."""
