@@ -33,7 +33,7 @@ def embed(
     missing: str | None = None,
     value_range: str = "auto",
     no_data: float | None = None,
-    channels: str | None = None,
+    use_channels: str | None = None,
     channel_files: str | None = None,
 ) -> str:
     """Write the feature vector of every image to a file.
@@ -56,7 +56,7 @@ def embed(
         value_range: What stored values become 0 and 1: auto (as the model was trained, else by a look at the images),
             LOW,HIGH, bits:N or percentiles:LOW,HIGH.
         no_data: Value that means that nothing is known of a pixel.
-        channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
+        use_channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
         channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
 
     Returns:
@@ -89,7 +89,7 @@ def embed(
         missing=missing,
         value_range=value_range,
         no_data=no_data,
-        channels=channels,
+        use_channels=use_channels,
         channel_files=channel_files,
     )
     source = open_source(data, in_chans=in_chans(encoder), model=encoder, **options.source_options())

@@ -37,7 +37,7 @@ class SourceOptions:
     model was trained with), LOW,HIGH, bits:N for images deeper than 8 bits, or percentiles:LOW,HIGH of the sample"""
     no_data: float | None = None
     """Value that means that nothing is known of a pixel (-9999): it has no part in the range and becomes its low end"""
-    channels: str | None = None
+    use_channels: str | None = None
     """Numbers of the channels taken of each file, from 0, such as 4,2,0; pages of a TIFF are channels then"""
     channel_files: str | None = None
     """What tells files of one channel each apart, in order: ends of names (_c0,_c1,_c2) or folders (dapi/,gfp/)"""

@@ -35,7 +35,7 @@ EXPECTED = STACK.astype(np.float32) / np.float32(4095)
 def test_a_tiff_of_five_channels_is_read_whole(tmp_path, pixels, options):
     tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
     np.testing.assert_allclose(open_source(str(tmp_path), in_chans=5).read(0).image.numpy(), EXPECTED)
-    chosen = open_source(str(tmp_path), in_chans=3, channels="4,2,0").read(0).image.numpy()
+    chosen = open_source(str(tmp_path), in_chans=3, use_channels="4,2,0").read(0).image.numpy()
     np.testing.assert_allclose(chosen, EXPECTED[[4, 2, 0]])
 
 
@@ -77,7 +77,7 @@ def test_another_number_of_channels_is_unreadable_with_the_number_found(tmp_path
         with pytest.raises(UnreadableImageError, match=found):
             source.read(index)
     with pytest.raises(UnreadableImageError, match="no channel 7"):
-        open_source(str(tmp_path), in_chans=1, channels="7").read(0)
+        open_source(str(tmp_path), in_chans=1, use_channels="7").read(0)
 
 
 @pytest.mark.parametrize("parts", ["_c0,_c1,_c2", "dapi/,gfp/,rfp/"])
@@ -101,15 +101,15 @@ def test_files_of_one_channel_each_are_put_together(tmp_path, parts):
 def test_channel_options_that_cannot_be_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK)
     for options, message in (
-        ({"channels": "1,2"}, "name 3, or set in_chans=2"),
-        ({"channels": "a"}, "give numbers from 0"),
+        ({"use_channels": "1,2"}, "name 3, or set in_chans=2"),
+        ({"use_channels": "a"}, "give numbers from 0"),
         ({"channel_files": "_a,_b"}, "names 2 channels"),
         ({"channel_files": "_a,_b,_c"}, "no file in .* is a channel by the names"),
     ):
         with pytest.raises(UsageError, match=message):
             open_source(str(tmp_path), **options)
-    with pytest.raises(UsageError, match=r"channels is .* cannot obey"):
-        open_source("photos", channels="0,1,2")
+    with pytest.raises(UsageError, match=r"use_channels is .* cannot obey"):
+        open_source("photos", use_channels="0,1,2")
 
 
 def test_pages_of_a_recording_are_its_frames_in_one_range(tmp_path, capsys):
@@ -151,7 +151,10 @@ def test_an_encoder_remembers_how_its_images_were_read(tmp_path):
     from patchloom.bundle import load, save_bundle
 
     encoder = create_encoder("vit_micro_patch4_32", in_chans=2)
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "reading": {"value_range": "uint16=0,1000", "channels": "3,1"}}
+    encoder.pretrained_cfg = {
+        **encoder.pretrained_cfg,
+        "reading": {"value_range": "uint16=0,1000", "use_channels": "3,1"},
+    }
     save_bundle(encoder, tmp_path / "model")
     tifffile.imwrite(tmp_path / "a.tif", STACK)
     (tmp_path / "images").mkdir()

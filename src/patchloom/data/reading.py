@@ -1,6 +1,6 @@
 """How the pixels of a source are read: value range, channels taken, files of channels; the same for every image.
 
->>> Reading.of({"value_range": "bits:12", "channels": "4,2,0"}).channels
+>>> Reading.of({"value_range": "bits:12", "use_channels": "4,2,0"}).channels
 (4, 2, 0)
 """
 
@@ -17,7 +17,7 @@ from patchloom.errors import UsageError
 
 AUTO = ValueRange()
 Opened = TypeVar("Opened", bound=Source | StreamSource)
-OPTIONS = ("value_range", "no_data", "channels", "channel_files")
+OPTIONS = ("value_range", "no_data", "use_channels", "channel_files")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Reading:
         taken = {name: options.pop(name) for name in OPTIONS if name in options}
         text = taken.get("value_range")
         values = ValueRange.parse("auto" if text is None else str(text), taken.get("no_data"))
-        return cls(values, parse_channels(taken.get("channels")), taken.get("channel_files"))
+        return cls(values, parse_channels(taken.get("use_channels")), taken.get("channel_files"))
 
     def given_to(self, source: Opened, *, quiet: bool = False) -> Opened:
         """Let a source read so, settle its value range, and return it.
@@ -48,13 +48,13 @@ class Reading:
         """
         own = Source.stored if isinstance(source, Source) else StreamSource.stored
         if type(source).stored is own:
-            for name, value in (("value_range", self.values.given), ("channels", self.channels)):
+            for name, value in (("value_range", self.values.given), ("use_channels", self.channels)):
                 if value:
                     raise UsageError(f"{name} is {value}, which the source {source.name} cannot obey; leave it out")
             return source
         if self.channels is not None and len(self.channels) != source.in_chans:
             raise UsageError(
-                f"channels names {len(self.channels)} channels and images of {source.in_chans} are asked for; "
+                f"use_channels names {len(self.channels)} channels and images of {source.in_chans} are asked for; "
                 f"name {source.in_chans}, or set in_chans={len(self.channels)}"
             )
         source.channels = self.channels
@@ -76,15 +76,13 @@ def parse_channels(text: str | Sequence[int] | None) -> tuple[int, ...] | None:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 0:
-        raise UsageError(f"channels is {text!r}; give numbers from 0 separated by commas, such as 4,2,0")
+        raise UsageError(f"use_channels is {text!r}; give numbers from 0 separated by commas, such as 4,2,0")
     return numbers
 
 
 def reading_options(source: Source | StreamSource) -> dict[str, Any]:
     """Return the options that let another source be read as this one is."""
-    return {
-        name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in reading(source).items()
-    }
+    return dict(reading(source))
 
 
 def remembered(encoder: Any) -> dict[str, Any]:

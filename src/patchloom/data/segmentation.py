@@ -285,7 +285,7 @@ def open_segmentation(
     exclude: str | None = None,
     value_range: str | None = None,
     no_data: float | None = None,
-    channels: str | None = None,
+    use_channels: str | None = None,
     model: Any = None,
 ) -> MaskSource:
     """Open images with masks by name.
@@ -302,13 +302,13 @@ def open_segmentation(
         exclude: Globs of images to leave out; their masks go with them.
         value_range: What stored values of images become 0 and 1, see `patchloom.source_options`.
         no_data: Value that means that nothing is known of a pixel.
-        channels: Numbers of the channels taken of each image.
+        use_channels: Numbers of the channels taken of each image.
         model: Encoder whose training images say how these are read, where the options do not.
 
     Raises:
         UsageError: There is no such source, or it cannot be read so.
     """
-    asked = {"value_range": value_range, "no_data": no_data, "channels": channels}
+    asked = {"value_range": value_range, "no_data": no_data, "use_channels": use_channels}
     how = Reading.of(remembered(model) | {option: value for option, value in asked.items() if value is not None})
     read: dict[str, Any] = {"in_chans": in_chans, "settings": settings, "coding": coding}
     read |= {"include": include, "exclude": exclude}

@@ -229,7 +229,7 @@ class Survey:
         others = f" (and {len(self.paged) - 1} more of the sample)" if len(self.paged) > 1 else ""
         return [
             f"{name}: {key} holds {pages} pages and is read as its first{others}; in_chans={pages} takes pages "
-            f"as channels, channels=0,1,2 some of them"
+            f"as channels, use_channels=0,1,2 some of them"
         ]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -132,11 +133,11 @@ class ValueRange:
         exact = np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64
         if missing is not None:
             pixels = np.where(missing, np.asarray(low).astype(pixels.dtype) if kind == "float" else 0, pixels)
-        scaled = pixels.astype(exact)
+        scaled: Any = pixels.astype(exact)
         if low:
             scaled -= exact(low)
         scaled /= exact(high - low)
-        scaled = scaled.clip(0, 1).astype(np.float32, copy=False)
+        scaled = scaled.clip(0, 1, out=scaled).astype(np.float32, copy=False)
         if missing is not None:
             scaled[missing] = 0
         return scaled

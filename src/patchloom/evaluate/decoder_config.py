@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.mask_settings import MaskSettings
@@ -91,10 +91,6 @@ class DecoderConfig(MaskSettings, SourceOptions):
     def image_size(self) -> None:
         """Images keep the size they have; the encoder is set up for `crop`."""
         return
-
-    def source_options(self) -> dict[str, Any]:
-        """Return what is handed to sources; `channels` is the width of a decoder here, none of an image."""
-        return {name: value for name, value in super().source_options().items() if name != "channels"}
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""

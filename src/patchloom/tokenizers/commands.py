@@ -44,7 +44,7 @@ def fit_codebook(
     in_chans: int = 3,
     value_range: str = "auto",
     no_data: float | None = None,
-    channels: str | None = None,
+    use_channels: str | None = None,
     channel_files: str | None = None,
 ) -> dict[str, Any]:
     """Build a centroid codebook from images: k-means over their patches.
@@ -74,7 +74,7 @@ def fit_codebook(
         value_range: What stored values become 0 and 1: auto (by a look at the images), LOW,HIGH, bits:N or
             percentiles:LOW,HIGH.
         no_data: Value that means that nothing is known of a pixel.
-        channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
+        use_channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
         channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
 
     Returns:
@@ -96,13 +96,13 @@ def fit_codebook(
     tokenizer = CentroidTokenizer.fit(
         open_source(
             data,
-            in_chans=len(named.split(",")) if in_chans == 3 and (named := channels or channel_files) else in_chans,
+            in_chans=len(named.split(",")) if in_chans == 3 and (named := use_channels or channel_files) else in_chans,
             **SourceOptions(
                 include=include,
                 exclude=exclude,
                 value_range=value_range,
                 no_data=no_data,
-                channels=channels,
+                use_channels=use_channels,
                 channel_files=channel_files,
             ).source_options(),
         ),
@@ -144,7 +144,7 @@ def show_codebook(
     include: str | None = None,
     exclude: str | None = None,
     value_range: str = "auto",
-    channels: str | None = None,
+    use_channels: str | None = None,
     shown_channels: str | None = None,
 ) -> dict[str, Any]:
     """Draw a codebook, and what images look like through it.
@@ -163,7 +163,7 @@ def show_codebook(
         include: Only files of `data` that fit one of these globs, separated by commas.
         exclude: Leave out files of `data` that fit one of these globs.
         value_range: What stored values become 0 and 1; auto: as those the codebook was fitted on.
-        channels: Numbers of the channels taken of each file, from 0; default: as the codebook was fitted.
+        use_channels: Numbers of the channels taken of each file, from 0; default: as the codebook was fitted.
         shown_channels: Channels shown as red, green and blue, or one as grey, such as 4,2,0; default: the first three.
 
     Returns:
@@ -197,7 +197,7 @@ def show_codebook(
     figures: dict[str, Any] = {}
     originals = None
     if data is not None:
-        options = SourceOptions(include=include, exclude=exclude, value_range=value_range, channels=channels)
+        options = SourceOptions(include=include, exclude=exclude, value_range=value_range, use_channels=use_channels)
         how = _fitted(tokenizer) | options.source_options()
         originals = _draw_images(data, images, image_size, tokenizer, seed, how)
         figures = tokenizer.report(originals)

@@ -190,7 +190,7 @@ class TrainConfig(SourceOptions):
                 raise unknown_name("expert_layers", self.expert_layers, ("alternate", "last_half", "all"))
             if self.strategy == "fsdp":
                 raise UsageError("experts cannot be averaged while fsdp holds them in shards; use strategy=ddp")
-        if self.in_chans == 3 and (named := self.channels or self.channel_files):
+        if self.in_chans == 3 and (named := self.use_channels or self.channel_files):
             object.__setattr__(self, "in_chans", len(words(named)))
         if (self.channel_mean is None) != (self.channel_std is None):
             raise UsageError("channel_mean and channel_std belong together; give both or neither")

@@ -31,8 +31,11 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
             start = read_reading(path)
             break
     options = {**start, **config.source_options()}
-    if "channels" not in config.source_options() and len(str(start.get("channels", "")).split(",")) != config.in_chans:
-        options.pop("channels", None)
+    if (
+        "use_channels" not in config.source_options()
+        and len(str(start.get("use_channels", "")).split(",")) != config.in_chans
+    ):
+        options.pop("use_channels", None)
     source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **options)
     settled: dict[str, Any] = reading_options(source)
     if (
@@ -57,7 +60,10 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
 
 def read_as(encoder: Encoder, config: Any) -> Encoder:
     """Let an encoder know how its training images are read, and the statistics of the settings; returns it."""
-    settled = {"value_range": config.value_range if config.value_range != "auto" else None, "channels": config.channels}
+    settled = {
+        "value_range": config.value_range if config.value_range != "auto" else None,
+        "use_channels": config.use_channels,
+    }
     known = {name: value for name, value in settled.items() if value is not None}
     statistics = {} if config.channel_mean is None else {"mean": config.channel_mean, "std": config.channel_std}
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics, **({"reading": known} if known else {})}
