@@ -204,6 +204,21 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return Path(path)
 
 
+class Table(str):
+    """The table of a study as Markdown, for a person; `rows` has its figures, for a program.
+
+    >>> Table("| n |", [{"n": 1.0}]).rows
+    [{'n': 1.0}]
+    """
+
+    rows: Any
+
+    def __new__(cls, text: str, rows: Any) -> Table:
+        made = super().__new__(cls, text)
+        made.rows = rows
+        return made
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as a Markdown table.
 

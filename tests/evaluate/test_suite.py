@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
 import yaml
@@ -99,5 +100,10 @@ def test_from_the_command_line(tmp_path, capsys):
     file = written(tmp_path, {**PLAN, "encoders": {"pixels": "pixels"}, "protocols": {"knn": {}}})
     assert cli.main(["evaluate", "suite", file, "--out", str(tmp_path / "out")]) == 0
     assert "| digits | knn | pixels |" in capsys.readouterr().out
+    assert cli.main(["evaluate", "suite", file, "--out", str(tmp_path / "out"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["results"][0]["protocol"] == "knn"
+    assert 0 < printed["results"][0]["score"] <= 1
+    assert printed["differences"] == []
     assert cli.main(["evaluate", "suite", "missing.yaml", "--out", str(tmp_path / "out2")]) == 2
     assert "there is no file missing.yaml" in capsys.readouterr().err

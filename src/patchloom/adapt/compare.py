@@ -34,6 +34,7 @@ from patchloom.io import write_text
 from patchloom.study import (
     Cell,
     Outcome,
+    Table,
     claim_folder,
     markdown,
     mean_and_interval,
@@ -75,7 +76,7 @@ def compare(recipe: str, out: str, overwrite: bool = False) -> str:
     outcomes = run_cells(cells, lambda cell: _adapted(cell, folder, isolate), folder)
     rows = summarise(outcomes)
     _write(folder, plan, rows, outcomes, recipe)
-    return markdown(readable(rows))
+    return Table(markdown(readable(rows)), rows)
 
 
 def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:

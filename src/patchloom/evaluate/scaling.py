@@ -16,7 +16,7 @@ from patchloom.evaluate.config import EvaluationConfig
 from patchloom.evaluate.subset_config import Protocol, check_shots
 from patchloom.io import write_text
 from patchloom.source_options import SourceOptions
-from patchloom.study import Cell, Outcome, claim_folder, markdown, mean_and_interval, run_cells, write_csv
+from patchloom.study import Cell, Outcome, Table, claim_folder, markdown, mean_and_interval, run_cells, write_csv
 
 if TYPE_CHECKING:
     from patchloom.features.extract import Features
@@ -113,7 +113,7 @@ def scaling(
     text = markdown([_readable(row) for row in rows])
     write_text(folder / "scaling.md", text + "\n")
     _write_report(folder, rows, outcomes)
-    return text
+    return Table(text, rows)
 
 
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from patchloom.study import (
     CELLS,
     Cell,
     Outcome,
+    Table,
     claim_folder,
     markdown,
     read_recipe,
@@ -82,7 +83,7 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
         text += "\n\n" + markdown([_readable_difference(row) for row in differences])
     write_text(folder / "suite.md", text + "\n")
     _write_report(folder, outcomes, rows, differences, recipe)
-    return text
+    return Table(text, {"results": rows, "differences": differences})
 
 
 def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:

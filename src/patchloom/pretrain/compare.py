@@ -29,6 +29,7 @@ from patchloom.io import write_text
 from patchloom.study import (
     Cell,
     Outcome,
+    Table,
     claim_folder,
     markdown,
     mean_and_interval,
@@ -69,7 +70,8 @@ def compare(recipe: str, out: str, overwrite: bool = False) -> str:
     outcomes = run_cells(cells, lambda cell: _train_and_measure(cell, folder), folder)
     rows = summarise(outcomes, list(plan.get("evaluate") or {"knn": {}}))
     _write(folder, plan, rows, outcomes, recipe)
-    return markdown([{k: v for k, v in row.items() if not k.endswith((" low", " high"))} for row in rows])
+    shown = [{k: v for k, v in row.items() if not k.endswith((" low", " high"))} for row in rows]
+    return Table(markdown(shown), rows)
 
 
 def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
