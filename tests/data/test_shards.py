@@ -151,6 +151,20 @@ def test_every_image_falls_to_one_reader_and_skip_is_a_tail(
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_sample_is_taken_from_all_over_the_shards(pattern: str, tmp_path: Path) -> None:
+    source = ShardSource(pattern)
+    for seed in range(5):
+        taken = labels(source.samples(epoch=0, seed=seed, count=8))
+        assert len(set(taken)) == 8
+        assert {label // PER_SHARD for label in taken} == {0, 1, 2, 3}
+        parts = [labels(source.samples(epoch=0, seed=seed, count=8, rank=rank, world_size=3)) for rank in range(3)]
+        assert sorted(label for part in parts for label in part) == sorted(taken)
+    assert sorted(labels(source.samples(epoch=0, seed=0, count=99))) == list(range(28))
+    for shard in (0, 1):
+        write_tar(tmp_path / f"{shard}.tar.gz", [(f"{n}.png", picture(n)) for n in range(4)], "w:gz")
+    assert len(list(ShardSource(f"{tmp_path}/*.tar.gz").samples(epoch=0, seed=0, count=3))) == 3
+
+
 def test_order_changes_with_epoch_and_seed(pattern: str) -> None:
     source = ShardSource(pattern)
     orders = [labels(source.samples(epoch=e, seed=s)) for e, s in ((0, 0), (0, 0), (1, 0), (0, 1))]

@@ -154,6 +154,7 @@ class StreamSource(ABC):
         multilabel: Whether an image may have several labels.
         buffer_size: Images among which the next one is drawn when shuffling; as many encoded images are held in
             memory by each worker.
+        seeks: Whether `encoded` passes over images without reading them.
     """
 
     name: str
@@ -167,6 +168,7 @@ class StreamSource(ABC):
     why_unlabelled: str = ""
     multilabel: bool = False
     buffer_size: int = 1000
+    seeks: bool = True
 
     @property
     def num_samples(self) -> int:
@@ -190,14 +192,24 @@ class StreamSource(ABC):
         return iter(())
 
     def samples(
-        self, *, epoch: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+        self,
+        *,
+        epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        count: int | None = None,
     ) -> Iterator[Sample | Unreadable]:
         """Yield a rank's part of one epoch: of n images as many as of any other rank, or one more.
 
-        No image is yielded on two ranks. The order is a function of the arguments alone.
+        No image is yielded on two ranks. The order is a function of the arguments alone. With `count` it is a sample of
+        that many (all, if there are fewer): with `shuffle` from all over the shards or, where they can only be read
+        from the front, from those that come first.
         """
-        line = Line(self.sizes, self.num_samples, epoch=epoch, seed=seed, shuffle=shuffle)
-        low, high = (self.num_samples * each // world_size for each in (rank, rank + 1))
+        total = self.num_samples if count is None else min(count, self.num_samples)
+        line = Line(self.sizes, total if self.seeks else self.num_samples, epoch=epoch, seed=seed, shuffle=shuffle)
+        low, high = (total * each // world_size for each in (rank, rank + 1))
         rng = np.random.default_rng(draw_seed(seed, epoch, 0, f"buffer {rank}"))
         order = ShuffleBuffer(high - low, self.buffer_size if shuffle else 1, rng)
         for _, encoded in self.read(Reading(line.visits(low, high), order)):

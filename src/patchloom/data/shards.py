@@ -66,6 +66,7 @@ class ShardSource(StreamSource):
         scanned = [_scan(shard) for shard in self.shards]
         self.sizes = [count for count, _ in scanned]
         self._starts = [starts for _, starts in scanned]
+        self.seeks = all(starts is not None for starts in self._starts)
         if not self.num_samples:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")

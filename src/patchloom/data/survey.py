@@ -275,8 +275,7 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 def _images(source: Source | StreamSource, count: int, seed: int) -> Any:
     """Yield images of a sample of a source, or why one cannot be read."""
     if isinstance(source, StreamSource):
-        stream = source.samples(epoch=0, seed=seed)
-        for _, item in zip(range(count), stream, strict=False):
+        for item in source.samples(epoch=0, seed=seed, count=count):
             yield item.image if isinstance(item, Sample) else UnreadableImageError(item.key, item.reason)
         return
     for index in spread(len(source), count):

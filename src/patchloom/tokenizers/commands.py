@@ -282,9 +282,7 @@ def _draw_images(
     transform = EvalTransform(image_size)
     drawn: list[Tensor] = []
     if isinstance(source, StreamSource):
-        for sample in source.samples(epoch=0, seed=seed):
-            if len(drawn) == count:
-                break
+        for sample in source.samples(epoch=0, seed=seed, count=count):
             if not isinstance(sample, Unreadable):
                 drawn.append(transform(sample.image)["image"])
     else:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -274,10 +273,9 @@ def _of_stream(
 
     if per_class is not None:
         raise UsageError(f"{source.name} is a stream: images cannot be drawn per class; give images=N instead")
-    count = images if images is not None else source.num_samples
+    count = source.num_samples if images is None else min(images, source.num_samples)
     share = -(-count // ranks.world)
-    samples = source.samples(epoch=0, seed=seed, rank=ranks.rank, world_size=ranks.world)
-    for sample in islice(samples, share):
+    for sample in source.samples(epoch=0, seed=seed, rank=ranks.rank, world_size=ranks.world, count=count):
         yield (None if isinstance(sample, Unreadable) else transform(sample.image)), share
 
 

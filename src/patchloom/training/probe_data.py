@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 
 from patchloom.data import open_source
@@ -49,14 +47,14 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
 
 
 def _at_hand(source: Source | StreamSource, seed: int) -> Source:
-    """Return the source, or the first images of a stream."""
+    """Return the source, or some images from all over a stream."""
     if isinstance(source, Source):
         return source
-    stream = source.samples(epoch=0, seed=seed)
-    samples = [sample for sample in islice(stream, 2 * MOST_STREAMED) if isinstance(sample, Sample)]
+    stream = source.samples(epoch=0, seed=seed, count=MOST_STREAMED)
+    samples = [sample for sample in stream if isinstance(sample, Sample)]
     if not samples:
         raise UsageError(f"{source.name} holds no readable image")
-    return MemorySource(source.name, samples[:MOST_STREAMED], source.class_names)
+    return MemorySource(source.name, samples, source.class_names)
 
 
 def _in_classes(source: Source) -> bool:
