@@ -27,7 +27,7 @@ from torch import Tensor
 
 from patchloom import __version__
 from patchloom.adapt.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
-from patchloom.encoders import Encoder, depth, embed_dim, image_size, set_image_size
+from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size, in_chans, set_image_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_json, written_whole
 
@@ -121,6 +121,8 @@ def save_adapter(
         "width": embed_dim(encoder),
         "depth": depth(encoder),
         "image_size": list(image_size(encoder)),
+        "in_chans": in_chans(encoder),
+        **({"reading": encoder.pretrained_cfg["reading"]} if encoder.pretrained_cfg.get("reading") else {}),
         "mean": list(encoder.pretrained_cfg["mean"]),
         "std": list(encoder.pretrained_cfg["std"]),
         "versions": {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -203,6 +205,8 @@ def load_adapted(path: str | Path) -> Encoder:
     add_adapters(encoder, {"adapter": path})
     if about["class_names"]:
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": about["class_names"]}
+    if about.get("reading"):
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "reading": about["reading"]}
     return encoder.eval()
 
 
@@ -295,12 +299,17 @@ def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
     file = find_adapter(path)
     assert file is not None
     named = about.get("encoder")
-    beside = about.get("encoder_from_here")
+    beside, channels = about.get("encoder_from_here"), about.get("in_chans")
     for candidate in (file.parent / beside if beside else None, Path(named) if named else None):
         if candidate is not None and candidate.exists():
-            return load(candidate)
+            found = load(candidate)
+            if channels is None or in_chans(found) == channels:
+                return found
+            return create_encoder(str(candidate), in_chans=channels)  # adapted to other channels, as it was in training
     if named and timm.is_model(named):
-        return open_encoder(named)
+        if channels is None or channels == 3:
+            return open_encoder(named)
+        return create_encoder(named, in_chans=channels, pretrained=True)
     raise UsageError(
         f"the adapter {path} extends the encoder {about['encoder_hash']}, which is no longer at {named}; open it with "
         f"patchloom.load(BUNDLE, adapters=[…])"
