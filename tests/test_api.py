@@ -27,7 +27,19 @@ def test_encoders_are_known_to_timm_in_either_order_of_import(order):
     assert python(f"{order}; print(timm.is_model('ccvit_base_patch16_224'))") == "True\n"
 
 
-VERBS = ["pretrain", "adapt", "distill", "evaluate", "explain", "embed", "export", "demo", "load", "load_reference"]
+VERBS = [
+    "pretrain",
+    "adapt",
+    "distill",
+    "segment",
+    "evaluate",
+    "explain",
+    "embed",
+    "export",
+    "demo",
+    "load",
+    "load_reference",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -41,6 +41,7 @@ from patchloom.api import (
     load,
     load_reference,
     pretrain,
+    segment,
 )
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "load_reference",
     "pretrain",
+    "segment",
 ]
 
 

@@ -22,7 +22,8 @@ import patchloom.adapt
 import patchloom.distill
 import patchloom.evaluate
 import patchloom.explain
-import patchloom.pretrain  # noqa: F401
+import patchloom.pretrain
+import patchloom.segment  # noqa: F401
 from patchloom import registry
 from patchloom.demo import demo
 from patchloom.embed import embed
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "load_reference",
     "pretrain",
+    "segment",
 ]
 
 
@@ -110,6 +112,36 @@ def adapt(
     from patchloom.training.run import train
 
     return train("adapt", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def segment(
+    method: str,
+    /,
+    *,
+    out: str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    encoder: str | PathLike[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a decoder that gives every pixel a class.
+
+    Args:
+        method: Name of the decoder: linear, bn, upernet …; `list_methods("segment")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images with masks: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train.
+        encoder: Bundle, run, or name of a timm model.
+        **settings: Further fields of the method's settings class; `patchloom segment METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle with the decoder beside it), its `report`, `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("segment", method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def distill(
@@ -245,7 +277,7 @@ def load_reference(
 
 
 def list_methods(verb: str) -> list[str]:
-    """Return the names of the methods of a verb (`pretrain`, `adapt`, `distill`, `evaluate`, `explain`), sorted.
+    """Return the names of the methods of a verb (`pretrain`, `adapt`, `distill`, `segment`, `evaluate`, …), sorted.
 
     Raises:
         UsageError: There is no such verb.

@@ -25,6 +25,10 @@ Window = Literal["minmax", "ct", "mr"]
 """How grey values of a volume become those of an image."""
 Plane = Literal["axial", "coronal", "sagittal"]
 """Along which axis of the body slices follow one another."""
+HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
+"""Decoders of segmentation."""
+DECODER_BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "setr": 1, "unet": 5}
+"""Of how many blocks of an encoder each takes the maps."""
 MILHeadName = Literal["meanpool", "abmil", "chowder", "dsmil", "transmil", "hiptmil"]
 """How the tiles of a slide become one answer."""
 TileChoice = Literal["random", "first"]

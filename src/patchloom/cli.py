@@ -45,7 +45,7 @@ class Verb(NamedTuple):
     help: str
 
 
-METHOD_VERBS = ("pretrain", "adapt", "distill", "explain", "evaluate")
+METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "explain", "evaluate")
 
 COMMANDS: dict[str, Command | Verb] = {
     "demo": Command("from embedded photographs to a trained encoder and a report", "demo:demo", speaks=True),
@@ -63,6 +63,10 @@ COMMANDS: dict[str, Command | Verb] = {
     ),
     "adapt": Verb("train an encoder further on labelled images"),
     "distill": Verb("teach a small model what a large one knows"),
+    "segment": Verb("train a decoder that gives every pixel a class"),
+    "segment predict": Command(
+        "write the masks a trained decoder makes of images", "segment.predict:predict", positional=("run",)
+    ),
     "explain": Verb("show what an encoder or a classifier looks at"),
     "adapt compare": Command(
         "several methods, label budgets and seeds: one table, one plot",
@@ -163,7 +167,7 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, explain, evaluate, data or references.
+        verb: Show one list only: pretrain, adapt, distill, segment, explain, evaluate, data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},

@@ -121,6 +121,43 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A classifier learns from labels and a fine-tuned teacher, each on a token of its own (G2SD, second stage)",
         ),
     },
+    "segment": {
+        "linear": Entry(
+            "segment.method:LinearMethod",
+            "segment.segment_config:SegmentConfig",
+            "1x1 convolution on the last block's map",
+        ),
+        "bn": Entry(
+            "segment.method:BatchNormMethod",
+            "segment.segment_config:SegmentConfig",
+            "BatchNorm and 1x1 convolution: DINOv2's linear evaluation",
+        ),
+        "dinov3": Entry(
+            "segment.method:DINOv3Method",
+            "segment.segment_config:SegmentConfig",
+            "Dropout, BatchNorm and 1x1 convolution: DINOv3's",
+        ),
+        "multilayer": Entry(
+            "segment.method:MultiLayerMethod",
+            "segment.segment_config:SegmentConfig",
+            "bn on the maps of four blocks",
+        ),
+        "upernet": Entry(
+            "segment.method:UPerNetMethod",
+            "segment.segment_config:UPerNetConfig",
+            "BEiT's neck, UPerNet and its auxiliary head",
+        ),
+        "setr": Entry(
+            "segment.method:SETRMethod",
+            "segment.segment_config:SegmentConfig",
+            "SETR's progressive upsampling",
+        ),
+        "unet": Entry(
+            "segment.method:UNetMethod",
+            "segment.segment_config:SegmentConfig",
+            "The radiology benchmark's, shaped like the upper half of a U-Net",
+        ),
+    },
     "evaluate": {
         "compare": Entry(
             "evaluate.compare:Compare",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
+from patchloom.data.kinds import MASKED
 from patchloom.data.mask_pairs import ListedFile, list_images, paired
 from patchloom.data.mask_settling import MOST_GUESSED, settle
 from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
@@ -105,6 +106,7 @@ class MaskSource(Source):
             byte holds, or masks whose meaning has to be said.
     """
 
+    kind = MASKED
     class_names: list[str]
 
     def __init__(

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from patchloom.choices import DECODER_BLOCKS, HeadName
 from patchloom.errors import UsageError, unknown_name
 from patchloom.mask_settings import MaskSettings
 from patchloom.source_options import SourceOptions
-
-HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
-
-
-# How many blocks' maps a head takes.
-BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "setr": 1, "unet": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class DecoderConfig(MaskSettings, SourceOptions):
     """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
     apply_norm: bool | None = None
     """Apply the encoder's final norm to each map; default: yes, but for upernet"""
-    channels: int = 512
+    channels: int = 512  # type: ignore[assignment]  # a width, which is no option of sources here
     """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
     crop: tuple[int, int] | None = None
     """Window the encoder sees, (height, width), multiples of its patch; default: resize, or the encoder's image size"""
@@ -118,5 +113,11 @@ class DecoderConfig(MaskSettings, SourceOptions):
             raise UsageError(
                 f"resize {self.resize} and short_side {self.short_side} exclude each other; set the other to null"
             )
-        if self.layers is not None and self.head in ("upernet", "unet") and len(self.layers) != BLOCKS[self.head]:
-            raise UsageError(f"head {self.head} takes {BLOCKS[self.head]} blocks; layers names {len(self.layers)}")
+        if (
+            self.layers is not None
+            and self.head in ("upernet", "unet")
+            and len(self.layers) != DECODER_BLOCKS[self.head]
+        ):
+            raise UsageError(
+                f"head {self.head} takes {DECODER_BLOCKS[self.head]} blocks; layers names {len(self.layers)}"
+            )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as lp
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.data import make_loader
@@ -20,22 +20,16 @@ from patchloom.data.base import Source
 from patchloom.data.mask_transforms import TestImage, TrainCrop
 from patchloom.data.mask_values import IGNORED
 from patchloom.data.pixels import unit
-from patchloom.encoders import Encoder, depth, embed_dim, image_size, normalize, patch_size, set_image_size
+from patchloom.encoders import Encoder, image_size, normalize, patch_size, set_image_size
 from patchloom.errors import UsageError
-from patchloom.evaluate.decoder_config import BLOCKS, DecoderConfig
+from patchloom.evaluate.decoder_config import DecoderConfig
 from patchloom.features.extract import torch_device
 from patchloom.progress import track
-from patchloom.segment.backbone import Backbone, choose_layers
-from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
+from patchloom.segment.build import build_parts
 from patchloom.segment.inference import Size, windows
 from patchloom.segment.module import Schedule, SegmentationModule
-from patchloom.segment.necks import ViTNeck
-from patchloom.segment.radiology import UNetSegHead
-from patchloom.segment.upernet import UPerHead
 from patchloom.stopping import through_lightning
 from patchloom.training.config import preset_values
-
-DROPOUT = {"dinov3": 0.1, "upernet": 0.1}
 
 
 class Trained(NamedTuple):
@@ -126,31 +120,15 @@ def _fitted(config: DecoderConfig, encoder: Encoder) -> DecoderConfig:
 
 def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> SegmentationModule:
     """Return an encoder with a fresh decoder, ready to train."""
-    name, width, blocks = config.head, embed_dim(encoder), depth(encoder)
-    needed = BLOCKS[name]
-    if config.layers is None and needed > blocks:
-        raise UsageError(f"head {name} takes the maps of {needed} blocks and the encoder has {blocks}; name layers")
-    layers = config.layers or choose_layers(blocks, needed, config.blocks)
-    norm = config.apply_norm if config.apply_norm is not None else name != "upernet"
-    backbone = Backbone(encoder, layers, apply_norm=norm)
-    total, dropout = width * len(layers), DROPOUT.get(name, 0.0)
-    neck: nn.Module | None = None
-    auxiliary: nn.Module | None = None
-    head: nn.Module
-    if name == "linear":
-        head = LinearHead(total, num_classes)
-    elif name in ("bn", "multilayer"):
-        head = BNHead(total, num_classes)
-    elif name == "dinov3":
-        head = LinearHead(total, num_classes, dropout, norm="bn", dropout_first=True)
-    elif name == "setr":
-        head = SETRUPHead(width, num_classes, channels=max(8, config.channels // 2))
-    elif name == "unet":
-        head = OnMaps(UNetSegHead(width, num_classes, patch_size(encoder), final_relu=False))
-    else:
-        neck = ViTNeck("beit", width)
-        head = UPerHead([width] * 4, num_classes, config.channels, dropout=dropout)
-        auxiliary = FCNHead(width, num_classes, channels=max(8, config.channels // 2))
+    parts = build_parts(
+        encoder,
+        num_classes,
+        config.head,
+        layers=config.layers,
+        blocks=config.blocks,
+        apply_norm=config.apply_norm,
+        width=config.channels,
+    )
     schedule = Schedule(
         steps=config.steps,
         lr=config.lr,
@@ -160,21 +138,7 @@ def build(encoder: Encoder, num_classes: int, config: DecoderConfig) -> Segmenta
         warmup=config.warmup,
         weight_decay=config.weight_decay,
     )
-    return SegmentationModule(backbone, neck, head, auxiliary, schedule, config.loss, config.average, config.dice)
-
-
-class OnMaps(nn.Module):
-    """A decoder of tokens, taking maps."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Return the logits of maps (B, D, h, w)."""
-        grid = (maps[0].shape[-2], maps[0].shape[-1])
-        logits: Tensor = self.head([x.flatten(2).transpose(1, 2) for x in maps], grid)
-        return logits
+    return SegmentationModule(*parts, schedule, config.loss, config.average, config.dice)
 
 
 class _Augmented:

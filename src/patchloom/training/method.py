@@ -37,7 +37,7 @@ from patchloom.encoders.create import widened
 from patchloom.errors import UsageError
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
-from patchloom.training.inputs import read_as
+from patchloom.training.inputs import open_training_images, read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
 from patchloom.training.phases import Phase, Span, Stage
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
@@ -101,6 +101,15 @@ class Method(lp.LightningModule):
         self.last_batch_keys: list[str] = []
         self.latest: dict[str, float] = {}
         self._held: list[tuple[dict[str, Any], int]] = []
+
+    @classmethod
+    def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
+        """Return what the settings name as data, and the settings with what was settled about it.
+
+        Raises:
+            UsageError: It cannot be opened or read as asked.
+        """
+        return open_training_images(config)
 
     def build_encoder(self) -> Encoder:
         """Return the encoder the settings name, with the weights of `init_from` where that is set.

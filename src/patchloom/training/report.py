@@ -62,6 +62,8 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
         with torch.no_grad():
             sections += [*method.report_sections(shown), *feature_sections(encoder, images, shown, method)]
         sections.append(health_section(rows, summary))
+    else:
+        sections += method.report_sections(torch.empty(0))
     sections.append(settings_section(method))
     return write_report(
         run_dir / "report.html",

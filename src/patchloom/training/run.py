@@ -45,7 +45,6 @@ from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
 from patchloom.training.health import CollapseWatch
-from patchloom.training.inputs import open_training_images
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
 from patchloom.training.places import PLACES, found_again
@@ -134,7 +133,7 @@ def _fit(
     given: Collection[str] | None,
 ) -> Run:
     if source is None:
-        source, config = open_training_images(config)
+        source, config = method_class.open_data(config)
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
     if given is not None and not (config.resume and (Path(config.out) / "config.yaml").exists()):

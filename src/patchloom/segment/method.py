@@ -1,0 +1,265 @@
+"""Training a decoder on the maps of an encoder, as a run: checkpoints, exact resume, report with masks.
+
+>>> import patchloom as pl
+>>> run = pl.segment("linear", data="camvid:data/camvid:train", probe_data="camvid:data/camvid:val",
+...                  encoder="runs/mine", out="runs/streets")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from patchloom.choices import HeadName
+from patchloom.data import make_loader
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.mask_transforms import TestImage, TrainCrop
+from patchloom.data.mask_values import check_shares
+from patchloom.data.pixels import unit
+from patchloom.data.reading import reading_options
+from patchloom.data.segmentation import MaskSource, open_segmentation
+from patchloom.data.survey import notice
+from patchloom.encoders import Encoder, create_encoder, normalize
+from patchloom.errors import UsageError
+from patchloom.segment.build import build_parts
+from patchloom.segment.inference import SlidingWindowSegmenter
+from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
+from patchloom.segment.metrics import MeanIoU
+from patchloom.segment.saved import Segmenter, save_segmenter
+from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
+from patchloom.source_options import refuse_untaken
+from patchloom.training.inputs import read_as
+from patchloom.training.method import Method, Transform, load_weights
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+AUXILIARY_WEIGHT = 0.4
+SHOWN = 6
+
+
+class SegmentMethod(Method):
+    """Trains a decoder, and the encoder where that is asked for.
+
+    Attributes:
+        head_name: The decoder.
+        test: Images with masks that mean IoU is measured on; None where there are none.
+    """
+
+    head_name: ClassVar[HeadName]
+    config_class = SegmentConfig
+    config: SegmentConfig
+    source: MaskSource
+
+    def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
+        if not isinstance(source, MaskSource):
+            raise UsageError(f"{source.name} has no masks; segment takes a folder with images and masks in it")
+        super().__init__(config, source)
+        self.test: MaskSource | None = None
+        if config.probe_data is not None:
+            self.test = open_segmentation(
+                config.probe_data, in_chans=config.in_chans, coding=source.coding, **_options(config, source)
+            )
+            self.test.palette = source.palette
+            notice(self.test.said())
+            check_shares(source.coding, self.test.shares, self.test.name)
+        self.parts = build_parts(
+            self.encoder,
+            len(source.class_names),
+            self.head_name,
+            layers=config.layers,
+            blocks=config.blocks,
+            apply_norm=config.apply_norm,
+            width=config.width,
+            frozen=not config.train_encoder,
+        )
+        # The encoder is a module of the method already; the backbone is a view of it.
+        self.neck, self.head, self.aux_head = self.parts.neck, self.parts.head, self.parts.auxiliary
+        self.figures: dict[str, Any] = {}
+
+    @classmethod
+    def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
+        """Return the images with their masks, whose reading is said, and the settings with their value range."""
+        options = config.source_options()
+        refuse_untaken(open_segmentation, config.data, options)
+        source = open_segmentation(config.data, in_chans=config.in_chans, settings=config, **options)
+        notice(source.said())
+        if (more := check_shares(source.coding, source.shares, source.name)) is not None:
+            notice(more)
+        return source, dataclasses.replace(config, **reading_options(source))
+
+    def build_encoder(self) -> Encoder:
+        """Return the encoder with the weights it has: of a bundle, published, or fresh where that is asked for."""
+        config = self.config
+        encoder = create_encoder(
+            config.encoder,
+            image_size=config.image_size,
+            in_chans=config.in_chans,
+            drop_path=config.drop_path,
+            pretrained=not (Path(config.encoder).exists() or config.untrained or config.init_from is not None),
+        )
+        if config.init_from is not None:
+            load_weights(encoder, config.init_from, self.starting_weights)
+        return read_as(encoder, config)
+
+    def transform(self) -> Transform:
+        """Return random windows of images and their masks."""
+        config = self.config
+        return TrainCrop(
+            (self.input_size, self.input_size),
+            short_side=config.short_side,
+            scale=config.scale,
+            max_share=config.max_share,
+            flip=config.flip,
+            colours=config.colours,
+        )
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the loss of a batch, and the share of known pixels that are right."""
+        self.parts.backbone.train(self.training)
+        maps = self.parts.backbone(normalize(self.pixels(batch["image"]), self.encoder))
+        target, levels = batch["mask"].long(), self.parts.levels(maps)
+        logits = self.head(levels)
+        loss = self._loss(logits, target)
+        if self.aux_head is not None:
+            loss = loss + AUXILIARY_WEIGHT * self._loss(self.aux_head(levels), target)
+        return {"loss": loss, "pixel_accuracy": pixel_accuracy(logits.detach(), target)}
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if "ce" in self.config.loss:
+            loss = loss + segmentation_loss(logits, target)
+        if "dice" in self.config.loss:
+            loss = loss + dice_loss(logits, target)
+        return loss
+
+    def segmenter(self) -> Segmenter:
+        """Return the model as it is, for images of any size."""
+        config, source = self.config, self.source
+        return Segmenter(
+            self.parts, self.head_name, config.width, self.input_size, config.short_side, source.coding, source.palette
+        )
+
+    @torch.no_grad()
+    def validate(self, device: torch.device) -> dict[str, Any]:
+        """Return mean IoU and pixel accuracy on the test images, at the size of their masks."""
+        if self.test is None:
+            return {}
+        config, model = self.config, self.segmenter().eval()
+        slide = SlidingWindowSegmenter(model, model.crop, model.stride, config.batch_size)
+        metric = MeanIoU(len(self.source.class_names))
+        loader = make_loader(self.test, TestImage(config.short_side), 1, shuffle=False, num_workers=config.num_workers)
+        for batch in loader:
+            if not batch["key"]:
+                continue
+            logits = slide(normalize(unit(batch["image"].to(device)), self.encoder), batch["mask"].shape[-2:])
+            metric.update(logits.cpu(), batch["mask"])
+        self.train()
+        found = metric.compute()
+        known = {n: v for n, v in zip(self.source.class_names, found["iou"], strict=True) if v == v}
+        self.figures = {"miou": found["miou"], "pixel_accuracy_test": found["pixel_accuracy"], "per_class_iou": known}
+        return self.figures
+
+    def summary(self) -> dict[str, Any]:
+        """Return how masks are read and what they hold."""
+        shares = {"train": self.source.shares} | ({"test": self.test.shares} if self.test is not None else {})
+        about = self.source.coding.describe()
+        for role, found in shares.items():
+            about[role] = {"class_shares": found.classes, "ignored_share": found.ignored}
+        return {"head": self.head_name, "masks": about}
+
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the decoder beside it."""
+        super().save_model(model, path, lineage)
+        save_segmenter(self.segmenter(), path)
+
+    @torch.no_grad()
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return images, their masks and what the decoder makes of them; and IoU by class where it was measured."""
+        from patchloom.report import Section
+        from patchloom.report.masks import segmentation_figure
+
+        source, model = self.test or self.source, self.segmenter().eval()
+        view, shown = TestImage(self.config.short_side), []
+        for index in sorted({round(i * (len(source) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}):
+            views = view(source.read(index).image)
+            pixels = unit(views["image"])
+            said = model.segment(pixels.to(self.device), tuple(views["mask"].shape))
+            shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], views["mask"], said.cpu()))
+        pictures, truth, said_of = zip(*shown, strict=True)
+        figure = segmentation_figure(
+            pictures, {"truth": truth, "prediction": said_of}, source.palette, source.class_names
+        )
+        which = "Test images" if self.test is not None else "Training images"
+        table: list[dict[str, object]] = [
+            {"class": name, "IoU": f"{value:.1%}"} for name, value in self.figures.get("per_class_iou", {}).items()
+        ]
+        text = f"{which}, their masks, and what the decoder says of every pixel. {source.said()}"
+        return [Section(title="Masks", text=text, figures=[figure], table=table)]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the log and the report say: the decoder's parameters train, the encoder's where asked for."""
+        return {**super().describe(), "decoder": self.head_name, "classes": len(self.source.class_names)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["masks"] = repr((self.source.coding.table(), self.source.coding.names))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint["masks"] != repr((self.source.coding.table(), self.source.coding.names)):
+            raise UsageError(
+                f"the masks of {self.config.data} are read otherwise now than when the run in {self.config.out} began "
+                f"({self.source.coding.reading()}); put the files back, or start a new run"
+            )
+
+
+def _options(config: SegmentConfig, source: MaskSource) -> dict[str, Any]:
+    return {**config.source_options(), **reading_options(source)}
+
+
+class LinearMethod(SegmentMethod):
+    """A 1x1 convolution on the last block's map."""
+
+    head_name = "linear"
+
+
+class BatchNormMethod(SegmentMethod):
+    """BatchNorm and a 1x1 convolution: DINOv2's linear evaluation."""
+
+    head_name = "bn"
+
+
+class DINOv3Method(SegmentMethod):
+    """Dropout, BatchNorm and a 1x1 convolution: DINOv3's linear evaluation."""
+
+    head_name = "dinov3"
+
+
+class MultiLayerMethod(SegmentMethod):
+    """DINOv2's linear evaluation on four blocks."""
+
+    head_name = "multilayer"
+
+
+class UPerNetMethod(SegmentMethod):
+    """BEiT's neck, UPerNet and its auxiliary head."""
+
+    head_name = "upernet"
+    config_class = UPerNetConfig
+
+
+class SETRMethod(SegmentMethod):
+    """SETR's progressive upsampling."""
+
+    head_name = "setr"
+
+
+class UNetMethod(SegmentMethod):
+    """The radiology benchmark's decoder, shaped like the upper half of a U-Net."""
+
+    head_name = "unet"

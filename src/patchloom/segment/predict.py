@@ -1,0 +1,82 @@
+"""Masks of images by a trained decoder, as indexed PNGs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from patchloom.data.base import UnreadableImageError
+from patchloom.data.pixels import unit
+from patchloom.errors import UsageError
+from patchloom.io import check_place, make_folder, write_bytes
+from patchloom.progress import track
+
+
+def predict(
+    run: str, images: str, out: str, *, batch_size: int = 8, device: str = "auto", include: str | None = None
+) -> dict[str, Any]:
+    """Write the masks a trained decoder makes of images.
+
+    Args:
+        run: Run of `patchloom segment`, or its model.
+        images: Folder of images.
+        out: Folder to write to; empty or absent. The mask of a/b.jpg is a/b.png, indexed: its indices are classes, its
+            palette their colours.
+        batch_size: Windows at a time.
+        device: Where to compute: auto, cpu, cuda or cuda:1.
+        include: Only images that fit one of these globs, separated by commas.
+
+    Returns:
+        `masks` (how many), the folder `out`, `classes` with the share of pixels of each, and `skipped` images.
+
+    Raises:
+        UsageError: No such model, no image, or a folder that is not empty.
+    """
+    from patchloom.data import open_source
+    from patchloom.encoders import in_chans
+    from patchloom.features.extract import torch_device
+    from patchloom.segment.saved import load_segmenter
+
+    folder = check_place(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty folder; choose another out")
+    place = torch_device(device)
+    model = load_segmenter(run).to(place)
+    encoder = model.backbone.encoder
+    options = {} if include is None else {"include": include}
+    source: Any = open_source(images, in_chans=in_chans(encoder), model=encoder, **options)
+    make_folder(folder)
+    counts = np.zeros(256, np.int64)
+    skipped, written = [], set[str]()
+    for index in track(range(len(source)), "segmenting"):
+        try:
+            sample = source.read(index)
+        except UnreadableImageError as error:
+            skipped.append({"file": error.key, "reason": error.reason})
+            continue
+        with torch.no_grad():
+            mask = model.segment(unit(sample.image).to(place), batch_size=batch_size).cpu().numpy()
+        counts += np.bincount(mask.ravel(), minlength=256)
+        name = str(Path(sample.key).with_suffix(".png"))
+        if name in written:  # a.jpg and a.png
+            name = f"{sample.key}.png"
+        written.add(name)
+        write_bytes(folder / name, _indexed(mask, model.palette))
+    if not written:
+        raise UsageError(f"{images} holds no readable image")
+    shares = {name: float(counts[number] / counts.sum()) for number, name in enumerate(model.class_names)}
+    return {"masks": len(written), "out": str(folder), "classes": shares, "skipped": skipped}
+
+
+def _indexed(mask: np.ndarray, palette: list[tuple[int, int, int]]) -> bytes:
+    image = Image.frombytes("P", mask.shape[::-1], np.ascontiguousarray(mask).tobytes())
+    # All 256 entries, so that no writer packs the indices anew.
+    image.putpalette([*(value for colour in palette for value in colour), *([0] * 768)][:768])
+    kept = io.BytesIO()
+    image.save(kept, "PNG", optimize=False)
+    return kept.getvalue()

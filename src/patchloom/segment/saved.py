@@ -1,0 +1,133 @@
+"""A trained segmentation model on disk: the encoder's bundle, and the decoder's tensors and settings beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from patchloom.choices import HeadName
+from patchloom.data.mask_survey import RGB
+from patchloom.data.mask_transforms import resized_size
+from patchloom.data.mask_values import MaskCoding
+from patchloom.encoders import normalize
+from patchloom.errors import UsageError
+from patchloom.io import write_json
+from patchloom.segment.build import Parts, build_parts
+from patchloom.segment.inference import SlidingWindowSegmenter
+from patchloom.segment.layers import resize
+
+WEIGHTS, ABOUT = "decoder.safetensors", "decoder.json"
+FORMAT = 1
+
+
+class Segmenter(nn.Module):
+    """An encoder with its decoder, for images of any size.
+
+    Args:
+        parts: Backbone, neck and head.
+        head_name: Name of the decoder.
+        width: Its width.
+        crop: Side of the windows the encoder sees.
+        short_side: Shorter side images are resized to; None: as they are.
+        coding: How the masks were read that it learnt from.
+        palette: Colours by class.
+        class_names: Names by class; default: those of the coding.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        head_name: HeadName,
+        width: int,
+        crop: int,
+        short_side: int | None,
+        coding: MaskCoding | None,
+        palette: list[RGB],
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.head = parts.backbone, parts.neck, parts.head
+        self.head_name, self.width, self.crop, self.short_side = head_name, width, crop, short_side
+        self.coding, self.palette = coding, palette
+        self.class_names = list(coding.names) if coding is not None else list(class_names or [])
+
+    @property
+    def stride(self) -> int:
+        """Step between windows: two thirds of one, as in DINOv2's evaluation."""
+        return max(1, round(self.crop * 341 / 512))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K, h, w) of normalised images (B, C, H, W)."""
+        logits: Tensor = Parts(self.backbone, self.neck, self.head, None).logits(images)
+        return logits
+
+    @torch.no_grad()
+    def segment(self, image: Tensor, size: tuple[int, ...] | None = None, batch_size: int = 8) -> Tensor:
+        """Return the class of every pixel, (H, W) uint8, of an image (C, h, w) in [0, 1]; default: at its own size."""
+        wanted = size or tuple(image.shape[-2:])
+        side = resized_size((image.shape[-2], image.shape[-1]), self.short_side)
+        pixels = image[None] if side == tuple(image.shape[-2:]) else resize(image[None], side).clamp(0, 1)
+        slide = SlidingWindowSegmenter(self, self.crop, self.stride, batch_size)
+        logits = slide(normalize(pixels, self.backbone.encoder), wanted)
+        return logits[0].argmax(0).to(torch.uint8)
+
+
+def save_segmenter(model: Segmenter, path: Path) -> None:
+    """Write the decoder beside the encoder's bundle in a folder."""
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path / WEIGHTS)
+    about = {
+        "format": FORMAT,
+        "head": model.head_name,
+        "layers": list(model.backbone.layers),
+        "apply_norm": model.backbone.apply_norm,
+        "width": model.width,
+        "crop": model.crop,
+        "short_side": model.short_side,
+        "class_names": model.class_names,
+        "palette": [list(colour) for colour in model.palette],
+        "masks": None if model.coding is None else model.coding.describe(),
+    }
+    write_json(path / ABOUT, about)
+
+
+def load_segmenter(path: str | Path) -> Segmenter:
+    """Return a trained segmentation model from a run or its model, in eval mode.
+
+    Raises:
+        UsageError: There is none, or its files are damaged.
+    """
+    from patchloom.bundle import find_bundle
+    from patchloom.bundle import load as load_bundle
+
+    folder = find_bundle(path)
+    if not (folder / ABOUT).exists():
+        raise UsageError(f"{path} holds no decoder; train one: patchloom segment linear --data … --encoder … --out …")
+    try:
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+        parts = build_parts(
+            load_bundle(folder),
+            len(about["class_names"]),
+            about["head"],
+            layers=tuple(about["layers"]),
+            apply_norm=about["apply_norm"],
+            width=about["width"],
+        )
+        palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
+        sizes = (about["width"], about["crop"], about["short_side"])
+        model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"])
+        missing, extra = model.load_state_dict(state, strict=False)
+        lost = [name for name in missing if not name.startswith("backbone.")]
+        if lost or extra:
+            raise ValueError(f"its tensors are not those of {about['head']}: {', '.join([*lost, *extra][:4])}")
+    except UsageError:
+        raise
+    except Exception as error:  # JSON, safetensors and shapes fail in ways of their own
+        raise UsageError(f"the decoder in {folder} is damaged: {' '.join(str(error).split())[:200]}") from error
+    return model.eval()

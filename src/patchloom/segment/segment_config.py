@@ -1,0 +1,82 @@
+"""Settings of training a decoder that gives every pixel a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from patchloom.errors import UsageError
+from patchloom.mask_settings import MaskSettings
+from patchloom.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(MaskSettings, TrainConfig):
+    """Settings of a decoder on an encoder, frozen or trained along."""
+
+    data: str
+    """Images and masks to learn from: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train"""
+    probe_data: str | None = None
+    """Images and masks of the same classes that mean IoU is measured on, and that the report shows; default: none"""
+    untrained: bool = False
+    """Start from fresh weights where encoder is the name of a timm model; else its published weights are fetched"""
+    train_encoder: bool = False
+    """Train the encoder too (layer_decay then sets how its rates fall towards the input)"""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose maps the decoder takes, from 0, negative from the end; default: as many of the last as it takes"""
+    blocks: Literal["last", "spread"] = "last"
+    """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
+    apply_norm: bool | None = None
+    """Apply the encoder's final norm to each map; default: yes, but for upernet"""
+    width: int = 512
+    """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
+    short_side: int | None = None
+    """Shorter side images are resized to before random scales and in testing; default: images keep their size"""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Least and most of the random factor on the size of the image"""
+    flip: float = 0.5
+    """Probability of the mirror image"""
+    colours: bool = True
+    """Random changes of brightness, contrast, saturation and hue"""
+    max_share: float = 0.75
+    """A window is drawn anew, up to ten times, while one class fills more than this share of it"""
+    loss: Literal["ce", "dice", "dice+ce"] = "ce"
+    """Cross-entropy, Dice, or their sum"""
+    epochs: int = 100
+    """Passes over the images"""
+    batch_size: int = 16
+    """Windows of image_size per device and forward pass"""
+    lr: float = 1e-3
+    """Peak learning rate"""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine"""
+    warmup_epochs: float = 2.0
+    """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, not on vectors and biases"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; default: no clipping"""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        super().__post_init__()
+        for name in ("width", "short_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        if not self.train_encoder and (self.ema is not None or self.experts):
+            raise UsageError("ema and experts are about the encoder's weights, which stay fixed; set train_encoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UPerNetConfig(SegmentConfig):
+    """Settings of UPerNet; it takes four blocks at equal parts of the depth."""
+
+    blocks: Literal["last", "spread"] = "spread"
+    """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
+    lr: float = 1e-4
+    """Peak learning rate"""
+    weight_decay: float = 0.05
+    """AdamW weight decay, not on vectors and biases"""

@@ -1,0 +1,151 @@
+"""Decoders as runs: they resume exactly, and what they leave behind segments images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import patchloom as pl
+from patchloom.bundle import save_bundle
+from patchloom.cli import main
+from patchloom.data.segmentation import open_segmentation
+from patchloom.encoders import create_encoder
+from patchloom.errors import UsageError
+from patchloom.segment.predict import predict
+from patchloom.segment.saved import load_segmenter
+from patchloom.training.run import resolve
+from segment_support import paint_pairs
+
+FAST = {"batch_size": 4, "num_workers": 0, "accelerator": "cpu", "width": 16, "image_size": 32, "probe_every": 0}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    return str(save_bundle(encoder, tmp_path_factory.mktemp("encoder") / "model"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    return str(paint_pairs(root / "train", 8)), str(paint_pairs(root / "test", 3, seed=1))
+
+
+def weights(run):
+    checkpoint = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)
+    return checkpoint["state_dict"], checkpoint["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "bn", "upernet"])
+def test_a_resumed_run_ends_where_one_in_a_piece_does(bundle, folders, tmp_path, head):
+    from patchloom.segment.method import SegmentMethod
+
+    settings = {**FAST, "data": folders[0], "encoder": bundle, "max_steps": 6, "checkpoint_every": 1}
+    whole = pl.segment(head, out=tmp_path / "whole", **settings)
+    loss = SegmentMethod.training_loss
+
+    def failing(self, batch):
+        if self.step == 3:
+            raise RuntimeError("the machine went away")
+        return loss(self, batch)
+
+    SegmentMethod.training_loss = failing
+    try:
+        with pytest.raises(RuntimeError, match="went away"):
+            pl.segment(head, out=tmp_path / "cut", **settings)
+    finally:
+        SegmentMethod.training_loss = loss
+    cut = pl.segment(head, out=tmp_path / "cut", resume=True)
+    (expected, steps), (found, steps_found) = weights(whole), weights(cut)
+    assert (steps, steps_found) == (6, 6)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert any(name.startswith("head.") for name in expected)
+
+
+def test_the_encoder_stays_as_it_is_unless_it_is_asked_to_learn(bundle, folders, tmp_path):
+    before = pl.load(bundle).state_dict()
+    for trains in (False, True):
+        settings = {**FAST, "data": folders[0], "encoder": bundle, "max_steps": 2, "train_encoder": trains}
+        run = pl.segment("linear", out=tmp_path / str(trains), **settings)
+        after = pl.load(str(run.model)).state_dict()
+        same = all(torch.equal(before[name], after[name]) for name in before if name in after)
+        assert same != trains
+
+
+def test_a_run_measures_reports_and_predicts(bundle, folders, tmp_path, capsys):
+    train, test = folders
+    settings = {**FAST, "data": train, "encoder": bundle, "max_steps": 30, "lr": 2e-2, "colours": False}
+    run = pl.segment("bn", out=tmp_path / "run", probe_data=test, scale=(1.0, 1.0), **settings)
+    assert run.summary["miou"] > 0.3
+    assert run.summary["masks"]["train"]["class_shares"].keys() == {"0", "1", "2"}
+    page = run.report.read_text()
+    assert "Test images, their masks, and what the decoder says" in page
+    assert f"masks of {train}: class numbers 0 to 2" in capsys.readouterr().err
+    assert main(["segment", "predict", str(run.path), "--images", f"{test}/images", "--out", str(tmp_path / "p")]) == 0
+    source = open_segmentation(test)
+    model = load_segmenter(run.path)
+    right = total = 0
+    for index in range(len(source)):
+        mask = Image.open(tmp_path / "p" / f"{index}.png")
+        assert mask.mode == "P"
+        assert mask.getpalette()[:9] == [0, 0, 0, 255, 0, 0, 0, 255, 0]
+        said = np.asarray(mask)
+        image = source.read(index).image[:-1].float() / 255
+        assert np.array_equal(said, model.segment(image).numpy())
+        truth = source.read_mask(index).numpy()
+        assert said.shape == truth.shape
+        right, total = right + (said == truth).sum(), total + truth.size
+    assert right / total == pytest.approx(run.summary["pixel_accuracy_test"], abs=1e-6)
+    with pytest.raises(UsageError, match="not an empty folder"):
+        predict(str(run.path), f"{test}/images", str(tmp_path / "p"))
+
+
+def test_masks_read_otherwise_do_not_go_on_with_a_run(bundle, tmp_path):
+    root = paint_pairs(tmp_path / "set", 4)
+    run = pl.segment("linear", out=tmp_path / "run", data=str(root), encoder=bundle, max_steps=1, **FAST)
+    for file in (root / "masks").iterdir():
+        Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8) * 255).save(file)
+    summary = run.path / "summary.json"
+    summary.unlink()
+    with pytest.raises(UsageError, match="are read otherwise now than when the run in"):
+        pl.segment("linear", out=run.path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "nowhere"}, "no folder 'nowhere' of images and masks"),
+        ({"ema": 0.9}, "set train_encoder"),
+        ({"width": 0}, "width is 0"),
+        ({"layers": (9,)}, "there is no block 9"),
+        ({"ignore_label": "0,1,2"}, "hold no class"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(bundle, folders, tmp_path, change, message):
+    settings = {"data": folders[0], "encoder": bundle, **FAST, **change}
+    with pytest.raises(UsageError, match=message):
+        pl.segment("linear", out=tmp_path / "run", **settings)
+
+
+def test_a_model_without_decoder_and_a_damaged_one_are_named(bundle, tmp_path, folders):
+    with pytest.raises(UsageError, match="holds no decoder; train one"):
+        load_segmenter(bundle)
+    run = pl.segment("linear", out=tmp_path / "run", data=folders[0], encoder=bundle, max_steps=1, **FAST)
+    about = run.model / "decoder.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"class_names": ["a", "b"]}))
+    with pytest.raises(UsageError, match="is damaged"):
+        load_segmenter(run.path)
+
+
+def test_upernet_takes_blocks_over_the_depth_at_its_own_rates():
+    from patchloom.segment.method import UPerNetMethod
+
+    config = resolve("segment upernet", UPerNetMethod, {"data": "d", "out": "o", "encoder": "vit_tiny_patch16_224"})
+    assert (config.blocks, config.lr, config.weight_decay) == ("spread", 1e-4, 0.05)
