@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command | Verb] = {
     "distill": Verb("teach a small model what a large one knows"),
     "segment": Verb("train a decoder that gives every pixel a class"),
     "segment predict": Command(
-        "write the masks a trained decoder makes of images", "segment.predict:predict", positional=("run",)
+        "write the masks a trained decoder makes of images", "segment.commands:predict", positional=("run",)
     ),
     "explain": Verb("show what an encoder or a classifier looks at"),
     "adapt compare": Command(

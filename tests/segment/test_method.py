@@ -15,7 +15,7 @@ from patchloom.cli import main
 from patchloom.data.segmentation import open_segmentation
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.segment.predict import predict
+from patchloom.segment.commands import predict
 from patchloom.segment.saved import load_segmenter
 from patchloom.training.run import resolve
 from segment_support import paint_pairs

@@ -27,7 +27,7 @@ class DecoderConfig(MaskSettings, SourceOptions):
     """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
     apply_norm: bool | None = None
     """Apply the encoder's final norm to each map; default: yes, but for upernet"""
-    channels: int = 512  # type: ignore[assignment]  # a width, which is no option of sources here
+    channels: int = 512
     """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
     crop: tuple[int, int] | None = None
     """Window the encoder sees, (height, width), multiples of its patch; default: resize, or the encoder's image size"""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from patchloom.bundle import read_reading
 from patchloom.choices import HeadName
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
@@ -84,8 +85,9 @@ class SegmentMethod(Method):
     @classmethod
     def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
         """Return the images with their masks, whose reading is said, and the settings with their value range."""
-        options = config.source_options()
-        refuse_untaken(open_segmentation, config.data, options)
+        refuse_untaken(open_segmentation, config.data, config.source_options())
+        start = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
+        options = {**({} if start is None else read_reading(start)), **config.source_options()}
         source = open_segmentation(config.data, in_chans=config.in_chans, settings=config, **options)
         notice(source.said())
         if (more := check_shares(source.coding, source.shares, source.name)) is not None:
@@ -223,25 +225,25 @@ def _options(config: SegmentConfig, source: MaskSource) -> dict[str, Any]:
 
 
 class LinearMethod(SegmentMethod):
-    """A 1x1 convolution on the last block's map."""
+    """1x1 convolution on the last block's map."""
 
     head_name = "linear"
 
 
 class BatchNormMethod(SegmentMethod):
-    """BatchNorm and a 1x1 convolution: DINOv2's linear evaluation."""
+    """BatchNorm and 1x1 convolution: DINOv2's linear evaluation."""
 
     head_name = "bn"
 
 
 class DINOv3Method(SegmentMethod):
-    """Dropout, BatchNorm and a 1x1 convolution: DINOv3's linear evaluation."""
+    """Dropout, BatchNorm and 1x1 convolution: DINOv3's."""
 
     head_name = "dinov3"
 
 
 class MultiLayerMethod(SegmentMethod):
-    """DINOv2's linear evaluation on four blocks."""
+    """bn on the maps of four blocks."""
 
     head_name = "multilayer"
 
@@ -260,6 +262,6 @@ class SETRMethod(SegmentMethod):
 
 
 class UNetMethod(SegmentMethod):
-    """The radiology benchmark's decoder, shaped like the upper half of a U-Net."""
+    """The radiology benchmark's, shaped like the upper half of a U-Net."""
 
     head_name = "unet"

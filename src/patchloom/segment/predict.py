@@ -10,37 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchloom.data import open_source
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.pixels import unit
+from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
+from patchloom.features.extract import torch_device
 from patchloom.io import check_place, make_folder, write_bytes
 from patchloom.progress import track
+from patchloom.segment.saved import load_segmenter
 
 
-def predict(
+def write_masks(
     run: str, images: str, out: str, *, batch_size: int = 8, device: str = "auto", include: str | None = None
 ) -> dict[str, Any]:
-    """Write the masks a trained decoder makes of images.
-
-    Args:
-        run: Run of `patchloom segment`, or its model.
-        images: Folder of images.
-        out: Folder to write to; empty or absent. The mask of a/b.jpg is a/b.png, indexed: its indices are classes, its
-            palette their colours.
-        batch_size: Windows at a time.
-        device: Where to compute: auto, cpu, cuda or cuda:1.
-        include: Only images that fit one of these globs, separated by commas.
-
-    Returns:
-        `masks` (how many), the folder `out`, `classes` with the share of pixels of each, and `skipped` images.
-
-    Raises:
-        UsageError: No such model, no image, or a folder that is not empty.
-    """
-    from patchloom.data import open_source
-    from patchloom.encoders import in_chans
-    from patchloom.features.extract import torch_device
-    from patchloom.segment.saved import load_segmenter
+    """Write masks of images; see `commands.predict` for what goes in, comes out and is raised."""
 
     folder = check_place(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
