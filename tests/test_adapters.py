@@ -28,6 +28,7 @@ from patchloom.adapters import (
 from patchloom.bundle import find_bundle, load, save_bundle
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -132,7 +133,7 @@ def test_what_is_no_adapter_is_named(three):
     with pytest.raises(UsageError, match="is damaged"):
         load(path / "base", adapters=[broken])
     with pytest.raises(UsageError, match="give the encoder it extends, or merge"):
-        create_encoder(str(path / "low"))
+        start_encoder(str(path / "low"))
     with pytest.raises(UsageError, match="holds an adapter and no bundle"):
         find_bundle(path / "low")
 

@@ -17,6 +17,7 @@ from patchloom import bundle
 from patchloom.bundle import bundle_fingerprint, load, read_lineage, save_bundle
 from patchloom.encoders import create_encoder, set_image_size
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
 ENCODERS = {
@@ -126,7 +127,7 @@ def test_a_classifier_keeps_its_logits_and_gives_an_encoder(encoder, tmp_path):
     images = images_for(encoder)
     assert torch.equal(load(tmp_path / "b")(images), encoder(images))
     assert encoder(images).shape == (2, 4)
-    bare = create_encoder(str(tmp_path / "b")).eval()
+    bare = start_encoder(str(tmp_path / "b")).eval()
     assert torch.equal(bare(images), encoder.forward_head(encoder.forward_features(images), pre_logits=True))
 
 

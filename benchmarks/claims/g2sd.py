@@ -28,9 +28,10 @@ from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.distill.g2sd_generic import G2SDGenericConfig, G2SDGenericMethod
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
+from patchloom.io import read_config
 from patchloom.masked_models import load_masked_model, save_parts
 from patchloom.report import image_grid
-from patchloom.training.config import config_from_mapping, read_config
+from patchloom.training.config import config_from_mapping
 from patchloom.training.metrics import read_metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "g2sd.md"

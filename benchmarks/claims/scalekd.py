@@ -25,8 +25,9 @@ from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewr
 from patchloom.data import open_source
 from patchloom.distill.scalekd import ScaleKDConfig, ScaleKDMethod
 from patchloom.encoders.micro import vit_micro_patch4_32
+from patchloom.io import read_config
 from patchloom.report import image_grid
-from patchloom.training.config import config_from_mapping, read_config
+from patchloom.training.config import config_from_mapping
 from patchloom.training.report import held_out_images
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "scalekd.md"

@@ -15,17 +15,9 @@ encoders of this package (`ccvit_base_patch16_224` and its kin) are known to `ti
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import wrapt
-
-from patchloom.errors import MissingExtraError, UsageError
-
-try:
-    __version__ = version("patchloom")
-except PackageNotFoundError:  # running from a source tree that was never installed
-    __version__ = "0+unknown"
 
 from patchloom.api import (
     adapt,
@@ -43,6 +35,8 @@ from patchloom.api import (
     pretrain,
     segment,
 )
+from patchloom.errors import MissingExtraError, UsageError
+from patchloom.version import __version__
 
 __all__ = [
     "MissingExtraError",

@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchloom import __version__
 from patchloom.adapt.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
 from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size, in_chans, set_image_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_json, written_whole
+from patchloom.version import __version__
 
 __all__ = [
     "activate",

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
 from torch import nn
 
-from patchloom import __version__
 from patchloom.encoders import has_tokens, image_size, in_chans
 from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
 from patchloom.io import make_folder
+from patchloom.version import __version__
 
 WEIGHTS, CONFIG, LINEAGE = "model.safetensors", "config.json", "patchloom.json"
 # Names registered here are written as an entry point timm has by itself; all that differs stands in model_args.

@@ -281,7 +281,7 @@ def _with_saved_settings(rest: list[str], command: str) -> list[str]:
 
 def _named_preset(rest: list[str]) -> str | None:
     """Return the preset the options name, directly or in a file of settings: it changes the defaults of the rest."""
-    from patchloom.training.config import read_config
+    from patchloom.io import read_config
 
     given = {name: option(rest, name) for name in ("preset", "config")}
     if given["preset"] is None and given["config"] is not None and Path(given["config"]).is_file():

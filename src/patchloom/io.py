@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from patchloom.errors import UsageError
 
 # Lone surrogates stand for bytes that are not UTF-8 (PEP 383). A backslash is written out where it would be read back
@@ -180,3 +182,18 @@ def _shortened(text: str) -> str:
 def _lone(surrogate: str) -> str:
     byte = ord(surrogate) - 0xDC00
     return rf"\x{byte:02x}" if 0x80 <= byte <= 0xFF else rf"\u{ord(surrogate):04x}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the names and values in a run's `config.yaml`.
+
+    Raises:
+        UsageError: The file is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no settings (a YAML mapping was expected)")
+    return values

@@ -160,7 +160,7 @@ def _from_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
     if folder.name != "model" or not checkpoint.exists() or not settings.exists():
         raise UsageError(alone)
-    from patchloom.training.config import read_config
+    from patchloom.io import read_config
 
     saved: Mapping[str, Tensor] = read_pickle(checkpoint, mmap=True)["state_dict"]
     own = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}

@@ -165,7 +165,7 @@ def read_recipe(path: str | Path, known: Iterable[str], needed: Iterable[str]) -
     Raises:
         UsageError: No such file, no mapping, an unknown key (with the nearest) or a missing one.
     """
-    from patchloom.training.config import read_config
+    from patchloom.io import read_config
 
     if not Path(path).is_file():
         raise UsageError(f"there is no file {path}; a study is described in a YAML file, see the docs of the command")

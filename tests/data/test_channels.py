@@ -16,6 +16,7 @@ from patchloom.data.frames import open_frames
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.report.tiles import as_colour, shown_channels
+from patchloom.start import start_encoder
 
 STACK = (np.random.default_rng(0).random((5, 20, 30)) * 4000).astype(np.uint16)
 EXPECTED = STACK.astype(np.float32) / np.float32(4095)
@@ -126,16 +127,16 @@ def test_weights_of_rgb_are_widened_by_timm_s_rule(tmp_path, capsys):
 
     encoder = create_encoder("vit_micro_patch4_32")
     save_bundle(encoder, tmp_path / "rgb")
-    wide = create_encoder(str(tmp_path / "rgb"), in_chans=5)
+    wide = start_encoder(str(tmp_path / "rgb"), in_chans=5)
     rgb = encoder.patch_embed.proj.weight
     expected = torch.cat([rgb, rgb[:, :2]], 1) * 3 / 5
     torch.testing.assert_close(wide.patch_embed.proj.weight, expected)
     assert "adapted to 5" in capsys.readouterr().err
-    grey = create_encoder(str(tmp_path / "rgb"), in_chans=1)
+    grey = start_encoder(str(tmp_path / "rgb"), in_chans=1)
     torch.testing.assert_close(grey.patch_embed.proj.weight, rgb.sum(1, keepdim=True))
     save_bundle(wide, tmp_path / "wide")
     with pytest.raises(UsageError, match="takes 5 channels, not 3"):
-        create_encoder(str(tmp_path / "wide"))
+        start_encoder(str(tmp_path / "wide"))
 
 
 def test_pictures_show_the_channels_asked_for():

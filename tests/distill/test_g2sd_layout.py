@@ -13,6 +13,7 @@ from patchloom.bundle import save_bundle
 from patchloom.distill.specific import DistilledVisionTransformer, as_timm, hold_position
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder
 
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -77,7 +78,7 @@ def test_its_bundle_opens_here_and_by_timm_alone(tmp_path):
         timm.create_model(f"local-dir:{tmp_path / 'bundle'}", pretrained=True).eval(),
     ):
         torch.testing.assert_close(again(images), model.eval()(images), rtol=1e-5, atol=1e-5)
-    encoder = create_encoder(str(tmp_path / "bundle"))
+    encoder = start_encoder(str(tmp_path / "bundle"))
     assert encoder.forward_features(images).shape == (3, 18, 16)
 
 

@@ -26,6 +26,7 @@ from patchloom.encoders import (
 )
 from patchloom.encoders.cifar_resnet import CIFARResNet
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder
 from patchloom.training.supervised import as_classifier
 
 KINDS = {
@@ -58,7 +59,7 @@ def test_a_bundle_gives_back_the_classifier_and_the_encoder(name, tmp_path):
     assert (image_size(again), in_chans(again), depth(again)) == ((64, 64), 1, depth(model))
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
     assert torch.equal(by_timm(images), model(images))
-    encoder = create_backbone(str(tmp_path / "b"), in_chans=1).eval()
+    encoder = start_encoder(str(tmp_path / "b"), create_backbone, in_chans=1).eval()
     assert encoder.num_classes == 0
     vectors = pooled(encoder, images)
     assert vectors.shape == (2, embed_dim(encoder))
@@ -114,7 +115,7 @@ def test_methods_that_need_tokens_refuse_what_has_none(tmp_path):
     with pytest.raises(UsageError, match="is a ResNet; encoders here are"):
         create_encoder("resnet10t")
     with pytest.raises(UsageError, match="a ResNet has no patch tokens"):
-        create_encoder(str(tmp_path / "b"))
+        start_encoder(str(tmp_path / "b"))
 
 
 def test_sizes_that_are_fixed_are_refused_and_others_followed():

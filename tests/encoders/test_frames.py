@@ -9,6 +9,7 @@ from torch import nn
 import patchloom as pl
 from patchloom.bundle import load, save_bundle
 from patchloom.encoders import class_attention, create_encoder, grid_size, image_size, normalize
+from patchloom.start import start_encoder
 
 
 def test_the_last_rows_and_columns_are_left_out_as_a_plain_convolution_does():
@@ -27,7 +28,7 @@ def test_a_bundle_gives_it_back_with_and_without_this_package_s_names(tmp_path):
     images = torch.rand(2, 4, 84, 84)
     expected = encoder(images)
     torch.testing.assert_close(load(tmp_path / "frames")(images), expected)
-    again = create_encoder(str(tmp_path / "frames"), in_chans=4).eval()
+    again = start_encoder(str(tmp_path / "frames"), in_chans=4).eval()
     torch.testing.assert_close(again(images), expected)
     save_bundle(again, tmp_path / "again")
     plain = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()

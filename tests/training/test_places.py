@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from patchloom.errors import UsageError
+from patchloom.io import read_config
 from patchloom.pretrain.mae import MAEMethod
-from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
+from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
 from patchloom.training.places import absolute, found_again
 from patchloom.training.run import resolve
 

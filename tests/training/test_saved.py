@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from patchloom.errors import UsageError
+from patchloom.io import read_config
 from patchloom.training.checkpoint import AtomicCheckpointIO
-from patchloom.training.config import TrainConfig, dump_config, plain_settings, read_config
+from patchloom.training.config import TrainConfig, dump_config, plain_settings
 from patchloom.training.saved import saved_settings, usable_checkpoint
 
 SETTINGS = plain_settings(TrainConfig(data="photos", out="runs/x", lr=0.125))

@@ -17,6 +17,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder
 from patchloom.training.inputs import read_as
 from patchloom.training.labelled import LabelledMethod
 from patchloom.training.lars import Lars
@@ -87,7 +88,7 @@ class AdapterMethod(LabelledMethod):
         if Path(name).exists():
             if find_adapter(name) is not None:
                 raise UsageError(f"{name} holds an adapter; give the encoder it extends, or set init_adapter={name}")
-            return create_encoder(name, in_chans=config.in_chans, drop_path=config.drop_path)
+            return start_encoder(name, in_chans=config.in_chans, drop_path=config.drop_path)
         if timm.is_model(name) and not timm.models.is_model_pretrained(name):
             raise UsageError(
                 f"{name} has no published weights, and there is nothing to adapt in fresh ones; give the path of a "

@@ -1,4 +1,4 @@
-"""The doors to encoders and to other image models: a timm name, or the path of a bundle or run.
+"""Encoders and other image models by their timm names; those on disk are opened by `patchloom.models`.
 
 >>> create_encoder("vit_tiny_patch16_224").embed_dim
 192
@@ -8,20 +8,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import adapt_input_conv
 
-from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size, require_tokens
-from patchloom.encoders.properties import image_size as size_of
-from patchloom.encoders.properties import in_chans as channels_of
-from patchloom.encoders.resize import set_image_size
+from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size
 from patchloom.errors import UsageError
 from patchloom.patches import patch_grid
 
@@ -41,7 +34,7 @@ def create_encoder(
     """Return an encoder without head.
 
     Args:
-        name: A timm model of the `VisionTransformer`, `Beit` or `Eva` family, or the path of a bundle or run.
+        name: A timm model of the `VisionTransformer`, `Beit` or `Eva` family.
         image_size: Side in pixels, or (H, W); default: the model's own.
         in_chans: Channels of the images.
         drop_path: Stochastic depth rate of the last block.
@@ -55,8 +48,6 @@ def create_encoder(
         UsageError: Unknown name (with the nearest), a model of another kind, or a size, width or rate that does not
             fit.
     """
-    if Path(name).exists():
-        return _from_bundle(name, image_size, in_chans, drop_path, create_encoder)
     if not timm.is_model(name):
         raise _unknown(name, [model for module in MODULES for model in timm.list_models(module=module)])
     if not 0 <= drop_path < 1:
@@ -98,7 +89,7 @@ def create_backbone(
     """Return any image model of timm without its classifier: a ViT as `create_encoder` makes it, or another network.
 
     Args:
-        name: A timm model (ResNet, MobileNet, ConvNeXt, Mixer, Swin, ViT …), or the path of a bundle or run.
+        name: A timm model (ResNet, MobileNet, ConvNeXt, Mixer, Swin, ViT …).
         image_size: Side in pixels, or (H, W); default: the model's own.
         in_chans: Channels of the images.
         drop_path: Stochastic depth rate of the last block.
@@ -111,8 +102,6 @@ def create_backbone(
     Raises:
         UsageError: Unknown name (with the nearest), or a size, rate or argument the model does not take.
     """
-    if Path(name).exists():
-        return _from_bundle(name, image_size, in_chans, drop_path, create_backbone)
     if not timm.is_model(name):
         raise _unknown(name, timm.list_models())
     if _is_encoder(name):
@@ -138,67 +127,6 @@ def create_backbone(
     model.pretrained_cfg = {**known, "input_size": (in_chans, int(height), int(width))}
     model.patchloom_args = {"architecture": name, "model_args": arguments}
     return model
-
-
-def _from_bundle(
-    path: str,
-    size: int | tuple[int, int] | None,
-    in_chans: int,
-    drop_path: float,
-    create: Callable[..., Encoder],
-) -> Encoder:
-    from patchloom.bundle import load
-
-    saved = load(path)
-    if getattr(saved, "active_adapter", None) is not None:
-        raise UsageError(f"{path} holds an adapter; give the encoder it extends, or merge them (patchloom merge)")
-    if create is create_encoder:
-        require_tokens(saved)
-    saved.reset_classifier(0)
-    state = saved.state_dict()
-    if channels_of(saved) != in_chans:
-        state = widened(state, saved, in_chans, path)
-    made = saved.patchloom_args
-    arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
-    encoder = create(
-        made["architecture"],
-        image_size=size_of(saved),
-        in_chans=in_chans,
-        drop_path=drop_path,
-        **arguments,
-    )
-    encoder.pretrained_cfg = saved.pretrained_cfg
-    encoder.load_state_dict(state)
-    if size is not None:
-        set_image_size(encoder, size)
-    return encoder
-
-
-def widened(state: dict[str, torch.Tensor], trained: Encoder, in_chans: int, name: str) -> dict[str, torch.Tensor]:
-    """Return the weights of an encoder of RGB images for another number of channels, by timm's rule.
-
-    The weights of red, green and blue are repeated over the channels and scaled to keep the size of the sum; for one
-    channel they are summed. Says so on the error stream.
-
-    Args:
-        state: The weights.
-        trained: The encoder they are of.
-        in_chans: Channels wanted.
-        name: What the encoder is called.
-
-    Raises:
-        UsageError: The encoder takes other than three channels, or its first layer is no convolution of them.
-    """
-    had = channels_of(trained)
-    first = next((key for key, value in state.items() if value.ndim == 4 and value.shape[1] == had), None)
-    if had != 3 or first is None:
-        raise UsageError(f"the encoder in {name} takes {had} channels, not {in_chans}; set in_chans={had}")
-    print(
-        f"{name} takes 3 channels: its first layer is adapted to {in_chans} by timm's rule (its weights repeated, or "
-        f"summed for one channel)",
-        file=sys.stderr,
-    )
-    return {**state, first: adapt_input_conv(in_chans, state[first])}
 
 
 def _is_encoder(name: str) -> bool:

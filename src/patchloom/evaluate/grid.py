@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.errors import UsageError
+from patchloom.evaluate.probe import INITIAL_DEVIATION
 
 MOMENTUM = 0.9
-INITIAL_DEVIATION = 0.01
 Kind = Literal["classes", "labels"]
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Tokens
 from patchloom.errors import UsageError
-from patchloom.evaluate.grid import INITIAL_DEVIATION
 
 Layer: TypeAlias = Tokens | tuple[Tensor, Tensor]
 """What a block gives out, normed: `Tokens`, or as published a pair of patches (B, N, D) and class token (B, D)."""
+
+INITIAL_DEVIATION = 0.01
 
 
 class LinearProbe(nn.Module):

@@ -51,6 +51,7 @@ from patchloom.pretrain.distillation_losses import (
 from patchloom.pretrain.distillation_masks import draw_masks
 from patchloom.pretrain.gram import gram_loss, refreshes_after
 from patchloom.pretrain.self_distillation import DINOHead, DINOv2
+from patchloom.start import start_encoder
 from patchloom.training.ewa import experts_of
 from patchloom.training.inputs import read_as
 from patchloom.training.method import Method, Transform
@@ -136,7 +137,7 @@ class Dinov2Method(Method):
             if config.registers is not None:
                 raise UsageError(f"registers are for fresh encoders; {start} is trained already, leave them unset")
             there = Path(start).exists()
-            encoder = create_encoder(start, **size) if there else fetch_encoder(start, create_encoder, **size)
+            encoder = start_encoder(start, **size) if there else fetch_encoder(start, create_encoder, **size)
             _check_architecture(encoder, config)
             if (token := load_mask_token(start)) is not None:
                 # The student's starts from it; the bundle of the run holds the encoder alone.
@@ -427,7 +428,7 @@ def load_anchor(anchor: Encoder, path: str) -> None:
         UsageError: It is of another shape.
     """
     shape: dict[str, Any] = {"image_size": image_size(anchor), "in_chans": in_chans(anchor)}
-    found = create_encoder(path, **shape) if Path(path).exists() else fetch_encoder(path, create_encoder, **shape)
+    found = start_encoder(path, **shape) if Path(path).exists() else fetch_encoder(path, create_encoder, **shape)
     state, own = found.state_dict(), anchor.state_dict()
     if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
         raise UsageError(

@@ -264,21 +264,6 @@ def dump_config(settings: Mapping[str, Any], path: Path, command: str) -> None:
     write_text(path, text)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the names and values in a run's `config.yaml`.
-
-    Raises:
-        UsageError: The file is no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no settings (a YAML mapping was expected)")
-    return values
-
-
 def refuse_changes(saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Refuse to go on with a run under settings that would make it another run.
 

@@ -13,7 +13,6 @@ import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from patchloom import __version__
 from patchloom.bundle import read_lineage
 from patchloom.progress import duration
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages
@@ -21,6 +20,7 @@ from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report
 from patchloom.training.size import Advice
+from patchloom.version import __version__
 
 
 class Finish(Callback):

@@ -33,8 +33,8 @@ from patchloom.encoders import (
     in_chans,
     layer_of_parameter,
 )
-from patchloom.encoders.create import widened
 from patchloom.errors import UsageError
+from patchloom.start import start_encoder, widened
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
 from patchloom.training.inputs import open_training_images, read_as
@@ -119,8 +119,8 @@ class Method(lp.LightningModule):
         """
         config = self.config
         create = create_backbone if self.any_backbone else create_encoder
-        encoder = create(
-            config.encoder, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
+        encoder = start_encoder(
+            config.encoder, create, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
         )
         if config.init_from is not None:
             load_weights(encoder, config.init_from, self.starting_weights)

@@ -28,7 +28,7 @@ from patchloom import registry, stopping
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
-from patchloom.io import check_place, make_folder
+from patchloom.io import check_place, make_folder, read_config
 from patchloom.training.attachment import Attachment
 from patchloom.training.callbacks import (
     ContinuedMetrics,
@@ -40,7 +40,7 @@ from patchloom.training.callbacks import (
     SkippedImages,
 )
 from patchloom.training.checkpoint import AtomicCheckpointIO, CheckpointEvery
-from patchloom.training.config import TrainConfig, config_from_mapping, read_config, refuse_changes, write_config
+from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
 from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish

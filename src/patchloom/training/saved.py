@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError
-from patchloom.training.config import CONFIG, dump_config, read_config
+from patchloom.io import read_config
+from patchloom.training.config import CONFIG, dump_config
 
 CHECKPOINTS, LAST, PREVIOUS, DAMAGED = "checkpoints", "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
