@@ -88,6 +88,18 @@ def test_normalisation_may_be_part_of_the_model(onnx, tmp_path):
 
 
 @pytest.mark.extra("onnx")
+def test_the_file_says_how_images_are_read(onnx, tmp_path, capsys):
+    encoder = make("vit", in_chans=2)
+    statistics = {"mean": (0.1, 0.2), "std": (0.3, 0.4)}
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics, "reading": {"value_range": "uint16=0,4095"}}
+    save_bundle(encoder, tmp_path / "b")
+    out = pl.export(str(tmp_path / "b"), out=str(tmp_path / "m.onnx"))
+    notes = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert notes == {"mean": "[0.1, 0.2]", "std": "[0.3, 0.4]", "value_range": "uint16=0,4095"}
+    assert "value_range=uint16=0,4095" in capsys.readouterr().err
+
+
+@pytest.mark.extra("onnx")
 def test_numbers_that_differ_are_not_written(onnx, tmp_path, monkeypatch):
     save_bundle(make(), tmp_path / "b")
     monkeypatch.setattr(module, "TOLERANCE", -1.0)

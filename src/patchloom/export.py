@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from patchloom.errors import UsageError, unknown_name
@@ -34,7 +35,8 @@ def export(
 
     Returns:
         The path written. The ONNX model maps `images` (batch, channels, height, width), normalised, to `features`
-        (batch, width), or to `logits` where the bundle has a classifier.
+        (batch, width), or to `logits` where the bundle has a classifier; its metadata hold `mean` and `std`, and the
+        value range of deep images where the bundle knows it.
 
     Raises:
         UsageError: There is no such bundle, `out` exists, or the encoder cannot take images of that size.
@@ -43,7 +45,7 @@ def export(
     """
     from patchloom.bundle import load, read_lineage, save_bundle
     from patchloom.encoders import set_image_size
-    from patchloom.onnx_file import Normalised, export_onnx, need_onnx
+    from patchloom.onnx_file import Normalised, export_onnx, input_notes, need_onnx
 
     if format not in ("onnx", "timm"):
         raise unknown_name("format", format, ("onnx", "timm"))
@@ -60,5 +62,12 @@ def export(
     if format == "timm":
         save_bundle(model, path, lineage=read_lineage(bundle), overwrite=overwrite)
         return str(path)
-    export_onnx(Normalised(model) if normalize else model, model, path, opset)
+    notes = input_notes(model, normalized=normalize)
+    export_onnx(Normalised(model) if normalize else model, model, path, opset, notes)
+    if "value_range" in notes:
+        print(
+            f"the model was trained on values read by value_range={notes['value_range']}: bring images to [0, 1] "
+            f"by it{'' if normalize else ', then normalise them'} (the file's metadata say so too)",
+            file=sys.stderr,
+        )
     return str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -51,8 +52,28 @@ class Normalised(nn.Module):
         return features
 
 
-def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None:
-    """Write `model`, `encoder` or a wrapper of it, to `path`; nothing is written where onnxruntime disagrees."""
+def input_notes(encoder: Any, *, normalized: bool) -> dict[str, str]:
+    """Return what has to be done to an image before a model takes it, as the metadata of an ONNX file has it.
+
+    `mean` and `std` per channel, by which images in [0, 1] are normalised (left out where the model does that itself);
+    `value_range` and `use_channels` where the bundle knows them: what stored values become 0 and 1, which channels of a
+    file are meant.
+    """
+    known = encoder.pretrained_cfg
+    statistics = {} if normalized else {name: json.dumps(list(known[name])) for name in ("mean", "std")}
+    return {**statistics, **{name: str(value) for name, value in (known.get("reading") or {}).items()}}
+
+
+def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int, notes: dict[str, str] | None = None) -> None:
+    """Write `model`, `encoder` or a wrapper of it, to `path`; nothing is written where onnxruntime disagrees.
+
+    Args:
+        model: What is written.
+        encoder: The timm module in it.
+        path: The file.
+        opset: ONNX operator set.
+        notes: Metadata of the file.
+    """
     channels, (height, width) = in_chans(encoder), image_size(encoder)
     generator = torch.Generator().manual_seed(0)
     example = torch.rand(2, channels, height, width, generator=generator)
@@ -76,6 +97,12 @@ def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int) -> None:
                 verbose=False,
             )
         _check(model, file, (channels, height, width))
+        if notes:
+            import onnx
+
+            written = onnx.load(file)
+            onnx.helper.set_model_props(written, notes)
+            onnx.save(written, file)
         file.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

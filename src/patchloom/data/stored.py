@@ -150,9 +150,9 @@ def _tiff(encoded: bytes, plain: bool) -> Stored | None:
         _check_size(page.imagewidth, page.imagelength)
         samples = int(page.samplesperpixel)
         by_pillow = page.dtype in (np.uint8, np.bool_) and samples in (1, 3, 4) and plain
-        pages = count_pages(file)
         if by_pillow and (samples < 4 or page.photometric.name in ("SEPARATED", "RGB")):
             return None
+        pages = count_pages(file)
         try:
             pixels, axes = (page.asarray(), page.axes) if plain else _whole(file)
         except (KeyError, ValueError) as error:
