@@ -10,7 +10,6 @@ validation curve (Phikon-v2 specification, sections 2.6 and 2.7).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -21,7 +20,6 @@ import numpy as np
 from safetensors.torch import save_file
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
-from tqdm import tqdm
 
 from patchloom.choices import Average
 from patchloom.errors import UsageError
@@ -29,6 +27,7 @@ from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_l
 from patchloom.evaluate.slides.mil import MILHead
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.io import make_folder, write_json
+from patchloom.progress import track
 from patchloom.stored import read_tensors
 
 GRID = {"lr": (1e-3, 1e-4), "weight_decay": (0.0, 1e-4)}
@@ -154,7 +153,7 @@ def cross_validate_mil(
         repeats: Times they are parted anew.
         epoch_as_published: Train for as many epochs as the index of the best one, counted from 0, as the published
             code does; otherwise up to and including it.
-        progress: Show a bar on a terminal.
+        progress: Say how far it has come.
 
     Raises:
         UsageError: Fewer patients than folds, in all or of a class.
@@ -163,7 +162,8 @@ def cross_validate_mil(
     grid = dict(GRID) if grid is None else grid
     parts = list(split_patients(labels, groups, task, folds, repeats))
     points: list[dict[str, Any]] = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    bar = tqdm(total=(len(points) + 1) * len(parts), desc="heads", disable=not (progress and sys.stderr.isatty()))
+    done = iter(track(range((len(points) + 1) * len(parts)), "heads", unit="head", show=progress))
+    next(done, None)
     curves = []
     for point in points:
         each = []
@@ -171,7 +171,7 @@ def cross_validate_mil(
             ours = replace(settings, **point, seed=settings.seed + number)
             held_out = [bags[place] for place in unseen], labels[unseen]
             each.append(fit([bags[place] for place in seen], labels[seen], task, ours, held_out)[1])
-            bar.update()
+            next(done, None)
         curves.append(_mean_curve(each))
     best = max(range(len(points)), key=lambda number: (max(curves[number]), -number))
     index = int(np.argmax(curves[best]))
@@ -181,8 +181,7 @@ def cross_validate_mil(
     for number, (seen, _) in enumerate(parts):
         ours = replace(chosen, seed=settings.seed + number)
         heads.append(fit([bags[place] for place in seen], labels[seen], task, ours)[0])
-        bar.update()
-    bar.close()
+        next(done, None)
     choice = {
         "grid": [{**point, "curve": curve} for point, curve in zip(points, curves, strict=True)],
         "best": best,
