@@ -171,6 +171,11 @@ def parse(*arguments: str) -> dict[str, object]:
     return read_options("made up", "Made up.", Settings, arguments)
 
 
+def test_a_value_may_begin_with_a_minus():
+    assert parse("--out", "-100,3000")["out"] == "-100,3000"
+    assert parse("--out=-1.5,3")["out"] == "-1.5,3"
+
+
 @pytest.mark.parametrize("spelling", ["--batch_size=4", "--batch-size=4"])
 def test_options_take_dashes_or_underscores(spelling):
     assert parse("--out", "x", spelling)["batch_size"] == 4

@@ -158,7 +158,8 @@ def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any
 
     switches = {name for name, hint in hints.items() if hint is bool}
     try:
-        namespace = parser.parse_args(_spelled_out_switches(given, switches), defaults=defaults)
+        spelled = _with_negative_values(_spelled_out_switches(given, switches))
+        namespace = parser.parse_args(spelled, defaults=defaults)
     except ArgumentError as error:
         raise UsageError(_plain_words(" ".join(str(error).split()))) from error
     values: dict[str, Any] = namespace.as_dict()
@@ -187,6 +188,18 @@ def _spelled_out_switches(given: Sequence[str], switches: set[str]) -> list[str]
         else:
             spelled.append(argument)
     return spelled
+
+
+def _with_negative_values(given: Sequence[str]) -> list[str]:
+    """Join `--value_range -100,3000`: the parser takes what begins with a minus, and is no number, for an option."""
+    joined: list[str] = []
+    for argument in given:
+        before = joined[-1] if joined else ""
+        if re.match(r"-[\d.]+,", argument) and before.startswith("--") and "=" not in before:
+            joined[-1] = f"{before}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _plain_words(complaint: str) -> str:
