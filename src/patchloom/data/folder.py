@@ -215,9 +215,8 @@ def _notice_masks(name: str, root: Path, names: list[bytes], chosen: bool) -> No
     pairs = sum(count > 1 for count in stems.values())
     said = ""
     if pairs and 4 * pairs >= len(stems):
-        one = next(one for one in names if stems[one.rpartition(b".")[0]] > 1)
-        stem = printable(os.fsdecode(one.rpartition(b".")[0]))
-        said = f"{pairs} pairs of images differ in their suffix alone ({stem}.*)"
+        first = printable(os.fsdecode(next(stem for stem, count in stems.items() if count > 1)))
+        said = f"{pairs} pairs of images differ in their suffix alone ({first}.*)"
     elif (share := _two_tone_share(root, names)) >= 0.25:
         said = f"about {share:.0%} of the images are black and white alone"
     if said:
