@@ -25,7 +25,7 @@ from patchloom.data.reading import Reading, reading_options, remembered
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
-from patchloom.io import existing
+from patchloom.io import existing, printable
 from patchloom.registry import SOURCES
 from patchloom.source_options import SourceOptions, refuse_untaken
 
@@ -144,7 +144,7 @@ def _open(
         near = get_close_matches(word, words, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
-            f"there is no image folder {name!r} here, nor a data source of that name{hint} "
+            f"there is no image folder '{printable(name)}' here, nor a data source of that name{hint} "
             f"(patchloom list --verb data shows them)"
         )
     refuse_untaken(FolderSource, name, options)

@@ -39,7 +39,7 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; a training run skips, counts and lists it."""
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"cannot read image {key!r}: {reason}")
+        super().__init__(f"cannot read image '{key}': {reason}")
         self.key = key
         self.reason = reason
 

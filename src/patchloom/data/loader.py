@@ -117,7 +117,7 @@ class Loader:
             yield held
         elif reports and self.batches_done == 0:
             key, reason = reports[0]
-            raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
+            raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
 
 
 def make_loader(
@@ -188,7 +188,7 @@ def make_loader(
     }
     if isinstance(source, Source):
         if len(source) == 0:
-            raise UsageError(f"{source.name!r} holds no image")
+            raise UsageError(f"'{source.name}' holds no image")
         order = EpochOrder(len(source), batch_size, repeats=repeats, **steps)
         return Loader(
             source,
@@ -198,10 +198,10 @@ def make_loader(
         )
     if repeats > 1:
         raise UsageError(
-            f"images of the stream {source.name!r} come once each, not {repeats} times in a row; set it to 1"
+            f"images of the stream '{source.name}' come once each, not {repeats} times in a row; set it to 1"
         )
     if not source.num_samples:
-        raise UsageError(f"{source.name!r} holds no image")
+        raise UsageError(f"'{source.name}' holds no image")
     line = StreamOrder(
         source.sizes, batch_size, lanes=lanes or max(1, num_workers), buffer_size=source.buffer_size, **steps
     )

@@ -74,7 +74,7 @@ class MapBatches(Dataset[Batch | UsageError]):
             if not self.replace:
                 return None
         key, reason = self._broken[0]
-        raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
+        raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
 
 
 class StreamBatches(IterableDataset[Batch | UsageError]):
@@ -159,7 +159,7 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
                     return readable
         if not readable:
             key, reason = broken[0]
-            raise UsageError(f"no image of {self.source.name!r} is readable; the first is {key!r}: {reason}")
+            raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
         return readable
 
 
@@ -200,7 +200,7 @@ class _Assembly:
         for tensor, key in zip(tensors, self.keys, strict=True):
             if tensor.shape != tensors[0].shape:
                 raise UsageError(
-                    f"{self.keys[0]!r} and {key!r} differ in shape after the transform, {tuple(tensors[0].shape)} "
+                    f"'{self.keys[0]}' and '{key}' differ in shape after the transform, {tuple(tensors[0].shape)} "
                     f"and {tuple(tensor.shape)}; use one that brings all images to one size"
                 )
         return default_collate(alike(tensors))

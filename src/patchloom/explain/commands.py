@@ -343,7 +343,8 @@ def _about(config: ExplainConfig, subject: Subject, target: Tensor | None) -> di
         "images": subject.keys,
         "classes": subject.class_names,
         "class_shown": None if target is None else [subject.name_of(int(number)) for number in target],
-        "unreadable_images": [str(one) for one in subject.skipped],
+        "unreadable_images": len(subject.skipped),
+        "skipped": [{"file": key, "reason": reason} for key, reason in subject.skipped],
     }
 
 

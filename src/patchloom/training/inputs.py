@@ -48,7 +48,7 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
             mean, std = channel_statistics(source)
         except UnreadableImageError as error:
             raise UsageError(
-                f"no image of {source.name!r} is readable; the first is {error.key!r}: {error.reason}"
+                f"no image of '{source.name}' is readable; the first is '{error.key}': {error.reason}"
             ) from error
         settled |= {"channel_mean": _rounded(mean.tolist()), "channel_std": _rounded(std.tolist())}
         notice(
