@@ -16,6 +16,7 @@ import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
 
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.kinds import IMAGE
 from patchloom.data.survey import notice
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def _longer(config: TrainConfig, images: int | None) -> str:
 
 
 def _usual_side(source: Source | StreamSource) -> int | None:
-    """Return the median of the longer sides of a few images, in pixels."""
-    if not isinstance(source, Source) or not len(source):
+    """Return the median of the longer sides of a few images, in pixels; None for what is no image, and streams."""
+    if not isinstance(source, Source) or source.kind != IMAGE or not len(source):
         return None
     sides = []
     for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
