@@ -32,7 +32,7 @@ def write_masks(
     place = torch_device(device)
     model = load_segmenter(run).to(place)
     encoder = model.backbone.encoder
-    options = {} if include is None else {"include": include}
+    options: dict[str, Any] = {} if include is None else {"include": include}
     source: Any = open_source(images, in_chans=in_chans(encoder), model=encoder, **options)
     make_folder(folder)
     counts = np.zeros(256, np.int64)
