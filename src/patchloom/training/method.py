@@ -301,7 +301,7 @@ class Method(lp.LightningModule):
         self.step += 1
 
     @contextmanager
-    def repeated(self) -> Iterator[None]:
+    def further_passes(self) -> Iterator[None]:
         """Let forward passes go by that are not the step's own: they count and log nothing."""
         self.repeating = True
         try:

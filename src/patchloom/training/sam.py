@@ -67,7 +67,7 @@ class SharpnessAware(Attachment):
     def _twice(self, method: Method, first: Callable[[], Any], optimizer: Any, radius: float) -> Any:
         loss, strategy, found = first(), method.trainer.strategy, []
         unsynchronised = getattr(strategy, "block_backward_sync", nullcontext)
-        with method.repeated(), perturbed(method.parameters(), radius), steady_statistics(method):
+        with method.further_passes(), perturbed(method.parameters(), radius), steady_statistics(method):
             optimizer.zero_grad()
             for number, (batch, batch_idx, position) in enumerate(self._batches, 1):
                 with nullcontext() if number == len(self._batches) else unsynchronised():
