@@ -21,6 +21,7 @@ EXTRA = 'pip install "patchloom[formats]"'
 MOST_PIXELS = 300_000_000
 """Larger images are refused as unreadable: a small file can claim to be an image that fills the memory."""
 _PNM = re.compile(rb"P([56])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)\s")
+_PICTURES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
 _TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 
 
@@ -142,6 +143,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _tiff(encoded: bytes, plain: bool) -> Stored | None:
+    if plain and _is_8_bit_picture(encoded):
+        return None
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by the error
@@ -149,9 +152,6 @@ def _tiff(encoded: bytes, plain: bool) -> Stored | None:
         page: Any = file.pages[0]
         _check_size(page.imagewidth, page.imagelength)
         samples = int(page.samplesperpixel)
-        by_pillow = page.dtype in (np.uint8, np.bool_) and samples in (1, 3, 4) and plain
-        if by_pillow and (samples < 4 or page.photometric.name in ("SEPARATED", "RGB")):
-            return None
         pages = count_pages(file)
         try:
             pixels, axes = (page.asarray(), page.axes) if plain else _whole(file)
@@ -172,6 +172,17 @@ def _tiff(encoded: bytes, plain: bool) -> Stored | None:
         inverted = page.photometric.name == "MINISWHITE"
         tag = page.tags.get("Orientation")
     return Stored(_upright(pixels, int(tag.value) if tag else 1), alpha, inverted, pages=pages)
+
+
+def _is_8_bit_picture(encoded: bytes) -> bool:
+    """Return whether Pillow reads a TIFF whole: unsigned values of at most 8 bits, grey, RGB, CMYK or indexed."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            deep = max(tags.get(258, (1,))) > 8 or any(kind != 1 for kind in tags.get(339, ()))
+            return not deep and image.mode in _PICTURES
+    except Exception:  # not one of Pillow's
+        return False
 
 
 def count_pages(file: Any) -> int:

@@ -27,6 +27,8 @@ from patchloom.data.value_range import ValueRange, camera_bits, kind_of
 
 HEADERS, DECODED, PIXELS = 200, 100, 400_000_000
 """Most files whose headers are read; most that are decoded, and their pixels in all."""
+FEW = 10
+"""Files decoded where the range is known already."""
 KEPT = 20_000
 """Pixels of an image that percentiles are taken of."""
 AUTO = ValueRange()
@@ -160,7 +162,8 @@ class Survey:
                 kind = kind_of(colours.dtype) if colours.dtype != np.bool_ else "uint8"
                 survey.seen.setdefault(kind, Seen()).add(colours, wanted.no_data, wanted.percentiles is not None)
             decoded, pixels = decoded + 1, pixels + colours.size
-            if decoded >= DECODED or pixels >= PIXELS:
+            settled = decoded >= FEW and all(wanted.knows(kind) for kind in survey.seen if kind != "alpha")
+            if settled or decoded >= DECODED or pixels >= PIXELS:
                 break
         return survey
 
