@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,3 +75,32 @@ def test_features_that_are_not_finite_are_said_to_be_so():
     rank = rankme(broken)
     assert math.isnan(rank)
     assert "diverged" in verdict(rank, mean_pairwise_cosine(broken), 4)
+
+
+RUNS = json.loads(Path(__file__).with_name("health_runs.json").read_text())
+"""RankMe and mean cosine of held-out images of 32 pixels, before and after short runs, and of fresh encoders."""
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run["name"] for run in RUNS])
+def test_recorded_runs_are_judged_as_they_were(run):
+    start = None if run["start"] is None else tuple(run["start"])
+    said = verdict(*run["end"], run["width"], run["images"], start=start, labelled=run["labelled"])
+    assert ("have collapsed" in said) == run["collapsed"]
+    assert ("healthy" in said) != run["collapsed"]
+
+
+def test_what_was_so_before_training_is_no_collapse_by_it():
+    assert "as they began" in verdict(1.5, 0.9995, 192, 500, start=(1.5, 0.9995))
+    assert "have collapsed" in verdict(1.01, 0.99999, 192, 500, start=(1.5, 0.9995))
+    assert "healthy" in verdict(2.5, 0.985, 192, 500, start=(2.6, 0.986))
+    assert "may be collapsing" in verdict(2.5, 0.985, 192, 500, start=(30.0, 0.4))
+
+
+def test_classes_may_gather_along_few_directions():
+    assert "healthy" in verdict(2.2, 0.5, 192, 500, start=(30.0, 0.4), labelled=True)
+    assert "may be collapsing" in verdict(2.2, 0.5, 192, 500, start=(30.0, 0.4))
+
+
+def test_too_few_images_to_compare_are_no_collapse():
+    assert "one image alone" in verdict(1.0, 1.0, 192, 1)
+    assert "healthy" in verdict(1.6, 0.4, 192, 3)

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from patchloom import stopping
 from patchloom.data.base import Source
+from patchloom.features.health import Start, verdict
 from patchloom.progress import duration
 from patchloom.training.method import Method, NonFiniteLossError
-from patchloom.training.metrics import CSVMetrics
+from patchloom.training.metrics import CSVMetrics, read_metrics
 
 
 class Progress(Callback):
@@ -147,6 +148,7 @@ class Probe(Callback):
         self.every = every
         self.batch_size = batch_size
         self.latest: dict[str, Any] = {}
+        self.start: Start | None = None
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Measure the untrained encoder: what training is compared with."""
@@ -167,15 +169,30 @@ class Probe(Callback):
             self.run(trainer, pl_module)
 
     def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
-        """Probe the result."""
+        """Probe the result; without probes only the method's own validation is left."""
         self.run(trainer, pl_module)
+
+    def judge(self, method: Method) -> str:
+        """Return what the figures say of the features, beside those before training."""
+        rank, cosine = self.latest["rankme"], self.latest["mean_cosine"]
+        if method.step == 0:
+            self.start = rank, cosine
+        elif self.start is None:  # a run that is resumed
+            rows = [row for row in read_metrics(self.run_dir / "metrics.csv") if row["step"] == 0 and "rankme" in row]
+            self.start = (rows[0]["rankme"], rows[0]["mean_cosine"]) if rows else None
+        width, images = self.data.width, self.data.images
+        return verdict(rank, cosine, width, images, start=self.start, labelled=method.needs_labels)
 
     def run(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Measure, log and print. One process does it; the others wait at their next exchange."""
         assert isinstance(pl_module, Method)
         if not trainer.is_global_zero:
             return
-        self.latest = self.data.measure(pl_module.bundle_model(), self.batch_size, pl_module.device)
+        self.latest = {}
+        if self.every:
+            self.latest = self.data.measure(pl_module.bundle_model(), self.batch_size, pl_module.device)
+            if self.latest:
+                self.latest["verdict"] = self.judge(pl_module)
         self.latest |= pl_module.validate(pl_module.device)
         numbers = {name: value for name, value in self.latest.items() if isinstance(value, (int, float))}
         for logger in trainer.loggers:
@@ -195,9 +212,10 @@ class ProbeData:
     def __init__(self, reference: Source | None, queries: Source | None) -> None:
         self.reference = reference
         self.queries = queries
+        self.images = self.width = 0
 
     def measure(self, encoder: torch.nn.Module, batch_size: int, device: torch.device) -> dict[str, Any]:
-        """Return `rankme`, `mean_cosine`, a `verdict` in words and, with labels, the figures of k-NN.
+        """Return `rankme`, `mean_cosine` and, with labels, the figures of k-NN.
 
         These are `knn_accuracy`, `knn_balanced_accuracy` and `knn_majority_share`, the accuracy of naming the
         commonest class of the queries every time.
@@ -205,7 +223,7 @@ class ProbeData:
         if self.queries is None:
             return {}
         from patchloom.features.extract import extract
-        from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
+        from patchloom.features.health import mean_pairwise_cosine, rankme
         from patchloom.features.knn import knn_scores
 
         def features(source: Source) -> Any:
@@ -214,7 +232,7 @@ class ProbeData:
         queries = features(self.queries)
         spread, cosine = rankme(queries.vectors), mean_pairwise_cosine(queries.vectors)
         figures: dict[str, Any] = {"rankme": spread, "mean_cosine": cosine}
-        figures["verdict"] = verdict(spread, cosine, queries.vectors.shape[1])
+        self.images, self.width = queries.vectors.shape
         if self.reference is not None:
             reference = features(self.reference)
             figures |= knn_scores(

@@ -29,7 +29,7 @@ CONFIG = "config.yaml"
 # What may differ between a run and its continuation: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = frozenset(
     {"data", "out", "resume", "overwrite", "accelerator", "devices", "nodes", "num_workers", "log_every"}
-    | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data", "health_every"}
+    | {"checkpoint_every", "compile", "grad_checkpointing", "probe_every", "probe_data", "health_every", "report"}
     | {"shown_channels"}
 )
 
@@ -135,7 +135,9 @@ class TrainConfig(SourceOptions):
     probe_data: str | None = None
     """Labelled held-out images for the k-NN probe and the report's pictures; default: part of data"""
     probe_every: int = 10
-    """Epochs between probes (k-NN accuracy where labels exist, feature health always); 0 for none before the end"""
+    """Epochs between probes (k-NN accuracy where labels exist, feature health always); 0 for none at all"""
+    report: bool = True
+    """Write report.html at the end"""
     health_every: int = 100
     """Optimiser steps between looks at the encoder's features, so that a collapse is named early; 0 for none"""
     log_every: int = 20

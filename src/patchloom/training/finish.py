@@ -54,8 +54,9 @@ class Finish(Callback):
         pl_module.save_model(model, self.run_dir / "model", lineage)
         summary = self.summary(trainer, pl_module)
         try:
-            print("writing the report …", file=sys.stderr)
-            write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
+            if pl_module.config.report:
+                print("writing the report …", file=sys.stderr)
+                write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
         except Exception:  # a picture that cannot be drawn must not take the figures along
             write_json(self.run_dir / "summary.json", summary)
             raise

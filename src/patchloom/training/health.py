@@ -16,7 +16,7 @@ from patchloom.data.subset import MemorySource
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import image_size
 from patchloom.features.extract import extract
-from patchloom.features.health import has_collapsed, mean_pairwise_cosine, rankme, verdict
+from patchloom.features.health import Start, has_collapsed, mean_pairwise_cosine, rankme, verdict
 from patchloom.training.method import Method
 
 MOST_IMAGES = 64
@@ -42,14 +42,15 @@ class CollapseWatch(Callback):
         self.every = every
         self.batch_size = batch_size
         self.images: MemorySource | None = None
-        self.before: float | None = None
+        self.before: Start | None = None
         self.collapsed = False
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Look at the untrained encoder: one that starts with constant features has not collapsed by training."""
         assert isinstance(pl_module, Method)
         if self._looks(trainer, pl_module) and pl_module.step == 0 and pl_module.total_steps >= self.every:
-            self.before = self.figures(pl_module)["encoder_mean_cosine"]
+            begun = self.figures(pl_module)
+            self.before = begun["encoder_rankme"], begun["encoder_mean_cosine"]
 
     def on_train_batch_end(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,9 +72,7 @@ class CollapseWatch(Callback):
         if collapsed == self.collapsed:
             return
         self.collapsed = collapsed
-        words = verdict(rank, cosine, width, images)
-        if collapsed and self.before is not None and cosine <= self.before:
-            words += " They began so: training has not got them apart yet."
+        words = verdict(rank, cosine, width, images, start=self.before, labelled=method.needs_labels)
         text = f"step {method.step}: health of the encoder: rankme {rank:.3g}  mean cosine {cosine:.4g}"
         tqdm.write(f"{text}  ({words})", file=sys.stderr)
 

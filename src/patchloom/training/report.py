@@ -61,7 +61,8 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
         shown = images[:: max(1, len(images) // PICTURES)][:PICTURES]
         with torch.no_grad():
             sections += [*method.report_sections(shown), *feature_sections(encoder, images, shown, method)]
-        sections.append(health_section(rows, summary))
+        if "rankme" in summary:
+            sections.append(health_section(rows, summary))
     else:
         sections += method.report_sections(torch.empty(0))
     sections.append(settings_section(method))

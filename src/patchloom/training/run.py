@@ -62,13 +62,14 @@ class Run:
     model: Path
     """Bundle of the trained encoder."""
     report: Path
-    """HTML report."""
+    """HTML report, unless `report=False`."""
     summary: dict[str, Any] = field(repr=False)
     """The contents of `summary.json`."""
 
     def __str__(self) -> str:
+        report = f", report {self.report}" if self.report.exists() else ""
         state = "interrupted (go on with --resume)" if self.summary.get("interrupted") else "done"
-        return f"{state}: model {self.model}, report {self.report}"
+        return f"{state}: model {self.model}{report}"
 
 
 def train(verb: str, method: str, settings: Mapping[str, Any]) -> Run:
