@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from patchloom import stopping
 from patchloom.data.base import Source
 from patchloom.features.health import Start, verdict
+from patchloom.io import write_json, write_rows
 from patchloom.progress import duration
 from patchloom.training.method import Method, NonFiniteLossError
 from patchloom.training.metrics import CSVMetrics, read_metrics
@@ -316,7 +316,7 @@ class FailureNote(Callback):
             "lr": [group["lr"] for group in trainer.optimizers[0].param_groups][:1],
             "files": pl_module.last_batch_keys,
         }
-        self.path.write_text(json.dumps(note, indent=2), encoding="utf-8")
+        write_json(self.path, note)
 
 
 def read_skipped(path: Path) -> dict[str, str]:
@@ -331,11 +331,4 @@ def read_skipped(path: Path) -> dict[str, str]:
 
 def write_skipped(path: Path, skipped: dict[str, str]) -> None:
     """Write the list of unreadable images: file, reason."""
-    import csv
-
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "reason"])
-        writer.writerows(skipped.items())
-    temporary.replace(path)
+    write_rows(path, ["file", "reason"], skipped.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from patchloom.bundle import read_lineage
+from patchloom.io import write_json
 from patchloom.progress import duration
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages
 from patchloom.training.method import Method
@@ -58,9 +58,9 @@ class Finish(Callback):
                 print("writing the report …", file=sys.stderr)
                 write_run_report(self.run_dir, self.command, pl_module, self.probe, summary)
         except Exception:  # a picture that cannot be drawn must not take the figures along
-            write_json(self.run_dir / "summary.json", summary)
+            write_json(self.run_dir / "summary.json", summary, default=str)
             raise
-        write_json(self.run_dir / "summary.json", summary)  # last: it says that the run is complete
+        write_json(self.run_dir / "summary.json", summary, default=str)  # last: it says that the run is complete
 
     def interrupted(self, unfinished: bool) -> dict[str, Any]:
         """Return whether a signal ended the run before its time, and which."""
@@ -128,10 +128,3 @@ class Finish(Callback):
 
 def _lineage_of(parent: str) -> dict[str, Any]:
     return read_lineage(parent) if Path(parent).exists() else {}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write values beside the target, then put the file in its place."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=str), encoding="utf-8")
-    temporary.replace(path)
