@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from patchloom.bundle import read_reading
+from patchloom.bundle import fetch_encoder, read_reading
 from patchloom.choices import HeadName
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
@@ -33,6 +33,7 @@ from patchloom.segment.metrics import MeanIoU
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
 from patchloom.source_options import refuse_untaken
+from patchloom.start import start_encoder
 from patchloom.training.inputs import read_as
 from patchloom.training.method import Method, Transform, load_weights
 
@@ -97,13 +98,12 @@ class SegmentMethod(Method):
     def build_encoder(self) -> Encoder:
         """Return the encoder with the weights it has: of a bundle, published, or fresh where that is asked for."""
         config = self.config
-        encoder = create_encoder(
-            config.encoder,
-            image_size=config.image_size,
-            in_chans=config.in_chans,
-            drop_path=config.drop_path,
-            pretrained=not (Path(config.encoder).exists() or config.untrained or config.init_from is not None),
-        )
+        sizes: dict[str, Any] = {"in_chans": config.in_chans, "drop_path": config.drop_path}
+        sizes["image_size"] = config.image_size
+        if Path(config.encoder).exists() or config.untrained or config.init_from is not None:
+            encoder = start_encoder(config.encoder, create_encoder, **sizes)
+        else:
+            encoder = fetch_encoder(config.encoder, create_encoder, **sizes)
         if config.init_from is not None:
             load_weights(encoder, config.init_from, self.starting_weights)
         return read_as(encoder, config)
