@@ -40,6 +40,7 @@ VERBS = [
     "load",
     "load_reference",
 ]
+VERBS += ["fit_codebook", "show_codebook", "import_reference", "merge_to_bundle"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -27,13 +27,17 @@ from patchloom.api import (
     evaluate,
     explain,
     export,
+    fit_codebook,
+    import_reference,
     list_methods,
     list_references,
     list_sources,
     load,
     load_reference,
+    merge_to_bundle,
     pretrain,
     segment,
+    show_codebook,
 )
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.version import __version__
@@ -49,13 +53,17 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "fit_codebook",
+    "import_reference",
     "list_methods",
     "list_references",
     "list_sources",
     "load",
     "load_reference",
+    "merge_to_bundle",
     "pretrain",
     "segment",
+    "show_codebook",
 ]
 
 

@@ -25,9 +25,13 @@ import patchloom.explain
 import patchloom.pretrain
 import patchloom.segment  # noqa: F401
 from patchloom import registry
+from patchloom.adapt.merge import merge_to_bundle
 from patchloom.demo import demo
 from patchloom.embed import embed
+from patchloom.errors import unknown_name
 from patchloom.export import export
+from patchloom.reference import import_reference
+from patchloom.tokenizers.commands import fit_codebook, show_codebook
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,13 +47,17 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "fit_codebook",
+    "import_reference",
     "list_methods",
     "list_references",
     "list_sources",
     "load",
     "load_reference",
+    "merge_to_bundle",
     "pretrain",
     "segment",
+    "show_codebook",
 ]
 
 
@@ -283,7 +291,7 @@ def list_methods(verb: str) -> list[str]:
         UsageError: There is no such verb.
     """
     if verb not in registry.METHODS:
-        raise registry.unknown_name("verb", verb, registry.METHODS)
+        raise unknown_name("verb", verb, registry.METHODS)
     return sorted(registry.METHODS[verb])
 
 

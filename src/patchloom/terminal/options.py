@@ -135,7 +135,7 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
         if option in required:
             about["required"] = True
         elif (factory := factories.get(option, MISSING)) is not MISSING:
-            about["default"] = factory()  # type: ignore[operator]
+            about["default"] = factory()
         else:
             about["default"] = parameters[option].default
         parser.add_argument(f"--{option}", **about)
@@ -147,7 +147,7 @@ def _group(parser: ArgumentParser, required: Sequence[str], ablations: Sequence[
     """Put the options under the headings of `terminal.groups`, where there are many."""
     actions = {action.dest: action for action in parser._actions if action.dest != "print_config"}
     groups = grouped(actions, required, ablations) if len(actions) > FEW else {"Options": list(actions)}
-    parser._action_groups.clear()
+    parser._action_groups = []
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         group._group_actions.extend(actions[name] for name in names)
