@@ -189,7 +189,7 @@ PROBE = f"classifiers_dict.{SPELLED['dinov2'](4, True)}."
         (lambda s: None, {"embed_dim": 16}, "embed_dim=16, but the checkpoint's tensors say 8"),
         (lambda s: None, {"blocks": 1}, "blocks=1, but"),
         (lambda s: None, {"avgpool": False}, "avgpool=False, but"),
-        (lambda s: None, {"patch_size": 14}, "unknown setting 'patch_size'"),
+        (lambda s: None, {"patch_sizes": 14}, "unknown setting 'patch_sizes'"),
         (lambda s: None, {"classifier": "classifier_4_blocks_avgpool_True_lr_1"}, "did you mean classifier_4_blocks"),
         (
             lambda s: s.update({f"{PROBE}model.linear.bias": s.pop(f"{PROBE}linear.bias")}),

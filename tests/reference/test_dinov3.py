@@ -332,3 +332,62 @@ def test_periods_that_are_missing_come_from_the_heads():
 def test_unknown_settings_name_each_known_one_once():
     known = str(unknown_name("setting", "num_head", ["num_heads", "depth", "num_heads"]))
     assert known.count("num_heads") == 2  # as the nearest, and in the list
+
+
+def test_whole_configurations_are_understood():
+    state = layout()
+    student = {
+        "arch": None,
+        "patch_size": PATCH,
+        "drop_path_rate": 0.3,
+        "layerscale": 1e-5,
+        "pretrained_weights": "",
+        "ffn_layer": "mlp",
+        "ffn_ratio": 4.0,
+        "qkv_bias": True,
+        "proj_bias": True,
+        "ffn_bias": True,
+        "in_chans": 3,
+        "norm_layer": "layernormbf16",
+        "n_storage_tokens": state["storage_tokens"].shape[1],
+        "untie_cls_and_patch_norms": False,
+        "pos_embed_type": "rope",
+        "pos_embed_rope_base": 100.0,
+        "pos_embed_rope_min_period": None,
+        "pos_embed_rope_max_period": None,
+        "pos_embed_rope_dtype": "fp32",
+        "pos_embed_rope_normalize_coords": "separate",
+        "pos_embed_rope_rescale_coords": 2.0,
+        "fp8_enabled": False,
+    }
+    whole = {"student": student, "gram": {"use_loss": True}, "optim": {"lr": 1e-3}, "crops": {"global_crops_size": 256}}
+    size = (2 * PATCH, 3 * PATCH)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = pl.load_reference("dinov3", state, image_size=size)(images)
+    torch.testing.assert_close(pl.load_reference("dinov3", state, image_size=size, **whole)(images), expected)
+    transformers = {
+        "model_type": "dinov3_vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "query_bias": True,
+        "value_bias": True,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "use_gated_mlp": False,
+        "num_register_tokens": student["n_storage_tokens"],
+        "patch_size": PATCH,
+        "num_channels": 3,
+    }
+    transformers["num_hidden_layers"] = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    found = pl.load_reference("dinov3", state, **{**transformers, "image_size": size})
+    torch.testing.assert_close(found(images), expected)
+    with pytest.raises(UsageError, match="hidden_act=silu, but the checkpoint's tensors say gelu"):
+        pl.load_reference("dinov3", state, **{**transformers, "image_size": size, "hidden_act": "silu"})
+    with pytest.raises(UsageError, match="has the epsilon 1e-05, not 1e-06; give one"):
+        pl.load_reference("dinov3", state, image_size=size, norm_layer="layernormbf16", layer_norm_eps=1e-6)

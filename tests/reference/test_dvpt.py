@@ -127,7 +127,9 @@ def test_copies_of_a_shared_bottleneck_must_be_equal():
         ("", {"num_heads": 5}, "num_heads=5 does not divide"),
         ("", {"share_every": 0}, "share_every is 0"),
         ("", {"backbone": "vit"}, "unknown backbone 'vit'"),
-        ("", {"heads": 4}, "unknown setting 'heads'"),
+        ("", {"num_head": 4}, "unknown setting 'num_head'"),
+        ("", {"layers": 12}, "depth=12, but the checkpoint's tensors say"),
+        ("", {"num_prompts": 50}, "num_prompts=50, but the checkpoint's tensors say"),
     ],
 )
 def test_what_does_not_fit_is_named(drop, config, said):

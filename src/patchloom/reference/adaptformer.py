@@ -24,12 +24,12 @@ NAME = "adapter"
 SETTINGS = Settings(
     obeyed=(
         *("image_size", "num_heads", "scale", "placement", "pool", "norm", "input", "dropout", "drop_path"),
-        "layer_norm_eps",
+        *("layer_norm_eps", "drop_rate"),
     ),
     idle=(
-        *("drop_rate", "attn_drop_rate", "init_values", "init_scale", "fc_drop_rate", "ffn_adapter_init_option"),
+        *("window_size", "attn_drop_rate", "init_values", "init_scale", "fc_drop_rate", "ffn_adapter_init_option"),
         *("num_frames", "all_frames", "sampling_rate", "num_segments", "fulltune", "inception", "embed_layer"),
-        *("weight_init", "drop", "attn_drop", "num_sample", "model", "linprobe", "mask_ratio", "vpt"),
+        *("weight_init", "attn_drop", "num_sample", "model", "linprobe", "mask_ratio", "vpt"),
     ),
     fixed={
         "qk_scale": (None,),
@@ -53,6 +53,7 @@ SETTINGS = Settings(
         "drop_path_rate": "drop_path",
         "norm_layer": "layer_norm_eps",
         "vpt_num": "num_prompts",
+        "drop": "drop_rate",
     },
     sections={"tuning_config": {}},
     read={"layer_norm_eps": epsilon_of, "act_layer": name_of},
@@ -183,7 +184,7 @@ def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], patch: i
 def _insertion(state: Mapping[str, Tensor], config: Mapping[str, Any], encoder: Encoder) -> Insertion:
     """Return fresh adapters, prompts or a bare head, as the tensors tell."""
     classes = state["head.1.weight"].shape[0]
-    own_norm = "fc_norm.weight" in state
+    own_norm, video = "fc_norm.weight" in state, state["patch_embed.proj.weight"].ndim == 5
     down = "adaptmlp.down_proj.weight"
     with_adapter = sorted({int(name.split(".")[1]) for name in state if name.endswith(down)})
     if not with_adapter:
@@ -217,7 +218,7 @@ def _insertion(state: Mapping[str, Tensor], config: Mapping[str, Any], encoder: 
         norm=norm,
         blocks=with_adapter,
         num_classes=classes,
-        dropout=float(config.get("dropout", 0.0 if state["patch_embed.proj.weight"].ndim == 5 else 0.1)),
+        dropout=float(config.get("dropout", config.get("drop_rate", 0.0) if video else 0.1)),
         own_pool_norm=own_norm,
     )
 

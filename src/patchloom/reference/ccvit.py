@@ -25,9 +25,10 @@ SETTINGS = replace(
         *("num_mask_patches", "num_replaced_patches", "max_mask_patches_per_block", "min_mask_patches_per_block"),
         *("images_tokens", "centroids_path", "centroid_path", "dual_loss", "use_token_emb", "soft_centroid"),
         *("discrete_vae_type", "discrete_vae_weight_path", "tokenizer_model", "tokenizer_weight"),
-        *("codebook_size", "codebook_dim", "disable_weight_decay_on_rel_pos_bias", "model_key", "model_prefix"),
+        *("codebook_dim", "disable_weight_decay_on_rel_pos_bias", "model_key", "model_prefix"),
+        *("kmeans_index", "use_soft_centroid_loss", "use_dual_loss", "num_pixel_mask_patches", "decoupling_aug"),
     ),
-    other_names={**OF_ENCODERS.other_names, "shared_lm_head": "shared_head"},
+    other_names={**OF_ENCODERS.other_names, "shared_lm_head": "shared_head", "codebook_size": "vocab_size"},
 )
 RENAMED = {
     "mask_token": "mask_token",

@@ -15,13 +15,28 @@ from torch import Tensor, nn
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.probe import LinearProbe, LinearProbes
-from patchloom.reference.state import agree, bare, check_settings, fill, has, wrapper_of
+from patchloom.reference.settings import Settings, agree
+from patchloom.reference.state import bare, fill, has, wrapper_of
 from patchloom.segment.radiology import LinearSegHead, UNetSegHead
 
 CLASSIFIERS, DECODERS = "classifiers_dict.", "decoders_dict."
-OF_PROBES = ("name", "blocks", "avgpool", "embed_dim", "num_classes")
-OF_DECODERS = ("name", "patch_size", "embed_dim", "num_classes", "final_relu")
-SPELLINGS = {"classifier": "name", "use_n_blocks": "blocks", "use_avgpool": "avgpool"}
+# What tensors tell (`embed_dim`, `num_classes`, `out_dim`) is checked probe by probe, decoder by decoder.
+IDLE = (
+    *("learning_rate", "learning_rates", "lr_list", "val_epochs", "epoch_length", "n_last_blocks_list", "fine_tune"),
+    *("train_dataset_str", "val_dataset_str", "test_dataset_str", "pretrained_weights", "config_file", "backbone"),
+    *("decoder_type", "linear_head_type", "segmentation", "loss_function", "shots", "is_3d", "peft", "n_gpus"),
+)
+SPELLINGS = {"classifier": "name", "use_n_blocks": "blocks", "use_avgpool": "avgpool", "in_channels": "embed_dim"}
+OF_PROBES = Settings(
+    obeyed=("name", "blocks", "avgpool", "embed_dim", "num_classes", "out_dim"),
+    idle=(*IDLE, "patch_size", "image_size"),
+    other_names=SPELLINGS,
+)
+OF_DECODERS = Settings(
+    obeyed=("name", "patch_size", "embed_dim", "num_classes", "final_relu"),
+    idle=(*IDLE, "image_size"),
+    other_names=SPELLINGS,
+)
 # classifier_4_blocks_avgpool_True_lr_0_00100 of DINOv2, linear:blocks=4:avgpool=True:lr=0_0010000000 of the benchmark.
 TOLD_BY_NAME = re.compile(r"(\d+)(?:_blocks_|:)avgpool[_=](True|False)")
 # What stands between a probe's name and its tensors: a probe of volumes wraps one of slices.
@@ -45,14 +60,13 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: No such probe or decoder, unknown settings, or tensors missing or left over.
     """
-    config = {SPELLINGS.get(name, name): value for name, value in config.items()}
     make: Callable[[Mapping[str, Tensor], Mapping[str, Any], str], nn.Module]
     container: type[nn.ModuleDict]
     if any(CLASSIFIERS in name or bare(name) == "linear.weight" for name in state):
         known, marker, kind, make, container = OF_PROBES, CLASSIFIERS, "probe", _probe, LinearProbes
     else:
         known, marker, kind, make, container = OF_DECODERS, DECODERS, "decoder", _decoder, nn.ModuleDict
-    check_settings(config, known)
+    config = known.settle(config, {})
     if not any(marker in name for name in state):
         return make(state, config, "")
     found: dict[str, dict[str, Tensor]] = {}
@@ -104,7 +118,7 @@ def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -
             f"{title}{needed[0]} has {columns} columns, which {blocks} class tokens{' and a mean' * avgpool} do not "
             f"share"
         )
-    agree(config, {"embed_dim": width})
+    agree(config, {"embed_dim": width, "out_dim": columns})
     made = LinearProbe(width, classes, blocks, avgpool, volumes=OF_VOLUMES in wrapper)
     made.to(torch.promote_types(weight.dtype, torch.float32))
     ours = {name.removeprefix(wrapper): value for name, value in state.items()}

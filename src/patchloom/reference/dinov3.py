@@ -65,11 +65,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         state: Bare tensors, or under `backbone.` or `teacher.backbone.`.
         **config: `image_size` it is set up for (224), `num_heads` or `arch` where the checkpoint has no periods,
             `pos_embed_rope_normalize_coords` (separate, min or max), `norm_layer` (layernormbf16: eps 1e-5, as
-            released; layernorm: 1e-6), `global_pool` (token or avg). Other settings of the published code may be
-            given and have to agree with the tensors (`embed_dim`, `patch_size`, `n_storage_tokens`, `ffn_layer`, …).
-
-    Returns:
-        timm's `Eva`, pooled by its class token; its buffer `mask_token` (1, 1, D) goes with `encoders.embed`.
+            released; layernorm: 1e-6; or `layer_norm_eps`), `global_pool` (token or avg). Other settings of the
+            published code may be given and have to agree with the tensors (`embed_dim`, `patch_size`,
+            `n_storage_tokens`, `ffn_layer`, …), the training's configuration whole with its groups, or transformers'.
 
     Raises:
         UsageError: Unknown settings, a mask of biases that was never set, or tensors missing or left over.
@@ -204,12 +202,14 @@ def _masked(state: Mapping[str, Tensor], name: str, bias: Tensor) -> Tensor:
 
 def _set_norms(model: Encoder, settings: Mapping[str, Any]) -> bool:
     """Give the norms the eps of the published norm layer; return whether it is another than timm's."""
-    if settings.get("norm_layer", "layernormbf16") == "layernormbf16":
-        return False
+    of_layer = 1e-5 if settings.get("norm_layer", "layernormbf16") == "layernormbf16" else 1e-6
+    epsilon = settings.get("layer_norm_eps", of_layer)
+    if "norm_layer" in settings and epsilon != of_layer:
+        raise UsageError(f"norm_layer={settings['norm_layer']} has the epsilon {of_layer:g}, not {epsilon:g}; give one")
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
-    return True
+            module.eps = epsilon
+    return bool(epsilon != 1e-5)
 
 
 def _set_positions(model: Encoder, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.reference.state import agree, check_settings, has, require
+from patchloom.reference.settings import OneOf, Settings, epsilon_of
+from patchloom.reference.state import has, require
 
 PERIODS = "rope_embed.periods"
 NORMALISATIONS = ("separate", "min", "max")
@@ -25,6 +26,8 @@ FREE = (
     "layerscale_init",
     "ffn_layer",
     "ffn_ratio",
+    "num_heads",
+    "layer_norm_eps",
 )
 WITHOUT_EFFECT = (
     "drop_path_rate",
@@ -34,13 +37,43 @@ WITHOUT_EFFECT = (
     "pos_embed_rope_jitter_coords",
     "pos_embed_rope_rescale_coords",
     "device",
+    *("pretrained_weights", "resume_from_teacher_chkpt", "fp8_enabled", "fp8_filter", "teacher"),
+    *("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "apply_layernorm", "reshape_hidden_states"),
+    *("out_features", "out_indices", "stage_names", "return_class_token", "weights", "check_hash"),
 )
 OTHER_NAMES = {
     "img_size": "image_size",
     "heads": "num_heads",
     "mlp_ratio": "ffn_ratio",
     "layerscale": "layerscale_init",
+    # Those of transformers.
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "num_channels": "in_chans",
+    "num_register_tokens": "n_storage_tokens",
+    "rope_theta": "pos_embed_rope_base",
+    "layerscale_value": "layerscale_init",
+    "mlp_bias": "ffn_bias",
 }
+SETTINGS = Settings(
+    obeyed=FREE,
+    idle=WITHOUT_EFFECT,
+    fixed={
+        "pos_embed_type": ("rope",),
+        "pos_embed_rope_min_period": (None,),
+        "pos_embed_rope_max_period": (None,),
+    },
+    other_names=OTHER_NAMES,
+    sections={
+        "student": {},
+        **dict.fromkeys(
+            ("MODEL", "compute_precision", "dino", "ibot", "gram", "train", "optim", "crops", "evaluation")
+        ),
+        **dict.fromkeys(("distillation", "multidistillation", "hrft", "checkpointing", "schedules", "teacher")),
+    },
+    read={"layer_norm_eps": epsilon_of},
+)
 CALLS_FOR = {
     "qkv_bias": "blocks.0.attn.qkv.bias",
     "mask_k_bias": "blocks.0.attn.qkv.bias_mask",
@@ -126,6 +159,17 @@ def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "ffn_bias": f"blocks.0.mlp.{'w1' if gated else 'fc1'}.bias" in state,
         "untie_cls_and_patch_norms": has(state, "cls_norm."),
     }
+    # Words of transformers' configuration.
+    hidden = f"blocks.0.mlp.{'w1' if gated else 'fc1'}.weight"
+    keys = told["qkv_bias"] and not told["mask_k_bias"]
+    told |= {
+        "intermediate_size": len(state[hidden]),
+        "use_gated_mlp": gated,
+        "hidden_act": OneOf(("silu",) if gated else ("gelu",)),
+        "query_bias": told["qkv_bias"],
+        "value_bias": told["qkv_bias"],
+        "key_bias": None if keys else False,
+    }
     if has(state, "local_cls_norm."):  # of training only: an encoder computes the same without
         told["untie_global_and_local_cls_norm"] = True
     if PERIODS in state:
@@ -151,8 +195,8 @@ def settled(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
         UsageError: Unknown or impossible settings, ones that contradict the tensors, or tensors that are missing.
     """
     told = told_by(state)
-    given = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
-    check_settings(given, (*FREE, *WITHOUT_EFFECT, *told, "num_heads"))
+    renamed = SETTINGS.renamed(config)
+    given = {name: value for name, value in renamed.items() if value is not None}
     for name, choices in CHOICES.items():
         if name in given and given[name] not in choices:
             raise UsageError(f"{name} is {given[name]!r}; it is {', '.join(choices[:-1])} or {choices[-1]}")
@@ -160,7 +204,9 @@ def settled(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     for name, tensor in CALLS_FOR.items():
         if given.get(name):
             require(state, tensor)
-    agree(given, told)
+    given = SETTINGS.settle(config, told)
+    if "layerscale_init" in renamed:  # None is what has no layer scale
+        given["layerscale_init"] = renamed["layerscale_init"]
     told |= _told_by_arch(given, told, is_gated(state))
     _check_layers(state, given, told["embed_dim"])
     heads = told.get("num_heads", given.get("num_heads"))

@@ -14,10 +14,11 @@ from patchloom.adapt.insertion import insert
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError, unknown_name
 from patchloom.reference.dvpt_pyramids import load_segformer, load_swin, take_shared
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.dvpt_settings import OF_CLIP
+from patchloom.reference.settings import Hidden, set_epsilon
+from patchloom.reference.state import fill, require
 
 NAME = "adapter"
-SETTINGS = ("backbone", "num_heads", "window_size", "share_every", "dynamic", "img_size")
 BACKBONES = ("clip_vit", "swin", "segformer")
 BLOCK = re.compile(r"encoder\.transformer\.resblocks\.(\d+)\.(.+)")
 # timm's name for each part of a CLIP block.
@@ -53,7 +54,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         **config: `backbone` (`clip_vit`, `swin` or `segformer`; default: as the names tell), `num_heads` (default: 64
             wide each in a ViT; a list for the others), `share_every` (checked against the copies in the file;
             default 3, for SegFormer 2), `dynamic` (default False: what the published code computes), `img_size`
-            (a side or (H, W), where positions are of no square grid), `window_size` (Swin).
+            (a side or (H, W), where positions are of no square grid), `window_size` (Swin). What shapes tell may be
+            given under the names of the three backbones' code, and has to agree.
 
     Returns:
         A module that gives logits for (B, 3, H, W) images.
@@ -61,8 +63,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: Unknown setting, copies of a shared bottleneck that differ, or tensors missing or left over.
     """
-    check_settings(config, SETTINGS)
-    backbone = config.get("backbone") or _told_by_names(state)
+    config = dict(config)
+    backbone = config.pop("backbone", None) or _told_by_names(state)
     if backbone not in BACKBONES:
         raise unknown_name("backbone", str(backbone), BACKBONES)
     if backbone == "clip_vit":
@@ -84,8 +86,25 @@ def _clip(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     for name in ("encoder.conv1.weight", "encoder.prompt_token", "encoder.positional_embedding", "fc_head.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no DVPT model of a CLIP tower")
+    first = "encoder.transformer.resblocks.0."
+    require(state, f"{first}mlp.c_fc.weight", f"{first}prompt_proj.prompt_key_proj_d.weight")
     width, channels, patch, _ = state["encoder.conv1.weight"].shape
     blocks = len({match[1] for name in state if (match := BLOCK.match(name))})
+    hidden = Hidden(width, len(state[f"{first}mlp.c_fc.weight"]))
+    config = OF_CLIP.settle(
+        config,
+        {
+            "embed_dim": width,
+            "patch_size": patch,
+            "in_chans": channels,
+            "depth": blocks,
+            "mlp_ratio": hidden,
+            "num_prompts": state["encoder.prompt_token"].shape[1],
+            "rank": len(state[f"{first}prompt_proj.prompt_key_proj_d.weight"]),
+            "projection": state["encoder.proj"].shape[1] if "encoder.proj" in state else None,
+            "num_classes": len(state["fc_head.weight"]),
+        },
+    )
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"num_heads={heads} does not divide the width of {width}")
@@ -100,7 +119,7 @@ def _clip(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
         embed_dim=width,
         depth=blocks,
         num_heads=heads,
-        mlp_ratio=state["encoder.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+        mlp_ratio=hidden.ratio,
     )
     rank = state["encoder.transformer.resblocks.0.prompt_proj.prompt_key_proj_d.weight"].shape[0]
     insertion = DVPT(
@@ -114,11 +133,12 @@ def _clip(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     )
     insert(encoder, insertion, NAME)
     fill(encoder, _our_names(state, share))
+    set_epsilon(encoder, config.get("layer_norm_eps"))
     return encoder.eval()
 
 
 def _image_size(patches: int, patch: int, config: Mapping[str, Any]) -> tuple[int, int]:
-    told = config.get("img_size")
+    told = config.get("image_size")
     if told is not None:
         return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
     side = math.isqrt(patches)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from patchloom.adapt.dvpt_pyramids import DVPTSegFormer, DVPTSwin
 from patchloom.adapt.insertion import insert
 from patchloom.errors import UsageError
-from patchloom.reference.state import fill
+from patchloom.reference.dvpt_settings import OF_SEGFORMER, OF_SWIN
+from patchloom.reference.settings import Hidden, set_epsilon
+from patchloom.reference.state import fill, require
 
 NAME = "adapter"
 RANK = "prompt_proj.prompt_key_proj_d.weight"
@@ -31,19 +33,38 @@ def load_swin(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     depths = _depths(state, r"layers\.(\d+)\.blocks\.(\d+)\.")
     table = "layers.{}.blocks.0.attn.relative_position_bias_table"
-    window = int(config.get("window_size") or (math.isqrt(state[table.format(0)].shape[0]) + 1) // 2)
+    require(state, table.format(0), "layers.0.blocks.0.mlp.fc1.weight", f"layers.0.blocks.0.{RANK}")
+    hidden = Hidden(width, len(state["layers.0.blocks.0.mlp.fc1.weight"]))
+    heads = tuple(state[table.format(stage)].shape[1] for stage in range(len(depths)))
+    config = OF_SWIN.settle(
+        config,
+        {
+            "embed_dim": width,
+            "patch_size": patch,
+            "in_chans": channels,
+            "depths": depths,
+            "num_heads": heads,
+            "window_size": (math.isqrt(state[table.format(0)].shape[0]) + 1) // 2,
+            "mlp_ratio": hidden,
+            "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state,
+            "num_prompts": state["layers.0.blocks.0.prompt"].shape[1],
+            "rank": len(state[f"layers.0.blocks.0.{RANK}"]),
+            "num_classes": len(state["fc_head.weight"]),
+        },
+    )
+    window = (math.isqrt(state[table.format(0)].shape[0]) + 1) // 2
     share = _share(config, 3)
     encoder: Any = timm.create_model(
         "swin_base_patch4_window7_224",
         num_classes=0,
-        img_size=config.get("img_size") or _swin_side(masks, window, patch),
+        img_size=config.get("image_size") or _swin_side(masks, window, patch),
         in_chans=channels,
         patch_size=patch,
         embed_dim=width,
         depths=depths,
-        num_heads=tuple(state[table.format(stage)].shape[1] for stage in range(len(depths))),
+        num_heads=heads,
         window_size=window,
-        mlp_ratio=state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        mlp_ratio=hidden.ratio,
     )
     prompts = DVPTSwin(
         encoder,
@@ -64,6 +85,7 @@ def load_swin(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
         else:
             ours[name] = value
     fill(encoder, ours)
+    set_epsilon(encoder, config.get("layer_norm_eps"))
     return encoder.eval()
 
 
@@ -76,11 +98,28 @@ def load_segformer(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Mo
     depths = _depths(state, r"block(\d+)\.(\d+)\.", start=1)
     stages = range(1, len(depths) + 1)
     widths = tuple(state[f"block{k}.0.norm1.weight"].shape[0] for k in stages)
+    reductions = [state.get(f"block{k}.0.attn.sr.weight") for k in stages]
+    ratios = tuple(1 if kernel is None else kernel.shape[-1] for kernel in reductions)
+    hidden = [Hidden(width, len(state[f"block{k}.0.mlp.fc1.weight"])) for k, width in zip(stages, widths, strict=True)]
+    config = OF_SEGFORMER.settle(
+        config,
+        {
+            "embed_dims": widths,
+            "depths": depths,
+            "in_chans": state["patch_embed1.proj.weight"].shape[1],
+            "sr_ratios": ratios,
+            "mlp_ratios": tuple(each.hidden // each.width for each in hidden),
+            "qkv_bias": "block1.0.attn.q.bias" in state,
+            "num_prompts": state["block1.0.prompt"].shape[1],
+            "rank": len(state[f"block1.0.{RANK}"]),
+            "decoder_width": len(state["linear_c1.proj.weight"]),
+            "num_classes": len(state["linear_pred.weight"]),
+        },
+    )
     heads = config.get("num_heads") or (1, 2, 5, 8)[: len(depths)]
     if wrong := [(width, count) for width, count in zip(widths, heads, strict=True) if width % count]:
         raise UsageError(f"num_heads={list(heads)}: {wrong[0][1]} does not divide the width of {wrong[0][0]}")
     share = _share(config, 2)
-    reductions = [state.get(f"block{k}.0.attn.sr.weight") for k in stages]
     encoder: Any = timm.create_model(
         "pvt_v2_b4",
         num_classes=0,
@@ -88,8 +127,8 @@ def load_segformer(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Mo
         depths=depths,
         embed_dims=widths,
         num_heads=tuple(heads),
-        sr_ratios=tuple(1 if kernel is None else kernel.shape[-1] for kernel in reductions),
-        mlp_ratios=tuple(state[f"block{k}.0.mlp.fc1.weight"].shape[0] / widths[k - 1] for k in stages),
+        sr_ratios=ratios,
+        mlp_ratios=tuple(each.ratio for each in hidden),
         qkv_bias="block1.0.attn.q.bias" in state,
     )
     model = DVPTSegFormer(

@@ -17,11 +17,16 @@ from patchloom.distill.specific import DistilledVisionTransformer
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.reference import dense, mae
-from patchloom.reference.settings import Settings
+from patchloom.reference.settings import Settings, agree
 from patchloom.reference.state import fill, has, read_state, require
 
 ADAPTER = "student.stu_adapter."
 PREDICTORS = ("encoderfeature_pred.", "decoderfeature_pred.")
+# Settings of its scripts that concern training, or a teacher's model that is given as such.
+IDLE = (
+    *("teacher_model", "student_model", "teacher_path", "mask", "pixel_loss", "loss_type", "beta", "target_prenorm"),
+    *("target_patchem", "qkv_relation_loss", "qkv_relation_weight", "last_layer_weight", "distillation"),
+)
 DECODER_HEADS = {512: 16, 256: 8, 192: 6, 128: 4, 64: 2}
 """Heads of the published decoders by width."""
 
@@ -43,6 +48,12 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: Unknown setting; tensors missing or left over; a teacher without its decoder.
     """
+    config = {
+        {"suplayer": "layer_index"}.get(name, name): value
+        for name, value in config.items()
+        # The published constructor has a switch of the teacher's name.
+        if name not in IDLE and not (name == "teacher" and isinstance(value, bool))
+    }
     if "dist_token" in state:
         return _classifier(dict(state), config)
     if has(state, ADAPTER, ADAPTER.removeprefix("student.")):
@@ -52,6 +63,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     if not any(name.startswith(PREDICTORS) for name in state):
         raise UsageError("the checkpoint has neither decoderfeature_pred nor dist_token, so it is none of G2SD's")
     own = ("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight")
+    own += ("encoder_pred_channel", "decoder_pred_channel")
     settings = {name: value for name, value in config.items() if name not in own}
     width = len(state["decoder_embed.weight"]) if "decoder_embed.weight" in state else 0
     settings.setdefault("decoder_num_heads", DECODER_HEADS.get(width, 4))
@@ -63,6 +75,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         dims = [len(state[f"{prefix}fc2.weight"]) for prefix in PREDICTORS]
     except KeyError as error:
         raise UsageError(f"the checkpoint lacks {error.args[0]}") from error
+    agree(config, {"encoder_pred_channel": dims[0], "decoder_pred_channel": dims[1]})
     student = DistilledAutoencoder(autoencoder, dims[0], dims[1])
     predictors = {name: value for name, value in state.items() if name.startswith(PREDICTORS)}
     fill(student, {**{f"autoencoder.{n}": v for n, v in autoencoder.state_dict().items()}, **predictors})
@@ -94,12 +107,15 @@ def _pyramid_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
     eval_head = config.pop("eval_head", "mean")
+    if "enable_nkd" in config:  # the script's word for it
+        config.setdefault("use_distoken", not config.pop("enable_nkd"))
     if "use_distoken" in config:
         eval_head = "mean" if config.pop("use_distoken") else "cls"
     own = {name: state.pop(name) for name in list(state) if name.startswith(("dist_token", "head"))}
     for name in ("head.weight", "head_dist.weight"):
         if name not in own:
             raise UsageError(f"the checkpoint lacks {name}")
+    agree(mae.SETTINGS.renamed(config), {"num_classes": len(own["head.weight"])})
     encoder = mae.load(state, **config)
     model = DistilledVisionTransformer(encoder, len(own["head.weight"]), eval_head)
     return fill(model, {**{f"encoder.{n}": v for n, v in encoder.state_dict().items()}, **own})

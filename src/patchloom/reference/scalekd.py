@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from patchloom.distill.projector import CrossAttentionProjector, default_heads
 from patchloom.errors import UsageError
-from patchloom.reference.state import check_settings, fill
+from patchloom.reference.settings import Settings, agree
+from patchloom.reference.state import fill
 
 PROJECTOR = {
     "proj_pos.0": "query_conv",
@@ -28,6 +29,19 @@ PROJECTOR = {
     "ffn.layers.0.0": "fc1",
     "ffn.layers.1": "fc2",
 }
+TOLD = ("student_dims", "teacher_dims", "pos_grid", "self_query")
+"""What a projector's tensors tell."""
+SETTINGS = Settings(
+    obeyed=("num_heads", "softmax_scale", "query_grid", "model", "part", "image_size", "num_classes"),
+    idle=("name", "type", "use_this", "alpha", "loss_weight", "dis_freq", "temperature", "init_cfg", "patch_size"),
+    fixed={"window_shapes": ((1, 1), [1, 1], None)},
+    other_names={
+        "query_hw": "query_grid",
+        "pos_hw": "pos_grid",
+        "pos_dims": "student_dims",
+        "img_size": "image_size",
+    },
+)
 STAGE = re.compile(r"(?:distill_losses\.)?loss_fmd_s(?P<stage>[34])\.projector_(?P<view>\d)\.(?P<rest>.+)")
 
 
@@ -66,24 +80,30 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: Tensors missing or left over, or a setting that does not fit.
     """
-    check_settings(config, ("num_heads", "softmax_scale", "query_grid", "model", "part", "num_classes", "image_size"))
+    of_projectors = {name: value for name, value in SETTINGS.renamed(config).items() if name in TOLD}
+    config = SETTINGS.settle(config, dict.fromkeys(TOLD))
     state = {name: value for name, value in state.items() if not re.fullmatch(r"linear\.(weight|bias)", name)}
     part = config.get("part")
     if part in ("student", "teacher") or (part is None and config.get("model") is not None):
         return _model(_without(state, part), config)
     if any(name.startswith("proj_student.") for name in state):
-        return _projector(state, config, 0)
+        return _projector(state, config, 0, of_projectors)
     stages: dict[int, dict[int, dict[str, Tensor]]] = {3: {}, 4: {}}
     for name, value in state.items():
         if found := STAGE.fullmatch(name):
             stages[int(found["stage"])].setdefault(int(found["view"]), {})[found["rest"]] = value
     if not any(stages.values()):
         raise UsageError("there is no projector in this checkpoint; for a student or teacher give model, a timm name")
-    built = {stage: [_projector(views[v], config, stage - 3) for v in sorted(views)] for stage, views in stages.items()}
+    built = {
+        stage: [_projector(views[v], config, stage - 3, of_projectors) for v in sorted(views)]
+        for stage, views in stages.items()
+    }
     return Projectors(built[3], built[4])
 
 
-def _projector(state: Mapping[str, Tensor], config: Mapping[str, Any], stage: int) -> nn.Module:
+def _projector(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], stage: int, given: Mapping[str, Any]
+) -> nn.Module:
     ours = {}
     for name, value in state.items():
         prefix = next((old for old in PROJECTOR if name.startswith(f"{old}.")), None)
@@ -94,6 +114,8 @@ def _projector(state: Mapping[str, Tensor], config: Mapping[str, Any], stage: in
     _, student_dim, height, width = ours["pos_embed"].shape
     dim = ours["q.weight"].shape[0]
     learned = "query.weight" in ours
+    told = {"student_dims": student_dim, "teacher_dims": dim, "pos_grid": (height, width), "self_query": learned}
+    agree({name: value if name == "pos_grid" else _of_stage(value, stage) for name, value in given.items()}, told)
     grid = config.get("query_grid")
     if learned and (grid is None or grid[0] * grid[1] != len(ours["query.weight"])):
         side = round(len(ours["query.weight"]) ** 0.5)

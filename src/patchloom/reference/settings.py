@@ -22,16 +22,17 @@ from torch import nn
 from patchloom.errors import UsageError, unknown_name
 
 OF_SCRIPTS = """
-accum_iter aa amp_opt_level auto_resume batch_size betas blr bce_loss clip_grad clip_mode color_jitter config
+aa accum_iter amp_opt_level auto_resume batch_size bce_loss betas blr clip_grad clip_mode color_jitter config
 cooldown_epochs crop_pct cutmix cutmix_minmax data_path data_set data_url dataset debug decay_epochs decay_rate device
-disable_eval_during_finetuning dist_backend dist_eval dist_on_itp dist_url distributed enable_deepspeed epoch epochs
-eval eval_data_path final_test finetune fused_lr gpu imagenet_default_mean_and_std init_method layer_decay local_rank
-log_dir lr lr_noise lr_noise_pct lr_noise_std lr_scale min_lr mixup mixup_mode mixup_prob mixup_switch_prob model_ema
-model_ema_decay model_ema_force_cpu momentum nb_gpus num_workers opt opt_betas opt_eps optim optimizer output_dir
-patience_epochs pin_mem random_erase rank recount remode repeated_aug reprob resplit resume save_ckpt save_ckpt_freq
-save_freq sched scale_lr second_interpolation second_input_size seed smoothing start_epoch steps_per_print
-train_interpolation update_freq use_cls use_fp16 warmup_epochs warmup_lr warmup_steps weight_decay weight_decay_end
-workers world_size
+disable_eval_during_finetuning dist_backend dist_eval dist_on_itp dist_url distributed drop_block_rate
+enable_deepspeed enable_wandb epoch epochs eval eval_data_path final_test finetune fused_lr gpu
+imagenet_default_mean_and_std init_method layer_decay linprob local_rank log_dir lr lr_noise lr_noise_pct lr_noise_std
+lr_scale min_crop_scale min_lr mixup mixup_mode mixup_prob mixup_switch_prob model_ema model_ema_decay
+model_ema_force_cpu momentum nb_gpus no_auto_resume no_pin_mem num_workers only_load_model opt opt_betas opt_eps optim
+optimizer output_dir patience_epochs pin_mem random_erase rank recount remode repeated_aug reprob resplit resume
+save_ckpt save_ckpt_freq save_freq scale_lr sched second_input_size second_interpolation seed short_side_size
+smoothing start_epoch steps_per_print test_num_crop test_num_segment train_interpolation update_freq use_cls use_fp16
+warmup_epochs warmup_lr warmup_steps weight_decay weight_decay_end workers world_size
 """
 TRAINING = frozenset(OF_SCRIPTS.split())
 """Settings of training scripts that say nothing of the model they train."""
@@ -173,18 +174,6 @@ def comparable(value: Any, told: Any = None) -> Any:
     if not isinstance(value, (list, tuple)):
         return [] if value is None else value
     return value[0] if isinstance(told, int) and value and len(set(value)) == 1 else list(value)
-
-
-def check_settings(config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse settings a loader does not know.
-
-    Raises:
-        UsageError: Names the setting and the known ones.
-    """
-    names = list(known)
-    for name in config:
-        if name not in names:
-            raise unknown_name("setting", name, names)
 
 
 def epsilon_of(norm_layer: Any) -> float | None:

@@ -112,20 +112,6 @@ def fill(
     return module
 
 
-def check_settings(config: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuse settings a loader does not know.
-
-    Raises:
-        UsageError: Names the setting and the known ones.
-    """
-    from patchloom.errors import unknown_name
-
-    names = list(known)
-    for name in config:
-        if name not in names:
-            raise unknown_name("setting", name, names)
-
-
 def require(state: Mapping[str, Tensor], *names: str) -> None:
     """Refuse a checkpoint that lacks a tensor which its others call for.
 
@@ -140,21 +126,3 @@ def require(state: Mapping[str, Tensor], *names: str) -> None:
 def has(state: Mapping[str, Tensor], *prefixes: str) -> bool:
     """Return whether a tensor's name begins with one of the prefixes."""
     return any(name.startswith(prefixes) for name in state)
-
-
-def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    """Refuse settings that contradict what the tensors tell.
-
-    Raises:
-        UsageError: Names the setting and both values.
-    """
-    for name, value in told.items():
-        if name in config and _comparable(config[name], value) != _comparable(value, value):
-            raise UsageError(f"{name}={config[name]}, but the checkpoint's tensors say {value}; leave it out")
-
-
-def _comparable(value: Any, told: Any) -> Any:
-    """Return a list for any sequence or None, and one number for equal sides where the tensors tell one."""
-    if not isinstance(value, (list, tuple)):
-        return [] if value is None else value
-    return value[0] if isinstance(told, int) and value and len(set(value)) == 1 else list(value)

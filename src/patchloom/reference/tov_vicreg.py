@@ -15,20 +15,30 @@ from patchloom.encoders import Encoder, create_encoder
 from patchloom.errors import UsageError
 from patchloom.precision import at_least_float32
 from patchloom.pretrain.vicreg import TOVVICReg
-from patchloom.reference.state import agree, bare, check_settings, fill, require
+from patchloom.reference.settings import Hidden, Settings, agree, epsilon_of, name_of, set_epsilon
+from patchloom.reference.state import bare, fill, require
 
 FRAME_SIDE = 84
-SETTINGS = ("num_heads", "image_size", "projector", "sim", "std", "cov", "temporal", "balanced", "chronological")
-# The published script's names of the weights of the loss, and of the projector's widths.
-RENAMED = {
-    "sim_coeff": "sim",
-    "std_coeff": "std",
-    "cov_coeff": "cov",
-    "temporal_coeff": "temporal",
-    "mlp": "projector",
-}
-# They change training or initial values, or size the table of positions, which the checkpoint holds.
-WITHOUT_EFFECT = ("img_size", "drop_rate", "attn_drop_rate", "drop_path_rate", "qk_scale", "arch", "encoder", "frames")
+OF_LOSS = ("sim", "std", "cov", "temporal", "balanced", "chronological")
+SETTINGS = Settings(
+    obeyed=("num_heads", "image_size", "layer_norm_eps", *OF_LOSS),
+    # `img_size` and `input_size` size the table of positions, which the checkpoint holds.
+    idle=(
+        *("img_size", "input_size", "drop_rate", "attn_drop_rate", "drop_path_rate", "arch", "encoder", "frames"),
+        *("data_path_tuning", "games", "replay_capacity", "stack", "frame_stack", "accumulation_steps", "exp_dir"),
+        *("lr_backbone", "wd", "optimizer_name", "steps", "checkpoint_freq", "stop_gradient", "permutations"),
+    ),
+    fixed={"qk_scale": (None,), "act_layer": ("gelu",)},
+    other_names={
+        "sim_coeff": "sim",
+        "std_coeff": "std",
+        "cov_coeff": "cov",
+        "temporal_coeff": "temporal",
+        "mlp": "projector",
+        "norm_layer": "layer_norm_eps",
+    },
+    read={"layer_norm_eps": epsilon_of, "act_layer": name_of},
+)
 # Where other methods' checkpoints, which the published loader takes too, keep their encoder.
 PREFIXES = ("backbone.", "base_encoder.", "vit.", "encoder.")
 HEADS = ("projector.", "temporal_order_predictor.")
@@ -53,22 +63,22 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     Raises:
         UsageError: Unknown setting, or tensors missing or left over.
     """
-    config = {RENAMED.get(name, name): value for name, value in config.items()}
     whole = any(name.startswith("backbone.") for name in state) and any(name.startswith(HEADS) for name in state)
     own = _encoder_tensors(state, whole)
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
         if name not in own:
             raise UsageError(f"the checkpoint has no {name}, so it is no TOV-VICReg encoder")
     told = _told_by_shapes(own)
-    check_settings(config, (*SETTINGS, *WITHOUT_EFFECT, *told))
-    agree(config, told)
+    given = SETTINGS.renamed(config)
+    config = SETTINGS.settle(config, {**told, "projector": None})
     encoder = _encoder(own, told, config)
+    set_epsilon(encoder, config.get("layer_norm_eps"))
     grid = encoder.patch_embed.grid_size
     own["pos_embed"] = resampled_positions(own["pos_embed"], (int(grid[0]), int(grid[1])), _size(config))
     if not whole:
         return fill(encoder, own).eval()
     heads = {name: value for name, value in state.items() if name.startswith(HEADS)}
-    return _training_module(encoder, own, heads, config)
+    return _training_module(encoder, own, heads, config, given.get("projector"))
 
 
 def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -121,9 +131,9 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_chans": channels,
         "patch_size": patch,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
+        "mlp_ratio": Hidden(width, len(state["blocks.0.mlp.fc1.weight"])),
         "qkv_bias": any(name.endswith(".attn.qkv.bias") for name in state),
-        "num_classes": 0,
+        "num_classes": None,  # an encoder alone has no classifier, whatever it was called with
     }
 
 
@@ -137,7 +147,8 @@ def _encoder(state: Mapping[str, Tensor], told: Mapping[str, Any], config: Mappi
 
     A side may have a remainder: the published patches leave it out, and so do timm's.
     """
-    shape = {name: told[name] for name in ("embed_dim", "depth", "mlp_ratio", "qkv_bias", "patch_size")}
+    shape = {name: told[name] for name in ("embed_dim", "depth", "qkv_bias", "patch_size")}
+    shape["mlp_ratio"] = told["mlp_ratio"].ratio
     heads = config.get("num_heads") or max(1, told["embed_dim"] // 64)
     return create_encoder(
         "vit_tiny_patch8_84", image_size=_size(config), in_chans=told["in_chans"], num_heads=int(heads), **shape
@@ -145,15 +156,20 @@ def _encoder(state: Mapping[str, Tensor], told: Mapping[str, Any], config: Mappi
 
 
 def _training_module(
-    encoder: Encoder, own: Mapping[str, Tensor], heads: Mapping[str, Tensor], config: Mapping[str, Any]
+    encoder: Encoder,
+    own: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    projector: str | None,
 ) -> nn.Module:
     linear = {int(found[1]): v for n, v in heads.items() if (found := PROJECTOR.fullmatch(n)) and v.ndim == 2}
     places = sorted(linear)
     norms = [int(found[1]) for name in heads if (found := NORM.fullmatch(name))]
     require(heads, *(f"projector.{norm + 2}.weight" for norm in norms))  # a linear layer follows
     widths = "-".join(str(len(linear[place])) for place in places)
-    agree(config, {"projector": widths})
-    weights = {name: config[name] for name in SETTINGS[3:] if name in config}
+    if projector is not None:
+        agree({"projector": projector}, {"projector": widths})
+    weights = {name: config[name] for name in OF_LOSS if name in config}
     model = TOVVICReg(encoder, projector=widths, **weights)
     tensors = {f"encoder.{name}": value for name, value in own.items()}
     tensors |= {
