@@ -7,7 +7,7 @@ import json
 import pytest
 
 from patchloom.errors import UsageError
-from patchloom.study import Cell, claim_folder, markdown, mean_and_interval, read_recipe, run_cells, write_csv
+from patchloom.study import Cell, claim_folder, markdown, read_recipe, run_cells, write_csv
 
 CELLS = [Cell({"name": name}, {"value": value}) for name, value in (("a", 1), ("b", 2), ("c", 3))]
 
@@ -86,16 +86,6 @@ def test_recipes_are_checked(tmp_path):
     file.write_text("methods:\n")
     with pytest.raises(UsageError, match="lacks methods"):
         read_recipe(file, ["methods"], ["methods"])
-
-
-def test_intervals_are_student_t():
-    from scipy import stats
-
-    values = [0.71, 0.74, 0.69, 0.70]
-    _mean, low, high = mean_and_interval(values)
-    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (low, high) == pytest.approx((expected.low, expected.high))
-    assert mean_and_interval([0.5]) == (0.5, 0.5, 0.5)
 
 
 def test_tables(tmp_path):

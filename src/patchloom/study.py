@@ -179,18 +179,6 @@ def read_recipe(path: str | Path, known: Iterable[str], needed: Iterable[str]) -
     return recipe
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of repeated measurements and the ends of its 95 % interval (Student's t; equal for one)."""
-    import numpy as np
-    from scipy import stats
-
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, mean, mean
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
-
-
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as CSV, columns in the order in which they first appear."""
     import io

@@ -13,9 +13,10 @@ from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.compare import compare_predictions
+from patchloom.evaluate.delong import delong
 from patchloom.evaluate.metrics import accuracy
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import delong, paired_bootstrap
+from patchloom.evaluate.statistics import paired_bootstrap
 
 from .small_images import CLASSIFIERS, QUICK, TINY, write_images
 

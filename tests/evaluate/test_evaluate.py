@@ -20,8 +20,8 @@ from patchloom.bundle import load, save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.evaluate.figures import classification_figures, wilson
-from patchloom.evaluate.metrics import SCORES
+from patchloom.evaluate.figures import classification_figures
+from patchloom.evaluate.metrics import SCORES, exact_share
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
@@ -207,9 +207,34 @@ def test_figures_are_scikit_learns():
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (90, 100), (5, 5)])
-def test_the_interval_is_wilsons(right, n):
-    interval = binomtest(right, n).proportion_ci(method="wilson")
-    assert wilson(right / n, n) == pytest.approx([interval.low, interval.high], abs=1e-6)
+def test_the_interval_of_an_accuracy_is_exact(right, n):
+    expected = binomtest(right, n).proportion_ci(method="exact")
+    assert exact_share(right, n, 0.95) == pytest.approx((expected.low, expected.high))
+
+
+def test_naming_the_larger_class_everywhere_has_an_interval_and_is_seen_through():
+    truth = torch.tensor([0] * 28 + [1] * 12)
+    features = Features(torch.zeros(40, 2), truth, [str(n) for n in range(40)], [])
+    predictions = Predictions(features.keys, np.zeros(40, dtype=int), truth.numpy(), "accuracy", ["a", "b"])
+    found = classification_figures(predictions, features, features)
+    assert (found["accuracy"], found["balanced_accuracy"], found["majority_share"]) == (0.7, 0.5, 0.7)
+    assert found["interval"] == pytest.approx([0.5347, 0.8344], abs=1e-4)
+    for low, high in found["intervals"].values():
+        assert high - low > 0.1
+
+
+def test_it_is_said_why_an_interval_is_not_to_be_trusted():
+    truth = np.arange(12) % 2
+    keys = [str(number) for number in range(12)]
+    few = Predictions(keys, truth, truth, "accuracy", ["a", "b", "c"], groups=np.arange(12) % 4)
+    assert few.doubts() == ["4 groups of test images are too few for an interval to be trusted"]
+    absent = Predictions(keys, truth, truth, "accuracy", ["a", "b", "c"])
+    assert absent.doubts() == ["no test image of c: figures and intervals say nothing of them"]
+    assert Predictions(keys, truth, truth, "accuracy", ["a", "b"]).doubts() == []
+    with pytest.raises(UsageError, match="leave one of resample and groups out"):
+        EvaluationConfig(encoder="x", train="a", test="b", groups="g.csv", resample="classes")
+    with pytest.raises(UsageError, match="unknown resample 'class'; did you mean classes"):
+        EvaluationConfig(encoder="x", train="a", test="b", resample="class")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +310,7 @@ def test_all_right_is_not_all_sure():
     features = Features(torch.zeros(30, 2), truth, [str(n) for n in range(30)], [])
     predictions = Predictions(features.keys, truth.numpy(), truth.numpy(), "accuracy", list("abc"))
     found = classification_figures(predictions, features, features)
-    assert found["interval"] == pytest.approx(wilson(1.0, 30))
+    assert found["interval"] == pytest.approx(exact_share(30, 30, 0.95))
     assert found["interval"][0] < 0.9
 
 

@@ -9,17 +9,25 @@ from sklearn.metrics import roc_auc_score
 
 from patchloom.errors import UsageError
 from patchloom.evaluate import statistics
-from patchloom.evaluate.metrics import accuracy, auroc, mean_auroc
+from patchloom.evaluate.delong import delong, delong_covariance, delong_interval, newcombe
+from patchloom.evaluate.metrics import (
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    kappa,
+    label_macro_f1,
+    macro_f1,
+    mean_auroc,
+    mean_grade_error,
+    mean_value,
+)
 from patchloom.evaluate.statistics import (
     Difference,
+    Sample,
     bootstrap_interval,
-    delong,
-    delong_covariance,
-    delong_interval,
     holm,
     mean_interval,
     paired_bootstrap,
-    resample_weights,
 )
 
 
@@ -42,65 +50,124 @@ def finding(n: int = 120, seed: int = 0):
 
 def test_any_function_gets_the_interval_of_one_that_takes_all_draws_at_once():
     truth, said = classes()
-    fast, plain = (bootstrap_interval(score, said, truth, draws=200) for score in (accuracy, plain_accuracy))
+    kinds = {"draws": 200, "kind": "percentile"}
+    fast, plain = (bootstrap_interval(score, said, truth, **kinds) for score in (accuracy, plain_accuracy))
     assert fast == pytest.approx(plain)
     assert fast.low < fast.value < fast.high
 
 
-def test_the_interval_is_scipys_where_nothing_is_stratified():
+def test_the_plain_bootstrap_is_scipys():
     truth, said = classes()
-    ours = bootstrap_interval(plain_accuracy, said, truth, strata=np.zeros(200), draws=4000)
+    ours = bootstrap_interval(plain_accuracy, said, truth, draws=4000, kind="percentile")
     right = (said == truth).astype(float)
     theirs = stats.bootstrap((right,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
     assert ours[1:3] == pytest.approx([theirs.low, theirs.high], abs=0.006)
-    basic = bootstrap_interval(plain_accuracy, said, truth, strata=np.zeros(200), draws=4000, kind="basic")
+    basic = bootstrap_interval(plain_accuracy, said, truth, draws=4000, kind="basic")
     assert basic.low == pytest.approx(2 * ours.value - ours.high)
     assert basic.high == pytest.approx(2 * ours.value - ours.low)
 
 
+def weights_of(n: int, draws: int, strata: np.ndarray | None = None, members: np.ndarray | None = None) -> np.ndarray:
+    units = n if members is None else int(members.max()) + 1
+    numbers = np.zeros(units) if strata is None else strata
+    layers = [np.flatnonzero(numbers == one) for one in np.unique(numbers)]
+    return Sample([], np.zeros(n), np.zeros(0), members, layers, units).weights(draws, np.random.default_rng(0))
+
+
 def test_strata_keep_the_number_of_images_of_each_class():
-    truth, _ = classes(50)
-    weights = resample_weights(50, 30, np.random.default_rng(0), strata=truth)
+    truth, said = classes(50)
+    weights = weights_of(50, 30, strata=truth)
     for number in range(3):
         assert (weights[:, truth == number].sum(1) == (truth == number).sum()).all()
     assert (weights.max(1) > 1).all()
-    free = resample_weights(50, 30, np.random.default_rng(0))
+    free = weights_of(50, 30)
     assert (free.sum(1) == 50).all()
     assert len(np.unique(free[:, truth == 0].sum(1))) > 1
+    # Drawn alike, an accuracy varies with the shares of unequally hard classes too.
+    easy = np.where(truth == 0, truth, said)
+    alike, within = (bootstrap_interval(macro_f1, easy, truth, strata=strata) for strata in (None, truth))
+    assert within.high - within.low < alike.high - alike.low
 
 
 def test_every_image_is_drawn_equally_often():
-    weights = resample_weights(8, 20_000, np.random.default_rng(0), strata=np.array([3, 1, 1, 3, 3, 1, 1, 1]))
+    weights = weights_of(8, 20_000, strata=np.array([3, 1, 1, 3, 3, 1, 1, 1]))
     np.testing.assert_allclose(weights.mean(0), 1, atol=0.03)
+
+
+def test_images_that_were_not_seen_are_drawn_as_often_as_they_may_have_been():
+    sample = Sample([], np.zeros(12), np.array([0.5, 1.5]), None, [np.arange(12)], 10)
+    weights = sample.weights(20_000, np.random.default_rng(0))
+    assert (weights.sum(1) == 10).all()
+    np.testing.assert_allclose(weights.mean(0), 10 / 12 * np.array([1] * 10 + [0.5, 1.5]), atol=0.03)
 
 
 def test_groups_are_drawn_whole():
     groups = np.array(["a", "b", "a", "c", "c", "c"])
-    numbers = np.unique(groups, return_inverse=True)[1]
-    weights = resample_weights(6, 40, np.random.default_rng(0), groups=numbers)
+    weights = weights_of(6, 40, members=np.unique(groups, return_inverse=True)[1])
     assert (weights[:, 0] == weights[:, 2]).all()
     assert (weights[:, 3] == weights[:, 5]).all()
     # Ten patients with ten equal images each are worth ten images, not a hundred.
     truth, said = classes(10)
-    many = bootstrap_interval(
-        accuracy, np.repeat(said, 10), np.repeat(truth, 10), groups=np.repeat(np.arange(10), 10), seed=3
-    )
-    few = bootstrap_interval(accuracy, said, truth, strata=np.zeros(10), seed=3)
-    assert many == pytest.approx(few)
+    drawn = {"seed": 3, "kind": "percentile"}
+    groups = np.repeat(np.arange(10), 10)
+    many = bootstrap_interval(accuracy, np.repeat(said, 10), np.repeat(truth, 10), groups=groups, **drawn)
+    assert many == pytest.approx(bootstrap_interval(accuracy, said, truth, **drawn))
+    wide = bootstrap_interval(accuracy, np.repeat(truth, 10), np.repeat(truth, 10), groups=groups)
+    sure = bootstrap_interval(accuracy, np.repeat(truth, 10), np.repeat(truth, 10))
+    assert wide.low < 0.85 < sure.low
+
+
+def test_no_interval_is_without_width():
+    truth = np.array([0] * 28 + [1] * 12)
+    larger = np.zeros(40, dtype=int)
+    groups = np.arange(40) // 4
+    for drawn in ({}, {"strata": truth}, {"groups": groups}):
+        for score in (accuracy, balanced_accuracy, macro_f1, kappa, mean_grade_error):
+            for said in (larger, truth, 1 - truth):
+                found = bootstrap_interval(score, said, truth, draws=200, **drawn)
+                assert found.low <= found.value <= found.high
+                assert found.high - found.low > 0.03, (score.name, drawn)
+        assert bootstrap_interval(mean_value, np.ones(40), truth, draws=200, **drawn).low < 0.97
+        assert bootstrap_interval(auroc, truth * 1.0, truth, draws=200, **drawn).low < 0.97
+        several = np.stack([truth, 1 - truth, truth], 1) * 1.0
+        for score in (mean_auroc, label_macro_f1):
+            assert bootstrap_interval(score, several, several, draws=200).low < 0.99
+        for score in (accuracy, balanced_accuracy, macro_f1, kappa):
+            alike = paired_bootstrap(score, larger, larger, truth, draws=200, **drawn)
+            assert alike.low < 0 < alike.high
+            assert alike.p_value == 1
+    assert bootstrap_interval(accuracy, larger, truth)[1:3] == pytest.approx([0.5347, 0.8344], abs=1e-4)
+
+
+def test_one_image_has_an_interval_only_where_a_share_has():
+    assert bootstrap_interval(accuracy, [1], [1])[1:3] == pytest.approx([0.025, 1])
+    assert bootstrap_interval(macro_f1, [1], [1]).ends == [None, None]
+    assert bootstrap_interval(accuracy, [1, 1], [1, 0], groups=["a", "a"]).ends == [None, None]
+    assert paired_bootstrap(accuracy, [1], [1], [1]).ends == [None, None]
+
+
+def test_newcombes_interval_is_that_of_the_paper():
+    # An area is at the end of its interval: it lies 1.96 deviations of that end away (method 5).
+    low, high = newcombe(0.8, 20, 30)
+    for end in (low, high):
+        others = (20 + 30) / 2 - 1
+        variance = end * (1 - end) * (1 + others * ((1 - end) / (2 - end) + end / (1 + end))) / (20 * 30)
+        assert abs(0.8 - end) == pytest.approx(1.959964 * np.sqrt(variance), rel=2e-3)
+    assert newcombe(1.0, 20, 30)[1] == 1.0
 
 
 def test_draws_are_of_the_seed_and_splitting_them_changes_nothing(monkeypatch):
     truth, said = classes()
-    whole = bootstrap_interval(accuracy, said, truth, seed=1)
-    assert whole == bootstrap_interval(accuracy, said, truth, seed=1)
-    assert whole != bootstrap_interval(accuracy, said, truth, seed=2)
+    whole = bootstrap_interval(macro_f1, said, truth, seed=1)
+    assert whole == bootstrap_interval(macro_f1, said, truth, seed=1)
+    assert whole != bootstrap_interval(macro_f1, said, truth, seed=2)
     monkeypatch.setattr(statistics, "MOST_WEIGHTS", 1000)
-    assert whole == bootstrap_interval(accuracy, said, truth, seed=1)
+    assert whole == bootstrap_interval(macro_f1, said, truth, seed=1)
 
 
 def test_a_draw_without_a_score_is_drawn_again():
     truth = np.array([0.0, 0, 0, 1])
-    found = bootstrap_interval(auroc, np.array([[0.1], [0.4], [0.6], [0.5]]), truth, draws=300)
+    found = bootstrap_interval(auroc, np.array([[0.1], [0.4], [0.6], [0.5]]), truth, draws=300, groups=np.arange(4))
     assert found.redrawn > 0
     assert found.value == pytest.approx(2 / 3)
     assert 0 <= found.low <= found.high <= 1
@@ -111,14 +178,22 @@ def test_a_score_that_is_not_defined_has_no_interval():
     assert np.isnan(found[:3]).all()
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng, inside = np.random.default_rng(0), 0
-    for repeat in range(200):
-        truth = rng.integers(0, 2, 150)
-        said = np.where(rng.random(150) < 0.8, truth, 1 - truth)
-        found = bootstrap_interval(accuracy, said, truth, draws=300, seed=repeat)
-        inside += found.low <= 0.8 <= found.high
-    assert 0.90 <= inside / 200 <= 0.99
+@pytest.mark.parametrize("score", [accuracy, balanced_accuracy, macro_f1])
+def test_the_interval_covers_the_truth_as_often_as_it_says(score):
+    """A test set of 20 whose larger class is nearly always told rightly: see benchmarks/coverage.py for the rest."""
+    rng, shares, right = np.random.default_rng(0), np.array([0.75, 0.25]), np.array([0.98, 0.9])
+    kinds = np.array([[0, 0, 1, 1], [0, 1, 1, 0]])
+    joint = np.array([shares[0] * 0.98, shares[0] * 0.02, shares[1] * 0.9, shares[1] * 0.1])
+    true = float(score.weighted(kinds[1], kinds[0], np.round(joint * 1e6)[None])[0])
+    inside, plain = 0, 0
+    for repeat in range(120):
+        truth = (rng.random(20) < shares[1]).astype(int)
+        said = np.where(rng.random(20) < right[truth], truth, 1 - truth)
+        found = bootstrap_interval(score, said, truth, draws=200, seed=repeat)
+        inside += found.low <= true <= found.high
+        bare = bootstrap_interval(score, said, truth, draws=50, seed=repeat, kind="percentile")
+        plain += bare.low <= true <= bare.high
+    assert inside / 120 >= 0.93 > plain / 120
 
 
 def test_a_paired_difference_is_far_surer_than_two_intervals():
@@ -131,14 +206,17 @@ def test_a_paired_difference_is_far_surer_than_two_intervals():
     assert 0 < found.low < found.value < found.high
     assert found.p_value == pytest.approx(2 / 1001)
     turned = paired_bootstrap(accuracy, second, first, truth)
-    assert turned[:3] == pytest.approx((-found.value, -found.high, -found.low), abs=1e-9)
+    assert turned[:3] == pytest.approx((-found.value, -found.high, -found.low), abs=5e-3)
     alone = bootstrap_interval(accuracy, first, truth)
     assert found.high - found.low < (alone.high - alone.low) / 2
 
 
 def test_nothing_differs_from_itself():
     truth, said = classes()
-    assert paired_bootstrap(accuracy, said, said, truth) == Difference(0.0, 0.0, 0.0, 1.0)
+    # Two encoders that say the same of 200 images may yet differ on others.
+    found = paired_bootstrap(accuracy, said, said, truth)
+    assert (found.value, found.p_value) == (0, 1)
+    assert -0.03 < found.low < 0 < found.high < 0.03
     truth, first, _ = finding()
     assert delong(first, first, truth) == Difference(0.0, 0.0, 0.0, 1.0)
 
@@ -197,11 +275,11 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_the_interval_of_a_mean():
-    found = mean_interval([0.5, 0.7, 0.6])
-    assert found.value == pytest.approx(0.6)
-    assert found.high - found.value == pytest.approx(1.959964 * 0.1 / np.sqrt(3))
-    assert np.isnan(mean_interval([0.5]).low)
+def test_the_interval_of_a_mean_is_student_ts():
+    values = [0.71, 0.74, 0.69, 0.70]
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert mean_interval(values)[1:3] == pytest.approx((expected.low, expected.high))
+    assert mean_interval([0.5]).ends == [None, None]
 
 
 @pytest.mark.parametrize(

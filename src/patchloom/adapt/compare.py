@@ -37,13 +37,14 @@ from patchloom.study import (
     Table,
     claim_folder,
     markdown,
-    mean_and_interval,
     read_recipe,
     run_cells,
     write_csv,
 )
 
 KNOWN = ("data", "test", "encoder", "label_fractions", "shots", "seeds", "defaults", "methods", "isolate")
+# What an accuracy is read beside.
+BESIDE = ("balanced_accuracy", "majority_share")
 COLUMNS = {
     "trained_parameters": "trained parameters",
     "file_bytes": "file MB",
@@ -146,6 +147,7 @@ def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "score": score,
         "measure": summary["headline"],
+        **{name: summary[name] for name in BESIDE if name in summary},
         "trained_parameters": summary["trained_parameters"],
         "parameters": summary["parameters"],
         "file_bytes": sum(file.stat().st_size for file in files),
@@ -173,6 +175,8 @@ def peak_memory() -> int:
 
 def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Return one row per method and label budget: mean and 95 % interval over seeds, costs, and failures by name."""
+    from patchloom.evaluate.statistics import mean_interval
+
     rows = []
     pairs = dict.fromkeys((o.cell.labels["method"], o.cell.labels["labels"]) for o in outcomes)
     for method, labels in pairs:
@@ -180,9 +184,9 @@ def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
         good = [outcome.figures for outcome in mine if outcome.error is None]
         row: dict[str, Any] = {"method": method, "labels": labels, "seeds": len(good)}
         if good:
-            mean, low, high = mean_and_interval([figures["score"] for figures in good])
-            row |= {"measure": good[0]["measure"], "mean": mean, "low": low, "high": high}
-            for name in COLUMNS:
+            found = mean_interval([figures["score"] for figures in good])
+            row |= {"measure": good[0]["measure"], "mean": found.value, "low": found.ends[0], "high": found.ends[1]}
+            for name in (*BESIDE, *COLUMNS):
                 if values := [figures[name] for figures in good if name in figures]:
                     row[name] = sum(values) / len(values)
             row["share"] = row["trained_parameters"] / good[0]["parameters"]
@@ -198,8 +202,10 @@ def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         line: dict[str, Any] = {"method": row["method"], "labels": row["labels"], "seeds": row["seeds"]}
         if "mean" in row:
-            half = (row["high"] - row["low"]) / 2
-            line[row["measure"]] = f"{row['mean']:.3f} ± {half:.3f}" if row["seeds"] > 1 else f"{row['mean']:.3f}"
+            line[row["measure"]] = f"{row['mean']:.3f}"
+            if row["low"] is not None:
+                line[row["measure"]] += f" ± {(row['high'] - row['low']) / 2:.3f}"
+            line |= {name.replace("_", " "): f"{row[name]:.3f}" for name in BESIDE if name in row}
             line["trained parameters"] = f"{round(row['trained_parameters']):,} ({row['share']:.2%})"
             line["file MB"] = f"{row['file_bytes'] / MEGABYTE:.2f}"
             line["seconds"] = round(row["seconds"])
@@ -261,7 +267,7 @@ def figures(rows: list[dict[str, Any]]) -> list[Any]:
         for method in dict.fromkeys(row["method"] for row in scored):
             mine = [row for row in scored if row["method"] == method]
             lines[method] = ([float(row["labels"].split()[0]) for row in mine], [row["mean"] for row in mine])
-            bands[method] = ([row["low"] for row in mine], [row["high"] for row in mine])
+            bands[method] = tuple([row["mean" if row[end] is None else end] for row in mine] for end in ("low", "high"))
         title = "Score against labels"
         drawn.append(
             curves(lines, x_label="labels", y_label=scored[0]["measure"], title=title, log_x=True, bands=bands)

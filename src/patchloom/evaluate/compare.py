@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.compare_config import ComparisonConfig
+from patchloom.evaluate.config import Resample
+from patchloom.evaluate.delong import delong
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import Difference, delong, holm, paired_bootstrap
+from patchloom.evaluate.statistics import Difference, holm, paired_bootstrap
+from patchloom.features.class_scores import class_scores
 
 
 class Compare:
@@ -45,18 +49,22 @@ class Compare:
             if config.against == "all" or first == 0
         ]
         differences = paired_differences(
-            [(labels[i], labels[j], said[i], said[j]) for i, j in pairs], draws=config.draws, seed=config.seed
+            [(labels[i], labels[j], said[i], said[j]) for i, j in pairs],
+            draws=config.draws,
+            seed=config.seed,
+            resample=config.resample,
         )
         scores = []
         for label, one in zip(labels, said, strict=True):
-            interval = one.interval(draws=config.draws, seed=config.seed)
-            scores.append({"encoder": label, "score": interval.value, "interval": [interval.low, interval.high]})
+            interval = one.interval(draws=config.draws, seed=config.seed, resample=config.resample)
+            scores.append({"encoder": label, "score": interval.value, "interval": interval.ends, **_beside(one)})
         return {
             "score_name": said[0].score_name,
             "test": "DeLong" if _is_one_finding(said[0]) and said[0].groups is None else "paired bootstrap",
             "n": len(said[0].keys),
             "scores": scores,
             "differences": differences,
+            "notes": said[0].doubts(),
         }
 
     def _said(self, name: Any) -> Predictions:
@@ -78,7 +86,11 @@ class Compare:
 
 
 def paired_differences(
-    pairs: Sequence[tuple[str, str, Predictions, Predictions]], *, draws: int = 1000, seed: int = 0
+    pairs: Sequence[tuple[str, str, Predictions, Predictions]],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    resample: Resample = "images",
 ) -> list[dict[str, Any]]:
     """Return by how much the second of each pair scores higher than the first, on the same images.
 
@@ -86,6 +98,7 @@ def paired_differences(
         pairs: Names and predictions of the first and the second.
         draws: Draws of the bootstrap.
         seed: Seed of the draws.
+        resample: What is drawn, see `ComparisonConfig`.
 
     Returns:
         For each pair `first`, `second`, `difference`, its 95 % `interval`, `p_value`, and `p_holm`, which allows for
@@ -94,14 +107,14 @@ def paired_differences(
     Raises:
         UsageError: Two of a pair are of different images, or of different scores.
     """
-    found = [compare_predictions(one, other, draws=draws, seed=seed) for _, _, one, other in pairs]
+    found = [compare_predictions(one, other, draws=draws, seed=seed, resample=resample) for _, _, one, other in pairs]
     corrected = holm([difference.p_value for difference in found])
     return [
         {
             "first": first,
             "second": second,
             "difference": difference.value,
-            "interval": [difference.low, difference.high],
+            "interval": difference.ends,
             "p_value": difference.p_value,
             "p_holm": p_holm,
         }
@@ -109,17 +122,20 @@ def paired_differences(
     ]
 
 
-def compare_predictions(first: Predictions, second: Predictions, *, draws: int = 1000, seed: int = 0) -> Difference:
+def compare_predictions(
+    first: Predictions, second: Predictions, *, draws: int = 1000, seed: int = 0, resample: Resample = "images"
+) -> Difference:
     """Return by how much the second scores higher than the first, on the same images.
 
-    DeLong's test where the score is the AUROC of one finding, and images are in no groups; else the paired bootstrap,
-    stratified by class, or over the groups of the first.
+    DeLong's test where the score is the AUROC of one finding, and images are in no groups; else the paired bootstrap
+    over images, or over the groups of the first.
 
     Args:
         first: What one encoder said.
         second: What another said of the same images, in any order.
         draws: Draws of the bootstrap.
         seed: Seed of the draws.
+        resample: What is drawn, see `ComparisonConfig`.
 
     Raises:
         UsageError: They are of different images, or of different scores.
@@ -130,8 +146,23 @@ def compare_predictions(first: Predictions, second: Predictions, *, draws: int =
     if _is_one_finding(first) and first.groups is None:
         return delong(first.predicted.reshape(-1), second.predicted.reshape(-1), first.targets.reshape(-1))
     return paired_bootstrap(
-        first.score, first.predicted, second.predicted, first.targets, draws=draws, seed=seed, groups=first.groups
+        first.score,
+        first.predicted,
+        second.predicted,
+        first.targets,
+        strata=first.strata(resample),
+        groups=first.groups,
+        draws=draws,
+        seed=seed,
     )
+
+
+def _beside(said: Predictions) -> dict[str, float]:
+    """Return what an accuracy is read beside."""
+    if said.score_name != "accuracy":
+        return {}
+    found = class_scores(torch.from_numpy(said.predicted), torch.from_numpy(said.targets))
+    return {"balanced_accuracy": found.balanced_accuracy, "majority_share": found.majority_share}
 
 
 def _is_one_finding(said: Predictions) -> bool:

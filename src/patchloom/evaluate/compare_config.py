@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from patchloom.errors import UsageError, unknown_name
+from patchloom.evaluate.config import Resample, check_resample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class ComparisonConfig:
     """Compare every pair, or each with the first only"""
     draws: int = 1000
     """Draws of the paired bootstrap"""
+    resample: Resample = "images"
+    """What bootstrap draws choose from: images, all alike; or classes, as many images of each as there are, which takes
+    the shares of the classes as given and is narrower"""
     seed: int = 0
     """Seed of the draws, and of the evaluations"""
     out: str | None = None
@@ -42,6 +46,7 @@ class ComparisonConfig:
             raise UsageError("encoders are measured on images: give train and test")
         if self.draws < 2:
             raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
+        check_resample(self.resample)
         if self.against not in ("all", "first"):
             raise unknown_name("against", self.against, ("all", "first"))
         if self.out is not None and Path(self.out).exists():

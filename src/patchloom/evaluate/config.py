@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from patchloom.choices import Pool, Precision, View
 from patchloom.errors import UsageError, unknown_name
 from patchloom.source_options import SourceOptions
 
 PIXELS = "pixels"
+
+
+Resample = Literal["images", "classes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class EvaluationConfig(SourceOptions):
     """Seed of fresh weights and of whatever is drawn"""
     draws: int = 1000
     """Bootstrap draws behind the 95 % interval of each score"""
+    resample: Resample = "images"
+    """What bootstrap draws choose from: images, all alike; or classes, as many images of each as there are, which takes
+    the shares of the classes as given and is narrower"""
     groups: str | None = None
     """CSV file (columns key, group): test images of one group (patient, slide, scene) are not independent, so intervals
     and comparisons draw whole groups"""
@@ -69,6 +75,7 @@ class EvaluationConfig(SourceOptions):
                 raise unknown_name(kind, value, get_args(known))
         if self.draws < 2:
             raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
+        check_resample(self.resample, grouped=self.groups is not None)
         if self.out is not None and Path(self.out).exists():
             raise UsageError(f"{self.out} exists; choose another out")
         if self.predictions is not None:
@@ -88,3 +95,19 @@ def check_free(path: Path) -> None:
         raise UsageError(f"predictions is {path}; name a file that ends in .npz")
     if path.exists():
         raise UsageError(f"{path} exists; choose another file for predictions")
+
+
+def check_resample(resample: str, grouped: bool = False) -> None:
+    """Refuse what the bootstrap cannot draw.
+
+    Args:
+        resample: What it is to choose from.
+        grouped: Whether it draws whole groups.
+
+    Raises:
+        UsageError: Unknown, or classes where groups are drawn.
+    """
+    if resample not in get_args(Resample):
+        raise unknown_name("resample", resample, get_args(Resample))
+    if grouped and resample == "classes":
+        raise UsageError("resample is classes, and groups are drawn whole; leave one of resample and groups out")

@@ -9,6 +9,7 @@ import torch
 from patchloom.evaluate.knn_config import KNNConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.subset import learning_features, shot_neighbours
+from patchloom.features.class_scores import class_scores
 from patchloom.features.extract import torch_device
 from patchloom.features.knn import knn_votes
 
@@ -39,8 +40,9 @@ class KNN(Evaluation):
         used: dict[str, Any] = {"k": k, "temperature": config.temperature, "leave_one_out": leave_one_out}
         used |= config.drawn()
         if config.ks:
-            shares = {str(number): (found.argmax(1) == test.labels).double() for number, found in said.items()}
-            used["accuracy_by_k"] = {number: float(right.mean()) for number, right in shares.items()}
+            shares = {str(number): class_scores(found.argmax(1), test.labels) for number, found in said.items()}
+            used["accuracy_by_k"] = {number: one.accuracy for number, one in shares.items()}
+            used["balanced_accuracy_by_k"] = {number: one.balanced_accuracy for number, one in shares.items()}
         if leave_one_out and (alone := _alone(train.labels, class_names)):
             used["notes"] = [f"one image only, which nothing can tell: {', '.join(alone)}"]
         return {**figures, **used}

@@ -20,8 +20,13 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from patchloom.evaluate.delong import delong_interval
+from patchloom.evaluate.what_if import WhatIf, of_areas, of_classes, of_scores, of_values
+
 Array = np.ndarray
 Weighted = Callable[[Array, Array, Array], Array]
+ClosedForm = Callable[[Array, Array, float], tuple[float, float] | None]
+UNSEEN = {"classes": of_classes, "values": of_values, "scores": of_scores, "areas": of_areas}
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,22 @@ class Score:
     weighted: Weighted
     """Takes predictions (n, …), targets (n, …) and weights (r, n), returns (r,); NaN where it is not defined."""
     needs: str
-    """What predictions are: `classes`, (n,) integers; `scores`, (n, L), higher where a label is more likely; or
-    `values`, (n,), such as the precision of each query."""
+    """What predictions are: `classes`, (n,) integers; `scores`, (n, L), higher where a label is more likely;
+    `values`, (n,) in [0, 1], such as the precision of each query; or `areas`, (n, 3, …), of images."""
+    closed: ClosedForm | None = None
+    """Interval without draws for independent images: of predictions, targets and level; None where it has no say."""
+
+    def what_if(self, predictions: Array, targets: Array, units: int) -> WhatIf:
+        """Return images that were not seen, for draws of so many units; see `evaluate.what_if`."""
+        return UNSEEN[self.needs](predictions, targets, units)
+
+    def what_if_pair(self, first: Array, second: Array, targets: Array, units: int) -> tuple[WhatIf, WhatIf]:
+        """Return the same for two encoders, row by row of the same images."""
+        if self.needs != "classes":
+            return self.what_if(first, targets, units), self.what_if(second, targets, units)
+        # The answers thought of are those of both.
+        both = self.what_if(np.concatenate([first, second]), np.concatenate([targets, targets]), units)
+        return both, both
 
     def __call__(self, predictions: Any, targets: Any) -> float:
         """Return the score of all images, each counted once."""
@@ -124,19 +143,60 @@ def _label_macro_f1(scores: Array, truth: Array, weights: Array) -> Array:
     return _mean_over(_share(2.0 * (weights @ (said & there).astype(np.int64)), twice), occur > 0)
 
 
+def exact_share(right: int, n: int, level: float) -> tuple[float, float]:
+    """Return the interval of a share that holds at any n (Clopper and Pearson 1934).
+
+    >>> [round(end, 3) for end in exact_share(40, 40, 0.95)]
+    [0.912, 1.0]
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(right, n).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
+
+
+def _accuracy_ends(predicted: Array, truth: Array, level: float) -> tuple[float, float]:
+    return exact_share(int((predicted == truth).sum()), len(truth), level)
+
+
+def _value_ends(values: Array, truth: Array, level: float) -> tuple[float, float] | None:
+    """Return the ends where values are shares of one image: found or not."""
+    return exact_share(int(values.sum()), len(values), level) if np.isin(values, (0, 1)).all() else None
+
+
+def _auroc_ends(scores: Array, truth: Array, level: float) -> tuple[float, float] | None:
+    """Return the ends of the AUROC of a single label, or of two classes that are each other's reverse."""
+    scores = scores.reshape(len(scores), -1)
+    if truth.ndim == 1 and scores.shape[1] == 2:
+        once = np.ones((1, len(truth)), dtype=np.int64)
+        margin = scores[:, 1] - scores[:, 0]
+        areas = [
+            float(auroc_weighted(one, there, once)[0])
+            for one, there in ((scores[:, 0], truth == 0), (scores[:, 1], truth == 1), (margin, truth == 1))
+        ]
+        if not np.ptp(areas) < 1e-9:
+            return None
+        scores, truth = margin[:, None], truth == 1
+    truth = truth.reshape(-1)
+    if scores.shape[1] != 1 or len(np.unique(truth[~np.isnan(truth.astype(np.float64))])) != 2:
+        return None
+    found = delong_interval(scores[:, 0], truth, level=level)
+    return found.low, found.high
+
+
 def _mean_value(values: Array, truth: Array, weights: Array) -> Array:
     return _share(weights @ values.astype(np.float64), weights.sum(1))
 
 
-accuracy = Score("accuracy", _accuracy, "classes")
+accuracy = Score("accuracy", _accuracy, "classes", _accuracy_ends)
 balanced_accuracy = Score("balanced_accuracy", _balanced_accuracy, "classes")
 macro_f1 = Score("macro_f1", _macro_f1, "classes")
 kappa = Score("kappa", _kappa, "classes")
 mean_grade_error = Score("mean_grade_error", _mean_grade_error, "classes")
-auroc = Score("auroc", _binary_auroc, "scores")
-mean_auroc = Score("mean_auroc", _mean_auroc, "scores")
+auroc = Score("auroc", _binary_auroc, "scores", _auroc_ends)
+mean_auroc = Score("mean_auroc", _mean_auroc, "scores", _auroc_ends)
 label_macro_f1 = Score("label_macro_f1", _label_macro_f1, "scores")
-mean_value = Score("mean_value", _mean_value, "values")
+mean_value = Score("mean_value", _mean_value, "values", _value_ends)
 
 SCORES = {
     score.name: score

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError
+from patchloom.evaluate.delong import delong_interval
 from patchloom.evaluate.figures import counts
 from patchloom.evaluate.linear_grid import LinearGrid
 from patchloom.evaluate.metrics import label_macro_f1, mean_auroc, per_label_auroc
 from patchloom.evaluate.multilabel_config import MultiLabelConfig
 from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import Interval, bootstrap_interval, delong_interval
+from patchloom.evaluate.statistics import Interval, bootstrap_interval
 from patchloom.evaluate.subset import learning_features, shot_neighbours
 from patchloom.features.extract import Features, torch_device
 from patchloom.features.knn import knn_votes
@@ -67,7 +68,7 @@ class MultiLabel(LinearGrid):
         areas = per_label_auroc(said, truth)
         if all(area != area for area in areas):
             raise UsageError("no label both occurs and fails to occur among the images to measure on")
-        drawn: dict[str, Any] = {"draws": self.config.draws, "seed": self.config.seed}
+        drawn = self.drawing()
         mean = self.predictions.interval(**drawn)
         f1 = self.predictions.interval(label_macro_f1, **drawn)
         each: dict[str, dict[str, Any]] = {}
@@ -80,16 +81,23 @@ class MultiLabel(LinearGrid):
             found: Interval = (
                 delong_interval(said[:, number], column)
                 if groups is None  # DeLong takes images to be independent
-                else bootstrap_interval(mean_auroc, said[:, [number]], truth[:, [number]], groups=groups, **drawn)
+                else bootstrap_interval(
+                    mean_auroc,
+                    said[:, [number]],
+                    truth[:, [number]],
+                    groups=groups,
+                    draws=self.config.draws,
+                    seed=self.config.seed,
+                )
             )
-            each[name] = {"auroc": area, "interval": [found.low, found.high], **shown}
+            each[name] = {"auroc": area, "interval": found.ends, **shown}
         figures = {
             "score": mean.value,
             "score_name": "mean_auroc",
-            "interval": [mean.low, mean.high],
+            "interval": mean.ends,
             "mean_auroc": mean.value,
             "label_macro_f1": f1.value,
-            "intervals": {"mean_auroc": [mean.low, mean.high], "label_macro_f1": [f1.low, f1.high]},
+            "intervals": {"mean_auroc": mean.ends, "label_macro_f1": f1.ends},
             "per_label": each,
             **counts(train, test),
         }

@@ -32,10 +32,10 @@ class Ordinal(Linear):
         said = scores.argmax(1) if config.decide == "likeliest" else expected
         figures = self.classified(scores, train, test, order, said)
         assert self.predictions is not None
-        drawn = {"draws": config.draws, "seed": config.seed}
+        drawn = self.drawing()
         found, error = (self.predictions.interval(score, **drawn) for score in (kappa, mean_grade_error))
         self.predictions = replace(self.predictions, score_name="kappa")
-        intervals = {"kappa": [found.low, found.high], "mean_grade_error": [error.low, error.high]}
+        intervals = {"kappa": found.ends, "mean_grade_error": error.ends}
         return {
             **figures,
             **used,

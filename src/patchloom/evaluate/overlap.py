@@ -91,7 +91,7 @@ def scores_with_intervals(
             ends = bootstrap_interval(score, part, nobody, draws=draws, seed=seed)
         except UsageError:  # so rare a class that hardly any draw has it
             return [None, None]
-        return [plain(ends.low), plain(ends.high)]
+        return ends.ends
 
     names = dict(enumerate(class_names))
     absent = [names[number] for number, count in enumerate(found.true.sum(0).tolist()) if not count]

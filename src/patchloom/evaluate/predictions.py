@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from patchloom.errors import UsageError, unknown_name
-from patchloom.evaluate.config import check_free
+from patchloom.evaluate.config import Resample, check_free, check_resample
 from patchloom.evaluate.metrics import SCORES, Score
-from patchloom.evaluate.statistics import Interval, bootstrap_interval
+from patchloom.evaluate.statistics import FEW_GROUPS, Interval, bootstrap_interval
 from patchloom.io import written_whole
 
 Array = np.ndarray
@@ -57,11 +57,46 @@ class Predictions:
         """The score that is reported."""
         return SCORES[self.score_name]
 
-    def interval(self, score: Score | None = None, *, draws: int = 1000, seed: int = 0) -> Interval:
-        """Return a score (default: the one reported) with its bootstrap interval, stratified by class or by group."""
+    def interval(
+        self, score: Score | None = None, *, draws: int = 1000, seed: int = 0, resample: Resample = "images"
+    ) -> Interval:
+        """Return a score (default: the one reported) with its interval, over whole groups where there are some.
+
+        Raises:
+            UsageError: Classes are to be resampled, and images have several labels.
+        """
         chosen = score or self.score
         given = self.scores if chosen.needs == "scores" and self.scores is not None else self.predicted
-        return bootstrap_interval(chosen, given, self.targets, groups=self.groups, draws=draws, seed=seed)
+        return bootstrap_interval(
+            chosen, given, self.targets, strata=self.strata(resample), groups=self.groups, draws=draws, seed=seed
+        )
+
+    def strata(self, resample: Resample) -> Array | None:
+        """Return what draws keep the shares of, see `bootstrap_interval`.
+
+        Raises:
+            UsageError: As for `interval`.
+        """
+        check_resample(resample)
+        if resample == "images" or self.groups is not None:
+            return None
+        if self.targets.ndim != 1 or self.targets.dtype.kind not in "iub":
+            raise UsageError("resample is classes, and these images have no single class each; leave it at images")
+        return self.targets
+
+    def doubts(self) -> list[str]:
+        """Return, in words, why the intervals are not to be trusted; nothing where they are."""
+        if self.groups is not None and (count := len(np.unique(self.groups))) < FEW_GROUPS:
+            return [f"{count} group{'s' * (count != 1)} of test images are too few for an interval to be trusted"]
+        if len(self.keys) < 2:
+            return ["one test image has no interval but that of a share"]
+        if self.targets.ndim != 1 or not self.class_names:
+            return []
+        shown = np.bincount(self.targets.astype(np.int64), minlength=len(self.class_names))
+        absent = [name for name, count in zip(self.class_names, shown, strict=False) if not count]
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        said = f"no test image of {', '.join(absent[:3])}{more}: figures and intervals say nothing of them"
+        return [said] if absent else []
 
     def ordered_like(self, other: Predictions) -> Predictions:
         """Return the predictions in the order of others of the same images.

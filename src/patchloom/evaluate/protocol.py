@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,9 @@ class Evaluation:
         """Return `score`, `score_name`, the `interval` of the score, and what goes with them."""
         start = time.perf_counter()
         figures = self.figures()
+        if self.predictions is not None and (doubts := self.predictions.doubts()):
+            print(*doubts, sep="\n", file=sys.stderr)
+            figures["notes"] = [*figures.get("notes", []), *doubts]
         return {**figures, "seconds": round(time.perf_counter() - start, 2)}
 
     def figures(self) -> dict[str, Any]:
@@ -72,5 +76,8 @@ class Evaluation:
             self.about(),
             self.groups_of(test.keys),
         )
-        draws, seed = self.config.draws, self.config.seed
-        return classification_figures(self.predictions, train, test, draws=draws, seed=seed)
+        return classification_figures(self.predictions, train, test, **self.drawing())
+
+    def drawing(self) -> dict[str, Any]:
+        """Return how intervals are drawn: `draws`, `seed` and `resample`."""
+        return {name: getattr(self.config, name) for name in ("draws", "seed", "resample")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,9 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.figures import counts
-from patchloom.evaluate.metrics import mean_value
 from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.retrieval_config import RetrievalConfig
-from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import torch_device
 
@@ -47,15 +46,16 @@ class Retrieval(Evaluation):
             values[f"recall@{k}"] = (first[asked] < k).double().numpy()
         keys = [key for key, used in zip(test.keys, asked.tolist(), strict=True) if used]
         groups = self.groups_of(keys)
-        drawn: dict[str, Any] = {"draws": config.draws, "seed": config.seed, "strata": truth, "groups": groups}
-        found = {name: bootstrap_interval(mean_value, one, truth, **drawn) for name, one in values.items()}
         self.predictions = Predictions(keys, values["map"], truth, "mean_value", about=self.about(), groups=groups)
+        found = {
+            name: replace(self.predictions, predicted=one).interval(**self.drawing()) for name, one in values.items()
+        }
         figures = {
             "score": found["map"].value,
             "score_name": "map",
-            "interval": [found["map"].low, found["map"].high],
+            "interval": found["map"].ends,
             **{name: interval.value for name, interval in found.items()},
-            "intervals": {name: [interval.low, interval.high] for name, interval in found.items()},
+            "intervals": {name: interval.ends for name, interval in found.items()},
             "leave_one_out": train is test,
             **counts(train, test),
             "n": int(asked.sum()),

@@ -16,9 +16,10 @@ from patchloom.evaluate.config import EvaluationConfig
 from patchloom.evaluate.subset_config import Protocol, check_shots
 from patchloom.io import write_text
 from patchloom.source_options import SourceOptions
-from patchloom.study import Cell, Outcome, Table, claim_folder, markdown, mean_and_interval, run_cells, write_csv
+from patchloom.study import Cell, Outcome, Table, claim_folder, markdown, run_cells, write_csv
 
 if TYPE_CHECKING:
+    from patchloom.features.class_scores import ClassScores
     from patchloom.features.extract import Features
 
 PROTOCOLS = ("logistic", "knn")
@@ -118,6 +119,7 @@ def scaling(
 
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
     from patchloom.data.groups import read_groups
+    from patchloom.evaluate.statistics import mean_interval
     from patchloom.evaluate.subset import few_shot_subset, shot_neighbours, taken
     from patchloom.evaluate.target import labelled_features
 
@@ -135,15 +137,26 @@ def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
             if shots is not None:
                 chosen = few_shot_subset(train.labels, shots, protocol=by, seed=seed, patients=grouped)
                 learnt = taken(train, chosen)
-            scores.append(_score(learnt, test, len(class_names), probe["protocol"], most))
+            scores.append(_scores(learnt, test, len(class_names), probe["protocol"], most))
             used = len(learnt.labels)
-        mean, low, high = mean_and_interval(scores)
-        points.append({"shots": shots, "images": used, "accuracy": mean, "low": low, "high": high})
+        mean = mean_interval([score.accuracy for score in scores])
+        points.append(
+            {
+                "shots": shots,
+                "images": used,
+                "accuracy": mean.value,
+                "low": mean.ends[0],
+                "high": mean.ends[1],
+                "balanced_accuracy": sum(score.balanced_accuracy for score in scores) / len(scores),
+                "majority_share": scores[-1].majority_share,
+            }
+        )
     return {"points": points, "dim": int(test.vectors.shape[1]), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _score(train: Features, test: Features, classes: int, protocol: str, most: int) -> float:
+def _scores(train: Features, test: Features, classes: int, protocol: str, most: int) -> ClassScores:
     from patchloom.evaluate.logistic import fit_logistic
+    from patchloom.features.class_scores import class_scores
     from patchloom.features.knn import knn_predict
 
     x, y = train.vectors, train.labels
@@ -151,7 +164,7 @@ def _score(train: Features, test: Features, classes: int, protocol: str, most: i
         said = knn_predict(x, y, test.vectors, k=min(most, len(y)), temperature=0.07, num_classes=classes)
     else:
         said = fit_logistic(x, y, classes, c=1.0).predict(test.vectors)
-    return float((said == test.labels).double().mean())
+    return class_scores(said, test.labels)
 
 
 def _rows(outcome: Outcome) -> list[dict[str, Any]]:
@@ -167,14 +180,20 @@ def _rows(outcome: Outcome) -> list[dict[str, Any]]:
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
     if "failed" in row:
         return {"encoder": row["encoder"], "image size": row["image size"], "accuracy": f"failed: {row['failed']}"}
-    half = (row["high"] - row["low"]) / 2
-    text = f"{row['accuracy']:.1%} ± {half:.1%}" if half else f"{row['accuracy']:.1%}"
+    text = f"{row['accuracy']:.1%}"
+    if row["low"] is not None:
+        text += f" ± {(row['high'] - row['low']) / 2:.1%}"
     return {
         "encoder": row["encoder"],
         "image size": row["image size"],
         "labels per class": row["shots"],
         "images": row["images"],
         "accuracy": text,
+        **{
+            name.replace("_", " "): f"{row[name]:.1%}"
+            for name in ("balanced_accuracy", "majority_share")
+            if name in row
+        },
     }
 
 
@@ -225,5 +244,7 @@ def _chart(rows: list[dict[str, Any]], x: str, label: str) -> Any:
         name = Path(encoder).name if size == "own" else f"{Path(encoder).name} at {size}"
         name = encoder if name in series else name
         series[name] = ([row[x] for row in mine], [row["accuracy"] * 100 for row in mine])
-        bands[name] = ([row["low"] * 100 for row in mine], [row["high"] * 100 for row in mine])
+        bands[name] = tuple(
+            [100 * row["accuracy" if row[end] is None else end] for row in mine] for end in ("low", "high")
+        )
     return curves(series, bands=bands, x_label=label, y_label="accuracy, %", title="Accuracy by labels", log_x=True)

@@ -39,6 +39,8 @@ from patchloom.study import (
     write_csv,
 )
 
+# What an accuracy is read beside: key in the figures, column of tables.
+BESIDE = {"balanced_accuracy": "balanced accuracy", "majority_share": "commonest class"}
 KNOWN = ("encoders", "data", "protocols", "defaults")
 
 
@@ -131,7 +133,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     score = figures.get("score", figures.get("accuracy"))
     low, high = figures.get("interval") or (None, None)
     row |= {"score": score, "low": low, "high": high, "measure": figures.get("score_name", "accuracy")}
-    return row | {name: figures[name] for name in ("n", "seconds") if name in figures}
+    return row | {name: figures[name] for name in (*BESIDE, "n", "seconds") if name in figures}
 
 
 def _predictions(folder: Path, cell: Cell) -> Path:
@@ -175,7 +177,7 @@ def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, An
 
 def _readable_difference(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: row[name] for name in ("data", "protocol", "first", "second")}
-    interval = f"{row['low']:+.3f} – {row['high']:+.3f}"
+    interval = "" if row["low"] is None else f"{row['low']:+.3f} – {row['high']:+.3f}"
     return {
         **words,
         "second less first": f"{row['difference']:+.3f}",
@@ -190,7 +192,8 @@ def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
         return {**words, "score": f"failed: {row['failed']}"}
     score = "–" if row["score"] is None else f"{row['score']:.3f}"
     interval = "" if row["low"] is None else f"{row['low']:.3f} – {row['high']:.3f}"
-    return {**words, "score": score, "95 % interval": interval}
+    beside = {column: f"{row[name]:.3f}" for name, column in BESIDE.items() if name in row}
+    return {**words, "score": score, "95 % interval": interval, **beside}
 
 
 def _write_report(
@@ -211,7 +214,7 @@ def _write_report(
             ends = {row["encoder"]: (row["low"], row["high"]) for row in scored if row["low"] is not None}
             values = {row["encoder"]: row["score"] for row in scored}
             figures = [bars(values, intervals=ends, y_label=scored[0]["measure"], title=" · ".join(pair))]
-        columns = ("encoder", "measure", "score", "95 % interval")
+        columns = ("encoder", "measure", "score", "95 % interval", *BESIDE.values())
         table = [{name: value for name, value in _readable(row).items() if name in columns} for row in mine]
         sections.append(Section(title=" · ".join(pair), figures=figures, table=table))
         paired = [_readable_difference(row) for row in differences if (row["data"], row["protocol"]) == pair]

@@ -33,6 +33,7 @@ from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.mask_reading import masks_said
+from patchloom.evaluate.metrics import mean_value
 from patchloom.evaluate.overlap import by_foreground_class, counted_areas, nanmean, plain, scores_with_intervals
 from patchloom.evaluate.statistics import bootstrap_interval
 from patchloom.evaluate.target import resolve_encoder
@@ -163,8 +164,7 @@ def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dic
         known = values[~np.isnan(values)]
         if not len(known):
             return [None, None]
-        ends = bootstrap_interval(_mean, known, np.zeros(len(known)), seed=seed)
-        return [ends.low, ends.high]
+        return bootstrap_interval(mean_value, known, np.zeros(len(known)), seed=seed).ends
 
     per_case = nanmean(table, 1)
     mean = nanmean(per_case[None], 1)[0]
@@ -195,7 +195,3 @@ def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dic
         "cases": {case.key: plain(value) for case, value in zip(cases, per_case, strict=True)},
         "n": len(cases),
     }
-
-
-def _mean(values: np.ndarray, truth: np.ndarray) -> float:
-    return float(values.mean())

@@ -80,8 +80,9 @@ class Volumes:
         about = {"encoder": str(config.encoder)[:200], "test": config.test, "slice_pool": config.slice_pool}
         groups = None if config.groups is None else read_groups(config.groups, measured.keys)
         self.predictions = Predictions(measured.keys, said, measured.labels, "mean_auroc", names, scores, about, groups)
-        area = self.predictions.interval(draws=config.draws, seed=config.seed)
-        right = self.predictions.interval(accuracy, draws=config.draws, seed=config.seed)
+        drawn: dict[str, Any] = {"draws": config.draws, "seed": config.seed, "resample": config.resample}
+        area = self.predictions.interval(**drawn)
+        right = self.predictions.interval(accuracy, **drawn)
         skipped = learnt.skipped + measured.skipped
         return {
             "score": _finite(area.value),
@@ -89,8 +90,10 @@ class Volumes:
             "interval": [_finite(area.low), _finite(area.high)],
             "mean_auroc": _finite(area.value),
             "accuracy": right.value,
-            "accuracy_interval": [right.low, right.high],
+            "accuracy_interval": right.ends,
             "balanced_accuracy": balanced_accuracy(said, measured.labels),
+            "majority_share": float(np.bincount(measured.labels).max() / len(measured.labels)),
+            "notes": self.predictions.doubts(),
             "per_class_accuracy": {
                 name: float((said[measured.labels == number] == number).mean())
                 for number, name in enumerate(names)

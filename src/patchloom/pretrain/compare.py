@@ -32,7 +32,6 @@ from patchloom.study import (
     Table,
     claim_folder,
     markdown,
-    mean_and_interval,
     read_recipe,
     run_cells,
     write_csv,
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
 
 KNOWN = ("data", "test", "train", "encoder", "steps", "minutes", "seeds", "defaults", "methods", "evaluate")
 UNTRAINED = "untrained"
+# What an accuracy is read beside.
+BESIDE = {"balanced_accuracy": "balanced accuracy", "majority_share": "commonest class"}
 TRIAL_STEPS = (5, 25)
 
 
@@ -116,6 +117,7 @@ def _train_and_measure(cell: Cell, folder: Path) -> dict[str, Any]:
         shared = {"train": plan["train"] or plan["data"], "test": plan["test"], "seed": plan["seed"]}
         measured, _ = measure(protocol, {**shared, **settings, "encoder": encoder})
         figures[name] = measured.get("score", measured.get("accuracy"))
+        figures |= {f"{name} {words}": measured[key] for key, words in BESIDE.items() if key in measured}
     return figures
 
 
@@ -146,6 +148,8 @@ def _steps_within(plan: Mapping[str, Any], folder: Path) -> int:
 
 def summarise(outcomes: list[Outcome], protocols: list[str]) -> list[dict[str, Any]]:
     """Return one row per method: mean and 95 % interval over seeds of every score, time, and failures by name."""
+    from patchloom.evaluate.statistics import mean_interval
+
     rows = []
     for name in dict.fromkeys(outcome.cell.labels["method"] for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.cell.labels["method"] == name]
@@ -153,9 +157,12 @@ def summarise(outcomes: list[Outcome], protocols: list[str]) -> list[dict[str, A
         row: dict[str, Any] = {"method": name, "seeds": len(good)}
         for protocol in protocols:
             if values := [figures[protocol] for figures in good if figures.get(protocol) is not None]:
-                mean, low, high = mean_and_interval(values)
-                row[protocol] = f"{mean:.1%} ± {(high - low) / 2:.1%}" if len(values) > 1 else f"{mean:.1%}"
+                mean, (low, high) = (found := mean_interval(values)).value, found.ends
+                row[protocol] = f"{mean:.1%}" if low is None or high is None else f"{mean:.1%} ± {(high - low) / 2:.1%}"
                 row |= {f"{protocol} mean": mean, f"{protocol} low": low, f"{protocol} high": high}
+            for words in BESIDE.values():
+                if beside := [figures[f"{protocol} {words}"] for figures in good if f"{protocol} {words}" in figures]:
+                    row[f"{protocol} {words}"] = f"{sum(beside) / len(beside):.1%}"
         for figure in ("steps", "training_seconds"):
             if values := [figures[figure] for figures in good if figure in figures]:
                 row[figure.replace("_", " ")] = round(sum(values) / len(values))
@@ -181,7 +188,8 @@ def _write(
         scored = [row for row in rows if f"{protocol} mean" in row]
         if scored:
             values = {row["method"]: row[f"{protocol} mean"] * 100 for row in scored}
-            ends = {r["method"]: (r[f"{protocol} low"] * 100, r[f"{protocol} high"] * 100) for r in scored}
+            known = [row for row in scored if row[f"{protocol} low"] is not None]
+            ends = {r["method"]: (r[f"{protocol} low"] * 100, r[f"{protocol} high"] * 100) for r in known}
             figures.append(bars(values, intervals=ends, y_label="%", title=protocol))
     failures = [{"run": str(outcome.cell), "reason": outcome.error} for outcome in outcomes if outcome.error]
     sections = [

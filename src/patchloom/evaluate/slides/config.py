@@ -78,8 +78,8 @@ class SlidesConfig(TileSettings):
     """Count the best epoch from 0, as the published code does"""
     nested: bool = False
     """Also choose inside outer folds (folds x folds x repeats): an unbiased score where there is no test cohort"""
-    interval_kind: Literal["percentile", "basic"] = "percentile"
-    """Bootstrap interval; basic is the published benchmark's"""
+    interval_kind: Literal["auto", "percentile", "basic"] = "auto"
+    """Interval of the score; auto holds where patients are few, basic (a bootstrap) is the published benchmark's"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:1"""
     seed: int = 0

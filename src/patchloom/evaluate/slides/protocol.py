@@ -23,6 +23,7 @@ from torch import nn
 
 from patchloom.bundle import bundle_fingerprint
 from patchloom.errors import UsageError
+from patchloom.evaluate.delong import delong
 from patchloom.evaluate.slides.bags import Cohort, read_cohort
 from patchloom.evaluate.slides.config import SlidesConfig
 from patchloom.evaluate.slides.embed import EmbedConfig, run_embed, weights_fingerprint
@@ -33,7 +34,7 @@ from patchloom.evaluate.slides.validate import (
     nested_cross_validation,
     retrain,
 )
-from patchloom.evaluate.statistics import Difference, bootstrap_interval, delong, mean_interval, paired_bootstrap
+from patchloom.evaluate.statistics import Difference, bootstrap_interval, mean_interval, paired_bootstrap
 from patchloom.io import make_folder, write_json, write_rows
 
 
@@ -162,7 +163,7 @@ class Slides:
         chosen = ensemble.settings
         figures = {
             "score": found.value,
-            "interval": [found.low, found.high],
+            "interval": found.ends,
             "score_name": task.metric_name,
             "measured_on": "the test cohort"
             if answers.members is not None
