@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -195,7 +196,11 @@ def main() -> None:
             rows.append([f"difference in {score.name}", "two classifiers", *(f"{share:.3f}" for share in held), ""])
             print(rows[-1], flush=True)
     header = ["score", "simulated", *(f"n = {n}" for n in options.sizes), f"plain bootstrap, n = {options.sizes[0]}"]
-    made = f"{options.tries:,} test sets each (a quarter above 500 images), {options.draws} draws"
+    errors = [np.sqrt(0.95 * 0.05 / count) for count in (options.tries, max(1, options.tries // 4))]
+    made = (
+        f"{date.today()}, {options.tries:,} test sets each ({options.tries // 4:,} above 500 images), {options.draws} "
+        f"draws; the standard error of a coverage of 0.95 is {errors[0]:.3f} ({errors[1]:.3f})"
+    )
     text = f"{made}\n\n{markdown_table(header, rows)}"
     print(text)
     if options.write:

@@ -43,7 +43,8 @@ def written(tmp_path, contents):
 def test_a_table_of_methods_and_label_budgets(tmp_path, base):
     recipe = written(tmp_path, plan(base, label_fractions=[0.1, 1.0]))
     table = compare(recipe, str(tmp_path / "out"))
-    assert table.splitlines()[0] == ("| method | labels | seeds | accuracy | trained parameters | file MB | seconds |")
+    scores = "accuracy | balanced accuracy | majority share"
+    assert table.splitlines()[0] == f"| method | labels | seeds | {scores} | trained parameters | file MB | seconds |"
     with (tmp_path / "out" / "compare.csv").open() as opened:
         rows = list(csv.DictReader(opened))
     assert [(row["method"], row["labels"]) for row in rows] == [

@@ -149,7 +149,9 @@ def test_intervals_are_those_of_drawing_images(folders):
     for _ in range(400):
         chosen = torch.from_numpy(rng.integers(0, 40, 40))
         drawn.append(mean_iou(Areas(*(x[chosen] for x in found)).total()))
-    assert scores["interval"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+    # A little wider on both sides: what was not seen, and Student's t for 40 images.
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert scores["interval"] == pytest.approx([low - 0.015, high + 0.015], abs=0.014)
     low, high = scores["per_class_interval"]["b"]
     assert low < scores["per_class_iou"]["b"] < high
 

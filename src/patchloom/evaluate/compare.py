@@ -64,7 +64,7 @@ class Compare:
             "n": len(said[0].keys),
             "scores": scores,
             "differences": differences,
-            "notes": said[0].doubts(),
+            **({"notes": doubts} if (doubts := said[0].doubts()) else {}),
         }
 
     def _said(self, name: Any) -> Predictions:

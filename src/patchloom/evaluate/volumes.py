@@ -93,7 +93,7 @@ class Volumes:
             "accuracy_interval": right.ends,
             "balanced_accuracy": balanced_accuracy(said, measured.labels),
             "majority_share": float(np.bincount(measured.labels).max() / len(measured.labels)),
-            "notes": self.predictions.doubts(),
+            **({"notes": doubts} if (doubts := self.predictions.doubts()) else {}),
             "per_class_accuracy": {
                 name: float((said[measured.labels == number] == number).mean())
                 for number, name in enumerate(names)
