@@ -6,10 +6,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help install demo test lint format types docs clean
+.PHONY: help install demo test test-all lint format types docs clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 install: $(READY)  ## make the virtual environment and install everything
 
@@ -24,7 +24,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## a Vision Transformer from the embedded photographs, with a report: minutes on a laptop
 	$(BIN)/patchloom demo --out runs/demo --overwrite
 
-test: $(READY)  ## the test suite
+test: $(READY)  ## the tests that are quick
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+test-all: $(READY)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## ruff

@@ -23,6 +23,7 @@ SMALL = {
     "max_steps": 1,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "precision": "32-true",
     "accelerator": "cpu",
 }

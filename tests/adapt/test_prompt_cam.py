@@ -20,6 +20,7 @@ SMALL = {
     "batch_size": 32,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "precision": "32-true",
     "accelerator": "cpu",
 }

@@ -124,6 +124,7 @@ SMALL: dict[str, Any] = {
     "val_fraction": 0.0,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "log_every": 1,
     "precision": "32-true",
     "accelerator": "cpu",

@@ -27,6 +27,7 @@ SMALL = {
     "codebook_iters": 2,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "log_every": 1,
     "precision": "32-true",
     "accelerator": "cpu",
@@ -151,7 +152,8 @@ def test_every_ablation_of_the_paper_trains_all_its_parameters(settings, parts):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("runs") / "digits"
-    return pl.pretrain("ccvit", **{**SMALL, "out": str(out), "probe_data": "digits:test", "early_layers": 4})
+    probed = {"probe_every": 1000, "report": True, "probe_data": "digits:test"}
+    return pl.pretrain("ccvit", **{**SMALL, **probed, "out": str(out), "early_layers": 4})
 
 
 def test_a_run_ends_with_bundle_figures_and_report(run):

@@ -17,12 +17,13 @@ PLAN = {
     "encoder": "ccvit_tiny_patch4_32",
     "steps": 2,
     "seeds": [0, 1],
-    "defaults": {"batch_size": 16, "num_workers": 0},
+    "defaults": {"batch_size": 16, "num_workers": 0, "report": False, "codebook_images": 40},
     "methods": {"ccvit": {"k": 16}, "untrained": {}, "broken": {"method": "ccvit", "k": 10**9}},
     "evaluate": {"knn": {"num_workers": 0}},
 }
 
 
+@pytest.mark.slow
 def test_methods_are_trained_alike_and_measured_alike(tmp_path):
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump({**PLAN, "seeds": [0]}))
@@ -41,7 +42,7 @@ def test_methods_are_trained_alike_and_measured_alike(tmp_path):
 def test_one_cell_per_method_and_seed():
     cells = plan_cells(PLAN)
     assert [str(cell) for cell in cells[:3]] == ["ccvit · 0", "ccvit · 1", "untrained · 0"]
-    assert cells[1].settings["settings"] == {"batch_size": 16, "num_workers": 0, "k": 16}
+    assert cells[1].settings["settings"] == {**PLAN["defaults"], "k": 16}
     assert cells[1].settings["seed"] == 1
 
 

@@ -30,6 +30,7 @@ SMALL = {
     "bottleneck_dim": 16,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "log_every": 1,
     "precision": "32-true",
     "accelerator": "cpu",
@@ -234,7 +235,9 @@ def test_a_fresh_vit_gets_layer_scale_and_registers_and_others_keep_theirs():
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("runs") / "digits"
     statistics = {"pixel_mean": (0.3, 0.3, 0.3), "pixel_std": (0.2, 0.2, 0.2)}
-    return pl.pretrain("dinov2", **{**SMALL, "out": str(out), "probe_data": "digits:test", **statistics})
+    return pl.pretrain(
+        "dinov2", **{**SMALL, "out": str(out), "probe_data": "digits:test", "report": True, **statistics}
+    )
 
 
 def test_a_run_ends_with_bundle_figures_and_report(run):

@@ -34,6 +34,7 @@ TINY = {
     "checkpoint_every": 1,
     "log_every": 1,
     "probe_every": 0,
+    "report": False,
     "num_workers": 0,
     "drop_path": 0.3,
     "lr": 1e-2,

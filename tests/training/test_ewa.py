@@ -170,10 +170,12 @@ def test_a_run_with_experts_ships_the_plain_model_and_resumes(tmp_path):
         "data": "digits",
         "encoder": "ccvit_tiny_patch4_32",
         "k": 16,
+        "codebook_images": 40,
         "batch_size": 16,
         "num_workers": 0,
         "experts": 2,
         "probe_every": 0,
+        "report": False,
         "checkpoint_every": 1,
     }
     whole = pl.pretrain("ccvit", **settings, max_steps=3, out=str(tmp_path / "whole"))

@@ -76,6 +76,7 @@ SETTINGS = {
     "init_scale": 1.0,
     "num_workers": 0,
     "probe_every": 0,
+    "report": False,
     "health_every": 0,
     "log_every": 1,
     "checkpoint_every": 1,
