@@ -123,6 +123,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "health_every",
         "log_every",
         "draws",
+        "resample",
         "cache",
         "predictions",
         "report",
