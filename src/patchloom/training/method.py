@@ -68,8 +68,8 @@ class Method(lp.LightningModule):
         stage: Number of the present stage.
         steps_per_epoch: Steps per epoch of the present stage, set by the engine before training.
         total_steps: Steps of the whole run, likewise.
-        left_out: Images that an epoch leaves out because they do not fill a step, likewise.
-        repeated: Images that come once more in an epoch, so that every process takes as many, likewise.
+        images_left_out: Images that an epoch leaves out because they do not fill a step, likewise.
+        images_repeated: Images that come once more in an epoch, so that every process takes as many, likewise.
         repeating: Whether the present forward pass is one besides the step's own, which counts and logs nothing.
         latest: The figures logged last.
     """
@@ -95,7 +95,7 @@ class Method(lp.LightningModule):
         self.steps_per_epoch = 1
         self.total_steps = 1
         self.batches_done = 0
-        self.left_out = self.repeated = 0
+        self.images_left_out = self.images_repeated = 0
         self.lanes: int | None = None
         self.repeating = False
         self.last_batch_keys: list[str] = []
@@ -470,7 +470,7 @@ class Method(lp.LightningModule):
             start += steps
         self.total_steps, self.steps_per_epoch = start, self.span.per_epoch
         self.lanes = next((loader.lanes for loader in loaders if loader.lanes is not None), None)
-        self.left_out, self.repeated = loaders[self.stage].left_out, loaders[self.stage].repeated
+        self.images_left_out, self.images_repeated = loaders[self.stage].left_out, loaders[self.stage].repeated
         if self.trainer.is_global_zero and self.repeats() == 1:
             _say_what_is_uneven(self)
         return TrainingStream(loaders, self)
@@ -588,11 +588,11 @@ def _as_list(optimizers: Any) -> list[Any]:
 
 
 def _say_what_is_uneven(method: Method) -> None:
-    if method.left_out:
+    if method.images_left_out:
         per_step = method.config.batch_size * method.config.accumulate * method.trainer.world_size
-        uneven = f"{method.left_out:,} images do not fill a step of {per_step:,}: each epoch leaves so many out"
-    elif method.repeated:
-        uneven = f"{method.repeated:,} images come once more in each epoch, so that all processes take as many"
+        uneven = f"{method.images_left_out:,} images do not fill a step of {per_step:,}: each epoch leaves so many out"
+    elif method.images_repeated:
+        uneven = f"{method.images_repeated:,} images come once more in each epoch, so that all processes take as many"
     else:
         return
     print(f"{uneven}, others each time", file=sys.stderr)
