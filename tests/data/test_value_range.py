@@ -276,3 +276,23 @@ def test_images_with_masks_are_read_by_one_range_and_keep_their_masks(tmp_path):
         sample = TestImage()(source.read(index).image)
         assert sample["image"].dtype == torch.float32
         assert sample["mask"].dtype == torch.uint8
+
+
+@pytest.mark.extra("shards")
+def test_shards_are_settled_by_a_look_at_their_first_images(tmp_path):
+    pytest.importorskip("webdataset")
+    import tarfile
+
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(3):
+                file = tiff(tmp_path / f"{number}.tif", np.stack([RAMP // (1 + number + shard)] * 2))
+                archive.add(file, f"{shard}{number}.tif")
+    source = open_source(str(tmp_path / "{0..1}.tar"), in_chans=2)
+    assert str(source.values) == "uint16=0,4095"
+    mean, _ = channel_statistics(source)
+    expected = np.mean([(RAMP // (1 + n + s)).mean() for s in range(2) for n in range(3)]) / 4095
+    np.testing.assert_allclose(mean, [expected] * 2, rtol=1e-4)
+    batch = next(iter(make_loader(source, EvalTransform(30), 6, shuffle=False, num_workers=0)))
+    assert batch["image"].shape == (6, 2, 30, 30)
+    assert 0.8 < batch["image"].max() <= 4000 / 4095

@@ -267,7 +267,7 @@ def no_labels(source: Source | StreamSource, asked: str = "") -> UsageError:
 
 def reading(source: Source | StreamSource) -> dict[str, object]:
     """Return how pixels are read, where that is not a matter of course."""
-    values = {"value_range": str(source.values)} if source.values != ValueRange() else {}
+    values: dict[str, object] = {"value_range": str(source.values)} if source.values != ValueRange() else {}
     return values | ({"use_channels": ",".join(map(str, source.channels))} if source.channels is not None else {})
 
 
