@@ -141,7 +141,7 @@ def _backbone(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pyramid
 
 def _with_split_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with one bias of queries, keys and values, as MAE's code has it, in timm's three."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".attn.qkv.bias"):
             owner = name.removesuffix("qkv.bias")

@@ -147,7 +147,7 @@ def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
     for norm in ("cls_norm.", "local_cls_norm."):
         if has(state, norm):
             require(state, f"{norm}weight", f"{norm}bias")
-    told = {
+    told: dict[str, Any] = {
         "embed_dim": width,
         "in_chans": channels,
         "patch_size": patch,

@@ -62,8 +62,10 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         return dense.load(state, config)
     if not any(name.startswith(PREDICTORS) for name in state):
         raise UsageError("the checkpoint has neither decoderfeature_pred nor dist_token, so it is none of G2SD's")
-    own = ("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight")
-    own += ("encoder_pred_channel", "decoder_pred_channel")
+    own = (
+        *("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight"),
+        *("encoder_pred_channel", "decoder_pred_channel"),
+    )
     settings = {name: value for name, value in config.items() if name not in own}
     width = len(state["decoder_embed.weight"]) if "decoder_embed.weight" in state else 0
     settings.setdefault("decoder_num_heads", DECODER_HEADS.get(width, 4))

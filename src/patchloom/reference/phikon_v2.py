@@ -58,7 +58,10 @@ SHORT = {
     "num_attention_heads": "num_heads",
 }
 # What all published heads of a kind have.
-FIXED = {"transmil": {"position_encoding": ("ppeg", "PPEG")}, "meanpool": {"bias": (True,)}}
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "transmil": {"position_encoding": ("ppeg", "PPEG")},
+    "meanpool": {"bias": (True,)},
+}
 # Of TransMIL's two blocks, each with settings of its own: with the published defaults.
 BLOCKS = {"cor": "kw_cor", "agg": "kw_agg"}
 OF_BLOCKS = {"num_heads": 8, "num_landmarks": 256, "attn_dropout": 0.0, "block_dropout": 0.0}

@@ -95,8 +95,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
             f"{PROMPTS} is {tuple(state[PROMPTS].shape)}; expected ({blocks} or 1, classes, {encoder.embed_dim})"
         )
     if told["train_type"] == "prompt_cam":
-        depth = "deep" if sets == blocks else "shallow"
-        model = PromptCAM(encoder, prompts, depth=depth, prompt_dropout=dropout, force=True)
+        model = PromptCAM(
+            encoder, prompts, depth="deep" if sets == blocks else "shallow", prompt_dropout=dropout, force=True
+        )
         fill(model, {f"encoder.{_our_name(name, NAME)}": value for name, value in state.items()})
         return model.eval()
     # As released, prompts leave behind each block that has some: one set is the first block's.

@@ -109,11 +109,13 @@ class Settings:
     def _flat(self, config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
         """Yield each setting's published name, its name here, and its value."""
         for key, value in config.items():
-            if key not in self.sections or not (isinstance(value, Mapping) or self.sections[key] is None):
+            names = self.sections.get(key, {})
+            if names is None:
+                continue
+            if key not in self.sections or not isinstance(value, Mapping):
                 yield key, self.other_names.get(key, key), value
                 continue
-            names = self.sections[key]
-            for inner, content in () if names is None or value is None else value.items():
+            for inner, content in value.items():
                 yield f"{key}.{inner}", names.get(inner, self.other_names.get(inner, inner)), content
 
 
