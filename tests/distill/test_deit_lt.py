@@ -133,6 +133,28 @@ def test_losses_that_make_no_sense_are_refused():
         loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3), weighted=True)
 
 
+def test_a_published_students_settings_are_taken_whole():
+    state = randomised(student()).state_dict()
+    config = {
+        "model": "deit_base_distilled_patch16_224",
+        "input_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "nb_classes": 5,
+        "drop_path": 0.1,
+        "distillation_type": "hard",
+        "imb_factor": 0.01,
+        "lr": 5e-4,
+    }
+    model = load_reference("deit_lt", {"model": state}, **config)
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(images)["avg"], load_reference("deit_lt", state, num_heads=2)(images)["avg"])
+    with pytest.raises(UsageError, match="num_classes=1000, but the checkpoint's tensors say 5"):
+        load_reference("deit_lt", state, **{**config, "nb_classes": 1000})
+
+
 def test_a_published_student_gives_both_heads():
     """The published forward, written out over its state dict."""
     state = {name: value.clone() for name, value in randomised(student()).state_dict().items()}

@@ -182,6 +182,13 @@ def test_published_projectors_load_whole():
     state |= {"linear.weight": torch.zeros(2, 2), "linear.bias": torch.zeros(2), "student.fc.weight": torch.zeros(2, 2)}
     module = load_reference("scalekd", {"state_dict": state}, num_heads=(2, 4), query_grid=(2, 2))
     assert [p.num_heads for p in (*module.stage3, *module.stage4)] == [2, 2, 4, 4]
+    whole = {"student_dims": (6, 6), "teacher_dims": 8, "query_hw": (2, 2), "pos_hw": (3, 3), "pos_dims": (6, 6)}
+    again = load_reference(
+        "scalekd", state, **whole, num_heads=(2, 4), self_query=(True, False), window_shapes=(1, 1), alpha=[0.08, 0.06]
+    )
+    assert [p.num_heads for p in (*again.stage3, *again.stage4)] == [2, 2, 4, 4]
+    with pytest.raises(UsageError, match="teacher_dims=16, but the checkpoint's tensors say 8"):
+        load_reference("scalekd", state, num_heads=(2, 4), query_grid=(2, 2), teacher_dims=16)
     assert module.stage3[1].query_grid == (4, 4)
     x = torch.randn(1, 6, 3, 3)
     out = module(x, x, [torch.randn(1, 4, 8)] * 2)

@@ -137,3 +137,12 @@ def test_what_does_not_fit_is_named(drop, config, said):
     state.pop(drop, None)
     with pytest.raises(UsageError, match=said):
         pl.load_reference("dvpt", state, **config)
+
+
+def test_the_towers_settings_are_taken_whole():
+    tower = {"input_resolution": 16, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH, "heads": HEADS}
+    config = {**tower, "output_dim": PROJECTED, "share_every": 3, "num_classes": CLASSES, "mlp_ratio": 4, "rank": RANK}
+    found = pl.load_reference("dvpt", published(), backbone="clip_vit", **config)(IMAGES)
+    torch.testing.assert_close(found.double(), forward(published(), IMAGES), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="embed_dim=768, but the checkpoint's tensors say 32"):
+        pl.load_reference("dvpt", published(), **{**config, "width": 768})

@@ -279,3 +279,44 @@ def test_other_encoders_are_refused():
     for kind, name in ((DVPTSwin, "SwinTransformer"), (SegFormerPrompts, "PyramidVisionTransformerV2")):
         with pytest.raises(UsageError, match=name):
             kind.check(vit)
+
+
+def test_the_backbones_settings_are_taken_whole():
+    swin = {
+        "img_size": 32,
+        "patch_size": 2,
+        "in_chans": 3,
+        "num_classes": CLASSES,
+        "embed_dim": WIDTH,
+        "qkv_bias": True,
+        "depths": list(DEPTHS),
+        "num_heads": list(HEADS),
+        "window_size": WINDOW,
+        "mlp_ratio": 4.0,
+        "qk_scale": None,
+        "drop_path_rate": 0.1,
+        "ape": False,
+        "patch_norm": True,
+        "use_checkpoint": False,
+    }
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    model = pl.load_reference("dvpt", published_swin(), backbone="swin", **swin)
+    torch.testing.assert_close(model(images).double(), swin_by_hand(published_swin(), images), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match=r"depths=\[2, 2\], but the checkpoint's tensors say"):
+        pl.load_reference("dvpt", published_swin(), **{**swin, "depths": [2, 2]})
+    mix = {
+        "embed_dims": list(MIX["widths"]),
+        "depths": list(MIX["depths"]),
+        "sr_ratios": list(MIX["sr"]),
+        "num_heads": list(MIX["heads"]),
+        "embedding_dim": MIX["decoder"],
+        "num_classes": CLASSES,
+        "img_size": 64,
+        "qkv_bias": True,
+        "in_chans": 3,
+        "patch_size": 4,
+        "align_corners": False,
+    }
+    assert pl.load_reference("dvpt", published_segformer(), **mix)
+    with pytest.raises(UsageError, match="decoder_width=768, but the checkpoint's tensors say 24"):
+        pl.load_reference("dvpt", published_segformer(), **{**mix, "embedding_dim": 768})

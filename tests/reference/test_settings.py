@@ -190,3 +190,28 @@ def test_ccvits_scripts_settings_are_taken_whole():
         "init_scale": 0.001,
     }
     assert pl.load_reference("ccvit", tuned, **settings)(torch.zeros(1, 3, 16, 16)).shape == (1, 7)
+
+
+def test_g2sds_scripts_settings_are_taken_whole():
+    vit = vit_layout(2, 24, 4, (4, 4)) | norm_layout("norm", 24)
+    generator = torch.Generator().manual_seed(0)
+    heads = {"dist_token": (1, 1, 24), "head.weight": (7, 24), "head.bias": (7,)}
+    heads |= {"head_dist.weight": (7, 24), "head_dist.bias": (7,)}
+    state = vit | {name: torch.randn(shape, generator=generator) for name, shape in heads.items()}
+    script = {
+        "model": "vit_small_patch16",
+        "input_size": 16,
+        "drop_path": 0.0,
+        "global_pool": False,
+        "nb_classes": 7,
+        "teacher_path": "",
+        "teacher_model": "vit_base_patch16",
+        "enable_nkd": False,
+        "layer_decay": 0.75,
+        "reprob": 0.25,
+    }
+    model = pl.load_reference("g2sd", state, num_heads=3, **script)
+    assert model.eval_head == "mean"
+    assert pl.load_reference("g2sd", state, num_heads=3, **{**script, "enable_nkd": True}).eval_head == "cls"
+    with pytest.raises(UsageError, match="num_classes=1000, but the checkpoint's tensors say 7"):
+        pl.load_reference("g2sd", state, num_heads=3, **{**script, "nb_classes": 1000})

@@ -29,7 +29,8 @@ def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **co
     Args:
         system: Name of the system, see `list_references`.
         checkpoint: State dict (wrapper keys such as `model` or `module.` are handled) or the path of one.
-        **config: What shapes do not tell, under the names of the published implementation.
+        **config: What shapes do not tell, under the names of the published implementation, whose configuration may be
+            given whole, see `patchloom.reference.settings`.
 
     Raises:
         UsageError: Unknown system or setting, or tensors missing or left over (they are named).

@@ -21,7 +21,13 @@ SETTINGS = Settings(
         *("num_heads", "decoder_num_heads", "norm_pix_loss", "mask_ratio", "image_size", "drop_path"),
         "layer_norm_eps",
     ),
-    idle=("drop_rate", "attn_drop_rate", "model", "init_scale", "weight_init", "embed_layer", "layer_scale"),
+    idle=(
+        *("drop_rate", "attn_drop_rate", "model", "init_scale", "weight_init", "embed_layer", "layer_scale"),
+        # Of the chest X-ray recipe's scripts.
+        *("vit_dropout_rate", "mask_strategy", "random_resize_range", "datasets_names", "fixed_lr", "loss_func"),
+        *("norm_stats", "checkpoint_type", "train_list", "val_list", "test_list", "aug_strategy", "eval_interval"),
+        *("build_timm_transform", "ThreeAugment", "src"),
+    ),
     fixed={
         "hidden_act": ("gelu",),
         "qk_scale": (None,),
