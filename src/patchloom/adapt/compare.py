@@ -267,7 +267,8 @@ def figures(rows: list[dict[str, Any]]) -> list[Any]:
         for method in dict.fromkeys(row["method"] for row in scored):
             mine = [row for row in scored if row["method"] == method]
             lines[method] = ([float(row["labels"].split()[0]) for row in mine], [row["mean"] for row in mine])
-            bands[method] = tuple([row["mean" if row[end] is None else end] for row in mine] for end in ("low", "high"))
+            low, high = ([row["mean" if row[end] is None else end] for row in mine] for end in ("low", "high"))
+            bands[method] = (low, high)
         title = "Score against labels"
         drawn.append(
             curves(lines, x_label="labels", y_label=scored[0]["measure"], title=title, log_x=True, bands=bands)

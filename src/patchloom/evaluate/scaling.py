@@ -244,7 +244,6 @@ def _chart(rows: list[dict[str, Any]], x: str, label: str) -> Any:
         name = Path(encoder).name if size == "own" else f"{Path(encoder).name} at {size}"
         name = encoder if name in series else name
         series[name] = ([row[x] for row in mine], [row["accuracy"] * 100 for row in mine])
-        bands[name] = tuple(
-            [100 * row["accuracy" if row[end] is None else end] for row in mine] for end in ("low", "high")
-        )
+        low, high = ([100 * row["accuracy" if row[end] is None else end] for row in mine] for end in ("low", "high"))
+        bands[name] = (low, high)
     return curves(series, bands=bands, x_label=label, y_label="accuracy, %", title="Accuracy by labels", log_x=True)

@@ -266,8 +266,8 @@ class Sample(NamedTuple):
         if self.members is None:
             return found
         # An image that was not seen stands for a group of the usual size.
-        unseen = found[:, self.units :] * (len(self.members) / self.units)
-        return np.concatenate([found[:, self.members], unseen], axis=1)
+        standing = found[:, self.units :] * (len(self.members) / self.units)
+        return np.concatenate([found[:, self.members], standing], axis=1)
 
 
 def _check(kind: Kind, level: float, draws: int, targets: Array, predicted: Sequence[Array]) -> None:
