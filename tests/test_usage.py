@@ -64,8 +64,9 @@ def test_one_sentence_and_exit_code_2(arguments, expected, tmp_path, capsys):
     assert code == 2, captured.err
     assert captured.out == ""
     assert expected in captured.err
-    assert captured.err.startswith("patchloom: ")
-    assert captured.err.count("\n") == 1
+    *notices, sentence = captured.err.splitlines()
+    assert sentence.startswith("patchloom: ")
+    assert all(line.startswith("settings for ") for line in notices)  # what was settled before the refusal
     assert listing(tmp_path) == before
 
 

@@ -12,7 +12,7 @@ module loads neither torch nor timm.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # A function has to win over the package of its name. Python makes a submodule an attribute of its package once, when it
@@ -34,7 +34,7 @@ from patchloom.reference import import_reference
 from patchloom.tokenizers.commands import fit_codebook, show_codebook
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from patchloom.explain.gallery import Gallery
     from patchloom.training.run import Run
@@ -65,9 +65,9 @@ def pretrain(
     method: str,
     /,
     *,
-    out: str | PathLike[str],
-    data: str | PathLike[str] | None = None,
-    encoder: str | PathLike[str] | None = None,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Train an encoder on unlabelled images.
@@ -96,9 +96,9 @@ def adapt(
     method: str,
     /,
     *,
-    out: str | PathLike[str],
-    data: str | PathLike[str] | None = None,
-    encoder: str | PathLike[str] | None = None,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Train an encoder further on labelled images.
@@ -126,9 +126,9 @@ def segment(
     method: str,
     /,
     *,
-    out: str | PathLike[str],
-    data: str | PathLike[str] | None = None,
-    encoder: str | PathLike[str] | None = None,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Train a decoder that gives every pixel a class.
@@ -156,10 +156,10 @@ def distill(
     method: str,
     /,
     *,
-    out: str | PathLike[str],
-    data: str | PathLike[str] | None = None,
-    teacher: str | PathLike[str] | None = None,
-    encoder: str | PathLike[str] | None = None,
+    out: str | Path,
+    data: str | Path | None = None,
+    teacher: str | Path | None = None,
+    encoder: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Teach a small model what a large one knows.
@@ -188,10 +188,10 @@ def evaluate(
     protocol: str,
     /,
     *,
-    encoder: str | PathLike[str] | nn.Module | None = None,
-    train: str | PathLike[str] | None = None,
-    test: str | PathLike[str] | None = None,
-    out: str | PathLike[str] | None = None,
+    encoder: str | Path | nn.Module | None = None,
+    train: str | Path | None = None,
+    test: str | Path | None = None,
+    out: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure an encoder on labelled images.
@@ -223,9 +223,9 @@ def explain(
     explanation: str,
     /,
     *,
-    model: str | PathLike[str] | nn.Module,
-    images: str | PathLike[str],
-    out: str | PathLike[str],
+    model: str | Path | nn.Module,
+    images: str | Path,
+    out: str | Path,
     **settings: Any,
 ) -> Gallery:
     """Show what an encoder or a classifier looks at.
@@ -248,9 +248,7 @@ def explain(
     return show(explanation, settings | _given(model=model, images=images, out=out))
 
 
-def load(
-    path: str | PathLike[str], adapters: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]] = ()
-) -> nn.Module:
+def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> nn.Module:
     """Return the timm module of a bundle (or of a run folder, whose `model/` is meant), in eval mode.
 
     Args:
@@ -266,9 +264,7 @@ def load(
     return load_bundle(path, adapters)
 
 
-def load_reference(
-    system: str, checkpoint: Mapping[str, Tensor] | Mapping[str, Any] | str | PathLike[str], **config: Any
-) -> nn.Module:
+def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **config: Any) -> nn.Module:
     """Return our module with the weights of a published implementation's checkpoint, in eval mode.
 
     Args:
