@@ -157,7 +157,7 @@ def test_one_set_of_prompts_is_the_shallow_form():
         ({"sets": 1}, {"vpt_mode": "shallow"}, range(1), "token"),
         ({"sets": 1, "prefix": 3, "scale": True}, {"img_size": 12, "vpt_num": 4}, range(1), "token"),
         ({"sets": 2}, {"vpt_layer": 2}, range(1, 3), "token"),
-        ({"sets": 1}, {"vpt_layer": 1, "vpt_mode": "shallow"}, range(2, 3), "token"),
+        ({"sets": 1}, {"vpt_layer": 1, "vpt_mode": "deep"}, range(2, 3), "token"),
         ({"norm": "fc_norm"}, {}, range(DEPTH), "avg"),
         ({"sets": 1, "prefix": 0}, {}, range(1), "avg"),
         ({"sets": 1}, {"global_pool": "avg"}, range(1), "avg"),

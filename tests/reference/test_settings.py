@@ -49,6 +49,8 @@ def test_what_is_told_is_checked_what_is_not_is_obeyed_the_rest_passed_over():
     }
     assert KNOWN.settle(config, TOLD) == {"num_heads": 3, "layer_norm_eps": 1e-3}
     assert KNOWN.settle({"num_heads": None, "norm_layer": "LayerNorm"}, TOLD) == {}
+    # A side and a square are the same size.
+    assert KNOWN.settle({"patch_size": 4, "student": {"patch_size": [4, 4]}}, TOLD) == {}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import patchloom as pl
 from patchloom.errors import UsageError
 from patchloom.segment import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
 from segment_support import randomised
@@ -70,3 +71,16 @@ def test_what_does_not_fit_is_refused():
         ViTNeck("beit", 8)([torch.zeros(1, 8, 2, 2)])
     with pytest.raises(UsageError, match="3 maps make no 4 levels"):
         MultiLevelNeck([8] * 3, 8)
+
+
+def test_maps_of_stride_8_have_a_neck_of_their_own():
+    neck = ViTNeck("beit", 6, stride=8)
+    maps = [torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(number)) for number in range(4)]
+    levels = neck(maps)
+    assert [level.shape[-1] for level in levels] == [16, 8, 4, 2]
+    torch.testing.assert_close(levels[1], maps[1])
+    torch.testing.assert_close(levels[3], torch.nn.functional.max_pool2d(maps[3], 4))
+    with pytest.raises(UsageError, match="stride 4 have no neck"):
+        ViTNeck("beit", 6, stride=4)
+    loaded = pl.load_reference("segmentation_heads", neck.state_dict())
+    torch.testing.assert_close(loaded(maps), levels)

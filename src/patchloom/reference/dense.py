@@ -63,7 +63,8 @@ def load(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     state = _part(state, config.pop("part", None))
     heads = {name: value for name, value in state.items() if name.startswith(HEADS)}
     rest = {name.removeprefix("backbone."): value for name, value in state.items() if name not in heads}
-    of_backbone, of_heads = _parted(config)
+    require(rest, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "fpn1.0.weight")
+    of_backbone, of_heads = _parted(config, told_by(rest))
     if of_heads and not heads:
         raise UsageError(f"{next(iter(of_heads))} is given, and the checkpoint has no head it could be for")
     backbone = _backbone(rest, of_backbone)
@@ -92,11 +93,9 @@ def _part(state: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
     return {name.removeprefix(f"{chosen}."): v for name, v in state.items() if name.startswith(f"{chosen}.")}
 
 
-def _parted(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of the backbone and those of the heads."""
-    known = {*SETTINGS.obeyed, *SETTINGS.idle, *SETTINGS.fixed, *SETTINGS.other_names}
-    known |= {"embed_dim", "in_chans", "patch_size", "mlp_ratio", "qkv_bias", "depth"}
-    known |= {"use_shared_rel_pos_bias", "use_rel_pos_bias", "use_abs_pos_emb"}
+def _parted(config: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the backbone, known or told by its tensors, and those of the heads."""
+    known = {*SETTINGS.obeyed, *SETTINGS.idle, *SETTINGS.fixed, *SETTINGS.other_names, *told}
     backbone: dict[str, Any] = dict(config.get("backbone") or {})
     heads: dict[str, Any] = {}
     for name, value in config.items():
@@ -111,7 +110,6 @@ def _parted(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _backbone(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> PyramidBackbone:
-    require(state, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "fpn1.0.weight")
     state = without_indices(state)
     settings = SETTINGS.settle(config, told_by(state))
     neck = {name: value for name, value in state.items() if name.startswith(NECK)}

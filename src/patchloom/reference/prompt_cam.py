@@ -82,7 +82,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     for name in (PROMPTS, "head.weight", "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no Prompt-CAM model")
-    told = _told_by_shapes(state)
+    told = _told_by_shapes(state, bool(config.get("vpt_layer")))
     config = SETTINGS.settle(config, told)
     if (pool := config.setdefault("global_pool", told["global_pool"] or "token")) not in ("avg", "token"):
         raise unknown_name("global_pool", str(pool), ("avg", "token"))
@@ -111,7 +111,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     return encoder.eval()
 
 
-def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _told_by_shapes(state: Mapping[str, Tensor], last: bool) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     sets, prompts, _ = state[PROMPTS].shape
@@ -131,7 +131,8 @@ def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "fc_norm": has(state, "fc_norm."),
         "global_pool": None if "cls_token" in state and not has(state, "fc_norm.") else "avg",
         "vpt_num": prompts,
-        "vpt_mode": None if depth == 1 else "deep" if sets > 1 else "shallow",
+        # With `vpt_layer` one set is that of the last block alone.
+        "vpt_mode": None if depth == 1 or last else "deep" if sets > 1 else "shallow",
         "train_type": "prompt_cam" if outputs == 1 else "vpt",
         "num_classes": prompts if outputs == 1 else outputs,
     }

@@ -230,7 +230,8 @@ def _made(kind: str, arguments: dict[str, Any], part: Part) -> nn.Module:
     if kind == "simple_fpn":
         return SimpleFeaturePyramid(**arguments)
     if kind == "beit_neck":
-        return ViTNeck("beit", **arguments)
+        # Maps of stride 8 are a convolution nearer to stride 4.
+        return ViTNeck("beit", **arguments, stride=16 if has(part.state, "fpn1.1.", "fpn1.3.", "fpn2.") else 8)
     arguments.pop("channels")  # in front of the classifier, and so those of the maps
     if kind == "bn":
         return BNHead(**arguments)

@@ -99,7 +99,8 @@ class Settings:
                 value = reader(value)
             if value is None and name in found:
                 continue
-            if found.get(name) is not None and comparable(found[name]) != comparable(value):
+            before = found.get(name)
+            if before is not None and comparable(before, value) != comparable(value, before):
                 raise UsageError(
                     f"{first[name]}={found[name]} and {published}={value} are one setting here and differ; give one"
                 )
