@@ -30,9 +30,10 @@ test: $(READY)  ## the tests that are quick
 test-all: $(READY)  ## all tests, the long ones too
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-lint: $(READY)  ## ruff
+lint: $(READY)  ## ruff, and which folder may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -23,13 +23,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.harness import alternate, machine, markdown_table, paired_ratio, rewrite
-from patchloom.adapt.adaptformer import AdaptFormer
-from patchloom.adapt.bitfit import BitFit
-from patchloom.adapt.dvpt import DVPT
-from patchloom.adapt.insertion import activate, insert, insertions
-from patchloom.adapt.linear import LinearHead
-from patchloom.adapt.lora import LoRA
-from patchloom.adapt.vpt import VisualPrompts
+from patchloom.encoders.insertion import activate, insert, insertions
+from patchloom.systems.adaptformer.model import AdaptFormer
+from patchloom.systems.bitfit.model import BitFit
+from patchloom.systems.dvpt.model import DVPT
+from patchloom.systems.linear.model import LinearHead
+from patchloom.systems.lora.model import LoRA
+from patchloom.systems.vpt.model import VisualPrompts
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapt.md"
 CLASSES = 100

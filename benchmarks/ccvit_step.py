@@ -35,8 +35,8 @@ def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def ours(batch: int, device: str, precision: str) -> Callable[[], None]:
     """Return one training step of CCViT-B/16, tokens found inside."""
     from patchloom.encoders import create_encoder, normalize
-    from patchloom.patches import normalize_patches, patchify
-    from patchloom.pretrain.centroid_mim import CentroidMIM, CentroidMIMLoss
+    from patchloom.encoders.patches import normalize_patches, patchify
+    from patchloom.systems.ccvit.model import CentroidMIM, CentroidMIMLoss
     from patchloom.tokenizers.centroid import CentroidTokenizer
 
     images, masked, replaced = inputs(batch, device)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.harness import markdown_table, rewrite
-from patchloom.evaluate.metrics import (
+from patchloom.evaluate.statistics.intervals import bootstrap_interval, paired_bootstrap
+from patchloom.evaluate.statistics.metrics import (
     SCORES,
     Score,
     accuracy,
@@ -31,8 +32,7 @@ from patchloom.evaluate.metrics import (
     mean_auroc,
     mean_value,
 )
-from patchloom.evaluate.overlap import mean_iou_score
-from patchloom.evaluate.statistics import bootstrap_interval, paired_bootstrap
+from patchloom.evaluate.statistics.overlap import mean_iou_score
 
 Array = np.ndarray
 PAGE = Path(__file__).parents[1] / "docs" / "evaluate.md"

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.data.multicrop import MultiCrop
-from patchloom.pretrain.dinov2 import Dinov2Config
 from patchloom.report import image_grid
+from patchloom.systems.dinov2.method import Dinov2Config
 from patchloom.training.config import config_from_mapping
 
 PAGE = Path(__file__).parents[1] / "docs" / "pictures" / "multicrop.png"

@@ -29,7 +29,7 @@ PROTOTYPES, HIDDEN, BOTTLENECK, LOCAL = 65536, 2048, 256, 8
 
 def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return global crops, local crops and masks, crop-major."""
-    from patchloom.pretrain.distillation_masks import draw_masks
+    from patchloom.systems.dinov2.masks import draw_masks
 
     generator = torch.Generator().manual_seed(0)
     global_crops = torch.randn(2 * batch, 3, 224, 224, generator=generator)
@@ -41,7 +41,7 @@ def inputs(batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def ours(batch: int, device: str, precision: str, drop_path: float) -> Callable[[], None]:
     """Return one training step of ours."""
     from patchloom.encoders import create_encoder
-    from patchloom.pretrain.self_distillation import DINOv2
+    from patchloom.systems.dinov2.model import DINOv2
 
     global_crops, local_crops, masks = inputs(batch, device)
     encoder = create_encoder("vit_small_patch16_224", init_values=1e-5)

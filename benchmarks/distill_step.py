@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, paired_ratio, rewrite
 from patchloom import registry
-from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_backbone
+from patchloom.models.bundle import save_bundle
 from patchloom.training.config import config_from_mapping
 from patchloom.training.optim import set_rates
 from patchloom.training.supervised import as_classifier

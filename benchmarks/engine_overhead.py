@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, paired_ratio, rewrite
 from patchloom.data import make_loader, open_source
-from patchloom.pretrain.ccvit import CCViTConfig, CCViTMethod
+from patchloom.systems.ccvit.method import CCViTConfig, CCViTMethod
 from patchloom.tokenizers.centroid import CentroidTokenizer
 from patchloom.training.callbacks import ContinuedMetrics, Interruption, Progress, SkippedImages
 from patchloom.training.metrics import CSVMetrics

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, paired_ratio, rewrite
-from patchloom.adapt.class_prompts import PromptCAM
-from patchloom.adapt.insertion import plain
 from patchloom.encoders import create_encoder
+from patchloom.encoders.insertion import plain
+from patchloom.systems.prompt_cam.model import PromptCAM
 
 PAGE = Path(__file__).parents[1] / "docs" / "systems" / "prompt_cam.md"
 

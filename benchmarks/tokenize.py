@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.harness import alternate, machine, markdown_table, mean_and_deviation, paired_ratio, rewrite
 from benchmarks.photographs import crops, images
-from patchloom.patches import patchify
+from patchloom.encoders.patches import patchify
 from patchloom.tokenizers import CentroidTokenizer
 from patchloom.tokenizers.kmeans import kmeans
 

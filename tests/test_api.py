@@ -56,7 +56,7 @@ def test_a_verb_is_a_plain_function(verb):
 
 def test_a_verb_stays_a_function_when_the_package_of_its_name_is_imported():
     lines = [
-        "import patchloom.pretrain.ccvit_config, patchloom.evaluate, patchloom.embed",
+        "import patchloom.systems.ccvit.config, patchloom.evaluate, patchloom.features.embed",
         "from patchloom.explain import config",
         "import inspect, sys, patchloom as pl",
         "print(all(map(inspect.isfunction, (pl.pretrain, pl.evaluate, pl.embed, pl.explain))))",

@@ -248,7 +248,7 @@ def test_installed_command_answers():
 
 @pytest.mark.parametrize("spelling", [["--preset", "big"], ["--preset=big"], ["--config", "settings.yaml"]])
 def test_a_preset_changes_the_defaults_of_a_command(spelling, monkeypatch, tmp_path):
-    from patchloom.pretrain.ccvit import CCViTConfig
+    from patchloom.systems.ccvit.method import CCViTConfig
     from patchloom.training import run as module
 
     seen = {}

@@ -20,10 +20,10 @@ import torch
 from benchmarks.claims.ccvit import Series
 from benchmarks.claims.transfer import SEEDS, adapted, data, pretrained
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.adapt.adaptformer import AdaptFormer
-from patchloom.adapt.insertion import insert, remove
-from patchloom.bundle import load
+from patchloom.encoders.insertion import insert, remove
+from patchloom.models.bundle import load
 from patchloom.report import curves
+from patchloom.systems.adaptformer.model import AdaptFormer
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "adaptformer.md"
 WIDTHS = (1, 4, 16, 64)

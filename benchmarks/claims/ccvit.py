@@ -30,7 +30,7 @@ from benchmarks.claims.vq_peer import VQPeer
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
 from patchloom.encoders import ccvit as encoders_ccvit
-from patchloom.patches import patchify
+from patchloom.encoders.patches import patchify
 from patchloom.tokenizers.centroid import CentroidTokenizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "ccvit.md"

@@ -23,11 +23,11 @@ from timm.models import register_model
 import patchloom as pl
 from benchmarks.claims.ccvit import Series, subset
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.distill.two_heads import DistillationTokenLoss
 from patchloom.encoders.cifar_resnet import CIFARResNet
 from patchloom.encoders.cifar_resnet import cifar_resnet20 as resnet
 from patchloom.encoders.micro import deit_micro_distilled_patch4_32
 from patchloom.report import curves
+from patchloom.systems.deit_lt.model import DistillationTokenLoss
 from patchloom.training.long_tail import effective_number_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "deit_lt.md"

@@ -20,9 +20,9 @@ from benchmarks.claims.adaptformer import finished, yes
 from benchmarks.claims.ccvit import Series
 from benchmarks.claims.transfer import SEEDS, adapted, data, pretrained
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.adapt.dvpt import GradingTransform
 from patchloom.data import EvalTransform, open_source
 from patchloom.report import curves, image_grid
+from patchloom.systems.dvpt.method import GradingTransform
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "dvpt.md"
 SMALL = {"num_prompts": 8, "rank": 4, "augment": "crop"}

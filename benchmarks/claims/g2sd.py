@@ -24,13 +24,13 @@ from timm.models import register_model
 import patchloom as pl
 from benchmarks.claims.ccvit import Series, pixels, subset
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.bundle import save_bundle
 from patchloom.data import open_source
-from patchloom.distill.g2sd_generic import G2SDGenericConfig, G2SDGenericMethod
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.io import read_config
-from patchloom.masked_models import load_masked_model, save_parts
+from patchloom.models.bundle import save_bundle
+from patchloom.models.parts import load_masked_model, save_parts
 from patchloom.report import image_grid
+from patchloom.systems.g2sd.generic_method import G2SDGenericConfig, G2SDGenericMethod
 from patchloom.training.config import config_from_mapping
 from patchloom.training.metrics import read_metrics
 

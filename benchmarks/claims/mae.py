@@ -25,8 +25,8 @@ from benchmarks.harness import alternate, machine, markdown_table, mean_and_devi
 from patchloom.data import open_source
 from patchloom.encoders import normalize
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder, initialize_as_mae
-from patchloom.patches import patchify
-from patchloom.pretrain.mae import MAEConfig, MAEMethod
+from patchloom.encoders.patches import patchify
+from patchloom.systems.mae.method import MAEConfig, MAEMethod
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "mae.md"
 ENCODER = "mae_claims_patch4_32"

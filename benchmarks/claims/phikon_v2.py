@@ -27,9 +27,9 @@ from benchmarks.claims.ccvit import Series
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
 from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_logits
-from patchloom.evaluate.slides.mil import HEADS, pad_bags
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.evaluate.slides.validate import cross_validate_mil, retrain
+from patchloom.systems.phikon_v2.mil import HEADS, pad_bags
 from patchloom.tokenizers.kmeans import kmeans
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "phikon_v2.md"

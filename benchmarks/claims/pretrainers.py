@@ -20,7 +20,7 @@ from benchmarks.claims.ccvit import subset
 from benchmarks.claims.ewa import RECIPE as SUPERVISED
 from benchmarks.claims.ewa import vit_claims_patch8_32
 from benchmarks.harness import machine, markdown_table, rewrite
-from patchloom.pretrain.compare import compare
+from patchloom.sweep.pretrain import compare
 
 PAGE = Path(__file__).parents[2] / "docs" / "pretrain.md"
 ENCODER = vit_claims_patch8_32.__name__

@@ -29,14 +29,14 @@ import patchloom as pl
 from benchmarks.claims.ccvit import Series
 from benchmarks.claims.composed import TEXTURES, composed, pieces, write_folder
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.adapt.class_prompts import PromptCAM
-from patchloom.adapters import plain, remove, save_adapter
 from patchloom.data.embedded import PHOTOS
 from patchloom.encoders import create_encoder, normalize, pooled
 from patchloom.explain.attention import class_token_maps, grad_cam, gradient_attention, rollout
 from patchloom.explain.compare import prompt_map, random_map
 from patchloom.explain.faithfulness import insertion_deletion, mass_inside, pointing_game
 from patchloom.explain.prompt_cam import class_attention_maps
+from patchloom.models.adapters import plain, remove, save_adapter
+from patchloom.systems.prompt_cam.model import PromptCAM
 from patchloom.training.schedule import warmup_cosine
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "prompt_cam.md"

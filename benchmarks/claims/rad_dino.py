@@ -22,11 +22,11 @@ import patchloom as pl
 from benchmarks.claims.ccvit import Series, subset
 from benchmarks.claims.thorax_mae import write_set
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
-from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.features.extract import extract
 from patchloom.features.knn import knn_scores
+from patchloom.models.bundle import save_bundle
 from patchloom.training.metrics import read_metrics
 from patchloom.training.metrics import series as column
 

@@ -23,10 +23,10 @@ import patchloom as pl
 from benchmarks.claims.ccvit import Series, subset
 from benchmarks.harness import machine, markdown_table, mean_and_deviation, rewrite
 from patchloom.data import open_source
-from patchloom.distill.scalekd import ScaleKDConfig, ScaleKDMethod
 from patchloom.encoders.micro import vit_micro_patch4_32
 from patchloom.io import read_config
 from patchloom.report import image_grid
+from patchloom.systems.scalekd.method import ScaleKDConfig, ScaleKDMethod
 from patchloom.training.config import config_from_mapping
 from patchloom.training.report import held_out_images
 

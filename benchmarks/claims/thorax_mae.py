@@ -31,7 +31,7 @@ from patchloom.data import EvalTransform, make_loader, open_source
 from patchloom.data.medical import CHEXPERT
 from patchloom.encoders import normalize
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
-from patchloom.pretrain.mae import MAEMethod
+from patchloom.systems.mae.method import MAEMethod
 from patchloom.training.config import config_from_mapping
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "thorax_mae.md"

@@ -14,9 +14,9 @@ import torch
 
 import patchloom as pl
 from benchmarks.claims.ccvit import Series, subset
-from patchloom.adapters import encoder_hash
-from patchloom.bundle import load, save_bundle
 from patchloom.encoders import create_encoder
+from patchloom.models.adapters import encoder_hash
+from patchloom.models.bundle import load, save_bundle
 
 KNOWN = ("airplane", "automobile", "bird", "cat", "deer")
 SEEDS = (0, 1, 2)

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.patches import patchify, unpatchify
+from patchloom.encoders.patches import patchify, unpatchify
 
 
 class VQPeer(nn.Module):

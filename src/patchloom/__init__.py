@@ -39,8 +39,8 @@ from patchloom.api import (
     segment,
     show_codebook,
 )
+from patchloom.base.version import __version__
 from patchloom.errors import MissingExtraError, UsageError
-from patchloom.version import __version__
 
 __all__ = [
     "MissingExtraError",

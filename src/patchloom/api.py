@@ -18,19 +18,16 @@ from typing import TYPE_CHECKING, Any
 # A function has to win over the package of its name. Python makes a submodule an attribute of its package once, when it
 # is first loaded; so these, which load nothing themselves, are loaded here, before `patchloom/__init__.py` takes over
 # the functions.
-import patchloom.adapt
-import patchloom.distill
 import patchloom.evaluate
 import patchloom.explain
-import patchloom.pretrain
 import patchloom.segment  # noqa: F401
 from patchloom import registry
-from patchloom.adapt.merge import merge_to_bundle
 from patchloom.demo import demo
-from patchloom.embed import embed
 from patchloom.errors import unknown_name
-from patchloom.export import export
-from patchloom.reference import import_reference
+from patchloom.features.embed import embed
+from patchloom.models.export import export
+from patchloom.models.merge import merge_to_bundle
+from patchloom.systems.published import import_reference
 from patchloom.tokenizers.commands import fit_codebook, show_codebook
 
 if TYPE_CHECKING:
@@ -254,12 +251,12 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     Args:
         path: The bundle or run.
         adapters: Runs or files of adapters to put in (a list, or a mapping from names); the first of them acts, and
-            `patchloom.adapters` has what switches, serves, merges and removes them.
+            `patchloom.models.adapters` has what switches, serves, merges and removes them.
 
     Raises:
         UsageError: `path` holds no bundle, or an adapter was made for another encoder.
     """
-    from patchloom.bundle import load as load_bundle
+    from patchloom.models.bundle import load as load_bundle
 
     return load_bundle(path, adapters)
 
@@ -275,7 +272,7 @@ def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **co
     Raises:
         UsageError: Unknown system or setting, or tensors missing or left over (they are named).
     """
-    from patchloom.reference import load_reference as load_published
+    from patchloom.systems.published import load_reference as load_published
 
     return load_published(system, checkpoint, **config)
 

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from patchloom import registry, stopping
+from patchloom import registry
+from patchloom.base import stopping
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable
 from patchloom.registry import load

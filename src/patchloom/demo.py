@@ -48,36 +48,36 @@ def demo(
     Raises:
         UsageError: `out` holds something already and `overwrite` is not set.
     """
-    import patchloom as pl
+    from patchloom.evaluate.run import measure
     from patchloom.report import add_section
+    from patchloom.training.run import train
 
     start = time.perf_counter()
-    run = pl.pretrain(
-        "ccvit",
-        data="photos",
-        probe_data="photos:test",
-        out=out,
-        encoder=ENCODER,
-        epochs=epochs,
-        seed=seed,
-        num_workers=num_workers,
-        overwrite=overwrite,
-        **RECIPE,
-    )
+    settings = {
+        "data": "photos",
+        "probe_data": "photos:test",
+        "out": out,
+        "encoder": ENCODER,
+        "epochs": epochs,
+        "seed": seed,
+        "num_workers": num_workers,
+        "overwrite": overwrite,
+    }
+    run = train("pretrain", "ccvit", settings | RECIPE)
     scores: dict[str, float] = {}
     for protocol in ("knn", "linear"):
         for kind in KINDS:
             print(f"{protocol}: {KINDS[kind]} …", file=sys.stderr)
-            result = pl.evaluate(
-                protocol,
-                encoder="pixels" if kind == "pixels" else str(run.model),
-                untrained=kind == "untrained",
-                train="photos",
-                test="photos:test",
-                image_size=16 if kind == "pixels" else None,
-                num_workers=num_workers,
-                seed=seed,
-            )
+            question = {
+                "encoder": "pixels" if kind == "pixels" else str(run.model),
+                "untrained": kind == "untrained",
+                "train": "photos",
+                "test": "photos:test",
+                "image_size": 16 if kind == "pixels" else None,
+                "num_workers": num_workers,
+                "seed": seed,
+            }
+            result, _ = measure(protocol, question)
             scores[f"{protocol}_{kind}"] = result["accuracy"]
     summary = {**scores, **run.summary, "seconds": round(time.perf_counter() - start, 1)}
     _save(run.path / "summary.json", summary)

@@ -15,8 +15,8 @@ from patchloom.data.base import UnreadableImageError
 from patchloom.data.frames import open_frames
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.models.start import start_encoder
 from patchloom.report.tiles import as_colour, shown_channels
-from patchloom.start import start_encoder
 
 STACK = (np.random.default_rng(0).random((5, 20, 30)) * 4000).astype(np.uint16)
 EXPECTED = STACK.astype(np.float32) / np.float32(4095)
@@ -123,7 +123,7 @@ def test_pages_of_a_recording_are_its_frames_in_one_range(tmp_path, capsys):
 
 
 def test_weights_of_rgb_are_widened_by_timm_s_rule(tmp_path, capsys):
-    from patchloom.bundle import save_bundle
+    from patchloom.models.bundle import save_bundle
 
     encoder = create_encoder("vit_micro_patch4_32")
     save_bundle(encoder, tmp_path / "rgb")
@@ -149,7 +149,7 @@ def test_pictures_show_the_channels_asked_for():
 
 
 def test_an_encoder_remembers_how_its_images_were_read(tmp_path):
-    from patchloom.bundle import load, save_bundle
+    from patchloom.models.bundle import load, save_bundle
 
     encoder = create_encoder("vit_micro_patch4_32", in_chans=2)
     encoder.pretrained_cfg = {

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import Survey, survey_files
 from patchloom.data.mask_table import parse_table, read_table
 from patchloom.data.mask_values import check_shares
 from patchloom.errors import UsageError
-from patchloom.mask_settings import MaskSettings
 
 BLOB = np.zeros((60, 80), np.uint8)
 BLOB[20:40, 10:50] = 1

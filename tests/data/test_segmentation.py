@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.data import UnreadableImageError
 from patchloom.data.segmentation import CAMVID, colours, open_segmentation, split_mask
 from patchloom.errors import UsageError
-from patchloom.mask_settings import MaskSettings
 from segment_support import paint_pairs
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.data import UnreadableImageError
 from patchloom.data.nifti import load_nifti
 from patchloom.data.volumes import SliceSource, as_images, open_volumes, save_mask, square_masks, windowed
 from patchloom.errors import UsageError
-from patchloom.mask_settings import MaskSettings
 from volume_support import class_volumes, paint_volumes, save_nifti
 
 nibabel = pytest.importorskip("nibabel")

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 
-from patchloom.bundle import load, save_bundle
 from patchloom.encoders import (
     create_backbone,
     create_encoder,
@@ -26,7 +25,8 @@ from patchloom.encoders import (
 )
 from patchloom.encoders.cifar_resnet import CIFARResNet
 from patchloom.errors import UsageError
-from patchloom.start import start_encoder
+from patchloom.models.bundle import load, save_bundle
+from patchloom.models.start import start_encoder
 from patchloom.training.supervised import as_classifier
 
 KINDS = {

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import patchloom as pl
-from patchloom.bundle import load, save_bundle
 from patchloom.encoders import class_attention, create_encoder, grid_size, image_size, normalize
-from patchloom.start import start_encoder
+from patchloom.models.bundle import load, save_bundle
+from patchloom.models.start import start_encoder
 
 
 def test_the_last_rows_and_columns_are_left_out_as_a_plain_convolution_does():

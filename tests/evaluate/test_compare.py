@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.compare import compare_predictions
-from patchloom.evaluate.delong import delong
-from patchloom.evaluate.metrics import accuracy
-from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import paired_bootstrap
-
-from .small_images import CLASSIFIERS, QUICK, TINY, write_images
+from patchloom.evaluate.statistics.delong import delong
+from patchloom.evaluate.statistics.intervals import paired_bootstrap
+from patchloom.evaluate.statistics.metrics import accuracy
+from patchloom.evaluate.statistics.predictions import Predictions
+from patchloom.models.bundle import save_bundle
+from small_images import CLASSIFIERS, QUICK, TINY, write_images
 
 
 def said(share: float, seed: int, n: int = 200, name: str = "a") -> Predictions:

@@ -16,20 +16,19 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 
 import patchloom as pl
 from patchloom import registry
-from patchloom.bundle import load, save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.evaluate.figures import classification_figures
-from patchloom.evaluate.metrics import SCORES, exact_share
-from patchloom.evaluate.predictions import Predictions
-from patchloom.evaluate.statistics import bootstrap_interval
+from patchloom.evaluate.statistics.figures import classification_figures
+from patchloom.evaluate.statistics.intervals import bootstrap_interval
+from patchloom.evaluate.statistics.metrics import SCORES, exact_share
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
+from patchloom.models.bundle import load, save_bundle
 from patchloom.terminal.options import help_texts
-
-from .small_images import CLASSIFIERS, QUICK, TINY, write_images
+from small_images import CLASSIFIERS, QUICK, TINY, write_images
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +340,7 @@ def test_images_are_measured_by_the_others_where_train_is_test(bundle, data, tmp
 
 
 def test_predictions_are_written_when_asked_for(bundle, data, tmp_path):
-    from patchloom.evaluate.predictions import Predictions
+    from patchloom.evaluate.statistics.predictions import Predictions
 
     path = tmp_path / "deep" / "said.npz"
     result = pl.evaluate("knn", encoder=bundle, predictions=str(path), **data, **QUICK)

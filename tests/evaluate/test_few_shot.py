@@ -9,8 +9,7 @@ import torch
 import patchloom as pl
 from patchloom.errors import UsageError
 from patchloom.evaluate.few_shot import draw_episodes, logistic, nearest_mean
-
-from .small_images import QUICK, write_images
+from small_images import QUICK, write_images
 
 LABELS = np.repeat(np.arange(6), [12, 12, 12, 12, 12, 2])
 DRAW = {"ways": 3, "shots": 2, "queries": 5, "episodes": 30, "seed": 1}

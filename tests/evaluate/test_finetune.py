@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_encoder, normalize
 from patchloom.errors import UsageError
-from patchloom.evaluate.predictions import Predictions
-
-from .small_images import QUICK, TINY, write_images
+from patchloom.evaluate.statistics.predictions import Predictions
+from patchloom.models.bundle import save_bundle
+from small_images import QUICK, TINY, write_images
 
 SETTINGS = {"max_steps": 6, "batch_size": 12, "auto_augment": None, "probe_every": 0}
 

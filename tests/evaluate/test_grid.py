@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.encoders import create_encoder, intermediate_layers, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import _batches, fit_heads
 from patchloom.evaluate.linear_grid import LinearGridConfig, probe_features
+from patchloom.models.bundle import save_bundle
 from patchloom.training.config import config_from_mapping
-
-from .small_images import QUICK, TINY, write_images
+from small_images import QUICK, TINY, write_images
 
 INPUTS = [slice(3, 6), slice(0, 6), slice(3, 8)]
 LRS = [0.01, 0.3]

@@ -12,8 +12,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.logistic import fit_logistic
 from patchloom.evaluate.logistic_config import CHOICES
 from patchloom.evaluate.target import EvaluationConfig, labelled_features
-
-from .small_images import QUICK, write_images
+from small_images import QUICK, write_images
 
 
 @pytest.fixture(scope="module")

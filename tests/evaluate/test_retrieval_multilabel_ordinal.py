@@ -12,15 +12,14 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_
 import patchloom as pl
 from patchloom.errors import UsageError
 from patchloom.evaluate import retrieval
-from patchloom.evaluate.metrics import per_label_auroc
 from patchloom.evaluate.multilabel import MultiLabelConfig
 from patchloom.evaluate.ordinal import in_order
-from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.retrieval import ranks
+from patchloom.evaluate.statistics.metrics import per_label_auroc
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.mlknn import mlknn_predict
-
-from .small_images import QUICK, write_images
+from small_images import QUICK, write_images
 
 
 @pytest.fixture(scope="module")

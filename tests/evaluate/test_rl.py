@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("ale_py")
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
-from patchloom.rl.loop import Training
+from patchloom.evaluate.atari.loop import Training
+from patchloom.models.bundle import save_bundle
 
 QUICK = {
     "game": "Breakout",

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import train_decoder
-from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.segmentation import SegmentationConfig, open_pair
+from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
+from patchloom.models.bundle import save_bundle
 from patchloom.segment.metrics import Areas, mean_iou
 from patchloom.training.config import config_from_mapping
 from segment_support import paint_pairs
@@ -370,7 +370,7 @@ def test_much_that_is_ignored_by_request_is_said_first(encoder, tmp_path, capsys
 
 
 def test_progress_is_said_in_lines_where_there_is_no_terminal(encoder, folders, capsys, monkeypatch):
-    monkeypatch.setattr("patchloom.progress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("patchloom.base.progress.EVERY_SECONDS", 0.0)
     train, test = folders
     pl.evaluate("segmentation", encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 3})
     said = capsys.readouterr().err

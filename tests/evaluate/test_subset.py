@@ -14,8 +14,7 @@ from patchloom.evaluate.linear_grid import LinearGridConfig
 from patchloom.evaluate.multilabel import MultiLabelConfig
 from patchloom.evaluate.subset import evenly_spaced, few_shot_subset, nested_shots
 from patchloom.training.config import config_from_mapping
-
-from .small_images import QUICK, write_images
+from small_images import QUICK, write_images
 
 CLASSES = torch.tensor([2, 0, 5, 0, 2, 2, 0, 5, 0, 2, 0, 0, 2, 5, 0, 0, 2])
 

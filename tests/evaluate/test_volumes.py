@@ -13,7 +13,7 @@ import torch
 import patchloom as pl
 from patchloom.encoders import create_encoder, pooled
 from patchloom.errors import UsageError
-from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.volume_segmentation import Case, case_scores
 from patchloom.evaluate.volumes import encoder_images, pool_slices, slice_encode
 from patchloom.segment.metrics import areas, dice, hausdorff

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from patchloom.adapt.class_prompts import PromptCAM
 from patchloom.encoders import create_encoder
+from patchloom.systems.prompt_cam.model import PromptCAM
 
 SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 4, "patch_size": 8}
 

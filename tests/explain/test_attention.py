@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from explain.models import classifier, pictures, prompt_cam
-from patchloom.adapt.insertion import plain
 from patchloom.encoders import create_encoder
+from patchloom.encoders.insertion import plain
 from patchloom.errors import UsageError
 from patchloom.explain.attention import (
     attention_probabilities,

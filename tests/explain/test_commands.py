@@ -103,7 +103,7 @@ def test_a_comparison_ranks_all_explanations_by_one_judge(model, tmp_path):
 
 
 def test_the_command_line_explains_a_bundle(tmp_path, capsys):
-    from patchloom.bundle import save_bundle
+    from patchloom.models.bundle import save_bundle
 
     bundle = save_bundle(classifier().float(), tmp_path / "bundle")
     arguments = [

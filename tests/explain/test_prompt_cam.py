@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explain.models import classifier, pictures, prompt_cam
-from patchloom.adapt.insertion import activate
+from patchloom.encoders.insertion import activate
 from patchloom.errors import UsageError
 from patchloom.explain.prompt_cam import blur_heads, class_attention_maps, rank_heads, traits_between
 

@@ -12,7 +12,7 @@ from torch import nn
 import patchloom as pl
 from mae_published import autoencode, decoder_layout, norm_layout, vit_layout
 from patchloom.errors import UsageError
-from patchloom.reference.settings import Hidden, OneOf, Settings, epsilon_of, name_of, set_epsilon
+from patchloom.models.published_settings import Hidden, OneOf, Settings, epsilon_of, name_of, set_epsilon
 from tests_support import finetuned_layout, pretraining_layout
 
 KNOWN = Settings(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from patchloom.adapt.dvpt_pyramids import dvpt_segmentation_loss
 from patchloom.errors import UsageError
 from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
+from patchloom.systems.dvpt.pyramids import dvpt_segmentation_loss
 
 
 def test_cross_entropy_averages_over_known_or_all_pixels():

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import patchloom as pl
-from patchloom.bundle import save_bundle
 from patchloom.cli import main
 from patchloom.data.segmentation import open_segmentation
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.models.bundle import save_bundle
 from patchloom.segment.commands import predict
 from patchloom.segment.saved import load_segmenter
 from patchloom.training.run import resolve

@@ -9,9 +9,9 @@ from typing import ClassVar
 import pytest
 import yaml
 
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 from patchloom.io import read_config
-from patchloom.source_options import SourceOptions
 from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
 
 NEEDED = {"data": "photos", "out": "runs/a"}

@@ -10,7 +10,7 @@ import torch
 
 import patchloom as pl
 from patchloom.features.health import has_collapsed, verdict
-from patchloom.pretrain.distillation_losses import SoftmaxCentering
+from patchloom.systems.dinov2.losses import SoftmaxCentering
 from patchloom.training.metrics import read_metrics, series
 
 SETTINGS = {

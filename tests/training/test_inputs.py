@@ -12,9 +12,9 @@ import torch
 import yaml
 
 import patchloom as pl
-from patchloom.bundle import load
 from patchloom.data import open_source
 from patchloom.encoders import in_chans
+from patchloom.models.bundle import load
 
 TINY: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "image_size": 32, "warmup_epochs": 0, "lr": 1e-3}
 MAE: dict[str, Any] = {"encoder": "vit_micro_patch4_32", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}

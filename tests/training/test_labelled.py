@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
 from patchloom.data import open_source
 from patchloom.errors import UsageError
+from patchloom.systems.finetune.method import FinetuneConfig, FinetuneMethod
 from patchloom.training.probe_data import choose_probe_data
 
 SETTINGS = {

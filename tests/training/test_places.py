@@ -10,7 +10,7 @@ import pytest
 
 from patchloom.errors import UsageError
 from patchloom.io import read_config
-from patchloom.pretrain.mae import MAEMethod
+from patchloom.systems.mae.method import MAEMethod
 from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
 from patchloom.training.places import absolute, found_again
 from patchloom.training.run import resolve

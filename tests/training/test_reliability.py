@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import patchloom as pl
-from patchloom.stored import read_pickle
+from patchloom.base.stored import read_pickle
 from patchloom.training.checkpoint import CheckpointWriteError
 from patchloom.training.method import NonFiniteLossError
 from patchloom.training.metrics import read_metrics, series
@@ -253,7 +253,7 @@ def test_resuming_with_other_settings_is_refused(images, uninterrupted):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(images, tmp_path, monkeypatch):
-    from patchloom.pretrain.ccvit import CCViTMethod
+    from patchloom.systems.ccvit.method import CCViTMethod
 
     original = CCViTMethod.training_loss
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from patchloom.adapt.finetune import FinetuneConfig, FinetuneMethod
-from patchloom.bundle import save_bundle
 from patchloom.encoders import create_encoder
+from patchloom.models.bundle import save_bundle
+from patchloom.systems.finetune.method import FinetuneConfig, FinetuneMethod
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics, series
 from patchloom.training.run import fit

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import patchloom as pl
-from patchloom.adapt.finetune_config import FinetuneConfig
 from patchloom.data.base import Sample
 from patchloom.data.subset import MemorySource
 from patchloom.io import read_config
+from patchloom.systems.finetune.config import FinetuneConfig
 from patchloom.training.config import TrainConfig
 from patchloom.training.labelled import LabelledMethod
 from patchloom.training.size import advice, batch_for, fit_to_data, steps_per_epoch

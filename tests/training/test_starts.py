@@ -11,10 +11,10 @@ import torch
 from timm.models import _builder
 from torch import Tensor
 
-from patchloom.bundle import save_bundle
 from patchloom.data import open_source
 from patchloom.encoders import create_backbone, create_encoder
 from patchloom.errors import UsageError
+from patchloom.models.bundle import save_bundle
 from patchloom.registry import method_class
 from patchloom.training.method import load_weights
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from patchloom.base.source_options import SourceOptions, refuse_untaken
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.channel_files import ChannelFilesSource
 from patchloom.data.embedded import DigitsSource, PhotosSource
@@ -27,7 +28,6 @@ from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedVi
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
 from patchloom.registry import SOURCES
-from patchloom.source_options import SourceOptions, refuse_untaken
 
 __all__ = [
     "EvalTransform",
@@ -77,7 +77,7 @@ def open_source(
         seed: Seed of the crops of `photos`.
         model: Encoder whose training images say how these are read, where the options do not.
         quiet: Say nothing of what is found.
-        **options: What all commands hand on (`include`, `value_range` …, see `patchloom.source_options`), and what the
+        **options: What all commands hand on (`include`, `value_range` …; `patchloom.base.source_options`), and what the
             source itself takes, such as `crop_size` and `crops` of `photos`.
 
     Raises:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchloom.base.source_options import words
 from patchloom.data.base import Sample, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.folder import FolderSource, Labels
 from patchloom.errors import UsageError
-from patchloom.source_options import words
 
 
 class ChannelFilesSource(FolderSource):

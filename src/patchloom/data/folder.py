@@ -18,12 +18,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from patchloom.base.source_options import choose, words
 from patchloom.data.base import UNLABELLED, Sample, Source, spread
 from patchloom.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_image
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
 from patchloom.io import printable
-from patchloom.source_options import choose, words
 
 # Images looked at, and the largest of them, for the notice that a folder may hold masks.
 LOOKED_AT, MOST_BYTES = 16, 200_000
@@ -43,7 +43,7 @@ class FolderSource(Source):
         labels: `folder`: the top-level sub-folder is the class. `none`: no labels. `auto`: as `folder` when every
             image lies in one of at least two sub-folders.
         in_chans: Channels the images are read as, 3 or 1.
-        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
         missing: Names of sub-folders, separated by commas, whose images have no label (unsorted,NA).
 

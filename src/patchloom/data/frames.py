@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from patchloom.base.source_options import choose
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_frames
 from patchloom.data.pixels import levels
@@ -34,7 +35,6 @@ from patchloom.data.survey import HEADERS, Survey, notice
 from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
-from patchloom.source_options import choose
 
 FRAMES, ABOUT = "frames.npy", "recording.json"
 PARTS = ("actions", "rewards", "episode_starts", "ram")
@@ -293,7 +293,7 @@ def open_frames(
             recording of its own.
         stack: Frames of an observation.
         size: Side that images are reduced to, pixels; arrays are taken as they are.
-        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the images to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of images to leave out.
 
     Raises:

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
+from patchloom.base.source_options import words
 from patchloom.data.listed import ListedSource
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import existing, printable
-from patchloom.source_options import words
 
 FILE, SPLIT = ("file", "filename", "path", "image", "key"), "split"
 ONE = ("label", "class", "grade", "target")
@@ -52,7 +52,7 @@ class LabelFileSource(ListedSource):
         name: Path of the file, with `:SPLIT` behind it to take the rows of one split.
         root: Folder of the images; default: that of the file.
         in_chans: Channels the images are read as, 3 or 1.
-        include: Globs of the files to take of the list, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take of the list, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
         missing: Words that stand for a missing label besides an empty cell, separated by commas.
 

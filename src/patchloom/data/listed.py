@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from patchloom.base.source_options import choose
 from patchloom.data.base import Sample, Source, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.dicom import Monochrome1, check_monochrome1
 from patchloom.data.folder import walk_images
 from patchloom.errors import UsageError
 from patchloom.io import printable, raw_name
-from patchloom.source_options import choose
 
 SHOWN = 10
 
@@ -30,7 +30,7 @@ class ListedSource(Source):
         class_names: Names of the classes or labels.
         in_chans: Channels the images are read as, 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
-        include: Globs of the files to take of the list, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take of the list, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from patchloom import stopping
+from patchloom.base import stopping
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.order import EpochOrder, Slot, Steps
 from patchloom.data.stream_order import StreamOrder

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.mask_survey import RGB, Survey
 from patchloom.data.mask_table import Entry, Span, parse_span, parse_table, shown
 from patchloom.data.mask_values import (
@@ -35,7 +36,6 @@ from patchloom.data.mask_values import (
     wrong_value,
 )
 from patchloom.errors import UsageError
-from patchloom.mask_settings import MaskSettings
 
 MOST_CLASSES = 255
 MOST_GUESSED = 24

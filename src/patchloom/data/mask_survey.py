@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from patchloom.base.progress import track
 from patchloom.data.base import UnreadableImageError
-from patchloom.progress import track
 
 RGB = tuple[int, int, int]
 TRANSPARENT = -1

@@ -11,7 +11,7 @@ user said; the same coding then reads the test masks.
 >>> coding = settle(survey, "crops")
 >>> coding.decode(np.array([[255, 0]], np.uint8)).tolist(), coding.names
 ([[1, 0]], ('background', 'foreground'))
->>> from patchloom.mask_settings import MaskSettings
+>>> from patchloom.base.mask_settings import MaskSettings
 >>> settle(survey, "crops", MaskSettings(ignore_label="255")).decode(np.array([[255, 0]], np.uint8)).tolist()
 [[255, 0]]
 """

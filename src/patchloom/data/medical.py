@@ -49,7 +49,7 @@ class ChestXray14Source(ListedSource):
         list_file: Another list of images and labels to read instead.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
-        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
 
     Raises:
@@ -127,7 +127,7 @@ class CheXpertSource(ListedSource):
             otherwise), `ones`, `zeros`, or `ignore` (unknown: neither loss nor figures see it).
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
-        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
 
     Raises:
@@ -178,7 +178,7 @@ class MIMICSource(ListedSource):
         split: `train`, `val` (its `validate`) or `test`.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
-        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
 
     Raises:
@@ -240,7 +240,7 @@ class COVIDxSource(ListedSource):
         split: `train`, `val` or `test`.
         in_chans: 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
-        include: Globs of the files to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
 
     Raises:

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.kinds import MASKED
@@ -40,7 +41,6 @@ from patchloom.data.mask_values import (
 from patchloom.data.reading import Reading, remembered
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
-from patchloom.mask_settings import MaskSettings
 
 # Raised when the same masks would be counted otherwise than before.
 FORMAT = 1
@@ -94,7 +94,7 @@ class MaskSource(Source):
         settings: What the user says of the masks' values.
         coding: How masks are read, as settled on another source.
         table: File that names values or colours.
-        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the images to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
 
     Attributes:
@@ -300,9 +300,9 @@ def open_segmentation(
         class_names: Names of the classes of a plain folder, instead of its own.
         settings: What the user says of the values of masks; default: they are recognised.
         coding: How masks are read, as settled on another source, instead.
-        include: Globs of the images to take, see `patchloom.source_options.choose`; default: all.
+        include: Globs of the images to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
-        value_range: What stored values of images become 0 and 1, see `patchloom.source_options`.
+        value_range: What stored values of images become 0 and 1, see `patchloom.base.source_options`.
         no_data: Value that means that nothing is known of a pixel.
         use_channels: Numbers of the channels taken of each image.
         model: Encoder whose training images say how these are read, where the options do not.

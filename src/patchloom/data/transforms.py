@@ -28,7 +28,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.choices import View
+from patchloom.base.choices import View
 from patchloom.data.deep_recipe import finetune_views
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, stretched, to_pil
 from patchloom.errors import UsageError, unknown_name

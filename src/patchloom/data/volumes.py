@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.choices import Plane, Window
+from patchloom.base.choices import Plane, Window
+from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.progress import track
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import Survey
@@ -43,8 +45,6 @@ from patchloom.data.pixels import resize
 from patchloom.data.segmentation import colours
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable, written_whole
-from patchloom.mask_settings import MaskSettings
-from patchloom.progress import track
 
 SUFFIXES = (".nii.gz", ".nii")
 # The axis of the body (left-right, back-front, feet-head) along which slices follow one another.

@@ -14,9 +14,9 @@ from typing import Any
 import timm
 import torch
 
+from patchloom.encoders.patches import patch_grid
 from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid
 
 # Where timm and this package keep them, for hints that lead to an encoder.
 MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva")

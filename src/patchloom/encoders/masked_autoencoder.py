@@ -34,9 +34,9 @@ from patchloom.encoders import (
     run_blocks,
 )
 from patchloom.encoders.attend import Group, attend_block
+from patchloom.encoders.patches import normalize_patches, patchify, unpatchify
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
-from patchloom.patches import normalize_patches, patchify, unpatchify
-from patchloom.precision import at_least_float32
 
 
 class MAEOutput(NamedTuple):

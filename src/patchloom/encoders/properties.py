@@ -22,8 +22,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from patchloom.encoders.patches import patch_grid
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid
 
 Encoder: TypeAlias = Any
 """A timm `VisionTransformer`, `Beit` or `Eva`; where a function says so, any image model of timm. Their attributes are

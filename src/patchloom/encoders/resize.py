@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from torch import Tensor
 
+from patchloom.encoders.patches import patch_grid
 from patchloom.encoders.properties import Encoder, grid_size, has_tokens, image_size, patch_size
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid
 
 EXTRA_ROWS = 3  # class to token, token to class, class to class
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from patchloom.choices import Pool
+from patchloom.base.choices import Pool
 from patchloom.encoders.blocks import bias_of, run_block
+from patchloom.encoders.patches import patchify
 from patchloom.encoders.properties import (
     Encoder,
     depth,
@@ -36,7 +37,6 @@ from patchloom.encoders.properties import (
     require_tokens,
 )
 from patchloom.errors import UsageError, unknown_name
-from patchloom.patches import patchify
 
 
 class Tokens(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchloom.encoders.patches import patch_grid
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid
 
 
 class TubeletEmbed(nn.Module):

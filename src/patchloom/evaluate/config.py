@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from patchloom.choices import Pool, Precision, View
+from patchloom.base.choices import Pool, Precision, View
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
-from patchloom.source_options import SourceOptions
 
 PIXELS = "pixels"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from patchloom.choices import DECODER_BLOCKS, HeadName
+from patchloom.base.choices import DECODER_BLOCKS, HeadName
+from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
-from patchloom.mask_settings import MaskSettings
-from patchloom.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchloom.base.progress import track
+from patchloom.base.stopping import through_lightning
 from patchloom.data import make_loader
 from patchloom.data.base import Source
 from patchloom.data.mask_transforms import TestImage, TrainCrop
@@ -24,11 +26,9 @@ from patchloom.encoders import Encoder, image_size, normalize, patch_size, set_i
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoder_config import DecoderConfig
 from patchloom.features.extract import torch_device
-from patchloom.progress import track
 from patchloom.segment.build import build_parts
 from patchloom.segment.inference import Size, windows
 from patchloom.segment.module import Schedule, SegmentationModule
-from patchloom.stopping import through_lightning
 from patchloom.training.config import preset_values
 
 

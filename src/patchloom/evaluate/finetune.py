@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchloom.bundle import load, save_bundle
 from patchloom.data import EvalTransform, make_loader, open_alike
 from patchloom.data.base import Source
 from patchloom.data.pixels import unit
@@ -25,6 +24,7 @@ from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.features.extract import NO_LABEL, Features, torch_device
+from patchloom.models.bundle import load, save_bundle
 
 
 class Finetune(Evaluation):

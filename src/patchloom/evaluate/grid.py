@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.encoders.probe import INITIAL_DEVIATION
 from patchloom.errors import UsageError
-from patchloom.evaluate.probe import INITIAL_DEVIATION
 
 MOMENTUM = 0.9
 Kind = Literal["classes", "labels"]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchloom.bundle import open_encoder
 from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
@@ -38,6 +37,7 @@ from patchloom.features.geometry import (
     uniformity,
 )
 from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
+from patchloom.models.bundle import open_encoder
 
 PATCH_IMAGES = 64
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
-from patchloom.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)

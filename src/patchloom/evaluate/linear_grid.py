@@ -15,12 +15,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from patchloom.encoders import depth, embed_dim, num_prefix_tokens, require_tokens
+from patchloom.encoders.probe import probe_columns
 from patchloom.errors import UsageError
 from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
 from patchloom.evaluate.linear_grid_config import LinearGridConfig
-from patchloom.evaluate.metrics import Score, accuracy
-from patchloom.evaluate.probe import probe_columns
 from patchloom.evaluate.protocol import Evaluation
+from patchloom.evaluate.statistics.metrics import Score, accuracy
 from patchloom.evaluate.subset import learning_features, taken
 from patchloom.evaluate.target import labelled_features, resolve_encoder
 from patchloom.features.extract import Features, torch_device

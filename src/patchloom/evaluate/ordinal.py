@@ -9,8 +9,8 @@ import torch
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.linear import Linear
-from patchloom.evaluate.metrics import kappa, mean_grade_error
 from patchloom.evaluate.ordinal_config import OrdinalConfig
+from patchloom.evaluate.statistics.metrics import kappa, mean_grade_error
 from patchloom.evaluate.subset import learning_features
 
 

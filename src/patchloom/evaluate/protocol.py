@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from patchloom.data.groups import read_groups
-from patchloom.evaluate.figures import classification_figures
-from patchloom.evaluate.predictions import Predictions
+from patchloom.evaluate.statistics.figures import classification_figures
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import EvaluationConfig, encoder_name
 from patchloom.features.extract import Features
 

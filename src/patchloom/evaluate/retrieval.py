@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.figures import counts
-from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.retrieval_config import RetrievalConfig
+from patchloom.evaluate.statistics.figures import counts
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.extract import torch_device
 

@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from patchloom.bundle import open_encoder, save_bundle
 from patchloom.data.atari import AtariGame
 from patchloom.encoders import create_encoder, image_size
 from patchloom.errors import UsageError
+from patchloom.evaluate.atari.agent import AgentConfig, RainbowAgent
+from patchloom.evaluate.atari.loop import LoopConfig, Training
+from patchloom.evaluate.atari.networks import CONVOLUTIONAL, Vision, make_vision, rebuild_vision, vision_of
+from patchloom.evaluate.atari.record import save_agent
+from patchloom.evaluate.atari.scores import SCORES, human_normalized
 from patchloom.evaluate.rl_config import RLConfig
 from patchloom.features.extract import torch_device
 from patchloom.io import make_folder, write_bytes, write_json
-from patchloom.rl.agent import AgentConfig, RainbowAgent
-from patchloom.rl.loop import LoopConfig, Training
-from patchloom.rl.networks import CONVOLUTIONAL, Vision, make_vision, rebuild_vision, vision_of
-from patchloom.rl.record import save_agent
-from patchloom.rl.scores import SCORES, human_normalized
+from patchloom.models.bundle import open_encoder, save_bundle
 
 RESULTS, SETTINGS, CURVE = "results.json", "settings.json", "learning_curve.png"
 FREE = ("out", "resume", "overwrite", "device", "checkpoint_every", "preset")

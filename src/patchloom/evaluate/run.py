@@ -12,7 +12,7 @@ from patchloom.io import check_place, write_json
 from patchloom.training.config import config_from_mapping
 
 if TYPE_CHECKING:
-    from patchloom.evaluate.predictions import Predictions
+    from patchloom.evaluate.statistics.predictions import Predictions
 
 
 def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Predictions | None]:

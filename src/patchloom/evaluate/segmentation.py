@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.progress import track
+from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.mask_transforms import TestImage
 from patchloom.data.pixels import unit
@@ -27,15 +30,12 @@ from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.mask_reading import masks_said
-from patchloom.evaluate.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.segmentation_config import SegmentationConfig
+from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.io import write_bytes
-from patchloom.mask_settings import MaskSettings
-from patchloom.progress import track
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
-from patchloom.source_options import refuse_untaken
 
 
 class Tested(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from patchloom.choices import SCALES
+from patchloom.base.choices import SCALES
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.decoder_config import DecoderConfig
 

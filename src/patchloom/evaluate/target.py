@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from patchloom.bundle import made_from, open_encoder
 from patchloom.data import open_alike
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.subset import say_unlabelled
@@ -19,6 +18,7 @@ from patchloom.evaluate.config import EvaluationConfig, is_pixels
 from patchloom.features.cache import cached_features
 from patchloom.features.extract import NO_LABEL, Features, Pool
 from patchloom.features.fingerprint import source_hash
+from patchloom.models.bundle import made_from, open_encoder
 
 
 def resolve_encoder(config: EvaluationConfig) -> Encoder | None:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.progress import track
+from patchloom.base.source_options import refuse_untaken
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.mask_transforms import resized_size
 from patchloom.data.pixels import resize as resize_image
@@ -33,16 +35,20 @@ from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.mask_reading import masks_said
-from patchloom.evaluate.metrics import mean_value
-from patchloom.evaluate.overlap import by_foreground_class, counted_areas, nanmean, plain, scores_with_intervals
-from patchloom.evaluate.statistics import bootstrap_interval
+from patchloom.evaluate.statistics.intervals import bootstrap_interval
+from patchloom.evaluate.statistics.metrics import mean_value
+from patchloom.evaluate.statistics.overlap import (
+    by_foreground_class,
+    counted_areas,
+    nanmean,
+    plain,
+    scores_with_intervals,
+)
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.evaluate.volume_segmentation_config import VolumeSegmentationConfig
-from patchloom.progress import track
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import Areas, areas, dice, hausdorff
-from patchloom.source_options import refuse_untaken
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from patchloom.choices import Plane, Window
+from patchloom.base.choices import Plane, Window
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoder_config import DecoderConfig, HeadName
 

@@ -19,23 +19,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchloom.base.progress import track
+from patchloom.base.source_options import refuse_untaken
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.groups import read_groups
 from patchloom.data.volumes import Volume, VolumeSource, Window, as_images, open_volumes
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.logistic import fit_logistic
-from patchloom.evaluate.metrics import accuracy, balanced_accuracy
-from patchloom.evaluate.predictions import Predictions
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
+from patchloom.evaluate.statistics.metrics import accuracy, balanced_accuracy
+from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import encoder_name, resolve_encoder
 from patchloom.evaluate.volumes_config import VolumesConfig
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
-from patchloom.progress import track
-from patchloom.source_options import refuse_untaken
 
 
 class Bags(NamedTuple):

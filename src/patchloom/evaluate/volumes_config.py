@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from patchloom.choices import Plane, Window
+from patchloom.base.choices import Plane, Window
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.config import EvaluationConfig
 

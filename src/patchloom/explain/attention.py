@@ -24,10 +24,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from patchloom.adapt.class_prompts import ClassPrompts, PromptCAM
-from patchloom.adapt.insertion import active, insertions, plain
 from patchloom.encoders import Embedded, Encoder, depth, embed, grid_size, image_size, num_prefix_tokens, run_blocks
+from patchloom.encoders.insertion import active, insertions, plain
 from patchloom.errors import UsageError, unknown_name
+from patchloom.systems.prompt_cam.model import ClassPrompts, PromptCAM
 
 Fusion = Literal["mean", "max", "min"]
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {

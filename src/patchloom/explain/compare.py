@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patchloom.adapt.class_prompts import ClassPrompts
-from patchloom.adapt.insertion import active, insertions
 from patchloom.encoders import grid_size
+from patchloom.encoders.insertion import active, insertions
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import (
     check_target,
@@ -26,6 +25,7 @@ from patchloom.explain.attention import (
 )
 from patchloom.explain.faithfulness import Faithfulness, insertion_deletion
 from patchloom.explain.prompt_cam import class_attention_maps
+from patchloom.systems.prompt_cam.model import ClassPrompts
 
 Explainer = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Takes a classifier, normalised images and a class for each, and returns maps (B, h, w)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
-from patchloom.source_options import SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ A head of the last block is a candidate trait: its map of a class shows where th
 and 2.5.
 
 >>> import timm, torch
->>> from patchloom.adapt.class_prompts import PromptCAM
+>>> from patchloom.systems.prompt_cam.model import PromptCAM
 >>> model = PromptCAM(timm.create_model("vit_tiny_patch16_224", num_classes=0), num_classes=4).eval()
 >>> images = torch.randn(2, 3, 224, 224)
 >>> rank_heads(model, images, torch.tensor([1, 3])).order.shape
@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from patchloom.adapt.class_prompts import ClassPrompts, LastInput, PromptCAM
 from patchloom.encoders.attend import Rewrite
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import check_target, encoder_of
+from patchloom.systems.prompt_cam.model import ClassPrompts, LastInput, PromptCAM
 
 Normalize = Literal["none", "sum", "max"]
 ROWS_AT_A_TIME = 256

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patchloom.adapt.class_prompts import PromptCAM
-from patchloom.bundle import open_encoder
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
 from patchloom.data.pixels import alike, unit
@@ -19,6 +17,8 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
 from patchloom.explain.config import ExplainConfig
 from patchloom.features.extract import torch_device
+from patchloom.models.bundle import open_encoder
+from patchloom.systems.prompt_cam.model import PromptCAM
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def open_model(config: ExplainConfig) -> nn.Module:
     if not isinstance(model, PromptCAM):
         model = open_encoder(model)
         if config.adapters:
-            from patchloom.adapters import add_adapters
+            from patchloom.models.adapters import add_adapters
 
             model = add_adapters(model, config.adapters)
     return model.eval().to(torch_device(config.device))

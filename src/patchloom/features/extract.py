@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.choices import Pool, Precision
+from patchloom.base.choices import Pool, Precision
+from patchloom.base.progress import track
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
@@ -25,7 +26,6 @@ from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
-from patchloom.progress import track
 
 PIXELS_SIDE = 32
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

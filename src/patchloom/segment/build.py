@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from patchloom.choices import DECODER_BLOCKS, HeadName
+from patchloom.base.choices import DECODER_BLOCKS, HeadName
 from patchloom.encoders import Encoder, depth, embed_dim, patch_size
 from patchloom.errors import UsageError
 from patchloom.segment.backbone import Backbone, choose_layers

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.choices import SCALES
+from patchloom.base.choices import SCALES
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
-from patchloom.precision import at_least_float32
 from patchloom.segment.layers import resize
 
 Size = tuple[int, int]

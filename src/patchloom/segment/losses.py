@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import unknown_name
-from patchloom.precision import at_least_float32
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import IGNORED
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from patchloom.bundle import fetch_encoder, read_reading
-from patchloom.choices import HeadName
+from patchloom.base.choices import HeadName
+from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.mask_transforms import TestImage, TrainCrop
@@ -26,14 +26,14 @@ from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.errors import UsageError
+from patchloom.models.bundle import fetch_encoder, read_reading
+from patchloom.models.start import start_encoder
 from patchloom.segment.build import build_parts
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
 from patchloom.segment.metrics import MeanIoU
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
-from patchloom.source_options import refuse_untaken
-from patchloom.start import start_encoder
 from patchloom.training.inputs import read_as
 from patchloom.training.method import Method, Transform, load_weights
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchloom.base.progress import track
 from patchloom.data import open_source
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.pixels import unit
@@ -17,7 +18,6 @@ from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
 from patchloom.features.extract import torch_device
 from patchloom.io import check_place, make_folder, write_bytes
-from patchloom.progress import track
 from patchloom.segment.saved import load_segmenter
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patchloom.choices import HeadName
+from patchloom.base.choices import HeadName
 from patchloom.data.mask_survey import RGB
 from patchloom.data.mask_transforms import resized_size
 from patchloom.data.mask_values import MaskCoding
@@ -102,8 +102,8 @@ def load_segmenter(path: str | Path) -> Segmenter:
     Raises:
         UsageError: There is none, or its files are damaged.
     """
-    from patchloom.bundle import find_bundle
-    from patchloom.bundle import load as load_bundle
+    from patchloom.models.bundle import find_bundle
+    from patchloom.models.bundle import load as load_bundle
 
     folder = find_bundle(path)
     if not (folder / ABOUT).exists():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.errors import UsageError
-from patchloom.mask_settings import MaskSettings
 from patchloom.training.config import TrainConfig
 
 

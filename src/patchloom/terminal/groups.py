@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields
 
-from patchloom.source_options import SourceOptions
+from patchloom.base.source_options import SourceOptions
 
 NEEDED = "What you need"
 OWN = "The method's own"

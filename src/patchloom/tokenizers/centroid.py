@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from patchloom.encoders.patches import patch_grid, patchify, unpatchify
 from patchloom.errors import UsageError
-from patchloom.patches import patch_grid, patchify, unpatchify
 from patchloom.tokenizers.codebook_file import read_codebook, write_codebook
 from patchloom.tokenizers.nearest import NearestCentroids, as_float
 

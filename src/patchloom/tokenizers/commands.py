@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 from patchloom.io import check_place, write_bytes, write_json
-from patchloom.source_options import SourceOptions
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def _draw_images(
     from patchloom.data.base import StreamSource, Unreadable, UnreadableImageError
     from patchloom.data.pixels import alike
     from patchloom.data.transforms import EvalTransform
-    from patchloom.patches import patch_grid
+    from patchloom.encoders.patches import patch_grid
 
     patch_grid((image_size, image_size), tokenizer.patch_size)
     source = open_source(data, in_chans=tokenizer.in_chans, **options)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.encoders.patches import patch_grid, patchify
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
-from patchloom.patches import patch_grid, patchify
 from patchloom.tokenizers.kmeans import MIN_POINTS_PER_CENTROID, KMeansResult, kmeans
 from patchloom.tokenizers.nearest import as_float
 from patchloom.tokenizers.points import Points, PointsInMemory, PointsOnDisk, Ranks, check_finite

@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from tqdm import tqdm
 
-from patchloom import stopping
+from patchloom.base import stopping
+from patchloom.base.progress import duration
 from patchloom.data.base import Source
 from patchloom.features.health import Start, verdict
 from patchloom.io import write_json, write_rows
-from patchloom.progress import duration
 from patchloom.training.method import Method, NonFiniteLossError
 from patchloom.training.metrics import CSVMetrics, read_metrics
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from patchloom.stored import read_pickle
+from patchloom.base.stored import read_pickle
 from patchloom.training.method import Method
 from patchloom.training.saved import LAST, PREVIOUS
 

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 import yaml
 
+from patchloom.base.source_options import SourceOptions, words
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
-from patchloom.source_options import SourceOptions, words
 from patchloom.training.places import PLACES, absolute, same_place
 
 CONFIG = "config.yaml"

@@ -12,15 +12,15 @@ import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from patchloom.bundle import read_lineage
+from patchloom.base.progress import duration
+from patchloom.base.version import __version__
 from patchloom.io import write_json
-from patchloom.progress import duration
+from patchloom.models.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
 from patchloom.training.report import write_run_report
 from patchloom.training.size import Advice
-from patchloom.version import __version__
 
 
 class Finish(Callback):

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from patchloom.bundle import read_reading
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
 from patchloom.data.reading import reading_options
 from patchloom.data.survey import channel_statistics, notice
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
+from patchloom.models.bundle import read_reading
 from patchloom.training.config import Config
 
 
@@ -76,7 +76,7 @@ def _of_files(source: Source | StreamSource) -> bool:
 
 def _has_statistics(config: Config) -> bool:
     """Return whether the run starts from a model of as many channels, which has its own."""
-    from patchloom.bundle import bundle_channels
+    from patchloom.models.bundle import bundle_channels
 
     return any(
         path and Path(path).exists() and bundle_channels(path) == config.in_chans

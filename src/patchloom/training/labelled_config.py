@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from patchloom.choices import Weighting
+from patchloom.base.choices import Weighting
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 

@@ -34,7 +34,7 @@ from patchloom.encoders import (
     layer_of_parameter,
 )
 from patchloom.errors import UsageError
-from patchloom.start import start_encoder, widened
+from patchloom.models.start import start_encoder, widened
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
 from patchloom.training.inputs import open_training_images, read_as
@@ -227,7 +227,7 @@ class Method(lp.LightningModule):
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
         """Write what is shipped, the `bundle_model`, to a folder."""
-        from patchloom.bundle import save_bundle
+        from patchloom.models.bundle import save_bundle
 
         save_bundle(model, path, lineage=lineage, overwrite=True)
 
@@ -620,7 +620,7 @@ def load_weights(
     Raises:
         UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
     """
-    from patchloom.bundle import fetch_encoder, load
+    from patchloom.models.bundle import fetch_encoder, load
 
     published = timm.is_model(path) and not Path(path).exists()
     trained = fetch_encoder(path, image_size=image_size(encoder)) if published else load(path)

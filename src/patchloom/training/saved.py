@@ -69,7 +69,7 @@ def _whole(path: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    from patchloom.stored import read_pickle
+    from patchloom.base.stored import read_pickle
 
     for name in (LAST, PREVIOUS):
         path = run_dir / CHECKPOINTS / name
@@ -88,7 +88,7 @@ def usable_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         UsageError: There are checkpoints, and all are damaged.
     """
-    from patchloom.stored import damage
+    from patchloom.base.stored import damage
 
     folder, wrong = run_dir / CHECKPOINTS, {}
     for path in (folder / LAST, folder / PREVIOUS):
@@ -118,7 +118,7 @@ def holds_model(run_dir: Path) -> bool:
 
 def is_complete(checkpoint: Path, run_dir: Path) -> bool:
     """Return whether a run has made all its steps and written all it leaves behind."""
-    from patchloom.stored import read_pickle
+    from patchloom.base.stored import read_pickle
     from patchloom.training.method import steps_done
 
     state = read_pickle(checkpoint, mmap=True)

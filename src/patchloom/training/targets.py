@@ -27,7 +27,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from patchloom.choices import Weighting
+from patchloom.base.choices import Weighting
 from patchloom.errors import UsageError, unknown_name
 from patchloom.training.long_tail import effective_number_weights, group_accuracy
 

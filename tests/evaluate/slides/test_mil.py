@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.slides.mil import HEADS, TransMIL, pad_bags
+from patchloom.systems.phikon_v2.mil import HEADS, TransMIL, pad_bags
 
 WIDTH = 16
 SMALL = {"chowder": {"n_top": 2, "n_bottom": 2}}

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.choices import TileChoice as Choice
+from patchloom.base.choices import TileChoice as Choice
+from patchloom.base.source_options import words
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tasks import Kind, Task
 from patchloom.evaluate.slides.wsi import SLIDE_SUFFIXES
 from patchloom.io import printable, raw_name
-from patchloom.source_options import words
 
 MOST_CLASSES = 50
 

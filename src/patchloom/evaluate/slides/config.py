@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from patchloom.choices import Average, MILHeadName, Pool, Precision, TileChoice
+from patchloom.base.choices import Average, MILHeadName, Pool, Precision, TileChoice
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit_config import FitSettings
 from patchloom.evaluate.slides.tile_config import TileSettings

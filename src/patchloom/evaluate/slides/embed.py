@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from patchloom.base.progress import track
 from patchloom.data.base import UnreadableImageError
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError
@@ -33,7 +34,6 @@ from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
 from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
 from patchloom.features.extract import torch_device
 from patchloom.io import write_json
-from patchloom.progress import track
 from patchloom.training.config import config_from_mapping
 
 SKIPPED = "skipped.json"

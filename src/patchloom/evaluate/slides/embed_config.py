@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from patchloom.choices import Pool, Precision
+from patchloom.base.choices import Pool, Precision
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.tile_config import TileSettings
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit_config import FitSettings
-from patchloom.evaluate.slides.mil import HEADS, MILHead, pad_bags
 from patchloom.evaluate.slides.tasks import Task
+from patchloom.systems.phikon_v2.mil import HEADS, MILHead, pad_bags
 
 
 def make_head(settings: FitSettings, in_features: int, out_features: int) -> MILHead:

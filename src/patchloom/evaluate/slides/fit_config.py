@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from patchloom.choices import MILHeadName
+from patchloom.base.choices import MILHeadName
 from patchloom.errors import UsageError, unknown_name
 
 

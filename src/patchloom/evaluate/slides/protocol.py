@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from patchloom.bundle import bundle_fingerprint
 from patchloom.errors import UsageError
-from patchloom.evaluate.delong import delong
 from patchloom.evaluate.slides.bags import Cohort, read_cohort
 from patchloom.evaluate.slides.config import SlidesConfig
 from patchloom.evaluate.slides.embed import EmbedConfig, run_embed, weights_fingerprint
@@ -34,8 +32,10 @@ from patchloom.evaluate.slides.validate import (
     nested_cross_validation,
     retrain,
 )
-from patchloom.evaluate.statistics import Difference, bootstrap_interval, mean_interval, paired_bootstrap
+from patchloom.evaluate.statistics.delong import delong
+from patchloom.evaluate.statistics.intervals import Difference, bootstrap_interval, mean_interval, paired_bootstrap
 from patchloom.io import make_folder, write_json, write_rows
+from patchloom.models.bundle import bundle_fingerprint
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.metrics import auroc, mean_auroc
+from patchloom.evaluate.statistics.metrics import auroc, mean_auroc
 
 Kind = Literal["binary", "multiclass", "survival"]
 

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
-from patchloom.choices import Average
+from patchloom.base.choices import Average
+from patchloom.base.progress import track
+from patchloom.base.stored import read_tensors
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit import FitSettings, fit, make_head, predict_logits
-from patchloom.evaluate.slides.mil import MILHead
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.io import make_folder, write_json
-from patchloom.progress import track
-from patchloom.stored import read_tensors
+from patchloom.systems.phikon_v2.mil import MILHead
 
 GRID = {"lr": (1e-3, 1e-4), "weight_decay": (0.0, 1e-4)}
 """The published grid."""

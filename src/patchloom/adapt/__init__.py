@@ -1,1 +1,0 @@
-"""Train an encoder further on labelled images: the methods of `patchloom.adapt`, a function."""

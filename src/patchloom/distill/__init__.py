@@ -1,1 +1,0 @@
-"""Teach a small model what a large one knows: the methods of `patchloom.distill`, a function."""

@@ -1,0 +1,1 @@
+"""How sure a score is: scores, intervals, comparisons and what they are drawn from."""

@@ -1,0 +1,108 @@
+"""What training starts from: an encoder by its timm name, or the one of a bundle or run.
+
+>>> start_encoder("vit_tiny_patch16_224", image_size=64).patch_embed.grid_size
+(4, 4)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from patchloom.encoders import Encoder, create_encoder, require_tokens, set_image_size
+from patchloom.encoders import image_size as size_of
+from patchloom.encoders import in_chans as channels_of
+from patchloom.errors import UsageError
+from patchloom.models.bundle import load
+
+
+def start_encoder(
+    name: str,
+    create: Callable[..., Encoder] = create_encoder,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    drop_path: float = 0.0,
+    **model_args: Any,
+) -> Encoder:
+    """Return an encoder without head: a fresh one of a timm name, or that of a bundle or run with its weights.
+
+    Args:
+        name: A timm model, or the path of a bundle or run.
+        create: `create_encoder` for a ViT, `create_backbone` for any image model.
+        image_size: Side in pixels, or (H, W); default: the model's own.
+        in_chans: Channels of the images; weights for RGB are adapted to other numbers by timm's rule, and it says so.
+        drop_path: Stochastic depth rate of the last block.
+        **model_args: Arguments of the timm model, for a fresh one.
+
+    Raises:
+        UsageError: Unknown name (with the nearest), a model of another kind, an adapter in place of an encoder, or a
+            size, number of channels or rate that does not fit.
+    """
+    if Path(name).exists():
+        return _from_bundle(name, image_size, in_chans, drop_path, create)
+    return create(name, image_size=image_size, in_chans=in_chans, drop_path=drop_path, **model_args)
+
+
+def _from_bundle(
+    path: str,
+    size: int | tuple[int, int] | None,
+    in_chans: int,
+    drop_path: float,
+    create: Callable[..., Encoder],
+) -> Encoder:
+    saved = load(path)
+    if getattr(saved, "active_adapter", None) is not None:
+        raise UsageError(f"{path} holds an adapter; give the encoder it extends, or merge them (patchloom merge)")
+    if create is create_encoder:
+        require_tokens(saved)
+    saved.reset_classifier(0)
+    state = saved.state_dict()
+    if channels_of(saved) != in_chans:
+        state = widened(state, saved, in_chans, path)
+    made = saved.patchloom_args
+    arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
+    encoder = create(
+        made["architecture"],
+        image_size=size_of(saved),
+        in_chans=in_chans,
+        drop_path=drop_path,
+        **arguments,
+    )
+    encoder.pretrained_cfg = saved.pretrained_cfg
+    encoder.load_state_dict(state)
+    if size is not None:
+        set_image_size(encoder, size)
+    return encoder
+
+
+def widened(state: dict[str, Tensor], trained: Encoder, in_chans: int, name: str) -> dict[str, Tensor]:
+    """Return the weights of an encoder of RGB images for another number of channels, by timm's rule.
+
+    The weights of red, green and blue are repeated over the channels and scaled to keep the size of the sum; for one
+    channel they are summed. Says so on the error stream.
+
+    Args:
+        state: The weights.
+        trained: The encoder they are of.
+        in_chans: Channels wanted.
+        name: What the encoder is called.
+
+    Raises:
+        UsageError: The encoder takes other than three channels, or its first layer is no convolution of them.
+    """
+    had = channels_of(trained)
+    first = next((key for key, value in state.items() if value.ndim == 4 and value.shape[1] == had), None)
+    if had != 3 or first is None:
+        raise UsageError(f"the encoder in {name} takes {had} channels, not {in_chans}; set in_chans={had}")
+    print(
+        f"{name} takes 3 channels: its first layer is adapted to {in_chans} by timm's rule (its weights repeated, or "
+        f"summed for one channel)",
+        file=sys.stderr,
+    )
+    return {**state, first: adapt_input_conv(in_chans, state[first])}

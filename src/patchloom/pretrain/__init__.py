@@ -1,1 +1,0 @@
-"""Train an encoder on unlabelled images: the methods of `patchloom.pretrain`, a function."""

@@ -1,0 +1,1 @@
+"""Many runs in one table: comparisons of methods, suites of evaluations, scaling."""

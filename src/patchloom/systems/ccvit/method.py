@@ -1,0 +1,322 @@
+"""CCViT as a training method: settings, views and masks, tokens inside the step, pictures.
+
+The algorithm itself is in `centroid_mim`. Paper: "Centroid-centered Modeling for Efficient Vision Transformer
+Pre-training", arXiv 2303.04664.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.survey import notice
+from patchloom.data.transforms import PairedViews
+from patchloom.encoders import Encoder, grid_size, in_chans, normalize, patch_size
+from patchloom.encoders.masking import BlockMaskGenerator, ReplacementSampler
+from patchloom.encoders.patches import normalize_patches, patchify, unpatchify
+from patchloom.errors import UsageError
+from patchloom.models.parts import save_parts
+from patchloom.systems.ccvit.config import CCViTConfig
+from patchloom.systems.ccvit.model import (
+    CentroidMIM,
+    CentroidMIMLoss,
+    MIMOutput,
+    initialize_as_beit,
+    pixel_targets,
+)
+from patchloom.tokenizers.centroid import CentroidTokenizer
+from patchloom.tokenizers.commands import ProgressLine
+from patchloom.training.method import Method, Transform
+
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
+__all__ = ["CCViTConfig", "CCViTMethod", "CentroidMIM", "CentroidMIMLoss", "MIMOutput", "pixel_targets"]
+
+CODEBOOK = "codebook.safetensors"
+
+
+class CCViTMethod(Method):
+    """Masked image modelling against a k-means codebook of patches (CCViT)."""
+
+    config_class = CCViTConfig
+    config: CCViTConfig
+
+    def __init__(self, config: CCViTConfig, source: Source | StreamSource) -> None:
+        super().__init__(config, source)
+        fresh = config.init_from is None and not Path(config.encoder).exists()
+        if fresh:
+            initialize_as_beit(self.encoder)
+        self.size = patch_size(self.encoder)
+        self.channels = in_chans(self.encoder)
+        self.grid = grid_size(self.encoder)
+        self.num_masked, self.num_replaced = mask_counts(self.grid, config.mask_ratio, config.replace_ratio)
+        self.tokenizer = self._tokenizer()
+        # The published model owns encoder and heads; here the encoder is the engine's, and shared.
+        self.model = CentroidMIM(
+            self.encoder,
+            vocab_size=self.tokenizer.num_codes,
+            early_layers=config.early_layers,
+            head_layers=config.head_layers,
+            shared_head=config.shared_head,
+            condenser_head="pixels" if config.target in ("dual", "pixel") else "tokens",
+            init_condenser=config.init_condenser,
+            drop_path=config.drop_path,
+        )
+        self.loss = CentroidMIMLoss(config.token_weight, config.pixel_weight, config.target)
+        if config.target == "pixel":
+            # Unused, they would stall processes that wait for their gradients.
+            self.model.token_head.requires_grad_(False)
+            self.encoder.norm.requires_grad_(False)
+
+    def _tokenizer(self) -> CentroidTokenizer:
+        """Return the codebook named in the settings, or an empty one of the size that will be fitted."""
+        config = self.config
+        if config.codebook is not None:
+            tokenizer = CentroidTokenizer.load(codebook_file(config.codebook))
+            tokenizer.check_fits(self.size, self.channels)
+            if config.k is not None and config.k != tokenizer.num_codes:
+                raise UsageError(
+                    f"k is {config.k}, but the codebook {config.codebook} has {tokenizer.num_codes} centroids"
+                )
+            fitted = (tokenizer.facts.get("reading") or {}).get("value_range", "auto")
+            if fitted != config.value_range and "auto" not in (fitted, config.value_range):
+                notice(
+                    f"the codebook {config.codebook} was fitted on images read by value_range={fitted}, and these are "
+                    f"read by {config.value_range}; the same is better for both"
+                )
+            return tokenizer
+        k = self._codebook_size()
+        return CentroidTokenizer(torch.zeros(k, self.channels * self.size**2), self.size, self.channels)
+
+    def _codebook_size(self) -> int:
+        """Return k: as asked for, or the largest power of two up to 8192 with 39 patches per centroid."""
+        config = self.config
+        count = len(self.source) if isinstance(self.source, Source) else self.source.num_samples
+        patches = min(count, config.codebook_images) * self.grid[0] * self.grid[1]
+        if config.k is not None:
+            if config.k > patches:
+                raise UsageError(
+                    f"k is {config.k}, but {config.data} gives only {patches} patches of {self.size} pixels; lower k"
+                )
+            return config.k
+        k = 8192
+        while k > 16 and k * 39 > patches:
+            k //= 2
+        return k
+
+    def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
+        """Fit the codebook, or copy the one named, into the run folder."""
+        config = self.config
+        path = run_dir / CODEBOOK
+        if path.exists():
+            return
+        if config.codebook is None:
+            self.tokenizer = CentroidTokenizer.fit(
+                source,
+                self.tokenizer.num_codes,
+                patch_size=self.size,
+                image_size=self.input_size,
+                iters=config.codebook_iters,
+                seed=config.seed + 1,
+                images=config.codebook_images,
+                device=self.trainer.strategy.root_device,
+                progress=ProgressLine(),
+            )
+        else:
+            self.tokenizer.warn_of_duplicates()
+        self.tokenizer.save(path)
+
+    def load_prepared(self, run_dir: Path) -> None:
+        """Load the run's codebook."""
+        self.tokenizer = CentroidTokenizer.load(run_dir / CODEBOOK).to(self.device)
+
+    def transform(self) -> Transform:
+        """Return the paired views and the draw of masks."""
+        config = self.config
+        views = PairedViews(
+            self.input_size,
+            scale=config.crop_scale,
+            interpolation=config.interpolation,
+            second_interpolation=config.target_interpolation,
+            flip=config.flip,
+            color_jitter=config.color_jitter,
+        )
+        return MaskedViews(views, self.grid, self.num_masked, self.num_replaced, config.min_block)
+
+    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the losses of a batch and the token accuracy, apart for hidden and for replaced patches."""
+        images = self.pixels(batch["image"])
+        clean = self.pixels(batch["target"]) if "target" in batch else images
+        masked, replaced = batch["masked"].flatten(1), batch["replaced"].flatten(1)
+        output, ids, pixels = self.predict(images, clean, masked, replaced)
+        losses = self.loss(output, ids, pixels, self.tokenizer.centroids)
+        with torch.no_grad():
+            supervised = self._supervised(masked, replaced)
+            right = (output.token_logits.argmax(-1) == ids).float()
+            hidden = masked[supervised]
+            losses["token_accuracy"] = right.mean()
+            losses["masked_token_accuracy"] = _mean_where(right, hidden)
+            if self.num_replaced:
+                losses["replaced_token_accuracy"] = _mean_where(right, replaced[supervised])
+        return losses
+
+    def _supervised(self, masked: Tensor, replaced: Tensor) -> Tensor:
+        """Return the patches the loss is taken over: masked or replaced, or all with `soft_centroid`."""
+        return torch.ones_like(masked) if self.config.target == "soft_centroid" else masked | replaced
+
+    def predict(
+        self, images: Tensor, clean: Tensor, masked: Tensor, replaced: Tensor
+    ) -> tuple[MIMOutput, Tensor, Tensor]:
+        """Corrupt images and predict what was there.
+
+        Args:
+            images: (B, C, H, W) in [0, 1], what the encoder is to see.
+            clean: The same size, where tokens and pixel targets come from; may be `images` itself.
+            masked: (B, N) bool.
+            replaced: (B, N) bool, disjoint from `masked`.
+
+        Returns:
+            Predictions for the M patches masked or replaced, their tokens (M,), their normalised pixels (M, C p²).
+            With `soft_centroid` predictions and targets cover all patches.
+        """
+        supervised = self._supervised(masked, replaced)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            # Only supervised patches need a token.
+            patches = patchify(clean, self.size)[supervised]
+            ids = self.tokenizer.nearest(patches)
+            targets = normalize_patches(patches)
+            corrupted = images
+            if self.num_replaced:
+                # Whole-image ids with the supervised ones filled in: replaced patches are among them.
+                table = torch.zeros(masked.shape, dtype=torch.int64, device=images.device)
+                table[supervised] = ids
+                known = table if clean is images else None
+                corrupted = self.tokenizer.replace(images, replaced, ids=known)
+            inputs = normalize(corrupted, self.encoder)
+        return self.model(inputs, masked, targets=supervised), ids, targets
+
+    def summary(self) -> dict[str, Any]:
+        """Return the size of the codebook and of the corruption."""
+        return {
+            "codebook_size": self.tokenizer.num_codes,
+            "codebook_fingerprint": self.tokenizer.fingerprint(),
+            "masked_patches": self.num_masked,
+            "replaced_patches": self.num_replaced,
+            "patches": self.grid[0] * self.grid[1],
+            "early_layers": self.model.early_layers,
+        }
+
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the mask token beside it."""
+        super().save_model(model, path, lineage)
+        if self.config.strategy != "fsdp":
+            save_parts(self.model, path)
+
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return the codebook and what the network makes of corrupted held-out images."""
+        from patchloom.report import Section, codebook_mosaic, image_grid
+
+        clean = self.pixels(images).to(self.device)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        masks = MaskedViews(None, self.grid, self.num_masked, self.num_replaced, self.config.min_block)
+        drawn = [masks.draw(generator) for _ in range(len(clean))]
+        masked = torch.stack([m for m, _ in drawn]).flatten(1).to(self.device)
+        replaced = torch.stack([r for _, r in drawn]).flatten(1).to(self.device)
+        self.model.eval()
+        rows = {"original": clean, **self._pictures(clean, masked, replaced)}
+        codes = self.tokenizer.centroids.float().cpu()
+        return [
+            Section(
+                title="Codebook",
+                text=f"The {self.tokenizer.num_codes} centroids of the training patches, sorted by hue: each is a "
+                f"class to predict and a patch of pixels.",
+                figures=[codebook_mosaic(codes, self.size, self.channels)],
+            ),
+            Section(
+                title="What it sees, what it should say, what it says",
+                text=f"Held-out images. Of {masked.shape[1]} patches {self.num_masked} are hidden (grey) and "
+                f"{self.num_replaced} overwritten by their centroid. The network predicts pixels up to the brightness "
+                f"and contrast of each patch; these are taken from the original here. Patches it was shown are shown.",
+                figures=[image_grid({name: row.float().cpu() for name, row in rows.items()})],
+            ),
+        ]
+
+    def _pictures(self, clean: Tensor, masked: Tensor, replaced: Tensor) -> dict[str, Tensor]:
+        """Return the corrupted input, the centroid targets and the predictions as images."""
+        supervised = masked | replaced
+        patches = patchify(clean, self.size)
+        tokens = self.tokenizer.encode(clean)
+        centroids = patchify(self.tokenizer.decode(tokens), self.size)
+        corrupted = torch.where(replaced[..., None], centroids, patches)
+        corrupted = torch.where(masked[..., None], torch.full_like(patches, 0.5), corrupted)
+        inputs = normalize(self.tokenizer.replace(clean, replaced) if self.num_replaced else clean, self.encoder)
+        output = self.model(inputs, masked, targets=supervised)
+        rows = {"corrupted input": corrupted, "centroid targets": centroids}
+        if self.config.target != "pixel":
+            said = patches.clone()
+            said[supervised] = self.tokenizer.centroids[output.token_logits.argmax(-1)].to(said.dtype)
+            rows["predicted centroids"] = said
+        if output.pixels is not None:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+            said = patches.clone()
+            spread = (variance + 1e-6).sqrt()
+            said[supervised] = output.pixels.to(said.dtype) * spread[supervised] + mean[supervised]
+            rows["predicted pixels"] = said.clamp(0, 1)
+        return {name: unpatchify(row, self.size, self.grid, self.channels) for name, row in rows.items()}
+
+
+class MaskedViews:
+    """Views of an image and the draw of its masks, in the data worker and from the sample's own generator."""
+
+    def __init__(
+        self,
+        views: PairedViews | None,
+        grid: tuple[int, int],
+        num_masked: int,
+        num_replaced: int,
+        min_block: int,
+    ) -> None:
+        self.views = views
+        self.masks = BlockMaskGenerator(grid, num_masked, min_block=min_block)
+        self.replacements = ReplacementSampler(num_replaced)
+
+    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        assert self.views is not None
+        sample = self.views(image, generator)
+        sample["masked"], sample["replaced"] = self.draw(generator)
+        return sample
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return (h, w) bool masks of hidden and of replaced patches."""
+        masked = self.masks(generator)
+        return masked, self.replacements(masked, generator)
+
+
+def mask_counts(grid: tuple[int, int], mask_ratio: float, replace_ratio: float) -> tuple[int, int]:
+    """Return how many patches of a grid are hidden and replaced; 75 and 20 of 14x14 at the paper's shares."""
+    patches = grid[0] * grid[1]
+    masked = round(mask_ratio * patches)
+    return masked, min(round(replace_ratio * patches), patches - masked)
+
+
+def codebook_file(path: str) -> Path:
+    """Return the file of a codebook named by its folder or by itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    named = Path(path)
+    file = named / CODEBOOK if named.is_dir() else named
+    if not file.exists():
+        raise UsageError(f"there is no codebook at {file}; make one with: patchloom tokenize fit --out {path}")
+    return file
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Return the mean of the chosen values; 0 where none is chosen."""
+    return (values * where).sum() / where.sum().clamp(min=1)

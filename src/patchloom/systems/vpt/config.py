@@ -1,0 +1,20 @@
+"""Settings of visual prompt tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchloom.base.choices import PromptDepth
+from patchloom.training.adapter_config import AdapterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPTConfig(AdapterConfig):
+    """Settings of visual prompt tuning; the recipe is that of AdaptFormer's comparison."""
+
+    num_prompts: int = 1
+    """Learnt tokens; paper: 1 in AdaptFormer's comparison, up to 100 in VPT's own"""
+    depth: PromptDepth = "deep"
+    """Tokens of its own for every block (deep), or one set through all blocks (shallow)"""
+    dropout: float = 0.0
+    """Dropout on the tokens"""
