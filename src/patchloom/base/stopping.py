@@ -76,10 +76,14 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in (_State.before or {}).items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        _State.before = _State.received = None
-        end_deferral()
+        _give_back()
+
+
+def _give_back() -> None:
+    for number, handler in (_State.before or {}).items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _State.before = _State.received = None
+    end_deferral()
 
 
 def watch() -> None:
