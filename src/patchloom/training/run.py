@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as lp
 import torch
@@ -155,7 +155,8 @@ def _fit(
         trainer = _trainer(method, method.source, run_dir, command)
         if is_first_process():
             _announce(method, method.source, trainer)
-        interruption = next(c for c in trainer.callbacks if isinstance(c, Interruption))
+        callbacks: list[Any] = cast(Any, trainer).callbacks
+        interruption = next(c for c in callbacks if isinstance(c, Interruption))
         _tell_of_signals(trainer)
         try:
             with stopping.through_lightning():
