@@ -14,6 +14,7 @@ import yaml
 import patchloom as pl
 from patchloom.data import open_source
 from patchloom.encoders import in_chans
+from patchloom.errors import UsageError
 from patchloom.models.bundle import load
 
 TINY: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "image_size": 32, "warmup_epochs": 0, "lr": 1e-3}
@@ -93,3 +94,16 @@ def test_adapters_on_a_widened_encoder_open_again(images, tmp_path):
     # The range of what training starts from holds on.
     assert opened.pretrained_cfg["reading"] == {"value_range": "uint16=0,4095"}
     assert opened(torch.zeros(1, 5, 32, 32)).shape == (1, 2)
+
+
+def test_the_number_of_channels_is_the_model_s_where_none_is_asked_for(images, run, tmp_path, capsys):
+    adapted = pl.adapt("linear", data=str(images), encoder=str(run.model), out=str(tmp_path / "l"), max_steps=1, **TINY)
+    assert "takes 5 channels, so images are read as 5" in capsys.readouterr().err
+    assert yaml.safe_load((adapted.path / "config.yaml").read_text())["in_chans"] == 5
+
+
+def test_a_remembered_range_is_no_matter_to_sources_without_files():
+    remembered = {"value_range": "0,4000"}
+    assert len(open_source("digits", model=remembered)) > 0
+    with pytest.raises(UsageError, match="value_range is 0,4000, which the source digits cannot obey"):
+        open_source("digits", value_range="0,4000")

@@ -84,8 +84,8 @@ def open_source(
         UsageError: There is no such source, nothing readable in it, or an option it cannot obey.
     """
     reading = Reading.of({**remembered(model), **options})
-    options = {option: value for option, value in options.items() if option not in READING}
-    return reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, options), quiet=quiet)
+    own = {option: value for option, value in options.items() if option not in READING}
+    return reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, own), options, quiet=quiet)
 
 
 def open_alike(names: Sequence[str], *, model: Any = None, **options: Any) -> list[Source | StreamSource]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 
 AUTO = ValueRange()
+NOTHING: Mapping[str, Any] = {}
 Opened = TypeVar("Opened", bound=Source | StreamSource)
 OPTIONS = ("value_range", "no_data", "use_channels", "channel_files")
 
@@ -40,17 +41,24 @@ class Reading:
         values = ValueRange.parse("auto" if text is None else str(text), taken.get("no_data"))
         return cls(values, parse_channels(taken.get("use_channels")), taken.get("channel_files"))
 
-    def given_to(self, source: Opened, *, quiet: bool = False) -> Opened:
+    def given_to(self, source: Opened, asked: Mapping[str, Any] = NOTHING, *, quiet: bool = False) -> Opened:
         """Let a source read so, settle its value range, and return it.
 
+        Args:
+            source: What reads.
+            asked: Options that the user gave: a source of other things than files refuses them.
+            quiet: Say nothing of what is found.
+
         Raises:
-            UsageError: The source is not of files, or has another number of channels.
+            UsageError: The source is not of files and was asked to read so, or has another number of channels.
         """
         own = Source.stored if isinstance(source, Source) else StreamSource.stored
         if type(source).stored is own:
-            for name, value in (("value_range", self.values.given), ("use_channels", self.channels)):
-                if value:
-                    raise UsageError(f"{name} is {value}, which the source {source.name} cannot obey; leave it out")
+            for name in OPTIONS:
+                if asked.get(name) not in (None, "auto"):
+                    raise UsageError(
+                        f"{name} is {asked[name]}, which the source {source.name} cannot obey; leave it out"
+                    )
             return source
         if self.channels is not None and len(self.channels) != source.in_chans:
             raise UsageError(
@@ -86,5 +94,11 @@ def reading_options(source: Source | StreamSource) -> dict[str, Any]:
 
 
 def remembered(encoder: Any) -> dict[str, Any]:
-    """Return the options an encoder's training images were read by, where its bundle knows them."""
+    """Return the options an encoder's training images were read by, where its bundle knows them.
+
+    Args:
+        encoder: The module; or these options themselves.
+    """
+    if isinstance(encoder, Mapping):
+        return dict(encoder)
     return dict((getattr(encoder, "pretrained_cfg", None) or {}).get("reading") or {})

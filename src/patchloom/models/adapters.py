@@ -295,6 +295,7 @@ def _fill(insertion: Insertion, state: dict[str, Tensor], path: str | Path) -> N
 
 def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
     from patchloom.models.bundle import load, open_encoder
+    from patchloom.models.start import start_encoder
 
     file = find_adapter(path)
     assert file is not None
@@ -305,7 +306,7 @@ def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
             found = load(candidate)
             if channels is None or in_chans(found) == channels:
                 return found
-            return create_encoder(str(candidate), in_chans=channels)  # adapted to other channels, as it was in training
+            return start_encoder(str(candidate), in_chans=channels)  # adapted to them, as it was in training
     if named and timm.is_model(named):
         if channels is None or channels == 3:
             return open_encoder(named)

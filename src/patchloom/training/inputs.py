@@ -12,7 +12,7 @@ from patchloom.data.reading import reading_options
 from patchloom.data.survey import channel_statistics, notice
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
-from patchloom.models.bundle import read_reading
+from patchloom.models.bundle import bundle_channels, read_reading
 from patchloom.training.config import Config
 
 
@@ -20,23 +20,25 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
     """Return the images to train on, and the settings with what was settled about them.
 
     The value range is that of the settings, else that of the model training starts from, else found by a look at the
-    images. Of images of other than one or three channels mean and standard deviation are taken of a sample.
+    images. Where the settings leave the number of channels at 3 and that model takes another, it is the model's. Of
+    images of other than one or three channels mean and standard deviation are taken of a sample.
 
     Raises:
         UsageError: The images cannot be opened or read as asked.
     """
     start: dict[str, Any] = {}
-    for path in (config.init_from, config.encoder):
-        if path and Path(path).exists():
-            start = read_reading(path)
-            break
-    options = {**start, **config.source_options()}
-    if (
-        "use_channels" not in config.source_options()
-        and len(str(start.get("use_channels", "")).split(",")) != config.in_chans
-    ):
-        options.pop("use_channels", None)
-    source = open_source(config.data, in_chans=config.in_chans, seed=config.seed, **options)
+    path = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
+    if path is not None:
+        start = read_reading(path)
+        channels = bundle_channels(path)
+        if channels not in (None, 3) and config.in_chans == 3:
+            notice(f"{path} takes {channels} channels, so images are read as {channels}")
+            config = dataclasses.replace(config, in_chans=channels)
+    if len(str(start.get("use_channels", "")).split(",")) != config.in_chans:
+        start.pop("use_channels", None)
+    source = open_source(
+        config.data, in_chans=config.in_chans, seed=config.seed, model=start, **config.source_options()
+    )
     settled: dict[str, Any] = reading_options(source)
     if (
         config.in_chans not in (1, 3)
@@ -76,8 +78,6 @@ def _of_files(source: Source | StreamSource) -> bool:
 
 def _has_statistics(config: Config) -> bool:
     """Return whether the run starts from a model of as many channels, which has its own."""
-    from patchloom.models.bundle import bundle_channels
-
     return any(
         path and Path(path).exists() and bundle_channels(path) == config.in_chans
         for path in (config.init_from, config.encoder)
