@@ -59,7 +59,7 @@ COMMANDS: dict[str, Command | Verb] = {
     "pretrain": Verb("train an encoder on unlabelled images"),
     "pretrain compare": Command(
         "several methods under one budget: one table, one plot",
-        "pretrain.compare:compare",
+        "sweep.pretrain:compare",
         positional=("recipe",),
     ),
     "adapt": Verb("train an encoder further on labelled images"),
@@ -71,20 +71,20 @@ COMMANDS: dict[str, Command | Verb] = {
     "explain": Verb("show what an encoder or a classifier looks at"),
     "adapt compare": Command(
         "several methods, label budgets and seeds: one table, one plot",
-        "adapt.compare:compare",
+        "sweep.adapt:compare",
         positional=("recipe",),
     ),
     "evaluate": Verb("measure an encoder on labelled images"),
     "evaluate suite": Command(
-        "a table of encoders, data sets and protocols", "evaluate.suite:suite", positional=("recipe",)
+        "a table of encoders, data sets and protocols", "sweep.suite:suite", positional=("recipe",)
     ),
     "evaluate scaling": Command(
         "what more model, pixels and labels are worth: one probe over a grid of them",
-        "evaluate.scaling:scaling",
+        "sweep.scaling:scaling",
     ),
-    "embed": Command("write the feature vector of every image to a file", "embed:embed", positional=("model",)),
+    "embed": Command("write the feature vector of every image to a file", "features.embed:embed", positional=("model",)),
     "data atari": Command(
-        "record frames of Atari games in time order", "rl.commands:record_frames", positional=("games",)
+        "record frames of Atari games in time order", "evaluate.atari.commands:record_frames", positional=("games",)
     ),
     "slides tile": Command(
         "find the tissue of whole-slide images and the tiles on it",
@@ -98,15 +98,15 @@ COMMANDS: dict[str, Command | Verb] = {
         "evaluate.slides.embed_config:EmbedConfig",
         positional=("slides",),
     ),
-    "export": Command("write a bundle in another format", "export:export", positional=("bundle",)),
+    "export": Command("write a bundle in another format", "models.export:export", positional=("bundle",)),
     "import": Command(
         "turn a published checkpoint into a bundle",
-        "reference:import_reference",
+        "systems.published:import_reference",
         positional=("system", "checkpoint"),
     ),
     "cache": Command("list or delete the features kept on disk", "features.commands:show_cache"),
     "merge": Command(
-        "write an adapter into its encoder's weights", "adapt.merge:merge_to_bundle", positional=("adapter",)
+        "write an adapter into its encoder's weights", "models.merge:merge_to_bundle", positional=("adapter",)
     ),
     "list": Command(
         "list the methods, data sources and published systems", "cli:list_everything", positional=("verb",), speaks=True
