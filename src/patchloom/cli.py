@@ -82,7 +82,9 @@ COMMANDS: dict[str, Command | Verb] = {
         "what more model, pixels and labels are worth: one probe over a grid of them",
         "sweep.scaling:scaling",
     ),
-    "embed": Command("write the feature vector of every image to a file", "features.embed:embed", positional=("model",)),
+    "embed": Command(
+        "write the feature vector of every image to a file", "features.embed:embed", positional=("model",)
+    ),
     "data atari": Command(
         "record frames of Atari games in time order", "evaluate.atari.commands:record_frames", positional=("games",)
     ),
