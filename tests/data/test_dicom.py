@@ -73,6 +73,10 @@ def test_windows_and_rescaling_are_applied(tmp_path):
         {"RescaleSlope": "", "RescaleIntercept": ""},
         {"RescaleSlope": 2},
         {"NumberOfFrames": ""},
+        {"WindowCenter": 0, "WindowWidth": 0},
+        {"WindowCenter": [0, 700], "WindowWidth": [-1, 0.5]},
+        {"WindowCenter": -20000, "WindowWidth": 10},
+        {"VOILUTFunction": "SIGMOIDAL", "RescaleSlope": 0, "RescaleIntercept": 5},
     ],
 )
 def test_tags_without_a_value_count_as_absent(tmp_path, tags):
@@ -85,6 +89,15 @@ def test_an_empty_window_among_several_is_passed_over(tmp_path):
     one = decode_image(dicom(tmp_path / "one.dcm", RAMP, WindowCenter=900, WindowWidth=500), "one.dcm", 1)
     several = dicom(tmp_path / "several.dcm", RAMP, WindowCenter=["", 900], WindowWidth=["", 500])
     np.testing.assert_array_equal(decode_image(several, "several.dcm", 1), one)
+
+
+@pytest.mark.parametrize("word", [b"nan", b"abc", b"2,5", b"inf"])
+def test_a_window_that_is_no_number_counts_as_absent(tmp_path, word):
+    plain = decode_image(dicom(tmp_path / "plain.dcm", RAMP), "plain.dcm", 1)
+    written = dicom(tmp_path / "a.dcm", RAMP, WindowCenter=123, WindowWidth="456").read_bytes()
+    for number in (b"123", b"456"):
+        other = decode_image(written.replace(number, word), "a.dcm", 1)
+        np.testing.assert_array_equal(other.numpy(), plain.numpy())
 
 
 def test_inverted_images_are_turned_kept_or_refused(tmp_path):

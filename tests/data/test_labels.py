@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from patchloom.data import open_source
+from patchloom.data.labels import number_order
 from patchloom.errors import UsageError
 
 
@@ -70,6 +71,8 @@ def test_words_for_unknown_among_several_labels_are_named_and_numbers_that_are_n
     with pytest.raises(UsageError, match=r"line 2: B is '\?'.*--missing \?"):
         open_source(path)
     assert np.isnan(open_source(path, missing="?").labels).sum() == 1
+    truths = open_source(write(folder, "file,A,B\na.png,True,0\nb.png,FALSE,1.0\n"))
+    assert truths.labels.tolist() == [[1, 0], [0, 1]]
     open_source(write(folder, "file,A,B\na.png,1,-1\nb.png,nan,1\n"))
     assert "2 labels are -1 or nan and taken for unknown" in capsys.readouterr().err
 
@@ -89,6 +92,25 @@ def test_a_parquet_file_says_the_same_as_a_csv_file(folder):
     (folder / "labels.parquet").write_text("no table")
     with pytest.raises(UsageError, match="is no Parquet file"):
         open_source(f"{folder}/labels.parquet")
+
+
+def test_cells_are_read_as_they_are_meant(folder):
+    text = 'file , label\na.png, mild \nb.png,mild\nc.png," "\n,\nd.png\n'
+    source = open_source(write(folder, text))
+    assert source.class_names == ["mild"]
+    assert source.labels.tolist() == [0, 0, -1, -1]
+    gaps = open_source(write(folder, "file,label\na.png,1.0\nb.png,0\nc.png,1\nd.png,-2.00\n"))
+    assert gaps.class_names == ["-2", "0", "1"]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_classes_that_are_no_rising_numbers_have_one_order(folder, first):
+    # What is not told apart as numbers would come in the order of a set, which differs between processes.
+    rows = ["a.png,nan", "b.png,2", "c.png,02", "d.png,1e1"]
+    turned = [*rows[first:], *rows[:first]]
+    assert open_source(write(folder, "\n".join(["file,label", *turned]))).class_names == ["02", "2", "1e1", "nan"]
+    names = ["nan", "2", "02", "1e1"]
+    assert number_order([*names[first:], *names[:first]]) == ["02", "2", "1e1", "nan"]
 
 
 @pytest.mark.parametrize(

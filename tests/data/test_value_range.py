@@ -156,6 +156,24 @@ def test_pixels_that_are_no_numbers_are_the_low_end(tmp_path, odd, kind):
     np.testing.assert_allclose(image[others], ((values - 100) / 100)[others], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_a_range_wider_than_its_numbers_can_say_makes_no_nan(tmp_path, kind):
+    most = float(np.finfo(kind).max)
+    tiff(tmp_path / "a.tif", np.array([[-most, -most / 2], [0, most]], kind).repeat(8, 0).repeat(8, 1))
+    image = open_source(str(tmp_path), in_chans=1).read(0).image[0, ::8, ::8]
+    np.testing.assert_allclose(image.numpy(), [[0, 0.25], [0.5, 1]], atol=1e-6)
+
+
+def test_pixels_that_are_no_real_numbers_are_one_unreadable_image_not_the_end(tmp_path):
+    tiff(tmp_path / "a.tif", RAMP.astype(np.complex64))
+    tiff(tmp_path / "b.tif", RAMP)
+    source = open_source(str(tmp_path), in_chans=1)
+    assert source.values.bounds_of("uint16") == (0, 4095)
+    with pytest.raises(UnreadableImageError, match="complex64 numbers"):
+        source.read(0)
+    assert source.read(1).image.max() > 0.9
+
+
 def test_no_data_has_no_part_in_the_range(tmp_path):
     values = np.linspace(-3, 5, 1200, dtype=np.float32).reshape(30, 40)
     values[0] = -9999

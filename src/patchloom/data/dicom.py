@@ -7,7 +7,9 @@ result is spread over the range those settings allow, so no image is stretched b
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -73,7 +75,7 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
         if file.get("VOILUTSequence"):
             values = apply_voi_lut(values.astype(np.int64), file)
             limits = np.array([0, 2 ** int(file.VOILUTSequence[0].LUTDescriptor[2]) - 1])
-        elif "WindowCenter" in file:
+        elif "WindowCenter" in file and _meets(file, limits):
             # What the window makes of values far below and far above it is its whole range.
             values = apply_voi_lut(values.astype(np.float64), file)
             limits = apply_voi_lut(np.array([-1e9, 1e9]), file)
@@ -83,7 +85,8 @@ def decode_dicom(encoded: bytes, monochrome1: Monochrome1 = "invert") -> np.ndar
     return 1 - grey if deep else 255 - grey
 
 
-# What is asked of a file besides its pixels. Writers leave tags in with nothing in them, which says as much as none.
+# What is asked of a file besides its pixels. Writers leave tags in with nothing, or nothing of use, in them, which says
+# as much as none.
 ASKED = (
     *("PhotometricInterpretation", "PixelRepresentation", "NumberOfFrames", "PlanarConfiguration"),
     *("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept"),
@@ -92,19 +95,44 @@ ASKED = (
 
 
 def _drop_empty(file: Any) -> None:
-    """Remove tags without a value; of windows and rescalings, all that lack one of their two numbers."""
+    """Remove tags that say nothing; of windows and rescalings, all that lack one of their two numbers or are none."""
     for name in ASKED:
         if name in file and (file[name].is_empty or not str(file[name].value).strip()):
             del file[name]
-    for pair in (("WindowCenter", "WindowWidth"), ("RescaleSlope", "RescaleIntercept")):
-        listed = [_listed(file[name].value) if name in file else [] for name in pair]
-        whole = [both for both in zip(*listed, strict=False) if all(str(value).strip() for value in both)]
-        if any(listed) and len(whole) < max(map(len, listed)):
-            for name, values in zip(pair, zip(*whole, strict=True) if whole else ((), ()), strict=True):
-                if values:
-                    setattr(file, name, list(values))
-                elif name in file:
-                    del file[name]
+    kind = file.get("VOILUTFunction", "LINEAR")
+    if kind not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        del file["VOILUTFunction"]
+        kind = "LINEAR"
+    _keep_pairs(file, "WindowCenter", "WindowWidth", lambda width: width >= 1 if kind == "LINEAR" else width > 0)
+    _keep_pairs(file, "RescaleIntercept", "RescaleSlope", lambda slope: slope != 0)
+
+
+def _keep_pairs(file: Any, first: str, second: str, usable: Callable[[float], bool]) -> None:
+    """Keep what two tags say together where both are numbers and the second is one that can be used."""
+    listed = [_listed(file[name].value) if name in file else [] for name in (first, second)]
+    pairs = [(_number(one), _number(other)) for one, other in zip(*listed, strict=False)]
+    whole = [(one, other) for one, other in pairs if one is not None and other is not None and usable(other)]
+    if len(whole) == max(map(len, listed)):
+        return
+    for place, name in enumerate((first, second)):
+        if whole:
+            setattr(file, name, [pair[place] for pair in whole])
+        elif name in file:
+            del file[name]
+
+
+def _meets(file: Any, limits: np.ndarray) -> bool:
+    """Return whether the first window shows any of the values that can be stored; else it makes the image one grey."""
+    centre, width = (float(_listed(file[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
+    return centre - width / 2 < limits.max() and limits.min() < centre + width / 2
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _listed(value: Any) -> list[Any]:

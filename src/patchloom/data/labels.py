@@ -21,8 +21,10 @@ aloud; what stands there for uncertain in CheXpert is for its own reader.
 from __future__ import annotations
 
 import csv
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,8 @@ from patchloom.io import existing, printable
 FILE, SPLIT = ("file", "filename", "path", "image", "key"), "split"
 ONE = ("label", "class", "grade", "target")
 SUFFIXES = (".csv", ".parquet")
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
+_TRUTHS = {"true": 1.0, "false": 0.0}
 # Numbers that are no share of a label and are written by other tools where it is unknown.
 NO_SHARE = ("-1", "-1.0", "nan")
 
@@ -110,7 +114,15 @@ def _csv(table: Path) -> tuple[list[str], list[dict[str, str]]]:
         reader = csv.DictReader(handle)
         columns = [column.strip() for column in reader.fieldnames or ()]
         reader.fieldnames = columns
-        return columns, [{column: row[column] for column in columns} for row in reader]
+        rows = [{column: _written(row[column] or "", column) for column in columns} for row in reader]
+    return columns, [row for row in rows if any(row.values())]  # spreadsheets save lines of commas alone
+
+
+def _written(cell: str, column: str) -> str:
+    """Return a cell as it is meant: pandas writes whole numbers as 2.0 where a column has gaps; blanks are no text."""
+    if column.lower() in FILE:
+        return cell  # a file's name may begin or end with a blank
+    return _WHOLE.sub(r"\1", cell.strip())
 
 
 def _parquet(table: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -152,12 +164,26 @@ def _classes(rows: list[dict[str, str]], column: str, unknown: Sequence[str]) ->
     """Return class numbers, -1 where nothing is given, and the names in the order of their numbers or letters."""
     given = [row[column] for row in rows]
     found = {value for value in given if value not in unknown}
-    try:
-        names = sorted(found, key=float)
-    except ValueError:
-        names = sorted(found)
+    names = number_order(found)
     number = {name: place for place, name in enumerate(names)}
     return np.array([number.get(value, -1) for value in given], dtype=np.int64), names
+
+
+def number_order(names: Iterable[str]) -> list[str]:
+    """Return names in the order of their numbers where all are some, else of their letters.
+
+    The order is the same in every process, whatever order a set has there: 01 comes before 1, nan after all others.
+
+    >>> number_order({"10", "2", "nan"})
+    ['2', '10', 'nan']
+    """
+    names = sorted(names)
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return names
+    places = sorted(range(len(names)), key=lambda place: (math.isnan(numbers[place]), numbers[place]))
+    return [names[place] for place in places]
 
 
 def _shares(table: str, rows: list[dict[str, str]], columns: list[str], unknown: Sequence[str]) -> np.ndarray:
@@ -185,6 +211,8 @@ def _shares(table: str, rows: list[dict[str, str]], columns: list[str], unknown:
 
 
 def _share(value: str) -> float | None:
+    if value.lower() in _TRUTHS:  # pandas writes columns of booleans so
+        return _TRUTHS[value.lower()]
     try:
         share = float(value)
     except ValueError:

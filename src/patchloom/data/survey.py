@@ -130,8 +130,8 @@ class Survey:
     """By kind of storage; 8-bit images are looked at only where percentiles are asked for."""
     plain: int = 0
     """Images of 8 bits."""
-    paged: list[tuple[str, int]] = field(default_factory=list)
-    """Name and pages of images of which the first page alone is read."""
+    paged: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, pages and channels in all of images of which the first page alone is read."""
 
     @classmethod
     def of_files(
@@ -148,6 +148,7 @@ class Survey:
                 stored = survey.deep(data, key, in_chans, channels is not None)
                 if stored is None and wanted.percentiles is not None:
                     stored = _plain(data, key)
+                kind = "uint8" if stored is None or stored.pixels.dtype == np.bool_ else kind_of(stored.pixels.dtype)
             except Exception:  # a broken file is the loader's to report
                 continue
             if stored is None:
@@ -159,7 +160,6 @@ class Survey:
             if channels is not None:
                 colours = colours[[number for number in channels if number < len(colours)]]
             if stored.top is None and colours.size:
-                kind = kind_of(colours.dtype) if colours.dtype != np.bool_ else "uint8"
                 survey.seen.setdefault(kind, Seen()).add(colours, wanted.no_data, wanted.percentiles is not None)
             decoded, pixels = decoded + 1, pixels + colours.size
             settled = decoded >= FEW and all(wanted.knows(kind) for kind in survey.seen if kind != "alpha")
@@ -221,17 +221,17 @@ class Survey:
             page: Any = file.pages[0]
             pages = count_pages(file) if len(file.pages) > 1 else 1
             if pages > 1 and first_page:
-                self.paged.append((key, pages))
+                self.paged.append((key, pages, pages * int(page.samplesperpixel)))
             return bool(page.dtype not in (np.uint8, np.bool_))
 
     def notices(self, name: str) -> list[str]:
         """Return what is to be said besides the range."""
         if not self.paged:
             return []
-        key, pages = self.paged[0]
+        key, pages, channels = self.paged[0]
         others = f" (and {len(self.paged) - 1} more of the sample)" if len(self.paged) > 1 else ""
         return [
-            f"{name}: {key} holds {pages} pages and is read as its first{others}; in_chans={pages} takes pages "
+            f"{name}: {key} holds {pages} pages and is read as its first{others}; in_chans={channels} takes pages "
             f"as channels, use_channels=0,1,2 some of them"
         ]
 

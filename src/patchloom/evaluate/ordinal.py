@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from patchloom.data.labels import number_order
 from patchloom.errors import UsageError
 from patchloom.evaluate.linear import Linear
 from patchloom.evaluate.ordinal_config import OrdinalConfig
@@ -62,7 +63,4 @@ def in_order(names: list[str], grades: list[str] | None = None) -> list[str]:
         if sorted(grades) != sorted(names):
             raise UsageError(f"grades are {', '.join(grades)}, but the classes are {', '.join(names)}")
         return list(grades)
-    try:
-        return sorted(names, key=float)
-    except ValueError:
-        return sorted(names)
+    return number_order(names)
