@@ -133,7 +133,9 @@ class ValueRange:
         exact = np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64
         if missing is not None:
             pixels = np.where(missing, np.asarray(low).astype(pixels.dtype) if kind == "float" else 0, pixels)
-        if not abs(high) + abs(low) < float(np.finfo(np.float32).max):  # too wide for the type: halves of all three are not
+        if not abs(high) + abs(low) < float(
+            np.finfo(np.float32).max
+        ):  # too wide for the type: halves of all three are not
             pixels, low, high, exact = pixels.astype(np.float64) / 2, low / 2, high / 2, np.float64
         scaled: Any = pixels.astype(exact)
         if low:
