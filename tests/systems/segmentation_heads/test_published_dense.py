@@ -137,7 +137,14 @@ def test_a_backbone_gives_the_published_maps(system, layout, prefix):
     model = pl.load_reference(system, {f"{prefix}{name}": value for name, value in state.items()}, **SIZE)
     assert not model.training
     same(model(pictures()), forward(state, pictures()))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    sum(level.sum() for level in model(pictures())).backward()
+    # All that takes part trains, and nothing else waits for a gradient: several processes would wait with it.
+    assert all((value.grad is not None) == value.requires_grad for value in model.parameters())
+    assert {name for name, value in model.named_parameters() if not value.requires_grad} == {
+        "backbone.encoder.fc_norm.weight",
+        "backbone.encoder.fc_norm.bias",
+    }
 
 
 def test_patches_of_8_pixels_have_the_published_pyramid():

@@ -114,8 +114,9 @@ def _backbone(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pyramid
     settings = SETTINGS.settle(config, told_by(state))
     neck = {name: value for name, value in state.items() if name.startswith(NECK)}
     own = _with_split_biases({name: value for name, value in state.items() if name not in neck})
-    # Without a norm per token; the one behind pooling, which a classifier would train, is fresh.
+    # Without a norm per token; the one behind pooling, which a classifier would train, is fresh and takes no part.
     encoder = make_encoder(own, settings, global_pool="avg", use_fc_norm=True)
+    encoder.fc_norm.requires_grad_(False)
     depth = len(encoder.blocks)
     indices = settings.get("out_indices") or OUT_INDICES.get(depth)
     if indices is None:
