@@ -465,3 +465,18 @@ def test_a_grid_that_is_not_square_is_told():
 def test_the_default_number_of_heads_is_that_of_the_published_sizes():
     state = backbone()
     assert pl.load_reference("dinov2", state).blocks[0].attn.num_heads == 1
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_transformers_own_model_and_configuration_agree(gated):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=20, patch_size=4, use_swiglu_ffn=gated
+    )
+    theirs = transformers.Dinov2Model(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for value in theirs.state_dict().values():
+        value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
+    ours = pl.load_reference("rad_dino", theirs.state_dict(), **config.to_dict())
+    with torch.no_grad():
+        same(ours(images()), theirs(images()).pooler_output)

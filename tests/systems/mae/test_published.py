@@ -177,3 +177,85 @@ def test_published_sizes_have_their_heads():
     model = pl.load_reference("mae", state)
     assert model.blocks[0].attn.num_heads == 16
     assert math.isclose(model.blocks[0].attn.scale, (1280 / 16) ** -0.5)
+
+
+def transformers_layout(state: dict[str, torch.Tensor], in_memory: bool) -> dict[str, torch.Tensor]:
+    """The same tensors under the names transformers writes to disk, or those of version 5 in memory."""
+    outside = {
+        "cls_token": "vit.embeddings.cls_token",
+        "pos_embed": "vit.embeddings.position_embeddings",
+        "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "vit.layernorm.weight",
+        "norm.bias": "vit.layernorm.bias",
+    }
+    on_disk = {"attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    inside = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+    inside |= {"attn.proj": "attention.o_proj"} if in_memory else on_disk
+    found = {}
+    for name, value in state.items():
+        if name in outside or not name.startswith(("blocks.", "decoder_blocks.")):
+            found[outside.get(name, f"decoder.{name}")] = value
+            continue
+        owner, number, part, kind = name.split(".", 2)[0], name.split(".")[1], *name.split(".", 2)[2].rsplit(".", 1)
+        place = (
+            "decoder.decoder_layers"
+            if owner.startswith("decoder")
+            else f"vit.{'layers' if in_memory else 'encoder.layer'}"
+        )
+        if part == "attn.qkv":
+            names = ("q_proj", "k_proj", "v_proj") if in_memory else ("query", "key", "value")
+            for letter, third in zip(names, value.chunk(3), strict=True):
+                found[f"{place}.{number}.attention.{'' if in_memory else 'attention.'}{letter}.{kind}"] = third
+        else:
+            found[f"{place}.{number}.{inside.get(part, part)}.{kind}"] = value
+    return found
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_layout_of_transformers_gives_the_published_outputs(in_memory):
+    state = pretraining()
+    named = transformers_layout(state, in_memory)
+    images, noise = images_of((4, 4)), torch.rand(3, 16, generator=torch.Generator().manual_seed(6))
+    with pytest.warns(UserWarning, match="epsilon 1e-12"):
+        model = pl.load_reference("mae", named, **SETTINGS)
+    expected = autoencode(state, images, noise, 0.75, heads=HEADS, decoder_heads=2, norm_pix=False)
+    torch.testing.assert_close(
+        model(images, noise=noise).pred.double(), expected["pred"].double(), atol=1e-4, rtol=1e-4
+    )
+    assert not model.norm_pix_loss
+    told = pl.load_reference("mae", named, layer_norm_eps=1e-6, norm_pix_loss=True, **SETTINGS)
+    expected = autoencode(state, images, noise, 0.75, heads=HEADS, decoder_heads=2, norm_pix=True)
+    torch.testing.assert_close(told(images, noise=noise).pred.double(), expected["pred"].double(), atol=1e-5, rtol=1e-5)
+    encoder = {name: value for name, value in named.items() if name.startswith("vit.")}
+    assert pl.load_reference("mae", encoder, num_heads=HEADS, layer_norm_eps=1e-6)(images).shape == (3, WIDTH)
+    with pytest.raises(UsageError, match=r"unexpected: decoder\.surprise"):
+        pl.load_reference("mae", {**named, "decoder.surprise": torch.zeros(1)}, **SETTINGS)
+
+
+def test_transformers_own_model_agrees():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.ViTMAEForPreTraining(config).eval()
+    for value in theirs.state_dict().values():
+        value.copy_(torch.randn(value.shape) * 0.2)
+    with pytest.warns(UserWarning, match="epsilon 1e-12"):
+        ours = pl.load_reference("mae", theirs.state_dict(), **config.to_dict())
+    images, noise = images_of((4, 4)), torch.rand(3, 16, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        wanted = theirs(images, noise=noise)
+    found = ours(images, noise=noise)
+    torch.testing.assert_close(found.pred, wanted.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss, wanted.loss, atol=1e-5, rtol=1e-5)

@@ -15,6 +15,7 @@ from patchloom.encoders.patches import patch_grid
 from patchloom.errors import UsageError
 from patchloom.models.published import fill, has, require
 from patchloom.models.published_settings import Hidden, Settings, epsilon_of, name_of, set_epsilon
+from patchloom.systems.mae.published_names import from_transformers, is_transformers
 
 SETTINGS = Settings(
     obeyed=(
@@ -55,6 +56,8 @@ SETTINGS = Settings(
     },
     read={"layer_norm_eps": epsilon_of, "hidden_act": name_of},
 )
+# What transformers' class has where its configuration says nothing.
+OF_TRANSFORMERS = {"layer_norm_eps": 1e-12, "norm_pix_loss": False}
 DECODER = ("mask_token", "decoder_")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Attention heads of the published widths; others have one for 64 channels."""
@@ -69,7 +72,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
             `norm_pix_loss` (True), `mask_ratio` (0.75), `drop_path` (0, of the encoder's last block in training),
             `layer_norm_eps` (1e-6), and `image_size`: (H, W) for a grid that is not square, or another size than the
             checkpoint's, to which its positions are then resized bicubically. Names of the published code and of
-            transformers are understood; what shapes tell may be given and has to agree.
+            transformers are understood; what shapes tell may be given and has to agree. In the layout of transformers
+            `layer_norm_eps` is 1e-12 and `norm_pix_loss` False unless its configuration says otherwise.
 
     Returns:
         `MaskedAutoencoder` for a pre-training checkpoint with its decoder; a timm `VisionTransformer` without head for
@@ -83,6 +87,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     """Return our module with a published state dict in it, see `load`; `defaults` stand in for what is not given."""
+    if is_transformers(state):
+        state = from_transformers(state)
+        config = {**OF_TRANSFORMERS, **config}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no ViT of MAE")
