@@ -49,7 +49,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         **config: `early_layers` (default: the paper's for the depth), and what shapes do not tell: `num_heads`
             (without relative positions), `layer_norm_eps` (1e-6), and `image_size`: (H, W) for a grid that is not
             square, or another size than the checkpoint's, to which positions are then resampled. Shapes tell the rest.
-            For a dense model see `dense.load`.
+            For a dense model see `published_dense.load` of `segmentation_heads`.
 
     Returns:
         `CentroidMIM` for a pre-training checkpoint, a timm `Beit` with its classifier for a fine-tuned one; of

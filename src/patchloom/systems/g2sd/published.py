@@ -43,7 +43,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
     Returns:
         `DistilledAutoencoder` for a generic student (`GenericDistiller` when the teacher is given),
-        `DistilledVisionTransformer` for a specific one; of segmentation what `dense.load` makes of it; of detection
+        `DistilledVisionTransformer` for a specific one; of segmentation what `published_dense.load` makes; of detection
         the student's `PyramidAdapter`.
 
     Raises:
