@@ -5,6 +5,9 @@ Each method here is what one would write for a system of that shape, and no more
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -262,6 +265,36 @@ def test_tasks_follow_one_another_with_a_schedule_each(tmp_path):
 @pytest.mark.parametrize("at", [5, 7, 9])
 def test_a_run_of_tasks_resumes_to_the_bit_before_at_and_after_the_turn(tmp_path, at):
     resumed_equals_once(tmp_path, Tasks, at, max_steps=None)
+
+
+TWO = """
+import sys
+sys.path[:0] = {paths!r}
+from test_composition import SETTINGS, TWICE, TrainConfig, fit
+method, changes = TWICE[sys.argv[1]]
+two = {{**SETTINGS, **changes, "devices": 2, "batch_size": 4}}
+if __name__ == "__main__":
+    fit("pretrain test", method, TrainConfig(out=sys.argv[2], **two))
+"""
+TWICE: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "two optimisers": (Adversarial, {"max_steps": 4, "lr": 1e-4}),
+    "tasks": (Tasks, {"max_steps": None, "lr": 1e-4}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWICE)
+def test_two_processes_train_what_one_does_with_the_same_global_batch(tmp_path, name):
+    here = Path(__file__).parent
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(paths=[str(here), str(here.parent)]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, script, name, tmp_path / "two"], check=True, env=environment, timeout=300)
+    method, changes = TWICE[name]
+    run(tmp_path / "one", method, **changes)
+    one, two = (series(read_metrics(tmp_path / out / "metrics.csv"), "loss") for out in ("one", "two"))
+    assert one[0] == two[0]
+    assert two[1] == pytest.approx(one[1], rel=1e-3)
 
 
 # Batches that are no images.

@@ -276,9 +276,14 @@ def _strategy(method: Method) -> Any:
     if config.strategy == "fsdp":
         from lightning.pytorch.strategies import FSDPStrategy
 
+        if method.phases():
+            raise UsageError("a method of several optimisers is not sharded by strategy=fsdp; use ddp")
         require_tokens(method.encoder)
         block = type(method.encoder.blocks[0])
         return FSDPStrategy(auto_wrap_policy={block}, state_dict_type="full", use_orig_params=True)
+    if method.phases() and (config.devices != 1 or config.nodes > 1):  # a phase leaves the others' parameters alone
+        launched = "ddp" if config.strategy == "auto" else config.strategy
+        return f"{launched}_find_unused_parameters_true"
     return config.strategy
 
 
