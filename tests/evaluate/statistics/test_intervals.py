@@ -8,6 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from patchloom.errors import UsageError
+from patchloom.evaluate.statistics import intervals as statistics
 from patchloom.evaluate.statistics.delong import delong, delong_covariance, delong_interval, newcombe
 from patchloom.evaluate.statistics.intervals import (
     Difference,
@@ -17,7 +18,6 @@ from patchloom.evaluate.statistics.intervals import (
     mean_interval,
     paired_bootstrap,
 )
-from patchloom.evaluate.statistics.intervals import intervals as statistics
 from patchloom.evaluate.statistics.metrics import (
     accuracy,
     auroc,

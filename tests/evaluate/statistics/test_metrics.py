@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from patchloom.evaluate.statistics.intervals import metrics
+from patchloom.evaluate.statistics import metrics
 from patchloom.evaluate.statistics.metrics import SCORES, per_label_auroc
 
 
