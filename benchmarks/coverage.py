@@ -42,6 +42,7 @@ CLASSIFIERS: dict[str, tuple[list[float], list[list[float]]]] = {
     "0.7 and 0.3, right for 90 and 60 %": ([0.7, 0.3], [[0.9, 0.1], [0.4, 0.6]]),
     "0.8 and 0.2, right for 98 and 10 %": ([0.8, 0.2], [[0.98, 0.02], [0.9, 0.1]]),
     "0.75 and 0.25, right for 98 and 97 %": ([0.75, 0.25], [[0.98, 0.02], [0.03, 0.97]]),
+    "0.97 and 0.03, right for 99 and 60 %": ([0.97, 0.03], [[0.99, 0.01], [0.4, 0.6]]),
     "five, 0.4 to 0.1, right for 90 to 50 %": (
         [0.4, 0.2, 0.15, 0.15, 0.1],
         [
@@ -71,6 +72,8 @@ class Simulated(NamedTuple):
     true: float
     draw: Callable[[int, np.random.Generator], tuple[Array, Array]]
     """Takes a number of images, returns predictions and targets."""
+    classes: int = 0
+    """All of which a set must have to count: no interval allows for a class without images."""
 
 
 def simulations() -> Iterator[Simulated]:
@@ -98,7 +101,8 @@ def classifier(name: str, score: Score, shares: Array, answers: Array) -> Simula
         return predicted, truth
 
     whole = np.round(joint[None] * 1e6).astype(np.int64)
-    return Simulated(f"classes {name}", score, float(score.weighted(kinds[1], kinds[0], whole)[0]), draw)
+    true = float(score.weighted(kinds[1], kinds[0], whole)[0])
+    return Simulated(f"classes {name}", score, true, draw, classes=0 if score is accuracy else len(shares))
 
 
 def found_by_score(name: str, share: float, area: float, seen: float) -> Simulated:
@@ -142,7 +146,7 @@ def coverage(one: Simulated, n: int, tries: int, draws: int, seed: int = 0, **se
     held, widths = [], []
     for number in range(tries):
         predictions, truth = one.draw(n, rng)
-        if one.score is not mean_value and len(np.unique(truth)) < 2 and truth.any():
+        if len(np.unique(truth)) < one.classes:
             continue
         found = bootstrap_interval(one.score, predictions, truth, draws=draws, seed=number, **settings)
         if not np.isnan(found.low):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -161,7 +163,7 @@ def test_draws_are_of_the_seed_and_splitting_them_changes_nothing(monkeypatch):
     whole = bootstrap_interval(macro_f1, said, truth, seed=1)
     assert whole == bootstrap_interval(macro_f1, said, truth, seed=1)
     assert whole != bootstrap_interval(macro_f1, said, truth, seed=2)
-    monkeypatch.setattr(statistics, "MOST_WEIGHTS", 1000)
+    monkeypatch.setattr(sys.modules[Sample.__module__], "MOST_WEIGHTS", 1000)
     assert whole == bootstrap_interval(macro_f1, said, truth, seed=1)
 
 
@@ -194,6 +196,35 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(score):
         bare = bootstrap_interval(score, said, truth, draws=50, seed=repeat, kind="percentile")
         plain += bare.low <= true <= bare.high
     assert inside / 120 >= 0.93 > plain / 120
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"),
+    [
+        ((97, 3), (0.99, 0.6)),
+        ((485, 15), (0.99, 0.6)),
+        ((85, 15), (0.995, 0.9)),
+        ((3,) * 40, (0.9,) * 20 + (0.6,) * 20),
+    ],
+    ids=["three images", "fifteen images", "nearly all right", "forty small classes"],
+)
+def test_balanced_accuracy_is_not_surer_than_its_smallest_class(sizes, shares):
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(600):
+        truth = np.repeat(np.arange(len(sizes)), rng.multinomial(sum(sizes), np.array(sizes) / sum(sizes)))
+        right = rng.random(len(truth)) < np.array(shares)[truth]
+        true = np.array(shares)[np.unique(truth)].mean()
+        found = bootstrap_interval(balanced_accuracy, np.where(right, truth, (truth + 1) % len(sizes)), truth)
+        inside.append(found.low <= true <= found.high)
+    assert np.mean(inside) >= 0.93
+
+
+def test_draws_of_groups_or_within_classes_are_not_surer_than_three_images_allow():
+    truth = np.repeat([0, 1], [97, 3])
+    alone = bootstrap_interval(balanced_accuracy, truth, truth)
+    assert alone.low < 0.8
+    for drawn in ({"groups": np.arange(100) // 2}, {"strata": truth}):
+        assert bootstrap_interval(balanced_accuracy, truth, truth, draws=200, **drawn).low <= alone.low
 
 
 def test_a_paired_difference_is_far_surer_than_two_intervals():

@@ -116,14 +116,18 @@ def bootstrap_interval(
     nothing = Interval(value, float("nan"), float("nan"))
     if isnan(value):
         return nothing
-    closed = getattr(score, "closed", None) if kind == "auto" and strata is None and groups is None else None
-    if closed is not None and (ends := closed(predictions, targets, level)) is not None:
-        return Interval(value, *ends)
+    found = _closed(score, predictions, targets, level) if kind == "auto" else None
+    if found is not None and strata is None and groups is None:
+        return Interval(value, *found)
     sample = _sample([(score, predictions)], targets, strata, groups, kind)
     if sample.units < 2:
         return nothing
     drawn, redrawn = sample.drawn(draws, seed)
-    return Interval(value, *_ends(drawn[0], value, level, kind, sample.units), redrawn)
+    low, high = _ends(drawn[0], value, level, kind, sample.units)
+    if found is not None and (groups is not None or getattr(score, "closed_by_class", False)):
+        # Never surer than were all images independent: draws see little of what few images of a class leave open.
+        low, high = min(low, found[0]), max(high, found[1])
+    return Interval(value, low, high, redrawn)
 
 
 def paired_bootstrap(
@@ -211,6 +215,13 @@ def mean_interval(values: Sequence[float] | Array, level: float = LEVEL) -> Inte
         return Interval(mean, float("nan"), float("nan"))
     reach = float(t.ppf(0.5 + level / 2, n - 1)) * float(numbers.std(ddof=1)) / sqrt(n)
     return Interval(mean, mean - reach, mean + reach)
+
+
+def _closed(score: Any, predictions: Array, targets: Array, level: float) -> tuple[float, float] | None:
+    """Return the interval of independent images that a score has without draws, None where it has none."""
+    form = getattr(score, "closed", None)
+    ends: tuple[float, float] | None = None if form is None else form(predictions, targets, level)
+    return ends
 
 
 class Sample(NamedTuple):

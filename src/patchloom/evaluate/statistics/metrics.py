@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ class Score:
     `values`, (n,) in [0, 1], such as the precision of each query; or `areas`, (n, 3, …), of images."""
     closed: ClosedForm | None = None
     """Interval without draws for independent images: of predictions, targets and level; None where it has no say."""
+    closed_by_class: bool = False
+    """Whether that interval is the same whatever the shares of the classes."""
 
     def what_if(self, predictions: Array, targets: Array, units: int) -> WhatIf:
         """Return images that were not seen, for draws of so many units; see `evaluate.what_if`."""
@@ -159,6 +162,28 @@ def _accuracy_ends(predicted: Array, truth: Array, level: float) -> tuple[float,
     return exact_share(int((predicted == truth).sum()), len(truth), level)
 
 
+def _balanced_ends(predicted: Array, truth: Array, level: float) -> tuple[float, float]:
+    """Return the ends of a mean of shares, of classes with few images too; the wider of two on either side.
+
+    The limits of each class (Jeffreys) put together by their distances from its share (Zou and Donner 2008, Statistics
+    in Medicine 27) hold where a class is all right or all wrong. The normal interval holds where classes are many; its
+    variances are of shares drawn towards that of all images, as of one or two images they would be 0.
+    """
+    from scipy.stats import beta
+
+    shown = np.bincount(truth)
+    right = np.bincount(truth[predicted == truth], minlength=len(shown))[shown > 0]
+    shown = shown[shown > 0]
+    share, tail = right / shown, (1 - level) / 2
+    low = np.where(right > 0, beta.ppf(tail, right + 0.5, shown - right + 0.5), 0)
+    high = np.where(right < shown, beta.ppf(1 - tail, right + 0.5, shown - right + 0.5), 1)
+    drawn = (right + 2 * (right.sum() + 1) / (shown.sum() + 2)) / (shown + 2)
+    reach = NormalDist().inv_cdf(1 - tail) * np.sqrt((drawn * (1 - drawn) / shown).sum())
+    below, above = np.sqrt(np.square(share - low).sum()), np.sqrt(np.square(high - share).sum())
+    mean, classes = float(share.mean()), len(shown)
+    return max(0.0, mean - max(below, reach) / classes), min(1.0, mean + max(above, reach) / classes)
+
+
 def _value_ends(values: Array, truth: Array, level: float) -> tuple[float, float] | None:
     """Return the ends where values are shares of one image: found or not."""
     return exact_share(int(values.sum()), len(values), level) if np.isin(values, (0, 1)).all() else None
@@ -189,12 +214,12 @@ def _mean_value(values: Array, truth: Array, weights: Array) -> Array:
 
 
 accuracy = Score("accuracy", _accuracy, "classes", _accuracy_ends)
-balanced_accuracy = Score("balanced_accuracy", _balanced_accuracy, "classes")
+balanced_accuracy = Score("balanced_accuracy", _balanced_accuracy, "classes", _balanced_ends, True)
 macro_f1 = Score("macro_f1", _macro_f1, "classes")
 kappa = Score("kappa", _kappa, "classes")
 mean_grade_error = Score("mean_grade_error", _mean_grade_error, "classes")
-auroc = Score("auroc", _binary_auroc, "scores", _auroc_ends)
-mean_auroc = Score("mean_auroc", _mean_auroc, "scores", _auroc_ends)
+auroc = Score("auroc", _binary_auroc, "scores", _auroc_ends, True)
+mean_auroc = Score("mean_auroc", _mean_auroc, "scores", _auroc_ends, True)
 label_macro_f1 = Score("label_macro_f1", _label_macro_f1, "scores")
 mean_value = Score("mean_value", _mean_value, "values", _value_ends)
 
