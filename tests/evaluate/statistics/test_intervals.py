@@ -10,7 +10,6 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics import intervals as statistics
 from patchloom.evaluate.statistics.delong import delong, delong_covariance, delong_interval, newcombe
 from patchloom.evaluate.statistics.intervals import (
     Difference,
