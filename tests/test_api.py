@@ -56,11 +56,11 @@ def test_a_verb_is_a_plain_function(verb):
 
 def test_a_verb_stays_a_function_when_the_package_of_its_name_is_imported():
     lines = [
-        "import patchloom.systems.ccvit.config, patchloom.evaluate, patchloom.features.embed",
+        "import patchloom.evaluate.config, patchloom.features.embed, patchloom.segment.segment_config",
         "from patchloom.explain import config",
         "import inspect, sys, patchloom as pl",
-        "print(all(map(inspect.isfunction, (pl.pretrain, pl.evaluate, pl.embed, pl.explain))))",
-        "print(sys.modules['patchloom.pretrain'].__path__ != [])",
+        "print(all(map(inspect.isfunction, (pl.segment, pl.evaluate, pl.embed, pl.explain))))",
+        "print(sys.modules['patchloom.segment'].__path__ != [])",
     ]
     assert python("\n".join(lines)) == "True\nTrue\n"
 

@@ -34,7 +34,7 @@ def test_the_method_of_the_guide_trains_and_its_bundle_opens(rotation, tmp_path)
     run = pl.pretrain("rotation", data="photos", out=str(tmp_path / "run"), **settings, **quiet)
     assert 0 <= run.summary["accuracy"] <= 1
     assert run.report.exists()
-    assert pl.load(str(run.model)).num_features == 64
+    assert pl.load(str(run.model)).num_features == 128
 
 
 def test_an_unknown_setting_of_it_is_refused_with_the_nearest(rotation, tmp_path):

@@ -187,6 +187,6 @@ def test_encoders_that_cannot_be_adapted_are_refused(tmp_path, base):
 
 def test_another_encoder_under_the_same_path_is_noticed_on_resume(base):
     method = made("linear", base)
-    checkpoint = {"batches_done": 0, "seconds": 0.0, "base": "0123"}
+    checkpoint = {"batches_done": 0, "step": 0, "seconds": 0.0, "base": "0123"}
     with pytest.raises(UsageError, match="adapts the encoder 0123"):
         method.on_load_checkpoint(checkpoint)
