@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 
 import pytest
 import torch
@@ -22,6 +23,13 @@ def test_objects_are_refused_without_advice_to_read_them_all_the_same(tmp_path):
     assert "weights_only" not in str(refused.value)
     torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "plain.pth")
     assert read_pickle(tmp_path / "plain.pth", plain=[argparse.Namespace])["args"].lr == 1
+
+
+def test_a_plain_pickle_is_refused_without_advice_of_torch(tmp_path, recwarn):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"config": NotPlain()}, protocol=4))
+    with pytest.raises(UsageError, match="cannot be read as plain tensors"):
+        read_pickle(tmp_path / "model.pkl")
+    assert not list(recwarn)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"plain text", b"\x80\x02."])

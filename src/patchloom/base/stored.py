@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -53,7 +54,9 @@ def read_pickle(
     """
     allowed: AbstractContextManager[Any] = torch.serialization.safe_globals(plain) if plain else nullcontext()
     try:
-        with allowed:
+        with allowed, warnings.catch_warnings():
+            # torch asks whoever reads this to file an issue with it.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         # torch's own advice is to read it all the same; a file from elsewhere can do anything then.

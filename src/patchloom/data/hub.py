@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from patchloom.base.hub import fetching, reason
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
@@ -113,9 +114,10 @@ class HuggingFaceSource(Source):
                 found = datasets.load_from_disk(dataset)
                 table = found[split] if isinstance(found, datasets.DatasetDict) else found
             else:
-                table = datasets.load_dataset(dataset, split=split)
+                with fetching():
+                    table = datasets.load_dataset(dataset, split=split)
         except Exception as error:
-            raise UsageError(f"{self.name} cannot be opened ({' '.join(str(error).split())[:200]})") from error
+            raise UsageError(f"{self.name} cannot be opened ({reason(error)})") from error
         kinds = table.features
         images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         if not images:

@@ -294,7 +294,7 @@ def _fill(insertion: Insertion, state: dict[str, Tensor], path: str | Path) -> N
 
 
 def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
-    from patchloom.models.bundle import load, open_encoder
+    from patchloom.models.bundle import fetch_encoder, load, open_encoder
     from patchloom.models.start import start_encoder
 
     file = find_adapter(path)
@@ -310,7 +310,7 @@ def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
     if named and timm.is_model(named):
         if channels is None or channels == 3:
             return open_encoder(named)
-        return create_encoder(named, in_chans=channels, pretrained=True)
+        return fetch_encoder(named, create_encoder, in_chans=channels)
     raise UsageError(
         f"the adapter {path} extends the encoder {about['encoder_hash']}, which is no longer at {named}; open it with "
         f"patchloom.load(BUNDLE, adapters=[…])"

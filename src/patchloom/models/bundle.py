@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.beit import Beit
 from torch import nn
 
+from patchloom.base.hub import fetching, reason
 from patchloom.base.version import __version__
 from patchloom.encoders import has_tokens, image_size, in_chans
 from patchloom.encoders.anysize import AnySizeVisionTransformer
@@ -213,13 +214,13 @@ def fetch_encoder(name: str, create: Callable[..., Any] | None = None, **options
     if timm.is_model(name) and not timm.models.is_model_pretrained(name):
         raise UsageError(f"{name} has no published weights; give the path of a bundle or run")
     try:
-        return (create or create_backbone)(name, pretrained=True, **options)
+        with fetching():
+            return (create or create_backbone)(name, pretrained=True, **options)
     except UsageError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such file, or a file of another model
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(
-            f"the weights of {name} could not be fetched ({said}); give the path of a bundle or run"
+            f"the weights of {name} could not be fetched ({reason(error)}); give the path of a bundle or run"
         ) from error
 
 

@@ -25,7 +25,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
 from patchloom.features.class_scores import class_scores
-from patchloom.models.bundle import load, read_lineage
+from patchloom.models.bundle import fetch_encoder, load, read_lineage
 from patchloom.training.distill_config import DistillConfig
 from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.run import is_first_process
@@ -181,13 +181,7 @@ def _open(name: str) -> Any:
         raise UsageError(f"there is no teacher {name!r}; give the path of a bundle or run, or the name of a timm model")
     if not timm.models.is_model_pretrained(name):
         raise UsageError(f"the teacher {name} has no published weights; give the path of a bundle or run")
-    try:
-        return timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UsageError(
-            f"the weights of the teacher {name} could not be fetched ({said}); give the path of a bundle or run"
-        ) from error
+    return fetch_encoder(name, timm.create_model)
 
 
 class DistillMethod(SupervisedMethod):
