@@ -8,11 +8,12 @@ import pickle
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageFilter
 
 from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.mask_settling import settle
-from patchloom.data.mask_survey import Survey, survey_files
+from patchloom.data.mask_survey import Survey, open_mask, survey_files
 from patchloom.data.mask_table import parse_table, read_table
 from patchloom.data.mask_values import check_shares
 from patchloom.errors import UsageError
@@ -110,6 +111,21 @@ def test_255_beside_class_numbers_is_unknown_and_alone_beside_0_the_object():
     assert np.array_equal(read(grey(values), ignore_label="none", mask_values="0,1,2,255")[1] == 3, values == 255)
     names = ["a", "b", "c"]  # with three classes, 255 cannot be the second
     assert int((read(grey(BLOB * 255), names=names)[1] == 255).sum()) == BLOB.sum()
+
+
+def test_masks_of_which_some_hold_1_and_others_255_are_asked_about():
+    ones, tops = grey(BLOB), grey(BLOB * 255)
+    with pytest.raises(
+        UsageError, match=r"some .* hold 0 and 1 \(0.png\), others 0 and 255 \(1.png\), and none holds both"
+    ):
+        read(ones, tops)
+    with pytest.raises(UsageError, match="--mask_values 0=soil,1=crop,255=crop"):
+        read(ones, tops, names=["soil", "crop"])
+    assert np.array_equal(read(ones, tops, mask_values="0=soil,1=crop,255=crop")[1], BLOB)
+    assert read(ones, tops, ignore_label="255")[2].ignored == pytest.approx(BLOB.mean() / 2)
+    both = BLOB.copy()
+    both[0] = 255
+    assert read(ones, tops, grey(both))[2].ignored > 0  # 255 stands beside 1, so it is another thing
 
 
 def test_names_apply_to_two_levels_and_to_as_many_levels_as_there_are_names():
@@ -229,6 +245,41 @@ def test_one_class_left_is_refused_and_much_ignored_is_said_or_refused():
     coding, _, shares = read(grey(values), ignore_label=255)
     assert "of the pixels of the masks of set are ignored" in check_shares(coding, shares, "set")
     assert check_shares(*read(grey(THREE))[::2], "set") is None
+
+
+def test_colours_that_no_eye_tells_apart_are_no_classes():
+    soft = Image.fromarray(COLOURS[BLOB]).filter(ImageFilter.BoxBlur(0.3))
+    with pytest.raises(UsageError, match=r"some are nearly alike.*rest=ignore"):
+        read(soft)
+    _, classes, shares = read(soft, mask_values="#000000=background,#ff0000=object,rest=ignore")
+    assert np.array_equal(classes == 1, np.asarray(soft)[..., 0] == 255)
+    assert 0 < shares.ignored < 0.1
+
+
+@pytest.mark.parametrize("quality", [30, 80])
+def test_webp_with_loss_is_taken_as_jpeg_is(tmp_path, quality):
+    for number, settings in enumerate([{"quality": quality}, {"lossless": True}]):
+        grey(BLOB * 255).save(tmp_path / f"{number}.webp", **settings)
+        mask = open_mask(tmp_path / f"{number}.webp", "a.webp")
+        assert survey_of(mask).lossy == (number == 0)
+    classes = read(open_mask(tmp_path / "0.webp", "a"), mask_values="#000000=soil,#ffffff=crop")[1]
+    assert np.array_equal(classes, BLOB)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "int64", "uint32", ">u2"])
+def test_numbers_of_any_type_are_class_numbers(tmp_path, kind):
+    tifffile.imwrite(tmp_path / "a.tif", THREE.astype(kind))
+    np.save(tmp_path / "a.npy", THREE.astype(kind))
+    for name in ("a.tif", "a.npy"):
+        assert np.array_equal(read(open_mask(tmp_path / name, name))[1], THREE)
+
+
+def test_masks_none_of_which_can_be_read_say_why(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    tifffile.imwrite(tmp_path / "b.tif", np.stack([BLOB, BLOB]), photometric="minisblack")
+    for name, reason in (("a.png", "it is no image"), ("b.tif", "it holds 2 pages; store one mask a file")):
+        with pytest.raises(UsageError, match=f"none of 1 masks can be read; of the first, {name}, .*{reason}"):
+            survey_files([(tmp_path / name, name)])
 
 
 @pytest.mark.parametrize(

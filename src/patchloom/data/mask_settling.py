@@ -41,6 +41,8 @@ MOST_CLASSES = 255
 MOST_GUESSED = 24
 """Grey masks of more values than this are never taken for class numbers unless someone says so."""
 UNKNOWN_VALUES = (255, 65535)
+ALIKE = 16
+"""Colours that differ by no more than this in any channel are not told apart by eye."""
 
 
 def settle(
@@ -301,6 +303,8 @@ def _guessed(asked: _Asked) -> MaskCoding:
     numbers = [value for value in values if value not in unknown]
     lossy = asked.survey.lossy
     plain = not lossy and bool(numbers) and all(float(value).is_integer() and value >= 0 for value in numbers)
+    if unknown and numbers == [0, 1] and asked.form == "values" and not asked.survey.beside_unknown:
+        raise _of_two_kinds(asked, unknown[0])
     if names is not None and plain and _within(numbers, len(names)) and (len(names) > 2 or len(numbers) > 1):
         return _of_numbers(asked, len(names), unknown)
     two = _two_levels(known, lossy)
@@ -321,6 +325,17 @@ def _guessed(asked: _Asked) -> MaskCoding:
     if names is not None and plain and inside > 0.5:
         return _of_numbers(asked, len(names), unknown)  # whose check names the file with the value beyond
     raise _unsettled(asked, values)
+
+
+def _of_two_kinds(asked: _Asked, high: float) -> UsageError:
+    """Return the error for masks of which some hold 0 and 1, others 0 and 255, and none both."""
+    few, many = (asked.survey.place(value, asked.form) for value in (1, high))
+    low, top = asked.names if asked.names is not None and len(asked.names) == 2 else BINARY
+    return UsageError(
+        f"some masks of {asked.source} hold 0 and 1 ({few}), others 0 and {high:g} ({many}), and none holds both; if 1 "
+        f"and {high:g} are one class: --mask_values 0={low},1={top},{high:g}={top}; if {high:g} is unknown: "
+        f"--ignore_label {high:g}"
+    )
 
 
 def _of_numbers(asked: _Asked, count: int, unknown: Sequence[float]) -> MaskCoding:
@@ -370,6 +385,12 @@ def _by_colours(asked: _Asked) -> MaskCoding:
             f"with a line for each: R G B name"
         )
     found = [shown(code, True) for code in codes]
+    if len(codes) > 2 and (alike := _nearly_alike(codes)) is not None:
+        raise UsageError(
+            f"the masks of {source} are in colour, and of their {len(codes)} colours some are nearly alike "
+            f"({shown(alike[0], True)}, {shown(alike[1], True)}), as soft edges and compression leave them; name the "
+            f"classes: --mask_values '{found[0]}=background,{found[-1]}=object,rest=ignore'"
+        )
     if names is not None and len(names) != len(codes):
         raise UsageError(
             f"{source} names {len(names)} classes and its masks have {len(codes)} colours ({', '.join(found[:8])}); "
@@ -386,6 +407,16 @@ def _by_colours(asked: _Asked) -> MaskCoding:
     if len(codes) < 2:
         raise UsageError(f"the masks of {source} hold one colour only, {found[0]}")
     return MaskCoding("colours", tuple(sorted(spans)), tuple(found), palette=palette, guess=guess)
+
+
+def _nearly_alike(codes: Sequence[float]) -> tuple[float, float] | None:
+    """Return the first two colours that no person would give to two classes, None where there are none."""
+    seen = [code for code in codes if code >= 0]
+    for number, one in enumerate(seen):
+        for other in seen[number + 1 :]:
+            if max(abs(a - b) for a, b in zip(rgb_of(int(one)), rgb_of(int(other)), strict=True)) <= ALIKE:
+                return one, other
+    return None
 
 
 def _ordered(classes: Sequence[str], names: Sequence[str] | None) -> tuple[str, ...]:

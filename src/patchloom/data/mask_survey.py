@@ -10,6 +10,7 @@ How masks are to be read is settled once for a source, from this count, never ma
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -18,12 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from patchloom.base.progress import track
 from patchloom.data.base import UnreadableImageError
+from patchloom.data.stored import read_stored
+from patchloom.errors import UsageError
 
 RGB = tuple[int, int, int]
+LOSSY = ("JPEG", "MPO", "AVIF", "HEIF")
 TRANSPARENT = -1
 """Stands for the colour of a pixel that cannot be seen."""
 MOST_VALUES = 4096
@@ -46,7 +50,8 @@ class Survey:
         where: First file by value, and by colour as text.
         palette: Colour by index.
         palettes_agree: Whether an index means one colour in all files.
-        lossy: Whether a file is a JPEG.
+        lossy: Whether a file is a JPEG, or compressed with loss in another way.
+        beside_unknown: Whether a file holds 255 or 65535 and beside it a class that is not 0.
         many: Whether there are more values or colours than are counted.
     """
 
@@ -60,12 +65,13 @@ class Survey:
     palette: dict[int, int] = field(default_factory=dict)
     palettes_agree: bool = True
     lossy: bool = False
+    beside_unknown: bool = False
     many: bool = False
 
     def add(self, image: Image.Image, key: str) -> None:
         """Count a mask."""
         self.masks += 1
-        self.lossy |= image.format in ("JPEG", "MPO")
+        self.lossy |= image.format in LOSSY or bool(image.info.get("lossy_webp"))
         kind = kind_of(image)
         self.kinds.setdefault(kind, key)
         if kind == "colour":
@@ -77,6 +83,7 @@ class Survey:
             return
         values, counts = counted(np.asarray(image).ravel())
         self._count(self.values, values, counts, key)
+        self.beside_unknown |= bool(np.isin((255, 65535), values).any()) and not np.isin(values, (0, 255, 65535)).all()
         if kind == "palette":
             table = palette_codes(image)
             shown = table[values.astype(np.int64)]
@@ -120,21 +127,27 @@ def survey_files(files: Sequence[tuple[Path, str]], stamp: str | None = None, ch
         files: Paths and their names.
         stamp: Hash of names, sizes and times; a count that took long is kept on disk by it.
         check: Called with the count over a few files from all over the list, before the rest is read: to refuse early.
+
+    Raises:
+        UsageError: None of them can be read.
     """
     place = None if stamp is None else _cache_folder() / f"{stamp}.json"
     if place is not None and (known := _kept(place)) is not None:
         return known
-    start, survey = time.monotonic(), Survey()
+    start, survey, unread = time.monotonic(), Survey(), None
     few = sorted({round(x) for x in np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT_FIRST))})
     order = [*few, *sorted(set(range(len(files))) - set(few))]
     for done, number in enumerate(track(order, "looking at masks", unit="mask"), 1):
         file, key = files[number]
         try:
             survey.add(open_mask(file, key), key)
-        except UnreadableImageError:
+        except UnreadableImageError as error:
+            unread = unread or error
             continue
         if done == len(few) and callable(check):
             check(survey)
+    if unread is not None and not survey.masks:
+        raise UsageError(f"none of {len(files)} masks can be read; of the first, {unread.key}, {unread.reason}")
     if place is not None and time.monotonic() - start > SLOW:
         _keep(survey, place)
     return survey
@@ -147,13 +160,44 @@ def open_mask(file: Path, key: str) -> Image.Image:
         UnreadableImageError: The file is no image.
     """
     try:
-        with Image.open(file) as image:
-            image.load()
-            kind, turned = image.format, ImageOps.exif_transpose(image)
-            turned.format = kind
-            return turned
+        encoded = file.read_bytes()
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                _check_pages(image)
+                image.load()
+                kind, turned = image.format, ImageOps.exif_transpose(image)
+        except UnidentifiedImageError:
+            if (stored := read_stored(encoded, file.name, 1)) is None or len(stored.pixels) != 1:
+                raise
+            return _of_numbers(stored.pixels[0])
+        turned.format = kind
+        if kind == "WEBP":
+            turned.info["lossy_webp"] = b"VP8 " in encoded
+        return turned
     except Exception as error:  # decoders fail in many ways on damaged files
-        raise UnreadableImageError(key, f"its mask cannot be read: {' '.join(str(error).split())[:100]}") from error
+        reason = "it is no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())[:100]
+        raise UnreadableImageError(key, f"its mask cannot be read: {reason}") from error
+
+
+def _check_pages(image: Image.Image) -> None:
+    """Refuse a mask in several pages, of which the first would pass for all."""
+    if image.format != "TIFF" or (pages := getattr(image, "n_frames", 1)) == 1:
+        return
+    size = image.size
+    image.seek(1)
+    if image.size == size:
+        raise ValueError(f"it holds {pages} pages; store one mask a file, or one file per class")
+    image.seek(0)
+
+
+def _of_numbers(values: np.ndarray) -> Image.Image:
+    """Return numbers of types that Pillow does not know, (H, W), as an image of those it does."""
+    whole = values.astype(np.int32)
+    if values.dtype.kind == "f" and not (values == whole).all():
+        return Image.fromarray(values.astype(np.float32))
+    if values.dtype.kind not in "fiub" or not (values == whole).all():
+        raise ValueError(f"its {values.dtype.name} values are no class numbers")
+    return Image.fromarray(whole)
 
 
 def kind_of(image: Image.Image) -> str:

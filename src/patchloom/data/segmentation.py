@@ -43,7 +43,7 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
 
 # Raised when the same masks would be counted otherwise than before.
-FORMAT = 1
+FORMAT = 2
 MOST_LOOKED_AT = 500
 MOST_TOGETHER = 64
 MASK_FOLDERS = ("masks", "labels", "annotations", "annots")
