@@ -67,6 +67,20 @@ def test_lightnings_way_out_of_an_interruption_is_not_the_exit_code():
         sys.exit(1)
 
 
+def test_a_signal_that_comes_where_exceptions_are_dropped_comes_again(capsys):
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = sys.unraisablehook
+    with stopping.stoppable():
+        Finalised()
+        with pytest.raises(stopping.Stopped, match="SIGTERM"):
+            time.sleep(10)
+    assert sys.unraisablehook is hook
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
 def test_a_command_line_says_what_ended_it(monkeypatch, capsys):
     monkeypatch.setattr("patchloom.cli._dispatch", lambda arguments: signal.raise_signal(signal.SIGTERM))
     assert main(["list"]) == 143

@@ -22,9 +22,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
+SOON = 0.05
+"""Seconds until a signal is sent once more that came where exceptions are dropped."""
 WATCHED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -53,6 +56,7 @@ class _State:
     words: str | None = None
     pass_on: Callable[[int], Any] | None = None
     before: dict[int, Any] | None = None
+    again: threading.Timer | None = None
 
 
 def received() -> int | None:
@@ -72,14 +76,35 @@ def stoppable() -> Iterator[None]:
         yield
         return
     _State.received = _State.words = _State.pass_on = None
+    before = sys.unraisablehook
     watch()
+    sys.unraisablehook = partial(_raise_elsewhere, before)
     try:
         yield
     finally:
+        sys.unraisablehook = before
         _give_back()
 
 
+def _raise_elsewhere(otherwise: Callable[[Any], Any], lost: Any) -> None:
+    """Send a signal once more that came where Python drops exceptions: in finalisers and callbacks of the collector."""
+    if not isinstance(lost.exc_value, Stopped):
+        otherwise(lost)
+        return
+    _State.again = threading.Timer(SOON, _send_again, (lost.exc_value.number,))
+    _State.again.daemon = True
+    _State.again.start()
+
+
+def _send_again(number: int) -> None:
+    if _State.before is not None:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
 def _give_back() -> None:
+    if _State.again is not None:
+        _State.again.cancel()
+        _State.again = None
     for number, handler in (_State.before or {}).items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
     _State.before = _State.received = None
