@@ -580,7 +580,7 @@ class TrainingStream:
 
 def steps_done(checkpoint: dict[str, Any]) -> int:
     """Return the steps a checkpoint was written after; older ones, of one optimiser, have Lightning's count alone."""
-    return int(checkpoint.get("step", checkpoint["global_step"]))
+    return int(checkpoint["step"] if "step" in checkpoint else checkpoint["global_step"])
 
 
 def _as_list(optimizers: Any) -> list[Any]:
