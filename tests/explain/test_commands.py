@@ -62,6 +62,7 @@ def test_the_fewest_heads_and_a_class_asked_for(model, tmp_path):
             assert len(row["kept"]) == 4
 
 
+@pytest.mark.slow
 def test_two_classes_are_told_apart_on_images_of_the_first(model, tmp_path):
     gallery = pl.explain(
         "prompt_cam", model=model, **settings(tmp_path, limit=60, class_name="moon", against="coins", top=3)

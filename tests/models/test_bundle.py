@@ -91,6 +91,7 @@ def test_saving_what_was_loaded_changes_nothing(kind, tmp_path):
     assert first["model_args"].items() <= second["model_args"].items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
 def test_timm_alone_opens_a_bundle(classes, tmp_path):

@@ -75,6 +75,7 @@ def test_a_fine_tuned_classifier_gives_logits(onnx, tmp_path):
     assert [value.name for value in onnx.load(out).graph.output] == ["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.extra("onnx")
 @torch.no_grad()
 def test_normalisation_may_be_part_of_the_model(onnx, tmp_path):

@@ -77,6 +77,7 @@ def test_every_method_learns_and_touches_nothing_else(kind, base):
     assert stored < 0.9 * sum(v.numel() * v.element_size() for v in before.values())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_small_file_that_evaluates_and_resumes(tmp_path, base):
     settings = {**SMALL, "encoder": str(base), "bottleneck": 8, "lr": 0.2}
     run = pl.adapt("adaptformer", out=str(tmp_path / "run"), **settings, epochs=2)

@@ -262,7 +262,7 @@ def test_tasks_follow_one_another_with_a_schedule_each(tmp_path):
     assert series(read_metrics(tmp_path / "tasks" / "metrics.csv"), "epoch")[1][-1] == 4
 
 
-@pytest.mark.parametrize("at", [5, 7, 9])
+@pytest.mark.parametrize("at", [7, *(pytest.param(at, marks=pytest.mark.slow) for at in (5, 9))])
 def test_a_run_of_tasks_resumes_to_the_bit_before_at_and_after_the_turn(tmp_path, at):
     resumed_equals_once(tmp_path, Tasks, at, max_steps=None)
 

@@ -152,6 +152,7 @@ def test_cohorts_that_do_not_go_together(cohorts, tmp_path):
             pl.evaluate("slides", **{**settings(cohorts), "test": unlike["features"], "test_labels": unlike["labels"]})
 
 
+@pytest.mark.slow
 @pytest.mark.extra("slides")
 def test_from_slides_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

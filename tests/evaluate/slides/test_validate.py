@@ -96,6 +96,7 @@ def test_folds_keep_patients_together_and_classes_even():
     assert any((a[1] != b[1]).any() for a, b in zip(parts[:5], parts[5:], strict=True) if len(a[1]) == len(b[1]))
 
 
+@pytest.mark.slow
 def test_cross_validation_chooses_what_works_and_keeps_its_models(tmp_path):
     bags, labels = made_bags(48)
     groups = [f"p{number}" for number in range(48)]

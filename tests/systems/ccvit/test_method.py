@@ -171,6 +171,7 @@ def test_a_run_ends_with_bundle_figures_and_report(run):
     assert "http" not in page.replace("http-equiv", "").split("<main>")[0]
 
 
+@pytest.mark.slow
 def test_the_bundle_opens_with_timm_and_chains_into_evaluation(run):
     model = timm.create_model(f"local-dir:{run.model}", pretrained=True).eval()
     images = torch.rand(2, 3, 16, 16)
@@ -201,6 +202,7 @@ def test_resuming_from_the_command_line_needs_only_the_folder(run, capsys):
     assert "nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_written_settings_repeat_the_run(run, tmp_path):
     from patchloom.cli import main
 

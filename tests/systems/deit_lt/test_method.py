@@ -181,6 +181,7 @@ def test_figures_are_of_both_heads_and_of_their_mean(folder, teacher):
     assert figures["test_feature_cosine"] == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit_and_timm_opens_what_it_ships(folder, teacher, tmp_path):
     settings = {
         **SMALL,

@@ -87,6 +87,7 @@ def test_images_without_classes_are_refused(tmp_path):
         pl.adapt("finetune", **{**SMALL, "data": str(tmp_path), "out": str(tmp_path / "run")})
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_reports_every_class(tmp_path):
     run = pl.adapt(
         "finetune",

@@ -103,6 +103,7 @@ def test_each_sees_images_normalised_as_it_is_used_to(teacher, tmp_path):
     assert torch.equal(output["mask"], mask)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_student_is_the_next_teacher(teacher, tmp_path):
     settings = {**SMALL, "max_steps": 40, "lr": 3e-3, "lr_base_batch": None, "mask_ratio": 0.5, "batch_size": 16}
     run = distil(teacher=teacher, out=str(tmp_path / "run"), **settings)
@@ -148,6 +149,7 @@ def test_a_mask_token_serves_where_there_is_no_decoder(tmp_path):
     assert made.compare(torch.rand(2, 3, 32, 32), torch.rand(2, 16))["target"].shape == (24, 48)
 
 
+@pytest.mark.slow
 def test_broken_off_and_resumed_equals_never_broken_off(teacher, tmp_path, monkeypatch):
     settings = {**SMALL, "teacher": teacher, "max_steps": 4, "checkpoint_every": 1, "drop_path": 0.2, "ema": 0.9}
     whole = distil(**settings, out=str(tmp_path / "whole"))

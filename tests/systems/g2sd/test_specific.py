@@ -139,6 +139,7 @@ def test_other_distillations_run_and_ship(teacher, distillation, tmp_path):
     assert 0 <= run.summary["agreement"] <= 1
 
 
+@pytest.mark.slow
 def test_broken_off_and_resumed_equals_never_broken_off(teacher, tmp_path, monkeypatch):
     settings = {**SMALL, "teacher": teacher, "max_steps": 4, "checkpoint_every": 1, "drop_path": 0.2, "ema": 0.9}
     whole = pl.distill("g2sd_specific", **settings, out=str(tmp_path / "whole"))

@@ -111,6 +111,7 @@ def test_masks_are_the_samples_own_whatever_is_read_before():
     assert not torch.equal(transform(image, torch.Generator().manual_seed(8))["noise"], first["noise"])
 
 
+@pytest.mark.slow
 def test_a_run_learns_leaves_a_bundle_and_a_report(tmp_path):
     settings = {**SMALL, "max_steps": 60, "batch_size": 32, "lr": 3e-3, "lr_base_batch": None, "mask_ratio": 0.5}
     run = pl.pretrain("mae", **{**settings, "report": True}, out=str(tmp_path / "run"))

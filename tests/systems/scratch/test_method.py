@@ -126,6 +126,7 @@ def test_settings_that_cannot_be_met_are_refused(folder, settings, said):
         made(folder, **settings)
 
 
+@pytest.mark.slow
 def test_a_cnn_learns_rare_classes_and_resumes_to_the_bit(folder, tmp_path):
     settings = {
         **SMALL,
