@@ -157,3 +157,23 @@ def test_deep_crops_are_augmented_as_8_bit_ones_to_their_rounding():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_local_crops_may_be_square_where_global_ones_are_not():
+    image = torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8)
+    views = MultiCrop((64, 32), 16, local_crops=2)(image, torch.Generator().manual_seed(0))
+    assert (views["global"].shape, views["local"].shape) == ((2, 3, 64, 32), (2, 3, 16, 16))
+    assert MultiCrop((64, 32), (24, 8), 1)(image, torch.Generator())["local"].shape == (1, 3, 24, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "turns", "message"),
+    [
+        (((64, 32), 48), False, "local_size 48 exceeds the global crops of 64x32 pixels"),
+        (((64, 32), 16), True, "rotate turns crops by quarters, which needs square ones"),
+        ((64, (32, 16)), True, "rotate turns crops by quarters, which needs square ones"),
+    ],
+)
+def test_oblong_crops_that_cannot_be_are_refused(sizes, turns, message):
+    with pytest.raises(UsageError, match=message):
+        MultiCrop(*sizes, augmentation=Augmentation(rotate=turns))

@@ -317,3 +317,40 @@ def test_mixup_takes_any_batch_and_draws_from_the_generator(count: int, mode: st
 def test_impossible_settings_are_refused(make, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 130), (130, 90), (300, 60), (64, 32)])
+def test_an_oblong_centre_is_cut_out_in_proportion(height: int, width: int) -> None:
+    # Each pixel holds its own place: what is shown of it is the slope, which is the scale, the same both ways.
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    shown = EvalTransform((64, 32))(torch.stack([rows * height, columns * width, rows]) / 300)["image"] * 300
+    assert shown.shape == (3, 64, 32)
+    down, across = shown[0, 10:-10].diff(dim=0).mean(), shown[1, :, 5:-5].diff(dim=1).mean()
+    assert float(down) == pytest.approx(float(across), rel=0.05)
+    middle = [float(shown[axis].mean()) for axis in (0, 1)]
+    assert middle == pytest.approx([height / 2, width / 2], abs=1.0)
+
+
+def test_oblong_crops_are_stretched_no_more_than_square_ones() -> None:
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 200), torch.linspace(0, 1, 200), indexing="ij")
+    image = torch.stack([rows, columns, rows])
+    for size in (48, (64, 32), (32, 64)):
+        stretched = []
+        for seed in range(60):
+            view = PairedViews(size, flip=0.0)(image, generator(seed))["image"]
+            stretched.append(float(view[1].diff(dim=1).mean() / view[0].diff(dim=0).mean()))
+        assert 0.72 < min(stretched) < 0.9 < 1.1 < max(stretched) < 1.38
+
+
+@pytest.mark.parametrize("padding", [None, 4])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_every_transform_makes_oblong_views(channels: int, padding: int | None) -> None:
+    image = picture(70, 90, channels)
+    for transform in (
+        PairedViews((48, 24), (32, 16)),
+        EvalTransform((48, 24)),
+        WholeImageTransform((48, 24)),
+        FinetuneTransform((48, 24), padding=padding),
+    ):
+        assert transform(image, generator())["image"].shape == (channels, 48, 24)
+    assert PairedViews((48, 24), (32, 16))(image, generator())["target"].shape == (channels, 32, 16)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from patchloom.data import MemorySource, Sample, SubsetSource, open_source
 from patchloom.data.base import Source, StreamSource, Unreadable, UnreadableImageError
-from patchloom.data.transforms import WholeImageTransform
+from patchloom.data.transforms import EvalTransform, WholeImageTransform
 from patchloom.encoders import create_encoder, normalize, pooled
 from patchloom.errors import UsageError
 from patchloom.features.extract import extract
@@ -131,10 +131,15 @@ def test_another_size_works_on_a_copy(encoder):
         extract(encoder, source_of(), image_size=18, num_workers=0, progress=False)
 
 
-def test_an_oblong_encoder_needs_a_size(encoder):
-    oblong = create_encoder("ccvit_tiny_patch4_32", image_size=(16, 24), embed_dim=48, depth=1, num_heads=3)
-    with pytest.raises(UsageError, match="takes images of 16x24; set image_size"):
-        extract(oblong, source_of(), num_workers=0, progress=False)
+def test_an_oblong_encoder_sees_oblong_images():
+    oblong = create_encoder("ccvit_tiny_patch4_32", image_size=(16, 24), embed_dim=48, depth=1, num_heads=3).eval()
+    source = source_of(2)
+    shown = torch.stack([EvalTransform((16, 24))(source.read(number).image)["image"] for number in range(2)]) / 255
+    with torch.no_grad():
+        expected = pooled(oblong, normalize(shown, oblong))
+    torch.testing.assert_close(extract(oblong, source, num_workers=0, progress=False).vectors, expected)
+    pixels = extract(None, source, image_size=(16, 24), num_workers=0, progress=False)
+    torch.testing.assert_close(pixels.vectors, shown.flatten(1))
 
 
 @pytest.mark.parametrize(("pool", "width"), [("auto", 48), ("cls", 48), ("avg", 48), ("cls+avg", 96)])

@@ -83,15 +83,21 @@ def test_another_image_size_is_said(tmp_path):
         ("vit_tiny_patch8_84", {}, "the teacher vit_tiny_patch8_84 has no published weights"),
         ("{bundle}", {"channels": 1}, "takes images of 3 channels, not 1"),
         ("{bundle}", {"size": 30}, "30"),
-        ("{oblong}", {}, "takes images of 16x32; set teacher_image_size"),
     ],
 )
 def test_teachers_that_cannot_be_had_are_refused_in_a_sentence(tmp_path, name, settings, said):
-    places = {"bundle": tmp_path / "t", "oblong": tmp_path / "o"}
-    write_teacher(places["bundle"])
-    write_teacher(places["oblong"], image_size=(16, 32))
+    write_teacher(tmp_path / "t")
     with pytest.raises(UsageError, match=said):
-        open_teacher(name.format(**places), **settings)
+        open_teacher(name.format(bundle=tmp_path / "t"), **settings)
+
+
+def test_an_oblong_teacher_is_shown_oblong_images(tmp_path):
+    teacher, notices = open_teacher(write_teacher(tmp_path / "o", image_size=(16, 32)))
+    assert (teacher.size, notices) == ((16, 32), [])
+    assert teacher.view(torch.rand(2, 3, 24, 24), teacher.model).shape == (2, 3, 16, 32)
+    teacher, notices = open_teacher(str(tmp_path / "o"), size=(32, 16))
+    assert teacher.size == (32, 16)
+    assert "from 4x8 to 8x4 patches for images of 32x16 pixels; it was trained with 16x32" in notices[0]
 
 
 def test_weights_that_cannot_be_fetched_are_said_in_a_sentence(monkeypatch):

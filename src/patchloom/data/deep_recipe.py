@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.sizes import pair
 from patchloom.data.pixels import (
     INTERPOLATIONS,
     adjust_brightness,
@@ -23,6 +24,7 @@ from patchloom.data.pixels import (
     adjust_saturation,
     random_box,
     resize,
+    shaped,
     solarize,
     unit,
 )
@@ -39,7 +41,7 @@ OPERATIONS = ("autocontrast", "invert", "solarize", "saturation", "contrast", "b
 
 
 def finetune_views(image: Tensor, recipe: FinetuneTransform, generator: torch.Generator) -> Tensor:
-    """Return an image (C, H, W) after the fine-tuning recipe: (C, size, size) float32, normalised.
+    """Return an image (C, H, W) after the fine-tuning recipe: (C, *size) float32, normalised.
 
     Raises:
         UsageError: The recipe asks for another policy than RandAugment.
@@ -118,16 +120,17 @@ def _moved(image: Tensor, name: str, amount: float, fill: Tensor) -> Tensor:
 
 
 def _cropped(image: Tensor, recipe: FinetuneTransform, generator: torch.Generator) -> Tensor:
-    size = recipe.size
+    high, wide = pair(recipe.size)
     height, width = image.shape[-2:]
     if recipe.padding is None:
-        top, left, h, w = random_box(height, width, recipe.scale, recipe.ratio, generator)
-        return resize(image[..., top : top + h, left : left + w], (size, size), recipe.interpolation)
-    factor = size / min(height, width)
-    whole = resize(image, (max(size, round(height * factor)), max(size, round(width * factor))), recipe.interpolation)
-    padded = F.pad(F.center_crop(whole, [size, size]), [recipe.padding] * 4)
+        ratio = shaped(recipe.ratio, recipe.size)
+        top, left, h, w = random_box(height, width, recipe.scale, ratio, generator)
+        return resize(image[..., top : top + h, left : left + w], (high, wide), recipe.interpolation)
+    factor = max(high / height, wide / width)
+    whole = resize(image, (max(high, round(height * factor)), max(wide, round(width * factor))), recipe.interpolation)
+    padded = F.pad(F.center_crop(whole, [high, wide]), [recipe.padding] * 4)
     top, left = torch.randint(2 * recipe.padding + 1, (2,), generator=generator).tolist()
-    return padded[..., top : top + size, left : left + size]
+    return padded[..., top : top + high, left : left + wide]
 
 
 def _erased(image: Tensor, generator: torch.Generator) -> Tensor:

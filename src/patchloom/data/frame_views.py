@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from patchloom.data.pixels import random_box, resize, shift_hue
+from patchloom.base.sizes import Size, checked_size, pair
+from patchloom.data.pixels import random_box, resize, shaped, shift_hue
 from patchloom.errors import UsageError
 
 STRENGTHS = (0.4, 0.4, 0.2, 0.1)
@@ -24,7 +25,7 @@ class TripletViews:
     """Two augmented views of the observation, and its neighbours with other colours.
 
     Args:
-        size: Side of the views in pixels.
+        size: Side of the views in pixels, or their (height, width).
         stack: Frames of an observation; with other than three, colours are brightness and contrast alone.
         crop_scale: Share of the area a crop takes, lowest and highest; paper: 0.08 to 1.
         blur_sigma: σ of the blur, lowest and highest; paper: 0.1 to 0.2.
@@ -37,7 +38,7 @@ class TripletViews:
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         stack: int = 3,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         blur_sigma: tuple[float, float] = (0.1, 0.2),
@@ -50,7 +51,8 @@ class TripletViews:
             raise UsageError(f"blur_sigma {blur_sigma} must be two rising positive numbers, in pixels")
         if not 0 <= flip <= 1:
             raise UsageError(f"flip is {flip}; it is a probability, between 0 and 1")
-        self.size, self.stack, self.crop_scale, self.blur_sigma = size, stack, crop_scale, blur_sigma
+        self.size, self.stack = checked_size("size", size), stack
+        self.crop_scale, self.blur_sigma = crop_scale, blur_sigma
         self.flip, self.balanced = flip, balanced
 
     def __call__(self, triplet: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ class TripletViews:
             generator: Where all draws come from.
 
         Returns:
-            `view1`, `view2`, `previous`, `next`: (stack, size, size) uint8; `order`: () int64 in 0 … 5.
+            `view1`, `view2`, `previous`, `next`: (stack, *size) uint8; `order`: () int64 in 0 … 5.
 
         Raises:
             UsageError: Another number of frames, or values that are not uint8.
@@ -81,10 +83,10 @@ class TripletViews:
 
     def _view(self, image: Tensor, generator: torch.Generator, blur: float, solarize: float) -> Tensor:
         top, left, height, width = random_box(
-            image.shape[-2], image.shape[-1], self.crop_scale, (3 / 4, 4 / 3), generator
+            image.shape[-2], image.shape[-1], self.crop_scale, shaped((3 / 4, 4 / 3), self.size), generator
         )
         crop = image[:, top : top + height, left : left + width]
-        image = self._colours(resize(crop, (self.size, self.size), "bilinear"), generator)
+        image = self._colours(resize(crop, pair(self.size), "bilinear"), generator)
         blurred, inverted, flipped, place = torch.rand(4, generator=generator).tolist()
         sigma = self.blur_sigma[0] + place * (self.blur_sigma[1] - self.blur_sigma[0])
         if blurred < blur and sigma > NO_BLUR:
@@ -94,7 +96,7 @@ class TripletViews:
         return image.flip(-1).contiguous() if flipped < self.flip else image
 
     def _sized(self, image: Tensor) -> Tensor:
-        return resize(image, (self.size, self.size), "bilinear")
+        return resize(image, pair(self.size), "bilinear")
 
     def _colours(self, image: Tensor, generator: torch.Generator) -> Tensor:
         """Jitter with probability 0.8, then greyscale with probability 0.2."""

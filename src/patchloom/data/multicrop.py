@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.sizes import Size, checked_size, pair, said
 from patchloom.data.pixels import (
     adjust_brightness,
     adjust_contrast,
@@ -29,6 +30,7 @@ from patchloom.data.pixels import (
     levels,
     random_box,
     resize,
+    shaped,
     shift_hue,
     solarize,
 )
@@ -95,8 +97,9 @@ class MultiCrop:
     """Two global and several local crops of an image.
 
     Args:
-        global_size: Side of the global crops, pixels.
-        local_size: Side of the local crops, pixels; at most `global_size`.
+        global_size: Side of the global crops, or their (height, width), pixels.
+        local_size: The same of the local crops; at most `global_size`. They may be square where the global ones are
+            not.
         local_crops: Number of local crops; 0 for none.
         global_scale: Share of the area that a global crop covers, lowest and highest, in (0, 1].
         local_scale: The same for local crops.
@@ -108,8 +111,8 @@ class MultiCrop:
 
     def __init__(
         self,
-        global_size: int,
-        local_size: int,
+        global_size: Size,
+        local_size: Size,
         local_crops: int = 8,
         global_scale: tuple[float, float] = (0.32, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.32),
@@ -117,17 +120,26 @@ class MultiCrop:
     ) -> None:
         if local_crops < 0:
             raise UsageError(f"local_crops is {local_crops}; it must be at least 0")
-        if local_size > global_size:
-            raise UsageError(f"local_size {local_size} exceeds the global crops of {global_size} pixels; lower it")
+        global_size, local_size = checked_size("global_size", global_size), checked_size("local_size", local_size)
+        if any(small > large for small, large in zip(pair(local_size), pair(global_size), strict=True)):
+            raise UsageError(
+                f"local_size {said(local_size)} exceeds the global crops of {said(global_size)} pixels; lower it"
+            )
         for name, scale in (("global_scale", global_scale), ("local_scale", local_scale)):
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
                 raise UsageError(f"{name} {scale} must be two rising shares of the area in (0, 1]")
+        if (
+            augmentation is not None
+            and augmentation.rotate
+            and not (isinstance(global_size, int) and (isinstance(local_size, int) or not local_crops))
+        ):
+            raise UsageError("rotate turns crops by quarters, which needs square ones; set rotate=false, or one side")
         self.global_size, self.local_size, self.local_crops = global_size, local_size, local_crops
         self.global_scale, self.local_scale = global_scale, local_scale
         self.augmentation = augmentation or Augmentation()
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"global": (2, C, S, S)[, "local": (L, C, s, s)]} of an image (C, H, W), all of its type."""
+        """Return {"global": (2, C, *size)[, "local": (L, C, *size)]} of an image (C, H, W), all of its type."""
         views = {"global": torch.stack([self.crop(image, number, generator) for number in range(2)])}
         if self.local_crops:
             views["local"] = torch.stack([self.crop(image, 2, generator) for _ in range(self.local_crops)])
@@ -135,9 +147,10 @@ class MultiCrop:
 
     def crop(self, image: Tensor, kind: int, generator: torch.Generator) -> Tensor:
         """Return a crop: the first global (kind 0), the second global (1) or a local one (2)."""
-        side, scale = (self.local_size, self.local_scale) if kind == 2 else (self.global_size, self.global_scale)
-        top, left, height, width = random_box(image.shape[-2], image.shape[-1], scale, RATIO, generator)
-        crop = resize(image[..., top : top + height, left : left + width], (side, side), "bicubic")
+        size, scale = (self.local_size, self.local_scale) if kind == 2 else (self.global_size, self.global_scale)
+        ratio = shaped(RATIO, size)
+        top, left, height, width = random_box(image.shape[-2], image.shape[-1], scale, ratio, generator)
+        crop = resize(image[..., top : top + height, left : left + width], pair(size), "bicubic")
         return augmented(crop, self.augmentation, kind, generator)
 
     def __repr__(self) -> str:

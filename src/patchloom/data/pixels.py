@@ -16,6 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.sizes import Size, pair
+
 INTERPOLATIONS = {
     "bicubic": InterpolationMode.BICUBIC,
     "bilinear": InterpolationMode.BILINEAR,
@@ -58,6 +60,12 @@ def random_box(
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def shaped(ratio: tuple[float, float], size: Size) -> tuple[float, float]:
+    """Return the aspects (width over height) of crops that a view of `size` changes as `ratio` changes square ones."""
+    height, width = pair(size)
+    return ratio if height == width else (ratio[0] * width / height, ratio[1] * width / height)
 
 
 def unit(images: Tensor) -> Tensor:

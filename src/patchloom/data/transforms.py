@@ -24,13 +24,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomCrop, Resize
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.choices import View
+from patchloom.base.sizes import Size, checked_size, pair
 from patchloom.data.deep_recipe import finetune_views
-from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, stretched, to_pil
+from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, shaped, stretched, to_pil
 from patchloom.errors import UsageError, unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,10 +46,11 @@ class PairedViews:
     views. There is no second view where it would equal the first.
 
     Args:
-        size: Side of the view "image", pixels.
-        second_size: Side of the view "target", pixels; None: as `size`.
+        size: Side of the view "image", or its (height, width), pixels.
+        second_size: The same of the view "target"; None: as `size`.
         scale: Share of the area that a crop covers, lowest and highest, in (0, 1].
-        ratio: Width over height of a crop, lowest and highest.
+        ratio: Width over height of a crop, lowest and highest, over that of the view: proportions change as much in
+            oblong views as in square ones.
         interpolation: "bicubic", "bilinear" or "lanczos", always with antialiasing.
         second_interpolation: The same for the view "target".
         flip: Probability of the horizontal flip.
@@ -60,8 +63,8 @@ class PairedViews:
 
     def __init__(
         self,
-        size: int,
-        second_size: int | None = None,
+        size: Size,
+        second_size: Size | None = None,
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: str = "bicubic",
@@ -69,8 +72,8 @@ class PairedViews:
         flip: float = 0.5,
         color_jitter: float = 0.0,
     ) -> None:
-        self.size = _positive("size", size)
-        self.second_size = size if second_size is None else _positive("second_size", second_size)
+        self.size = checked_size("size", size)
+        self.second_size = self.size if second_size is None else checked_size("second_size", second_size)
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UsageError(f"crop scale {scale} must be two rising shares of the area in (0, 1]")
         if not 0 < ratio[0] <= ratio[1]:
@@ -91,12 +94,12 @@ class PairedViews:
         return (self.size, self.interpolation) != (self.second_size, self.second_interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size)[, "target": (C, second_size, second_size)]}, of the type of the image."""
+        """Return {"image": (C, *size)[, "target": (C, *second_size)]}, of the type of the image."""
         if self.color_jitter:
             image = jitter_colors(image, self.color_jitter, generator)
         height, width = image.shape[-2:]
         flipped = float(torch.rand((), generator=generator)) < self.flip
-        top, left, h, w = random_box(height, width, self.scale, self.ratio, generator)
+        top, left, h, w = random_box(height, width, self.scale, shaped(self.ratio, self.size), generator)
         if flipped:
             # The box counts from the flipped image's left edge. Cropping its mirror image and flipping the crop
             # picks the very same pixels, and moves only those of the crop.
@@ -104,9 +107,9 @@ class PairedViews:
         crop = image[..., top : top + h, left : left + w]
         if flipped:
             crop = crop.flip(-1)
-        views = {"image": resize(crop, (self.size, self.size), self.interpolation)}
+        views = {"image": resize(crop, pair(self.size), self.interpolation)}
         if self.paired:
-            views["target"] = resize(crop, (self.second_size, self.second_size), self.second_interpolation)
+            views["target"] = resize(crop, pair(self.second_size), self.second_interpolation)
         return views
 
     def __repr__(self) -> str:
@@ -130,10 +133,11 @@ class NoisyViews:
 class EvalTransform:
     """Resize the shorter side to `size / crop_pct`, then cut out the centre.
 
-    An image that already is `size` × `size` is returned as it is: nothing is gained by enlarging it first.
+    Where the result is oblong, the image is resized as little as covers both sides, in proportion, as timm does. An
+    image that already is of that size is returned as it is: nothing is gained by enlarging it first.
 
     Args:
-        size: Side of the result, pixels.
+        size: Side of the result, or its (height, width), pixels.
         crop_pct: Share of the resized shorter side that is kept (224 of 256: 0.875).
         interpolation: "bicubic", "bilinear" or "lanczos", always with antialiasing.
 
@@ -141,26 +145,27 @@ class EvalTransform:
         UsageError: A value lies outside its range, or the interpolation is unknown.
     """
 
-    def __init__(self, size: int, crop_pct: float = 0.875, interpolation: str = "bicubic") -> None:
+    def __init__(self, size: Size, crop_pct: float = 0.875, interpolation: str = "bicubic") -> None:
         if not 0 < crop_pct <= 1:
             raise UsageError(f"crop_pct is {crop_pct}; it is a share, above 0 and at most 1")
-        self.size = _positive("size", size)
+        self.size = checked_size("size", size)
         self.crop_pct = crop_pct
         self.interpolation = _known(interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size)} of the type of the image; the generator is not used."""
-        height, width = image.shape[-2:]
-        if height == width == self.size:
+        """Return {"image": (C, *size)} of the type of the image; the generator is not used."""
+        size = pair(self.size)
+        if tuple(image.shape[-2:]) == size:
             return {"image": image}
-        short = math.floor(self.size / self.crop_pct)
-        # As torchvision counts: the longer side is truncated, not rounded.
-        if height <= width:
-            height, width = short, int(short * width / height)
+        high, wide = (math.floor(side / self.crop_pct) for side in size)
+        height, width = image.shape[-2:]
+        # As torchvision counts: the side that is longer than need be is truncated, not rounded.
+        if height * wide <= width * high:
+            height, width = high, max(wide, int(high * width / height))
         else:
-            height, width = int(short * height / width), short
+            height, width = max(high, int(wide * height / width)), wide
         resized = resize(image, (height, width), self.interpolation)
-        return {"image": F.center_crop(resized, [self.size, self.size]).contiguous()}
+        return {"image": F.center_crop(resized, list(size)).contiguous()}
 
     def __repr__(self) -> str:
         """Name the transform with its settings."""
@@ -168,26 +173,26 @@ class EvalTransform:
 
 
 class WholeImageTransform:
-    """Resize the whole image to a square, then stretch each channel to its full range (radiology benchmark).
+    """Resize the whole image to one size, then stretch each channel to its full range (radiology benchmark).
 
     Nothing is cut off, and proportions are not kept: findings lie at the edge as often as in the middle. A channel of
     one value becomes black.
 
     Args:
-        size: Side of the result, pixels.
+        size: Side of the result, or its (height, width), pixels.
         interpolation: "bicubic", "bilinear" or "lanczos", always with antialiasing.
 
     Raises:
         UsageError: A size below 1, or the interpolation is unknown.
     """
 
-    def __init__(self, size: int, interpolation: str = "bicubic") -> None:
-        self.size = _positive("size", size)
+    def __init__(self, size: Size, interpolation: str = "bicubic") -> None:
+        self.size = checked_size("size", size)
         self.interpolation = _known(interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size)} of the type of the image; the generator is not used."""
-        return {"image": stretched(resize(image, (self.size, self.size), self.interpolation))}
+        """Return {"image": (C, *size)} of the type of the image; the generator is not used."""
+        return {"image": stretched(resize(image, pair(self.size), self.interpolation))}
 
     def __repr__(self) -> str:
         """Name the transform with its settings."""
@@ -197,7 +202,7 @@ class WholeImageTransform:
 # What an encoder is shown of an image when it is measured.
 
 
-def eval_view(view: View, size: int) -> EvalTransform | WholeImageTransform:
+def eval_view(view: View, size: Size) -> EvalTransform | WholeImageTransform:
     """Return the transform of that name at a size.
 
     Raises:
@@ -215,11 +220,11 @@ class FinetuneTransform:
     generator for the length of the call and put back afterwards.
 
     Args:
-        size: Side of the result, pixels.
+        size: Side of the result, or its (height, width), pixels.
         mean: Mean per channel that is subtracted, in [0, 1].
         std: Standard deviation per channel that is divided by.
         scale: Share of the area that a crop covers, lowest and highest.
-        ratio: Width over height of a crop, lowest and highest.
+        ratio: Width over height of a crop, lowest and highest, over that of the result.
         interpolation: "bicubic", "bilinear" or "lanczos".
         flip: Probability of the horizontal flip.
         auto_augment: timm's RandAugment string; None: none, and colour jitter comes into force.
@@ -239,7 +244,7 @@ class FinetuneTransform:
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         scale: tuple[float, float] = (0.08, 1.0),
@@ -251,7 +256,7 @@ class FinetuneTransform:
         erasing: float = 0.25,
         padding: int | None = None,
     ) -> None:
-        self.size = _positive("size", size)
+        self.size = checked_size("size", size)
         self.padding = padding
         if not 0 <= erasing <= 1:
             raise UsageError(f"erasing is {erasing}; it is a probability, between 0 and 1")
@@ -271,7 +276,7 @@ class FinetuneTransform:
             self.size,
             is_training=True,
             scale=self.scale,
-            ratio=self.ratio,
+            ratio=shaped(self.ratio, self.size),
             hflip=self.flip,
             color_jitter=self.color_jitter,
             auto_augment=self.auto_augment,
@@ -288,11 +293,16 @@ class FinetuneTransform:
                     operation.aug_fn = _posterize
         if self.padding is None:
             return recipe
-        whole = [Resize(self.size, InterpolationMode(self.interpolation)), CenterCrop(self.size)]
+        covering: Callable[[Image.Image], Image.Image] = (
+            Resize(self.size, InterpolationMode(self.interpolation))
+            if isinstance(self.size, int)
+            else ResizeKeepRatio(self.size, interpolation=self.interpolation)
+        )
+        whole = [covering, CenterCrop(self.size)]
         return Compose([*whole, RandomCrop(self.size, self.padding), *recipe.transforms[1:]])
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) float32, normalised}; see `deep_recipe` for images that are not 8-bit RGB.
+        """Return {"image": (C, *size) float32, normalised}; see `deep_recipe` for images that are not 8-bit RGB.
 
         Raises:
             UsageError: The image is not 8-bit RGB, and the recipe asks for another policy than RandAugment.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from patchloom.base.choices import Pool, Precision, View
+from patchloom.base.sizes import Size, checked_size
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
 
@@ -28,8 +29,9 @@ class EvaluationConfig(SourceOptions):
     """Labelled images to measure on; their classes are among those of train"""
     untrained: bool = False
     """Give the encoder fresh weights first: what training has to beat"""
-    image_size: int | None = None
-    """Side images are resized and cropped to; default: the encoder's (32 for raw pixels)"""
+    image_size: Size | None = None
+    """Side images are resized and cropped to, or height and width (256,128); default: the encoder's (32 for raw
+    pixels)"""
     view: View = "crop"
     """What is shown of an image: crop, its centre; whole, all of it, out of proportion, each channel stretched to its
     full range (radiology)"""
@@ -67,8 +69,8 @@ class EvaluationConfig(SourceOptions):
             raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_workers < 0:
             raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
-        if self.image_size is not None and self.image_size < 1:
-            raise UsageError(f"image_size is {self.image_size}; it must be at least 1")
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", checked_size("image_size", self.image_size))
         choices = (("pool", self.pool, Pool), ("precision", self.precision, Precision), ("view", self.view, View))
         for kind, value, known in choices:
             if value not in get_args(known):

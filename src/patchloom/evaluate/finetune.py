@@ -89,9 +89,13 @@ class Finetune(Evaluation):
         config = self.config
         classifier: nn.Module = model.eval().to(device)
         logits, labels, keys, skipped = [], [], [], []
-        side = image_size(model)[0]
         for batch in make_loader(
-            test, EvalTransform(side), config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers
+            test,
+            EvalTransform(image_size(model)),
+            config.batch_size,
+            seed=0,
+            shuffle=False,
+            num_workers=config.num_workers,
         ):
             skipped += batch["skipped"]
             if batch["key"]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchloom.base.sizes import Size
 from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
@@ -123,7 +124,7 @@ class Health:
         patches: list[list[Tensor]] = [[] for _ in layers]
         entropy: list[list[Tensor]] = [[] for _ in layers]
         labels = []
-        for batch in self._batches(source, EvalTransform(image_size(encoder)[0])):
+        for batch in self._batches(source, EvalTransform(image_size(encoder))):
             images = normalize(unit(batch["image"].to(device)), encoder)
             labels.append(batch["label"])
             room = PATCH_IMAGES - sum(len(part) for part in patches[0])
@@ -147,7 +148,7 @@ class Health:
 
     def _views(self, encoder: Encoder, source: Source, device: torch.device, which: str) -> Tensor:
         """Return the features of one of two random views of every image: crop, flip, colour."""
-        transform = IndependentViews(image_size(encoder)[0])
+        transform = IndependentViews(image_size(encoder))
         parts = []
         for batch in self._batches(source, transform):
             images = normalize(unit(batch[which].to(device)), encoder)
@@ -174,11 +175,11 @@ class Health:
 class IndependentViews:
     """Two views of an image drawn apart: crop, flip and colour, as contrastive methods see it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: Size) -> None:
         self.one = PairedViews(size, scale=(0.4, 1.0), color_jitter=0.4)
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `image` and `target`, (C, size, size) uint8."""
+        """Return `image` and `target`, (C, *size) uint8."""
         return {name: self.one(image, generator)["image"] for name in ("image", "target")}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from patchloom.base.sizes import Size
 from patchloom.data import open_alike
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.subset import say_unlabelled
@@ -92,7 +93,7 @@ def encoder_name(config: EvaluationConfig) -> str | None:
     return f"{name}, untrained, seed {config.seed}" if config.untrained else name
 
 
-def _fresh(trained: Encoder, image_size: int | None) -> Encoder:
+def _fresh(trained: Encoder, image_size: Size | None) -> Encoder:
     """Return an encoder like another, with new weights."""
     made = made_from(trained)
     arguments = dict(made["model_args"])

@@ -70,8 +70,8 @@ class Volumes:
         )
         names = _classes(train, test)
         device = torch_device(config.device)
-        if config.image_size is not None or image_size(encoder)[0] != image_size(encoder)[1]:
-            encoder = set_image_size(copy.deepcopy(encoder), config.image_size or max(image_size(encoder)))
+        if config.image_size is not None:
+            encoder = set_image_size(copy.deepcopy(encoder), config.image_size)
         learnt, measured = (slice_features(encoder, source, config, device) for source in (train, test))
         if len(set(learnt.labels.tolist())) < 2:
             raise UsageError(f"{config.train} has readable volumes of one class only; a classifier needs two")

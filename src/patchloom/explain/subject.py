@@ -83,12 +83,8 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         own = np.asarray(source.labels) == (source.class_names or []).index(of_class)
         source = SubsetSource(source, np.flatnonzero(own))
     chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
-    height, width = image_size(encoder)
-    if height != width:
-        raise UsageError(f"the encoder takes images of {height}x{width}; explanations are of square ones")
-    loader = make_loader(
-        chosen, EvalTransform(height), config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers
-    )
+    view = EvalTransform(image_size(encoder))
+    loader = make_loader(chosen, view, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers)
     pictures, keys, labels, skipped = [], [], [], []
     for batch in loader:
         skipped += batch["skipped"]

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.sizes import Size
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import View
 from patchloom.encoders import Encoder
@@ -53,7 +54,7 @@ def cached_features(
     *,
     cache: str | Path | None = "auto",
     name: str | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     batch_size: int = 128,
     num_workers: int = 2,
     device: str = "auto",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import check_place, written_whole
 
@@ -21,7 +22,7 @@ def embed(
     model: str,
     data: str,
     out: str,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     batch_size: int = 128,
     num_workers: int = 2,
     device: str = "auto",
@@ -43,7 +44,7 @@ def embed(
         data: Images: a folder, photos, shards, torchvision:NAME, hf:NAME.
         out: File to write: .parquet (columns file, label, vector) or .npz (arrays files, labels, vectors). Labels
             are class numbers, -1 where unknown; data without any has no label column.
-        image_size: Side images are resized and cropped to; default: the encoder's.
+        image_size: Side images are resized and cropped to, or height and width (256,128); default: the encoder's.
         batch_size: Images at a time.
         num_workers: Processes that read images.
         device: auto, cpu, cuda or cuda:1.
@@ -96,7 +97,7 @@ def embed(
     features = extract(
         encoder,
         source,
-        image_size=image_size,
+        image_size=None if image_size is None else checked_size("image_size", image_size),
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from patchloom.base.choices import Pool, Precision
 from patchloom.base.progress import track
+from patchloom.base.sizes import Size, compact, pair
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
@@ -56,7 +57,7 @@ def extract(
     encoder: Encoder | None,
     source: Source | StreamSource,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     batch_size: int = 128,
     num_workers: int = 2,
     device: str = "auto",
@@ -74,7 +75,8 @@ def extract(
     Args:
         encoder: The encoder, or None for raw pixels: the image itself as a vector, in [0, 1].
         source: Where the images come from. A stream read by several workers comes in their batches, in turn.
-        image_size: Side images are resized and cropped to; default: the encoder's (32 for raw pixels).
+        image_size: Side images are resized and cropped to, or (height, width); default: the encoder's (32 for raw
+            pixels).
         batch_size: Images at a time.
         num_workers: Processes that read images.
         device: `auto`, `cpu`, `cuda`, …
@@ -118,7 +120,7 @@ def extract_into(
     encoder: Encoder | None,
     source: Source | StreamSource,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     batch_size: int = 128,
     num_workers: int = 2,
     device: str = "auto",
@@ -135,7 +137,7 @@ def extract_into(
             reading.
         encoder: As for `extract`, like all that follow.
         source: Where the images come from.
-        image_size: Side of the images.
+        image_size: Side of the images, or (height, width).
         batch_size: Images at a time.
         num_workers: Processes that read images.
         device: `auto`, `cpu`, `cuda`, …
@@ -158,11 +160,10 @@ def extract_into(
         raise UsageError("raw pixels have no layers; leave layers out")
     if encoder is not None:
         encoder = _at_size(encoder, image_size)
-    side = size_of(encoder)[0] if encoder is not None else image_size or PIXELS_SIDE
     target = torch_device(device)
     loader = make_loader(
         source,
-        eval_view(view, side),
+        eval_view(view, side_of(encoder, None if encoder is not None else image_size)),
         batch_size,
         seed=0,
         shuffle=False,
@@ -199,9 +200,9 @@ def _hand_on(batch: tuple[Tensor, Tensor, list[str]], take: Callable[[Tensor, Te
     return take(found.float().cpu(), labels, keys)
 
 
-def side_of(encoder: Encoder | None, image_size: int | None) -> int:
-    """Return the side in pixels at which `extract` shows images to an encoder."""
-    return image_size or (size_of(encoder)[0] if encoder is not None else PIXELS_SIDE)
+def side_of(encoder: Encoder | None, image_size: Size | None) -> Size:
+    """Return the side, or (height, width), in pixels at which `extract` shows images to an encoder."""
+    return compact(image_size or (size_of(encoder) if encoder is not None else PIXELS_SIDE))
 
 
 def vector_parts(encoder: Encoder, pool: Pool, layers: Sequence[int]) -> list[tuple[int, str]]:
@@ -252,14 +253,11 @@ class _Evaluating:
             self.encoder.to(self.before)
 
 
-def _at_size(encoder: Encoder, side: int | None) -> Encoder:
-    """Return the encoder set up for square images of a side: itself where it is, else a copy."""
-    height, width = size_of(encoder)
-    if side is None and height != width:
-        raise UsageError(f"the encoder takes images of {height}x{width}; set image_size, features need a square one")
-    if side is None or (side, side) == (height, width):
+def _at_size(encoder: Encoder, size: Size | None) -> Encoder:
+    """Return the encoder set up for images of a size: itself where it is, else a copy."""
+    if size is None or pair(size) == size_of(encoder):
         return encoder
-    return set_image_size(copy.deepcopy(encoder), side)
+    return set_image_size(copy.deepcopy(encoder), size)
 
 
 def _first(source: Source | StreamSource, limit: int) -> Source | StreamSource:

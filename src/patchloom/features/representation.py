@@ -68,7 +68,7 @@ def observe(
     """
     if not isinstance(source, Source):
         raise UsageError(f"{source.name} is a stream; the representation is measured on images by index")
-    transform, generator = EvalTransform(image_size(encoder)[0]), torch.Generator()
+    transform, generator = EvalTransform(image_size(encoder)), torch.Generator()
     places = np.unique(np.linspace(0, len(source) - 2, min(count, len(source) - 1)).astype(int)).tolist()
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

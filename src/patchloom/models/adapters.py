@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from patchloom.base.sizes import said
 from patchloom.base.version import __version__
 from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size, in_chans, set_image_size
 from patchloom.encoders.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
@@ -261,8 +262,8 @@ def _take_inputs(encoder: Encoder, own: str, about: dict[str, Any], path: str | 
     if size != image_size(encoder):
         if not alone:
             raise UsageError(
-                f"the adapter {path} was trained on images of {size[0]} pixels and the others here on "
-                f"{image_size(encoder)[0]}; load it on an encoder of its own"
+                f"the adapter {path} was trained on images of {said(size)} pixels and the others here on "
+                f"{said(image_size(encoder))}; load it on an encoder of its own"
             )
         encoder.hash_before_resize = own
         set_image_size(encoder, size)

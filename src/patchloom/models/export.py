@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import check_place
 
@@ -17,7 +18,7 @@ def export(
     bundle: str,
     out: str,
     format: Literal["onnx", "timm"] = "onnx",
-    image_size: int | None = None,
+    image_size: Size | None = None,
     opset: int = 18,
     normalize: bool = False,
     overwrite: bool = False,
@@ -28,7 +29,8 @@ def export(
         bundle: Bundle or run folder.
         out: File (onnx) or folder (timm) to write.
         format: onnx: one file, any batch size, checked against onnxruntime. timm: a clean copy of the bundle.
-        image_size: Side of the images in pixels; default: the model's. Positions are resampled where it differs.
+        image_size: Side of the images in pixels, or height and width (256,128); default: the model's. Positions are
+            resampled where it differs.
         opset: ONNX operator set.
         normalize: Put the normalisation into the ONNX model, which then takes images in [0, 1].
         overwrite: Replace what is there.
@@ -58,7 +60,7 @@ def export(
             raise UsageError(f"{out} is no name of a file; write one such as {out}/model.onnx")
     model: Any = load(bundle)
     if image_size is not None:
-        set_image_size(model, image_size)
+        set_image_size(model, checked_size("image_size", image_size))
     if format == "timm":
         save_bundle(model, path, lineage=read_lineage(bundle), overwrite=overwrite)
         return str(path)

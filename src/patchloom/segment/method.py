@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from patchloom.base.choices import HeadName
+from patchloom.base.sizes import compact
 from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
@@ -112,7 +113,7 @@ class SegmentMethod(Method):
         """Return random windows of images and their masks."""
         config = self.config
         return TrainCrop(
-            (self.input_size, self.input_size),
+            self.input_size,
             short_side=config.short_side,
             scale=config.scale,
             max_share=config.max_share,
@@ -143,7 +144,13 @@ class SegmentMethod(Method):
         """Return the model as it is, for images of any size."""
         config, source = self.config, self.source
         return Segmenter(
-            self.parts, self.head_name, config.width, self.input_size, config.short_side, source.coding, source.palette
+            self.parts,
+            self.head_name,
+            config.width,
+            compact(self.input_size),
+            config.short_side,
+            source.coding,
+            source.palette,
         )
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchloom.base.choices import HeadName
+from patchloom.base.sizes import Size, checked_size, compact, pair
 from patchloom.data.mask_survey import RGB
 from patchloom.data.mask_transforms import resized_size
 from patchloom.data.mask_values import MaskCoding
@@ -32,7 +33,7 @@ class Segmenter(nn.Module):
         parts: Backbone, neck and head.
         head_name: Name of the decoder.
         width: Its width.
-        crop: Side of the windows the encoder sees.
+        crop: Side of the windows the encoder sees, or (height, width).
         short_side: Shorter side images are resized to; None: as they are.
         coding: How the masks were read that it learnt from.
         palette: Colours by class.
@@ -44,7 +45,7 @@ class Segmenter(nn.Module):
         parts: Parts,
         head_name: HeadName,
         width: int,
-        crop: int,
+        crop: Size,
         short_side: int | None,
         coding: MaskCoding | None,
         palette: list[RGB],
@@ -57,9 +58,10 @@ class Segmenter(nn.Module):
         self.class_names = list(coding.names) if coding is not None else list(class_names or [])
 
     @property
-    def stride(self) -> int:
+    def stride(self) -> Size:
         """Step between windows: two thirds of one, as in DINOv2's evaluation."""
-        return max(1, round(self.crop * 341 / 512))
+        high, wide = (max(1, round(side * 341 / 512)) for side in pair(self.crop))
+        return compact((high, wide))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K, h, w) of normalised images (B, C, H, W)."""
@@ -120,7 +122,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
             width=about["width"],
         )
         palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
-        sizes = (about["width"], about["crop"], about["short_side"])
+        sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
         model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"])
         missing, extra = model.load_state_dict(state, strict=False)
         lost = [name for name in missing if not name.startswith("backbone.")]

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from patchloom.base.sizes import is_size, parse_size
 from patchloom.errors import UsageError
 from patchloom.terminal.groups import grouped
 
@@ -131,7 +132,10 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
     texts = help_texts(described)
     factories = {one.name: one.default_factory for one in fields(described)} if is_dataclass(described) else {}
     for option, hint in hints.items():
-        about: dict[str, Any] = {"type": hint, "help": texts.get(option, "").replace("%", "%%")}
+        about: dict[str, Any] = {
+            "type": parse_size if is_size(hint) else hint,
+            "help": texts.get(option, "").replace("%", "%%"),
+        }
         if option in required:
             about["required"] = True
         elif (factory := factories.get(option, MISSING)) is not MISSING:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from patchloom.base.sizes import Size
 from patchloom.encoders.patches import patch_grid, patchify, unpatchify
 from patchloom.errors import UsageError
 from patchloom.tokenizers.codebook_file import read_codebook, write_codebook
@@ -208,7 +209,7 @@ class CentroidTokenizer(nn.Module):
         k: int | None,
         *,
         patch_size: int,
-        image_size: int | None = None,
+        image_size: Size | None = None,
         images: int | None = None,
         per_class: int | None = None,
         iters: int = 20,

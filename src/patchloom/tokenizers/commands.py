@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.sizes import Size, pair
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 from patchloom.io import check_place, write_bytes, write_json
@@ -28,7 +29,7 @@ def fit_codebook(
     out: str,
     k: int | None = None,
     patch_size: int = 16,
-    image_size: int = 224,
+    image_size: Size = 224,
     images: int = 50_000,
     per_class: int | None = None,
     iters: int = 20,
@@ -57,7 +58,8 @@ def fit_codebook(
         k: Number of centroids; default: 8192 as in the paper, or the largest power of two below it that leaves
             every centroid 39 patches when there are few images.
         patch_size: Side of a patch in pixels; the encoder's must be the same.
-        image_size: Images are resized (shorter side to image_size / 0.875) and centre-cropped to this side in pixels.
+        image_size: Images are resized (shorter side to image_size / 0.875) and centre-cropped to this side in pixels,
+            or to height and width (256,128).
         images: Number of images drawn at random, at most (the paper: 50000).
         per_class: Number of images drawn from each class instead, for labelled data (the paper: 50).
         iters: Iterations of k-means (the paper: 20).
@@ -138,7 +140,7 @@ def show_codebook(
     data: str | None = None,
     sort: Literal["hue", "frequency"] = "hue",
     images: int = 8,
-    image_size: int = 224,
+    image_size: Size = 224,
     seed: int = 0,
     overwrite: bool = False,
     include: str | None = None,
@@ -157,7 +159,7 @@ def show_codebook(
         sort: Order of the centroids in the mosaic: hue, or frequency (how many patches each had when fitted, or has
             in `data` where the file does not say).
         images: Number of images drawn from `data`.
-        image_size: Side in pixels those images are resized and cropped to.
+        image_size: Side in pixels those images are resized and cropped to, or height and width (256,128).
         seed: Of the draw of images.
         overwrite: Replace pictures of the same name.
         include: Only files of `data` that fit one of these globs, separated by commas.
@@ -265,9 +267,9 @@ def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
 
 
 def _draw_images(
-    data: str, count: int, image_size: int, tokenizer: CentroidTokenizer, seed: int, options: dict[str, Any]
+    data: str, count: int, image_size: Size, tokenizer: CentroidTokenizer, seed: int, options: dict[str, Any]
 ) -> Tensor:
-    """Return (n, C, image_size, image_size) uint8 images drawn from a source, n <= count."""
+    """Return (n, C, *image_size) uint8 images drawn from a source, n <= count."""
     import numpy as np
     import torch
 
@@ -277,7 +279,7 @@ def _draw_images(
     from patchloom.data.transforms import EvalTransform
     from patchloom.encoders.patches import patch_grid
 
-    patch_grid((image_size, image_size), tokenizer.patch_size)
+    patch_grid(pair(image_size), tokenizer.patch_size)
     source = open_source(data, in_chans=tokenizer.in_chans, **options)
     transform = EvalTransform(image_size)
     drawn: list[Tensor] = []

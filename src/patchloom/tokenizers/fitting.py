@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.sizes import Size, compact, pair
 from patchloom.encoders.patches import patch_grid, patchify
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 from patchloom.tokenizers.kmeans import MIN_POINTS_PER_CENTROID, KMeansResult, kmeans
@@ -41,7 +42,7 @@ def fit_centroids(
     k: int | None,
     *,
     patch_size: int,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     images: int | None = None,
     per_class: int | None = None,
     iters: int = 20,
@@ -60,8 +61,8 @@ def fit_centroids(
         source: A data source or its name, or a tensor of images (B, C, H, W), uint8 or float in [0, 1].
         k: Number of centroids; None takes as many as the patches feed, see `default_k`.
         patch_size: Side of a patch in pixels.
-        image_size: Images are resized and centre-cropped to this side; None takes them at their own size, cropped
-            at the centre to whole patches. Tensors are taken as they are.
+        image_size: Images are resized and centre-cropped to this side, or (height, width); None takes them at their
+            own size, cropped at the centre to whole patches. Tensors are taken as they are.
         images: Number of images drawn; None takes all.
         per_class: Number of images drawn from each class instead (the paper: 50).
         iters: Iterations of k-means (the paper: 20).
@@ -118,7 +119,7 @@ def fit_centroids(
         "source": name,
         "k": k,
         "patch_size": patch_size,
-        "image_size": image_size,
+        "image_size": None if image_size is None else compact(image_size),
         "in_chans": in_chans,
         **({"reading": how} if how else {}),
         "images": ranks.total(read),
@@ -202,7 +203,7 @@ def _of_tensor(images: Tensor, count: int | None, seed: int, ranks: Ranks) -> It
 
 def _of_source(
     source: Any,
-    image_size: int | None,
+    image_size: Size | None,
     patch_size: int,
     images: int | None,
     per_class: int | None,
@@ -220,7 +221,7 @@ def _of_source(
         source = open_source(str(source))
     transform: Callable[[Tensor], Tensor] = _WholePatches(patch_size)
     if image_size is not None:
-        patch_grid((image_size, image_size), patch_size)  # refuse a size that is no multiple before any reading
+        patch_grid(pair(image_size), patch_size)  # refuse a size that is no multiple before any reading
         resize = EvalTransform(image_size)
         transform = lambda image: resize(image)["image"]  # noqa: E731
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 import yaml
 
+from patchloom.base.sizes import Size, checked_size, is_size, parse_size
 from patchloom.base.source_options import SourceOptions, words
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
@@ -54,8 +55,8 @@ class TrainConfig(SourceOptions):
     """Named recipe of the method that replaces the defaults below; what is given beside it wins"""
     encoder: str = "ccvit_base_patch16_224"
     """Name of a timm model, or the path of a bundle or run to start from"""
-    image_size: int | None = None
-    """Side of the training images in pixels; default: what the encoder was made for"""
+    image_size: Size | None = None
+    """Side of the training images in pixels, or height and width (256,128); default: what the encoder was made for"""
     in_chans: int = 3
     """Channels of the images: 3 (grey ones are repeated), 1, or as many as the files have"""
     channel_mean: tuple[float, ...] | None = None
@@ -173,9 +174,11 @@ class TrainConfig(SourceOptions):
             "seed",
         ):
             _check_range(name, getattr(self, name), at_least=0)
-        for name in ("max_steps", "lr_base_batch", "image_size"):
+        for name in ("max_steps", "lr_base_batch"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), at_least=1)
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", checked_size("image_size", self.image_size))
         _check_range("lr", self.lr, above=0)
         _check_range("drop_path", self.drop_path, at_least=0, below=1)
         _check_range("layer_decay", self.layer_decay, above=0, at_most=1)
@@ -311,6 +314,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     """Let YAML's and Python's near misses in: 1e-3 as text, whole numbers as floats, lists as tuples, paths."""
     kinds = get_args(hint) if get_origin(hint) not in (Literal, tuple, dict, list) else (hint,)
     kinds = kinds or (hint,)
+    if is_size(hint):
+        return None if value is None else parse_size(value)
     if isinstance(value, str | Path):
         # Names that are not UTF-8 are kept as text that finds them again; what is written goes to a name as it is.
         value = str(value) if name in ("out", "predictions", "report", "picture") else encodable(str(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import UsageError
 from patchloom.training.supervised_config import SupervisedConfig
 
@@ -16,13 +17,13 @@ class DistillConfig(SupervisedConfig):
     """Path of a bundle or run, or a timm model with published weights"""
     encoder: str = "resnet18"
     """Student: any image model of timm, or the path of a bundle or run to start from"""
-    teacher_image_size: int | None = None
-    """Side of the images the teacher is shown, in pixels; default: what it was made for"""
+    teacher_image_size: Size | None = None
+    """Side of the images the teacher is shown, in pixels, or height and width; default: what it was made for"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if self.teacher_image_size is not None and self.teacher_image_size < 1:
-            raise UsageError(f"teacher_image_size is {self.teacher_image_size}; it must be at least 1")
+        if self.teacher_image_size is not None:
+            object.__setattr__(self, "teacher_image_size", checked_size("teacher_image_size", self.teacher_image_size))
         if self.strategy == "fsdp":
             raise UsageError("fsdp shards weights that train, and a teacher's do not; use strategy=ddp")

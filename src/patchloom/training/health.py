@@ -99,7 +99,7 @@ class CollapseWatch(Callback):
     def _images(self, method: Method) -> MemorySource:
         """Return the images, read once, at the size the encoder takes."""
         if self.images is None:
-            transform, generator = EvalTransform(image_size(method.encoder)[0]), torch.Generator()
+            transform, generator = EvalTransform(image_size(method.encoder)), torch.Generator()
             samples = (self._read(index) for index in range(0, len(self.source), self._stride()))
             found = list(islice((sample for sample in samples if sample is not None), MOST_IMAGES))
             resized = [

@@ -131,12 +131,9 @@ class Method(lp.LightningModule):
         return saved
 
     @property
-    def input_size(self) -> int:
-        """Side of the training images in pixels."""
-        height, width = image_size(self.encoder)
-        if height != width:
-            raise UsageError(f"training needs square images, not {height}x{width}; set image_size")
-        return height
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the training images in pixels."""
+        return image_size(self.encoder)
 
     # What a method says about itself.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.base.sizes import Size
 from patchloom.data.base import Source, UnreadableImageError
 from patchloom.data.pixels import alike, unit
 from patchloom.data.reading import parse_channels
@@ -86,8 +87,8 @@ def _channels_shown(method: Method) -> str:
     return f"; pictures show channels {', '.join(map(str, shown[:3]))} of {count} (from 0)"
 
 
-def held_out_images(source: Source, size: int, count: int) -> Tensor:
-    """Return up to `count` readable images, evenly spread over the source, as (n, C, size, size) uint8."""
+def held_out_images(source: Source, size: Size, count: int) -> Tensor:
+    """Return up to `count` readable images, evenly spread over the source, as (n, C, *size) uint8."""
     transform = EvalTransform(size)
     generator = torch.Generator()
     images = []

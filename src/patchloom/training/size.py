@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
 
+from patchloom.base.sizes import said
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
 from patchloom.data.kinds import IMAGE
 from patchloom.data.survey import notice
@@ -110,10 +111,10 @@ def advice(method: Method) -> list[str]:
     elif images is not None and images < FEW_IMAGES:
         found.append(f"{images} images are all there is: too few to learn anything that holds for others.")
     side = _usual_side(source)
-    if side is not None and side * BLOWN_UP <= method.input_size:
+    if side is not None and side * BLOWN_UP <= max(method.input_size):
         found.append(
-            f"The images are about {side} pixels wide or high and are blown up to {method.input_size}: most of what "
-            f"the encoder sees was made up by the enlargement; a smaller --image_size fits them."
+            f"The images are about {side} pixels wide or high and are blown up to {said(method.input_size)}: most of "
+            f"what the encoder sees was made up by the enlargement; a smaller --image_size fits them."
         )
     return found
 

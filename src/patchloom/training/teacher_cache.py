@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from patchloom.base.progress import track
+from patchloom.base.sizes import Size
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
@@ -72,7 +73,7 @@ def teacher_answers(
     teacher: Any,
     source: Source | StreamSource,
     *,
-    image_size: int,
+    image_size: Size,
     cache: str | Path | None = "auto",
     name: str | None = None,
     batch_size: int = 128,
@@ -84,7 +85,7 @@ def teacher_answers(
     Args:
         teacher: A classifier of timm or of this package, whose `pretrained_cfg` says how images are normalised.
         source: The images.
-        image_size: Side of the view in pixels.
+        image_size: Side of the view in pixels, or (height, width).
         cache: Folder of the cache; `auto` is its usual place, `none` keeps the answers in memory.
         name: What the user calls the teacher: answers of the same name that are out of date are replaced.
         batch_size: Images at a time.
@@ -146,7 +147,7 @@ class AnswersMethod(DistillMethod):
         return teacher_answers(
             self.teacher.model,
             self.source,
-            image_size=self.teacher.size[0],
+            image_size=self.teacher.size,
             cache=config.cache if config.cache_teacher else None,
             name=config.teacher,
             batch_size=config.batch_size,

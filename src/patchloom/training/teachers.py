@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.sizes import Size, pair, said
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
@@ -138,12 +139,12 @@ def denormalize(images: Tensor, model: Encoder) -> Tensor:
     return (images - zero) / (one - zero)
 
 
-def open_teacher(name: str, *, size: int | None = None, channels: int = 3) -> tuple[FrozenTeacher, list[str]]:
+def open_teacher(name: str, *, size: Size | None = None, channels: int = 3) -> tuple[FrozenTeacher, list[str]]:
     """Return a teacher as a user names it.
 
     Args:
         name: Path of a bundle or run, or a timm model, whose published weights are fetched.
-        size: Side of the images it is shown, in pixels; default: what it was made for.
+        size: Side of the images it is shown, or (height, width), in pixels; default: what it was made for.
         channels: Channels of the images.
 
     Returns:
@@ -158,18 +159,16 @@ def open_teacher(name: str, *, size: int | None = None, channels: int = 3) -> tu
             f"the teacher {name} takes images of {in_chans(model)} channels, not {channels}; set in_chans, or take "
             f"another teacher"
         )
-    height, width = image_size(model)
-    if size is None and height != width:
-        raise UsageError(f"the teacher {name} takes images of {height}x{width}; set teacher_image_size")
+    trained = image_size(model)
     notices = []
-    if size is not None and (size, size) != (height, width):
+    if size is not None and pair(size) != trained:
         before = grid_size(model) if has_tokens(model) else None
         set_image_size(model, size)
         if before is not None:
             (h, w), (new_h, new_w) = before, grid_size(model)
             notices.append(
-                f"the teacher's positions were resampled from {h}x{w} to {new_h}x{new_w} patches for images of {size} "
-                f"pixels; it was trained with {height}"
+                f"the teacher's positions were resampled from {h}x{w} to {new_h}x{new_w} patches for images of "
+                f"{said(size)} pixels; it was trained with {said(trained)}"
             )
     return FrozenTeacher(model, name), notices
 
@@ -202,9 +201,10 @@ class DistillMethod(SupervisedMethod):
         self.teacher, notices = open_teacher(config.teacher, size=config.teacher_image_size, channels=config.in_chans)
         for notice in notices:
             self.notice(notice)
-        (side, _), own = self.teacher.size, self.input_size
-        if side != own:
-            self.notice(f"images of {own} pixels are resized to {side} for the teacher")
+        size, own = self.teacher.size, self.input_size
+        if size != own:
+            stretched = "" if own[0] * size[1] == own[1] * size[0] else ", out of proportion"
+            self.notice(f"images of {said(own)} pixels are resized to {said(size)} for the teacher{stretched}")
 
     def notice(self, text: str) -> None:
         """Say something once, now on the error stream and later in the report."""

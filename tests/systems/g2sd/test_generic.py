@@ -80,7 +80,7 @@ def test_the_recipe_is_the_papers():
 
 def test_what_is_not_given_follows_teacher_and_student(teacher):
     made = method(teacher, decoder_dim=None, decoder_heads=None)
-    assert made.input_size == 64  # the teacher's, not the 160 pixels of the student's name
+    assert made.input_size == (64, 64)  # the teacher's, not the 160 pixels of the student's name
     assert made.model.layer == 2  # half of its four decoder blocks
     student = made.model.student.autoencoder
     assert (student.hidden_dim, student.decoder_blocks[0].attn.num_heads) == (32, 1)

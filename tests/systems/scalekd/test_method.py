@@ -55,8 +55,7 @@ def made(data: str, teacher: str, **settings: Any) -> ScaleKDMethod:
 
 def batch(method: ScaleKDMethod, count: int = 3) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
-    side = method.input_size
-    images = torch.rand(count, 3, side, side, generator=generator)
+    images = torch.rand(count, 3, *method.input_size, generator=generator)
     return {"image": normalize(images, method.encoder), "label": torch.arange(count) % 3, "key": list("abc")}
 
 

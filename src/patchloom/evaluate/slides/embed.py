@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from patchloom.base.progress import track
+from patchloom.base.sizes import compact, said
 from patchloom.data.base import UnreadableImageError
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError
@@ -83,7 +84,7 @@ def run_embed(config: EmbedConfig) -> dict[str, Any]:
     about = {
         "encoder": type(config.encoder).__name__ if isinstance(config.encoder, nn.Module) else str(config.encoder),
         "weights": weights_fingerprint(encoder),
-        "image_size": image_size(encoder)[0],
+        "image_size": compact(image_size(encoder)),
         "pool": config.pool,
         "precision": config.precision,
         "dtype": config.dtype,
@@ -166,18 +167,20 @@ def _prepared(config: EmbedConfig) -> Encoder:
     encoder = copy.deepcopy(encoder) if isinstance(config.encoder, nn.Module) else encoder
     if config.image_size is not None and image_size(encoder) != (config.image_size, config.image_size):
         set_image_size(encoder, config.image_size)
+    if not isinstance(size := compact(image_size(encoder)), int):
+        raise UsageError(f"the encoder takes images of {said(size)}, and tiles are square; set image_size")
     return encoder.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def _features(encoder: Encoder, slide: Slide, tiles: Tiles, config: EmbedConfig, device: torch.device) -> np.ndarray:
     """Return the features of the tiles of a slide, (n, D)."""
-    side, found = image_size(encoder)[0], []
+    size, found = image_size(encoder), []
     with closing(_batches(slide, tiles, config.batch_size, config.num_workers)) as batches:
         for batch in batches:
             images = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float().div_(255)
-            if images.shape[-1] != side:
-                images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp_(0, 1)
+            if tuple(images.shape[-2:]) != size:
+                images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
             with torch.autocast(device.type, dtype=TYPES[config.precision], enabled=config.precision != "32"):
                 vectors: Tensor = pooled(encoder, normalize(images, encoder), config.pool)
             found.append(vectors.float().cpu().numpy())

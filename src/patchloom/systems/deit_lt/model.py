@@ -16,6 +16,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.sizes import Size, pair
 from patchloom.errors import UsageError
 from patchloom.training.distillation import soft_distillation_loss
 
@@ -117,7 +118,10 @@ def two_heads(model: Any, images: Tensor) -> TwoHeads:
     grid = x.shape[-2:]
     x = x.flatten(2).transpose(1, 2)
     prefix = torch.cat([model.cls_token, model.dist_token], 1).expand(len(x), -1, -1)
-    x = model.pos_drop(torch.cat([prefix, x], 1) + resized_positions(model.pos_embed, (grid[0], grid[1])))
+    x = model.pos_drop(
+        torch.cat([prefix, x], 1)
+        + resized_positions(model.pos_embed, (grid[0], grid[1]), own=model.patch_embed.grid_size)
+    )
     recompute = model.grad_checkpointing and torch.is_grad_enabled()
     x = model.norm(checkpoint_seq(model.blocks, x) if recompute else model.blocks(x))
     label, taught = x[:, 0], x[:, 1]
@@ -125,11 +129,11 @@ def two_heads(model: Any, images: Tensor) -> TwoHeads:
     return TwoHeads(model.head(label), model.head_dist(taught), cosine)
 
 
-def teacher_view(images: Tensor, size: int | None, antialias: bool = False) -> Tensor:
+def teacher_view(images: Tensor, size: Size | None, antialias: bool = False) -> Tensor:
     """Return the student's very input at the size a teacher sees, resized bicubically; None: as it is."""
-    if size is None or images.shape[-1] == size:
+    if size is None or tuple(images.shape[-2:]) == pair(size):
         return images
-    return F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=antialias)
+    return F.interpolate(images, pair(size), mode="bicubic", align_corners=False, antialias=antialias)
 
 
 class DistillationTokenLoss(nn.Module):
@@ -222,23 +226,26 @@ class DistillationTokenLoss(nn.Module):
         return F.cross_entropy(_exact(logits), target, weight=weights)
 
 
-def resized_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 2) -> Tensor:
+def resized_positions(
+    positions: Tensor, grid: tuple[int, int], prefix: int = 2, own: tuple[int, int] | None = None
+) -> Tensor:
     """Return position embeddings for another grid, as published.
 
     Bicubic by a scale factor with 0.1 added to the target, which is not what naming the size gives: the factor sets the
     sampling points too.
 
     Args:
-        positions: (1, prefix + n², D).
+        positions: (1, prefix + n, D).
         grid: Rows and columns wanted.
         prefix: Entries of prefix tokens, which stay.
+        own: Rows and columns there are; default: as many of both.
     """
-    count = positions.shape[1] - prefix
-    if grid[0] * grid[1] == count and grid[0] == grid[1]:
+    side = math.isqrt(positions.shape[1] - prefix)
+    rows, columns = own or (side, side)
+    if grid == (rows, columns):
         return positions
-    side = math.isqrt(count)
-    patches = positions[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    factors = tuple((wanted + 0.1) / math.sqrt(count) for wanted in grid)
+    patches = positions[:, prefix:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+    factors = ((grid[0] + 0.1) / rows, (grid[1] + 0.1) / columns)
     patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :prefix], patches.flatten(2).transpose(1, 2)], 1)
 

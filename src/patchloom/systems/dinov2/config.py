@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -82,8 +83,8 @@ class Dinov2Config(TrainConfig):
 
     encoder: str = "vit_large_patch16_224"
     """Name of a timm model, or the path of a bundle or run to start from"""
-    image_size: int | None = None
-    """Side of the global crops in pixels; paper: 224. Default: what the encoder was made for"""
+    image_size: Size | None = None
+    """Side of the global crops in pixels, or height and width; paper: 224. Default: what the encoder was made for"""
     epochs: int = 100
     """Passes over the images; paper: 100 or 500 of 1250 steps each"""
     batch_size: int = 64
@@ -172,9 +173,9 @@ class Dinov2Config(TrainConfig):
     """Steps before the first of these times; DINOv3: 1,010,000"""
     gram_updates: int | None = 3
     """Most such times; DINOv3: 3. Null: any number"""
-    gram_crop_size: int | None = None
-    """Side of the global crops as the frozen anchor sees them, pixels; what it says is resampled to the student's grid
-    (DINOv3: higher than theirs). Default: as they are"""
+    gram_crop_size: Size | None = None
+    """Side of the global crops as the frozen anchor sees them, pixels, or height and width; what it says is resampled
+    to the student's grid (DINOv3: higher than theirs). Default: as they are"""
     gram_level: Literal["image", "batch"] = "image"
     """Compare the patches of each image (DINOv3), or those of the whole batch of a process"""
     gram_normalize: bool = True
@@ -205,8 +206,9 @@ class Dinov2Config(TrainConfig):
 
     local_crops: int = 8
     """Local crops of each image"""
-    local_size: int | None = None
-    """Side of the local crops in pixels; paper: 96, or 98 with patches of 14. Default: 3/7 of the global crops' side"""
+    local_size: Size | None = None
+    """Side of the local crops in pixels, or height and width; paper: 96, or 98 with patches of 14. Default: 3/7 of the
+    global crops' sides"""
     global_scale: tuple[float, float] = (0.32, 1.0)
     """Least and most share of the image's area that a global crop takes"""
     local_scale: tuple[float, float] = (0.05, 0.32)
@@ -268,6 +270,9 @@ class Dinov2Config(TrainConfig):
         for name in ("gram_weight", "gram_start", "gram_update_every", "gram_first_update"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("local_size", "gram_crop_size"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, checked_size(name, getattr(self, name)))
         for name in ("gram_from", "gram_crop_size"):
             if getattr(self, name) is not None and (self.gram_weight == 0 or self.gram_anchor == "teacher"):
                 raise UsageError(f"{name} is for a frozen anchor; set gram_weight above 0 and gram_anchor=frozen")

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.sizes import Size, compact, pair, said
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.multicrop import MultiCrop
 from patchloom.encoders import (
@@ -180,20 +181,21 @@ class Dinov2Method(Method):
         )
 
     @property
-    def global_size(self) -> int:
-        """Side of the global crops as they are cut out: a frozen anchor may see more of them than the student."""
-        wanted = self.config.gram_crop_size or self.input_size
-        if wanted < self.input_size or wanted % patch_size(self.encoder):
-            raise UsageError(
-                f"gram_crop_size is {wanted}; it must be at least the crops' {self.input_size} pixels and a multiple "
-                f"of {patch_size(self.encoder)}"
-            )
+    def global_size(self) -> tuple[int, int]:
+        """Size of the global crops as they are cut out: a frozen anchor may see more of them than the student."""
+        wanted = pair(self.config.gram_crop_size or self.input_size)
+        for side, least in zip(wanted, self.input_size, strict=True):
+            if side < least or side % patch_size(self.encoder):
+                raise UsageError(
+                    f"gram_crop_size is {said(wanted)}; it must be at least the crops' {said(self.input_size)} pixels "
+                    f"and a multiple of {patch_size(self.encoder)}"
+                )
         return wanted
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses of a batch of crops."""
         config = self.config
-        large = self.crops(batch["global"]) if self.global_size > self.input_size else None
+        large = self.crops(batch["global"]) if self.global_size != self.input_size else None
         global_crops = self.crops(batch["global"], self.input_size)
         local_crops = self.crops(batch["local"]) if "local" in batch else None
         masks = self.masks(len(batch["global"])).to(global_crops.device)
@@ -208,12 +210,12 @@ class Dinov2Method(Method):
             anchored=self.step >= config.gram_start,
         )
 
-    def crops(self, views: Tensor, side: int | None = None) -> Tensor:
-        """Return (B, n, C, h, w) uint8 crops as (n·B, C, h, w), crop-major and normalised; of `side` where given."""
+    def crops(self, views: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return (B, n, C, h, w) uint8 crops as (n·B, C, h, w), crop-major and normalised; of `size` where given."""
         pixels = self.pixels(views.transpose(0, 1).flatten(0, 1))
-        if side is not None and pixels.shape[-1] != side:
+        if size is not None and tuple(pixels.shape[-2:]) != size:
             low, high = pixels.amin(), pixels.amax()
-            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(low, high)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(low, high)
         return normalize(pixels, self.encoder)
 
     def masks(self, batch_size: int) -> Tensor:
@@ -358,7 +360,7 @@ class Dinov2Method(Method):
         """Return what the crops and heads are."""
         model = self.model
         return {
-            "global_size": self.input_size,
+            "global_size": compact(self.input_size),
             "local_size": self.local_size if self.config.local_crops else None,
             "prototypes": self.config.out_dim,
             "head_parameters": sum(p.numel() for n, p in model.student.named_parameters() if "_head." in n),
@@ -379,12 +381,13 @@ def linear(step: int, steps: int, start: float, end: float) -> float:
     return end if step >= steps else start + (end - start) * step / max(1, steps - 1)
 
 
-def local_size(asked: int | None, global_size: int, patch: int) -> int:
-    """Return the side of the local crops: as asked for, or 3/7 of the global ones in whole patches (96 of 224)."""
+def local_size(asked: Size | None, global_size: Size, patch: int) -> Size:
+    """Return the size of the local crops: as asked for, or 3/7 of the global ones in whole patches (96 of 224)."""
     if asked is not None:
-        patch_grid((asked, asked), patch)
+        patch_grid(pair(asked), patch)
         return asked
-    return max(1, round(global_size * 3 / 7 / patch)) * patch
+    high, wide = (max(1, round(side * 3 / 7 / patch)) * patch for side in pair(global_size))
+    return compact((high, wide))
 
 
 def save_heads(model: DINOv2, path: Path) -> None:

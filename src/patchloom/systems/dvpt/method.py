@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from patchloom.base.sizes import Size, compact, pair
+from patchloom.data.pixels import shaped
 from patchloom.data.transforms import seeded_globals
 from patchloom.encoders import Encoder, normalize
 from patchloom.encoders.insertion import Insertion
@@ -22,20 +24,20 @@ class GradingTransform:
     """The paper's augmentation for fundus photographs: flips, crop, colour, any rotation, a shift.
 
     Args:
-        size: Side of the result, pixels.
+        size: Side of the result, or its (height, width), pixels.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: Size) -> None:
+        self.size = compact(size)
 
     @cached_property
     def _recipe(self) -> Any:
-        size = (self.size, self.size)
+        size = pair(self.size)
         return v2.Compose(
             [
                 v2.RandomHorizontalFlip(0.5),
                 v2.RandomVerticalFlip(0.5),
-                v2.RandomResizedCrop(size, scale=(0.87, 1.15), ratio=(0.7, 1.3), antialias=True),
+                v2.RandomResizedCrop(size, scale=(0.87, 1.15), ratio=shaped((0.7, 1.3), size), antialias=True),
                 v2.ColorJitter(0.2, 0.2, 0.1, 0.1),
                 v2.RandomRotation(180, interpolation=v2.InterpolationMode.BILINEAR),
                 v2.RandomAffine(0, translate=(0.1, 0.1), interpolation=v2.InterpolationMode.BILINEAR),
@@ -44,7 +46,7 @@ class GradingTransform:
         )
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) uint8}."""
+        """Return {"image": (C, *size) uint8}."""
         with seeded_globals(generator):
             return {"image": self._recipe(image)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from patchloom.base.sizes import Size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -29,8 +30,8 @@ class G2SDGenericConfig(TrainConfig):
     this command"""
     encoder: str = "vit_small_patch16_224"
     """Student: name of a timm model, or the path of a bundle or run to start from"""
-    image_size: int | None = None
-    """Side of the training images in pixels; default: the teacher's"""
+    image_size: Size | None = None
+    """Side of the training images in pixels, or height and width; default: the teacher's"""
     epochs: int = 300
     """Passes over the images; paper: 300"""
     lr: float = 1.5e-4

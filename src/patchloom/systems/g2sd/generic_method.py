@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.sizes import compact
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.transforms import NoisyViews, PairedViews
 from patchloom.encoders import Encoder, depth, embed_dim, image_size, intermediate_layers, normalize
@@ -49,7 +50,7 @@ class G2SDGenericMethod(Method):
         if teacher.in_chans != config.in_chans:
             raise UsageError(f"the teacher takes {teacher.in_chans} channels, not {config.in_chans}; set in_chans")
         if config.image_size is None:
-            config = replace(config, image_size=image_size(teacher.encoder)[0])
+            config = replace(config, image_size=compact(image_size(teacher.encoder)))
         self._statistics = {name: teacher.encoder.pretrained_cfg[name] for name in ("mean", "std")}
         super().__init__(config, source)
         width = config.decoder_dim or default_decoder_dim(embed_dim(self.encoder))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from patchloom.base.sizes import Size, compact, pair
 from patchloom.data.pixels import resize
 from patchloom.encoders import Encoder
 from patchloom.encoders.insertion import Insertion
@@ -24,23 +25,25 @@ __all__ = ["ClassPrompts", "PromptCAM", "PromptCAMConfig", "PromptCAMMethod", "T
 
 
 class TraitViews:
-    """Resize to 15/14 of the side whatever the shape, cut out a random square, flip at random (specification, 3).
+    """Resize to 15/14 of the size whatever the shape, cut out a random part, flip at random (specification, 3).
 
     Args:
-        size: Side of the result, pixels.
+        size: Side of the result, or its (height, width), pixels.
         flip: Probability of the horizontal flip.
     """
 
-    def __init__(self, size: int, flip: float = 0.5) -> None:
-        self.size = size
+    def __init__(self, size: Size, flip: float = 0.5) -> None:
+        self.size = compact(size)
         self.flip = flip
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, size, size) uint8}."""
-        side = round(self.size * 240 / 224)
-        image = resize(image, (side, side), "bicubic")
-        top, left = (int(torch.randint(side - self.size + 1, (), generator=generator)) for _ in range(2))
-        image = image[..., top : top + self.size, left : left + self.size]
+        """Return {"image": (C, *size) uint8}."""
+        height, width = pair(self.size)
+        high, wide = round(height * 240 / 224), round(width * 240 / 224)
+        image = resize(image, (high, wide), "bicubic")
+        top = int(torch.randint(high - height + 1, (), generator=generator))
+        left = int(torch.randint(wide - width + 1, (), generator=generator))
+        image = image[..., top : top + height, left : left + width]
         return {"image": image.flip(-1) if float(torch.rand((), generator=generator)) < self.flip else image}
 
 

@@ -38,7 +38,7 @@ class ScaleKDMethod(DistillMethod):
         self.model = ScaleKD(
             self.encoder,
             self.teacher.model,
-            student_size=(self.input_size, self.input_size),
+            student_size=self.input_size,
             teacher_size=self.teacher.size,
             kd=self.kd,
             tpp=config.tpp,

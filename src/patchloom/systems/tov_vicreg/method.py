@@ -158,10 +158,8 @@ class TOVVICRegMethod(Method):
         """Return triplets at the encoder's size."""
         from torchvision.transforms.v2.functional import resize
 
-        side = self.input_size
-        if tuple(triplets.shape[-2:]) == (side, side):
-            return triplets
-        return resize(triplets, [side, side], antialias=True)
+        size = self.input_size
+        return triplets if tuple(triplets.shape[-2:]) == size else resize(triplets, list(size), antialias=True)
 
     def summary(self) -> dict[str, Any]:
         """Return the triplets trained on and the representation's figures."""
