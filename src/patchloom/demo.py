@@ -63,7 +63,7 @@ def demo(
         "num_workers": num_workers,
         "overwrite": overwrite,
     }
-    run = train("pretrain", "ccvit", settings | RECIPE)
+    run = train("pretrain", "ccvit", settings | RECIPE, go_on=f"patchloom pretrain ccvit --resume --out {out}")
     scores: dict[str, float] = {}
     for protocol in ("knn", "linear"):
         for kind in KINDS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from patchloom.encoders import create_encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.models.bundle import save_bundle
+from patchloom.systems.finetune.method import FinetuneMethod
 from small_images import QUICK, TINY, write_images
 
 SETTINGS = {"max_steps": 6, "batch_size": 12, "auto_augment": None, "probe_every": 0}
@@ -49,8 +52,38 @@ def test_the_figures_are_those_of_the_run(method, settings, bundle, data, tmp_pa
     predictions = Predictions.load(said)
     assert (torch.from_numpy(predictions.predicted) == expected).all()
     assert found["accuracy"] == pytest.approx(float((expected.numpy() == source.labels).mean()))
-    with pytest.raises(UsageError, match="exists; choose another folder for run"):
+    with pytest.raises(UsageError, match="holds a run of another encoder or other settings; choose another run"):
         pl.evaluate("finetune", run=str(run), encoder=bundle, **data, **QUICK)
+
+
+def test_a_run_that_was_stopped_is_gone_on_with_by_the_same_command(bundle, data, tmp_path, monkeypatch, capsys):
+    run = {
+        "run": str(tmp_path / "run"),
+        "settings": {**SETTINGS, "max_steps": 3, "report": False},
+        "encoder": bundle,
+        **data,
+        **QUICK,
+    }
+    step = FinetuneMethod.training_loss
+
+    def stopped_in_the_second(method, batch):
+        if method.batches_done == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(method, batch)
+
+    monkeypatch.setattr(FinetuneMethod, "training_loss", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pl.evaluate("finetune", **run)
+    assert "stopped at step 2; go on with the same command" in capsys.readouterr().err
+    monkeypatch.setattr(FinetuneMethod, "training_loss", step)
+    assert pl.evaluate("finetune", **run)["n"] == 18
+    assert "going on after step 2" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="holds a run of another encoder or other settings"):
+        pl.evaluate("finetune", **{**run, "train": data["test"], "test": data["train"]})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UsageError, match="is not empty and holds no run of this evaluation"):
+        pl.evaluate("finetune", **{**run, "run": str(tmp_path / "other")})
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,12 @@ def test_a_place_that_is_gone_is_named_with_all_that_was_tried(here, monkeypatch
     with pytest.raises(UsageError, match=r"has data=gone.*give its place now as data") as caught:
         found_again("data", saved, here / "runs" / "a")
     assert all(place in str(caught.value) for place in tried)
+
+
+def test_a_codebook_that_a_run_has_a_copy_of_may_be_gone(here):
+    saved = {"out": f"{here}/runs/b", "codebook": f"{here}/cb"}
+    (here / "runs/b").mkdir()
+    with pytest.raises(UsageError, match="give its place now as codebook"):
+        found_again("codebook", saved, Path("runs/b"))
+    (here / "runs/b/codebook.safetensors").touch()
+    assert found_again("codebook", saved, Path("runs/b")) == f"{here}/runs/b/codebook.safetensors"

@@ -6,7 +6,9 @@ same test images, the same figures with intervals, predictions that `patchloom e
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,13 @@ from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.features.extract import NO_LABEL, Features, torch_device
+from patchloom.features.fingerprint import weights_hash
+from patchloom.io import check_place, make_folder, write_text
 from patchloom.models.bundle import load, save_bundle
+from patchloom.training.config import FREE_ON_RESUME
+
+ASKED = "asked.json"
+"""File of a run's folder that says what was asked, so that nothing else goes on with it."""
 
 
 class Finetune(Evaluation):
@@ -56,21 +64,27 @@ class Finetune(Evaluation):
             raise UsageError("this evaluation compares classes of images read by index; use adapt itself for others")
         device = torch_device(config.device)
         with ExitStack() as stack:
-            folder = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
+            made = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
+            folder = check_place(made)
             # What is meant by the encoder (published weights, fresh ones, a module) is settled here, not by adapt.
-            bundle = save_bundle(encoder, Path(folder) / "encoder")
+            bundle = folder / "encoder"
             ours = {
                 "data": config.train,
                 "test": config.test,
                 "encoder": str(bundle),
-                "out": str(Path(folder) / "adapted"),
+                "out": str(folder / "adapted"),
                 "seed": config.seed,
                 "num_workers": config.num_workers,
                 "image_size": config.image_size,
                 "in_chans": channels,
                 "accelerator": "cpu" if device.type == "cpu" else "gpu",
             }
-            done = train_by("adapt", config.method, {**config.settings, **options, **ours})
+            asked = {**config.settings, **options, **ours}
+            _claim(folder, {"method": config.method, "weights": weights_hash(encoder), **asked})
+            if not bundle.exists():
+                save_bundle(encoder, bundle)
+            go_on = None if config.run is None else "the same command"
+            done = train_by("adapt", config.method, {**asked, "resume": True}, go_on)
             model = load(done.path)
             names = list(done.summary["class_names"])
             logits, measured = self._predict(model, test, names, device)
@@ -112,3 +126,20 @@ class Finetune(Evaluation):
         keys = [key for key, keep in zip(keys, kept.tolist(), strict=True) if keep]
         vectors = torch.zeros(1, embed_dim(model)).expand(int(kept.sum()), -1)
         return found[kept], Features(vectors, place[known[kept]], keys, skipped)
+
+
+def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Take the folder of a run, or go on in that of the same one.
+
+    Raises:
+        UsageError: It holds another run, or something else.
+    """
+    binding = {name: value for name, value in asked.items() if name not in FREE_ON_RESUME - {"data"}}
+    record, words = folder / ASKED, json.dumps(binding, default=str, sort_keys=True)
+    if folder.exists() and any(folder.iterdir()):
+        if not record.exists():
+            raise UsageError(f"{folder} is not empty and holds no run of this evaluation; choose another run")
+        if record.read_text(encoding="utf-8") != words:
+            raise UsageError(f"{folder} holds a run of another encoder or other settings; choose another run")
+    make_folder(folder)
+    write_text(record, words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from patchloom.errors import UsageError
@@ -22,7 +21,7 @@ class FinetuneEvaluationConfig(EvaluationConfig):
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of that method, such as --settings.epochs 10 --settings.lr 1e-3"""
     run: str | None = None
-    """Folder where the run is kept; default: it is deleted"""
+    """Folder where the run is kept, and gone on with by the same command once it was stopped; default: it is deleted"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
@@ -31,5 +30,3 @@ class FinetuneEvaluationConfig(EvaluationConfig):
             raise UsageError(f"view is {self.view}, and training chooses its own views; leave it out")
         if taken := [name for name in self.settings if name in OURS]:
             raise UsageError(f"settings holds {taken[0]}, which the evaluation sets itself; leave it out")
-        if self.run is not None and Path(self.run).exists():
-            raise UsageError(f"{self.run} exists; choose another folder for run")

@@ -137,7 +137,7 @@ def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     from patchloom.training.run import train
 
     out = Path(request["out"])
-    made = train("adapt", request["method"], {**request["settings"], "out": str(out), "resume": True})
+    made = train("adapt", request["method"], {**request["settings"], "out": str(out), "resume": True}, None)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it is done; the model is kept
     summary = made.summary
     score = summary.get(summary["headline"])

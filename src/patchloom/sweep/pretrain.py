@@ -133,7 +133,7 @@ def _train(plan: Mapping[str, Any], out: Path, steps: int) -> Run:
         "probe_every": 0,
         **plan["settings"],
     }
-    return train(verb or "pretrain", method, {**settings, "max_steps": steps, "out": str(out), "resume": True})
+    return train(verb or "pretrain", method, {**settings, "max_steps": steps, "out": str(out), "resume": True}, None)
 
 
 def _steps_within(plan: Mapping[str, Any], folder: Path) -> int:

@@ -73,11 +73,11 @@ class Run:
         return f"{state}: model {self.model}{report}"
 
 
-def train(verb: str, method: str, settings: Mapping[str, Any]) -> Run:
+def train(verb: str, method: str, settings: Mapping[str, Any], go_on: str | None = "--resume") -> Run:
     """Train by a method of a verb, as `patchloom VERB METHOD` does; see `resolve` and `fit` for what is raised."""
     method_class = registry.method_class(verb, method)
     command = f"{verb} {method}"
-    return fit(command, method_class, resolve(command, method_class, settings), given=settings)
+    return fit(command, method_class, resolve(command, method_class, settings), given=settings, go_on=go_on)
 
 
 def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any]) -> TrainConfig:
@@ -105,6 +105,7 @@ def fit(
     source: Source | StreamSource | None = None,
     attach: Sequence[Attachment] = (),
     given: Collection[str] | None = None,
+    go_on: str | None = "--resume",
 ) -> Run:
     """Train, and leave a run folder behind: settings, metrics, checkpoints, model, report.
 
@@ -115,6 +116,7 @@ def fit(
         source: What `config.data` names, where it is open already or no source that a name opens.
         attach: What rides on the run besides what the settings ask for.
         given: Names of the settings that were chosen; others are made to fit the number of images. Default: all.
+        go_on: What goes on with the run once it is stopped, as it is then said; None where nothing can.
 
     Raises:
         UsageError: The data, the encoder or the run folder cannot be used as asked.
@@ -123,7 +125,7 @@ def fit(
         Stopped: A signal ended the run; from its first step on, checkpoint, model and report are written.
     """
     with stopping.stoppable():
-        return _fit(command, method_class, config, source, attach, given)
+        return _fit(command, method_class, config, source, attach, given, go_on)
 
 
 def _fit(
@@ -133,6 +135,7 @@ def _fit(
     source: Source | StreamSource | None,
     attach: Sequence[Attachment],
     given: Collection[str] | None,
+    go_on: str | None,
 ) -> Run:
     if source is None:
         source, config = method_class.open_data(config)
@@ -164,7 +167,7 @@ def _fit(
         except stopping.Stopped:
             last = run_dir / CHECKPOINTS / LAST
             begun = f"{last} is where" if last.exists() else "no step was saved; that is how"
-            print(f"stopped at once; {begun} --resume goes on", file=sys.stderr)
+            print(f"stopped at once; {begun} {go_on} goes on" if go_on else "stopped at once", file=sys.stderr)
             raise
         except UsageError:
             # Nothing was done; the corrected command may use the name.
@@ -180,7 +183,8 @@ def _fit(
         return Run(run_dir, run_dir / "model", run_dir / "report.html", {})
     run = read_run(run_dir)
     if run.summary.get("interrupted"):
-        print(f"stopped at step {run.summary['steps']}; go on with --resume", file=sys.stderr)
+        how = f"; go on with {go_on}" if go_on else ""
+        print(f"stopped at step {run.summary['steps']}{how}", file=sys.stderr)
         raise stopping.Stopped(number or signal.Signals[run.summary["stopped_by"]])
     if number:
         print(run, file=sys.stderr)
