@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -95,8 +94,3 @@ def _at(pixels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Return a painted mask at the size of its image: classes have no colours in between."""
     size = (int(shape[1]), int(shape[0]))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
-
-
-def mask_of(logits: Tensor) -> Tensor:
-    """Return the classes (h, w) uint8 of logits (K, h, w)."""
-    return logits.argmax(0).to(torch.uint8)

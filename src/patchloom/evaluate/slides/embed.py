@@ -42,12 +42,6 @@ BATCHES_AHEAD = 2
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
-def tile_slides(slides: str, out: str, **settings: Any) -> dict[str, Any]:
-    """Find the tiles of slides; arguments are the fields of `TileConfig`, the result that of `run_tile`."""
-    config_class: Any = TileConfig
-    return run_tile(config_from_mapping(config_class, {"slides": slides, "out": out, **settings}))
-
-
 def embed_tiles(encoder: Any, slides: str, out: str, **settings: Any) -> dict[str, Any]:
     """Make tile features; arguments are the fields of `EmbedConfig`, the result that of `run_embed`."""
     config_class: Any = EmbedConfig
