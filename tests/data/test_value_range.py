@@ -72,6 +72,15 @@ def test_other_words_are_refused(text, message):
         ValueRange.parse(text)
 
 
+def test_another_no_data_than_that_of_the_range_is_refused_with_what_to_give():
+    kept = ValueRange.parse("-5,4000 no_data=7")
+    assert ValueRange.parse(str(kept), no_data=7) == kept
+    with pytest.raises(
+        UsageError, match=r"no_data is 9, but value_range .* says '-5,4000 no_data=7'; leave no_data out"
+    ):
+        ValueRange.parse(str(kept), no_data=9)
+
+
 def test_two_frames_of_one_camera_have_one_scale(tmp_path, capsys):
     Image.fromarray(np.full((20, 30), 1000, np.uint16)).save(tmp_path / "dark.png")
     bright = np.full((20, 30), 1000, np.uint16)

@@ -64,7 +64,10 @@ class ValueRange:
         if said:
             held = _number(said[0], text)
             if no_data is not None and no_data != held:
-                raise UsageError(f"no_data is {no_data:g}, but value_range says {text!r}; give it once")
+                raise UsageError(
+                    f"no_data is {no_data:g}, but value_range (given, or that of the model) says {text!r}; leave "
+                    f"no_data out, or give both in numbers (value_range=LOW,HIGH)"
+                )
             no_data = held
         rest = " ".join(words).lower()
         if rest in ("", "auto"):
