@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from patchloom.base.sizes import is_size, parse_size
 from patchloom.errors import UsageError
@@ -133,7 +133,7 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
     factories = {one.name: one.default_factory for one in fields(described)} if is_dataclass(described) else {}
     for option, hint in hints.items():
         about: dict[str, Any] = {
-            "type": parse_size if is_size(hint) else hint,
+            "type": _kind(option, hint, described),
             "help": texts.get(option, "").replace("%", "%%"),
         }
         if option in required:
@@ -145,6 +145,13 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
         parser.add_argument(f"--{option}", **about)
     _group(parser, required, getattr(described, "ABLATIONS", ()))
     return parser
+
+
+def _kind(option: str, hint: Any, described: Callable[..., Any]) -> Any:
+    """Return what reads an option: sizes are written in several ways, and a trial settles what is `auto`."""
+    if is_size(hint):
+        return parse_size
+    return hint | Literal["auto"] if option in getattr(described, "SETTLED", ()) else hint
 
 
 def _group(parser: ArgumentParser, required: Sequence[str], ablations: Sequence[str]) -> None:

@@ -35,17 +35,27 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+AUTO = ("batch_size", "num_workers")
+"""Settings that `auto` leaves to a short trial before the run."""
+
+
+class Auto(int):
+    """A number that is to be settled before the run; until then it is the recipe's."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(SourceOptions):
     """Settings of the engine.
 
     Attributes:
         PRESETS: Named recipes of a method: for each, the fields whose defaults it replaces.
+        SETTLED: Fields that `auto` leaves to a short trial.
         ABLATIONS: Fields a paper varied and its users leave alone; a help page has them last.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ABLATIONS: ClassVar[tuple[str, ...]] = ()
+    SETTLED: ClassVar[tuple[str, ...]] = AUTO
 
     data: str
     """Images to train on: a folder, shards (train-{000000..000099}.tar), photos, digits, torchvision:NAME or hf:NAME"""
@@ -72,7 +82,8 @@ class TrainConfig(SourceOptions):
     max_steps: int | None = None
     """Stop after this many optimiser steps, whatever epochs says (the schedule ends there too)"""
     batch_size: int = 128
-    """Images per device and forward pass; where not given, fewer than the recipe's if the images are few"""
+    """Images per device and forward pass, or auto: the largest that fits into memory and is as fast as any, by a trial
+    of at most 30 seconds; where not given, fewer than the recipe's if the images are few"""
     accumulate: int = 1
     """Forward passes per optimiser step; the global batch is batch_size * accumulate * devices * nodes"""
     lr: float = 1.5e-3
@@ -108,7 +119,7 @@ class TrainConfig(SourceOptions):
     strategy: Literal["auto", "ddp", "ddp_spawn", "fsdp"] = "auto"
     """How processes share the work; auto is ddp when there is more than one"""
     num_workers: int = 2
-    """Processes per device that read and augment images"""
+    """Processes per device that read and augment images, or auto: as many as keep up with training"""
     seed: int = 0
     """Seed of weights, order, augmentation and masks"""
     resume: bool = False
@@ -150,6 +161,11 @@ class TrainConfig(SourceOptions):
         Raises:
             UsageError: With the value and what would be right.
         """
+        for name in AUTO:
+            if getattr(self, name) == "auto":
+                recipe = {field.name: field.default for field in dataclasses.fields(self)}
+                recipe |= preset_values(type(self), self.preset)
+                object.__setattr__(self, name, Auto(recipe[name]))
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             _check_choice(field.name, getattr(self, field.name), hints[field.name])
@@ -314,6 +330,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     """Let YAML's and Python's near misses in: 1e-3 as text, whole numbers as floats, lists as tuples, paths."""
     kinds = get_args(hint) if get_origin(hint) not in (Literal, tuple, dict, list) else (hint,)
     kinds = kinds or (hint,)
+    if name in AUTO and value == "auto":
+        return value
     if is_size(hint):
         return None if value is None else parse_size(value)
     if isinstance(value, str | Path):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from patchloom.training.callbacks import (
     SkippedImages,
 )
 from patchloom.training.checkpoint import AtomicCheckpointIO, CheckpointEvery
-from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
+from patchloom.training.config import AUTO, Auto, TrainConfig, config_from_mapping, refuse_changes, write_config
 from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
@@ -52,6 +53,7 @@ from patchloom.training.places import PLACES, found_again
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
 from patchloom.training.size import Advice, fit_to_data
+from patchloom.training.trial import settle, told_of_memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any
     saved = Path(str(values.get("out", ""))) / "config.yaml"
     if values.get("resume") and values.get("out") and saved.exists():
         before = saved_settings(saved.parent, command)
-        values = before | values
+        # What auto settled when the run began stays.
+        values = before | {k: v for k, v in values.items() if not (k in AUTO and v == "auto")}
         for name in PLACES & values.keys():
             if values[name] is not None and values[name] == before.get(name) and name != "out":
                 values[name] = found_again(name, before, saved.parent)
@@ -142,6 +145,7 @@ def _fit(
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
     if given is not None and not (config.resume and (Path(config.out) / "config.yaml").exists()):
+        config = _settled(config, method_class, source)
         config = fit_to_data(config, method_class.images_to_learn_from(config, source), given)
     method = method_class(config, source)
     method.attached = [*method.attachments(), *attachments_of(config), *attach]
@@ -162,7 +166,7 @@ def _fit(
         interruption = next(c for c in callbacks if isinstance(c, Interruption))
         _tell_of_signals(trainer)
         try:
-            with stopping.through_lightning():
+            with stopping.through_lightning(), told_of_memory(config):
                 trainer.fit(method, ckpt_path=None if checkpoint is None else str(checkpoint))
         except stopping.Stopped:
             last = run_dir / CHECKPOINTS / LAST
@@ -190,6 +194,15 @@ def _fit(
         print(run, file=sys.stderr)
         raise stopping.Stopped(number)
     return run
+
+
+def _settled(config: TrainConfig, method_class: type[Method], source: Source | StreamSource) -> TrainConfig:
+    """Return the settings with numbers in place of `auto`; processes that the first one started take its own."""
+    wanted = [name for name in AUTO if isinstance(getattr(config, name), Auto)]
+    if wanted and not is_first_process() and (Path(config.out) / "config.yaml").exists():
+        written = read_config(Path(config.out) / "config.yaml")
+        return dataclasses.replace(config, **{name: int(written[name]) for name in wanted})
+    return settle(config, method_class, source, _precision(config)) if wanted else config
 
 
 def _tell_of_signals(trainer: lp.Trainer) -> None:

@@ -71,6 +71,14 @@ def batch_for(images: int, config: TrainConfig) -> int:
     return min(config.batch_size, max(fitting, SMALLEST_BATCH), max(1, images // others))
 
 
+def largest_batch(images: int, config: TrainConfig) -> int:
+    """Return the largest power of two that leaves enough steps in an epoch."""
+    others = _at_once(config)
+    return max(
+        min(SMALLEST_BATCH, max(1, images // others)), 2 ** int(math.log2(max(1, images // (STEPS_PER_EPOCH * others))))
+    )
+
+
 def steps_per_epoch(images: int, config: TrainConfig) -> int:
     """Return the optimiser steps of an epoch, about: incomplete batches are left out."""
     return max(1, images // (config.batch_size * _at_once(config)))
