@@ -163,7 +163,7 @@ class TrainConfig(SourceOptions):
         """
         for name in AUTO:
             if getattr(self, name) == "auto":
-                recipe = {field.name: field.default for field in dataclasses.fields(self)}
+                recipe: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
                 recipe |= preset_values(type(self), self.preset)
                 object.__setattr__(self, name, Auto(recipe[name]))
         hints = get_type_hints(type(self))

@@ -144,9 +144,12 @@ def _fit(
         source, config = method_class.open_data(config)
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
-    if given is not None and not (config.resume and (Path(config.out) / "config.yaml").exists()):
-        config = _settled(config, method_class, source)
-        config = fit_to_data(config, method_class.images_to_learn_from(config, source), given)
+    if not (config.resume and (Path(config.out) / "config.yaml").exists()):
+        if isinstance(config.batch_size, Auto):
+            config = _settled(config, method_class, source)
+        if given is not None:
+            config = fit_to_data(config, method_class.images_to_learn_from(config, source), given)
+        config = _settled(config, method_class, source)  # workers alone, for the batch there is
     method = method_class(config, source)
     method.attached = [*method.attachments(), *attachments_of(config), *attach]
     run_dir = check_place(config.out)
@@ -201,7 +204,8 @@ def _settled(config: TrainConfig, method_class: type[Method], source: Source | S
     wanted = [name for name in AUTO if isinstance(getattr(config, name), Auto)]
     if wanted and not is_first_process() and (Path(config.out) / "config.yaml").exists():
         written = read_config(Path(config.out) / "config.yaml")
-        return dataclasses.replace(config, **{name: int(written[name]) for name in wanted})
+        settled: dict[str, Any] = {name: int(written[name]) for name in wanted}
+        return dataclasses.replace(config, **settled)
     return settle(config, method_class, source, _precision(config)) if wanted else config
 
 
