@@ -1,8 +1,8 @@
 """Batch size by `--batch_size auto` beside a sweep by hand: images per second of whole steps of the engine.
 
-    python -m benchmarks.auto_batch --encoder vit_tiny_patch16_224 --image_size 96 --sizes 4 8 16 32 64 128
+    python -m benchmarks.auto_batch --data digits --encoder test_vit --image_size 64 --sizes 8 32 128
 
-Each size trains a MAE for as many images; the figure is the best of `--repeats` runs, loading included.
+Each size trains a MAE with a small decoder for as many images; the figure is the best of `--repeats` runs, loading included.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {"data": arguments.data, "encoder": arguments.encoder, "image_size": arguments.image_size}
     settings |= {"probe_every": 0, "health_every": 0, "report": False, "epochs": 10_000}
+    settings |= {"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 2}
     _, chosen = images_per_second("auto", arguments.images, settings)
     found = {
         size: max(images_per_second(size, arguments.images, settings)[0] for _ in range(arguments.repeats))
