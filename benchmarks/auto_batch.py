@@ -2,7 +2,8 @@
 
     python -m benchmarks.auto_batch --data digits --encoder test_vit --image_size 64 --sizes 8 32 128
 
-Each size trains a MAE with a small decoder for as many images; the figure is the best of `--repeats` runs, loading included.
+Each size trains a MAE with a small decoder for as many images; the figure is the best of `--repeats` runs, loading
+included.
 """
 
 from __future__ import annotations
