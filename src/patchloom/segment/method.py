@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from patchloom.base.choices import HeadName
+from patchloom.base.progress import track
 from patchloom.base.sizes import compact
 from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
@@ -155,14 +156,14 @@ class SegmentMethod(Method):
 
     @torch.no_grad()
     def validate(self, device: torch.device) -> dict[str, Any]:
-        """Return mean IoU and pixel accuracy on the test images, at the size of their masks."""
-        if self.test is None:
+        """Return mean IoU and pixel accuracy on the test images, at the size of their masks; once there is a decoder."""
+        if self.test is None or self.step == 0:
             return {}
         config, model = self.config, self.segmenter().eval()
         slide = SlidingWindowSegmenter(model, model.crop, model.stride, config.batch_size)
         metric = MeanIoU(len(self.source.class_names))
         loader = make_loader(self.test, TestImage(config.short_side), 1, shuffle=False, num_workers=config.num_workers)
-        for batch in loader:
+        for batch in track(loader, "segmenting test images", total=len(self.test)):
             if not batch["key"]:
                 continue
             logits = slide(normalize(unit(batch["image"].to(device)), self.encoder), batch["mask"].shape[-2:])
