@@ -156,7 +156,7 @@ class SegmentMethod(Method):
 
     @torch.no_grad()
     def validate(self, device: torch.device) -> dict[str, Any]:
-        """Return mean IoU and pixel accuracy on the test images, at the size of their masks; once there is a decoder."""
+        """Return mean IoU and pixel accuracy on the test images, of their masks' size, once there is a decoder."""
         if self.test is None or self.step == 0:
             return {}
         config, model = self.config, self.segmenter().eval()
