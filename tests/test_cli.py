@@ -220,7 +220,7 @@ def test_training_hears_of_what_was_given_alone(monkeypatch, tmp_path):
     from patchloom.training import run as module
 
     seen = {}
-    monkeypatch.setattr(module, "fit", lambda command, method, config, given: seen.update(given))
+    monkeypatch.setattr(module, "fit", lambda command, method, config, given, **_: seen.update(given))
     cli.main(["pretrain", "mae", "--data", "photos", "--out", str(tmp_path / "x"), "--lr", "0.1"])
     assert seen == {"data": "photos", "out": str(tmp_path / "x"), "lr": 0.1}
 
@@ -253,7 +253,7 @@ def test_a_preset_changes_the_defaults_of_a_command(spelling, monkeypatch, tmp_p
 
     seen = {}
     monkeypatch.setitem(registry.METHODS["pretrain"], "made_up", registry.METHODS["pretrain"]["ccvit"])
-    monkeypatch.setattr(module, "fit", lambda command, method, config, given: seen.update(asdict(config)))
+    monkeypatch.setattr(module, "fit", lambda command, method, config, given, **_: seen.update(asdict(config)))
     monkeypatch.setattr(CCViTConfig, "PRESETS", {"big": {"batch_size": 77, "epochs": 5}})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "settings.yaml").write_text("preset: big\n")
