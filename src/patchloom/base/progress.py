@@ -45,7 +45,7 @@ class Ticker:
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         parts = [f"{what} {done}" + (f"/{self.total}" if self.total is not None else "")]
         parts += [more] if more else []
-        parts.append(f"{rate:.{0 if rate >= 10 else 2}f} {unit}s/s")
+        parts.append(f"{rate:.{0 if rate >= 10 else 2}f} {_several(unit)}/s")
         if self.total is not None and rate > 0:
             parts.append(f"{duration((self.total - done) / rate)} left")
         return "  ".join(parts)
@@ -99,3 +99,7 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def _several(unit: str) -> str:
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"

@@ -119,7 +119,7 @@ def test_a_run_learns_leaves_a_bundle_and_a_report(tmp_path):
     assert run.summary["visible_patches"] == 8
     assert run.summary["loss"] < 1.0  # 1 is what the mean of each patch would give
     report = run.report.read_text(encoding="utf-8")
-    assert "What it sees and what it makes of it" in report
+    assert "Masked input and reconstruction" in report
     assert "these are taken from the original here" in report
     assert pl.load(run.model).num_features == 64
     score = pl.evaluate("knn", encoder=str(run.model), train="digits", test="digits:test", num_workers=0)

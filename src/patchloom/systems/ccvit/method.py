@@ -238,7 +238,7 @@ class CCViTMethod(Method):
                 figures=[codebook_mosaic(codes, self.size, self.channels)],
             ),
             Section(
-                title="What it sees, what it should say, what it says",
+                title="Input, target and predicted tokens",
                 text=f"Held-out images. Of {masked.shape[1]} patches {self.num_masked} are hidden (grey) and "
                 f"{self.num_replaced} overwritten by their centroid. The network predicts pixels up to the brightness "
                 f"and contrast of each patch; these are taken from the original here. Patches it was shown are shown.",

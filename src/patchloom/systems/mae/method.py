@@ -121,7 +121,7 @@ class MAEMethod(Method):
         )
         return [
             Section(
-                title="What it sees and what it makes of it",
+                title="Masked input and reconstruction",
                 text=f"Held-out images. Of {self.patches} patches it sees {self.visible}.{own} The last row shows what "
                 f"it was shown beside what it predicts.",
                 figures=[image_grid({name: row.float().cpu() for name, row in rows.items()})],
