@@ -103,4 +103,4 @@ def test_classes_may_gather_along_few_directions():
 
 def test_too_few_images_to_compare_are_no_collapse():
     assert "one image alone" in verdict(1.0, 1.0, 192, 1)
-    assert "healthy" in verdict(1.6, 0.4, 192, 3)
+    assert "3 images are too few to say" in verdict(1.6, 0.4, 192, 3)

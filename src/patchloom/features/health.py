@@ -95,4 +95,6 @@ def verdict(
     if lost and (few or cosine > NEARLY_SAME):
         otherwise = ", has only begun, or the images are much alike" if start is None else ""
         return f"The features use few directions: training may be collapsing{otherwise}."
+    if images is not None and images < ENOUGH_IMAGES:
+        return f"Nothing points to a collapse, but {images} images are too few to say how many directions features use."
     return "The features are healthy: they use many directions and tell images apart."
