@@ -1,1 +1,1 @@
-"""One script per system: its specification's claims at a small scale, several seeds, mean ± standard deviation."""
+"""One script per system: what its paper claims, at a small scale, several seeds, mean ± standard deviation."""

@@ -1,4 +1,4 @@
-"""AdaptFormer's small-scale claims on CIFAR-10 (specification, section 6): does the method do what its paper says?
+"""AdaptFormer's small-scale claims on CIFAR-10 (arXiv 2205.13535): does the method do what its paper says?
 
     python -m benchmarks.claims.adaptformer --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 

@@ -1,4 +1,4 @@
-"""CCViT's small-scale claims on CIFAR-10 (specification, section 6): does the method do what its paper says?
+"""CCViT's small-scale claims on CIFAR-10 (arXiv 2303.04664): does the method do what its paper says?
 
     python -m benchmarks.claims.ccvit --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --out scratch/claims
 

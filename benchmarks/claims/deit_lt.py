@@ -1,11 +1,11 @@
-"""DeiT-LT's small-scale claims on a long-tailed part of CIFAR-10 (specification, section 6).
+"""DeiT-LT's small-scale claims on a long-tailed part of CIFAR-10 (arXiv 2404.02900).
 
     python -m benchmarks.claims.deit_lt --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
 1000 images of the most frequent class, 20 of the rarest; measured on a balanced test set. For every seed: a CNN
 teacher trained on weak views (crop and flip) by LDAM with deferred re-weighting, one trained by the same recipe on
 its student's strong views, a student of each, and the same ViT trained with cross-entropy alone for as many epochs.
-Smaller than the specification's sizes where time asks for it: patches of 8 pixels, a ResNet of 8 layers, no SAM.
+Small where time asks for it: patches of 8 pixels, a ResNet of 8 layers, no SAM.
 Figures are kept in `--out`, so an interrupted series goes on where it stopped.
 """
 

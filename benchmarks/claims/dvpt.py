@@ -1,4 +1,4 @@
-"""DVPT's small-scale claims on CIFAR-10 (specification, section 6): does the method do what its paper says?
+"""DVPT's small-scale claims on CIFAR-10 (arXiv 2307.09787): does the method do what its paper says?
 
     python -m benchmarks.claims.dvpt --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
@@ -88,7 +88,7 @@ def table(series: Series) -> str:
             yes(sum(pairs) > 0),
         ],
         [
-            f"beyond the specification: above the others with {FEW:.0%} of the labels",
+            f"beyond the paper: above the others with {FEW:.0%} of the labels",
             ", ".join([f"DVPT {text[f'dvpt_{FEW}']}", *(f"{words} {text[name]}" for name, words in others.items())]),
             "above each",
             yes(all(mean[f"dvpt_{FEW}"] > mean[name] for name in others)),

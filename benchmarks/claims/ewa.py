@@ -1,4 +1,4 @@
-"""Experts weights averaging at small scale (specification, section 6): CIFAR-10 from scratch.
+"""Experts weights averaging at small scale (arXiv 2308.06093): CIFAR-10 from scratch.
 
     python -m benchmarks.claims.ewa --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 

@@ -1,10 +1,10 @@
-"""G2SD's small-scale claims on CIFAR-10 (specification, section 6): is a student better off with a teacher?
+"""G2SD's small-scale claims on CIFAR-10 (arXiv 2302.14771): is a student better off with a teacher?
 
     python -m benchmarks.claims.g2sd --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
 Folders hold one sub-folder of JPEGs per class. The teacher (width 192, 8 blocks, decoder 128 x 4) is pre-trained by MAE
 once and fine-tuned once; students (width 96, 6 blocks, decoder 64 x 2) are trained with every seed. Patches of 8 pixels
-where the specification has 4, so that the teacher can be trained for longer. Figures are kept in `--out`, so an
+rather than 4, so that the teacher can be trained for longer. Figures are kept in `--out`, so an
 interrupted series goes on where it stopped. `--steps` scales all lengths; 1 is about 40 minutes of one
 core.
 """

@@ -1,4 +1,4 @@
-"""MAE's small-scale claims on CIFAR-10 (specification, section 6): does the method do what its paper says?
+"""MAE's small-scale claims on CIFAR-10 (arXiv 2111.06377): does the method do what its paper says?
 
     python -m benchmarks.claims.mae --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --out scratch/claims/mae
 

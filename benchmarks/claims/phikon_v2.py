@@ -1,4 +1,4 @@
-"""Phikon-v2's slide-level claims at small scale (specification, section 6): bags of small images, a class to find.
+"""Phikon-v2's slide-level claims at small scale (arXiv 2409.09173): bags of small images, a class to find.
 
     python -m benchmarks.claims.phikon_v2 --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 

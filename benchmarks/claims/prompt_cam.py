@@ -1,4 +1,4 @@
-"""Prompt-CAM's claims on composed images whose class-defining part is known (specification, section 6).
+"""Prompt-CAM's claims on composed images whose class-defining part is known (arXiv 2501.09333).
 
     python -m benchmarks.claims.prompt_cam --out scratch/claims/prompt_cam [--write]
 

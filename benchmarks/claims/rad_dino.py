@@ -1,4 +1,4 @@
-"""DINOv2's small-scale claims on CIFAR-10, CamVid and generated images (RAD-DINO specification, section 6).
+"""DINOv2's small-scale claims on CIFAR-10, CamVid and generated images (arXiv 2304.07193).
 
     python -m benchmarks.claims.rad_dino --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --camvid CAMVID_FOLDER
 

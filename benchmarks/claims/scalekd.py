@@ -1,11 +1,11 @@
-"""ScaleKD's small-scale claims on CIFAR-10 (specification, section 6): does a ViT teach students of other kinds?
+"""ScaleKD's small-scale claims on CIFAR-10 (arXiv 2411.06786): does a ViT teach students of other kinds?
 
     python -m benchmarks.claims.scalekd --data CIFAR10_TRAIN_FOLDER --test CIFAR10_TEST_FOLDER --write
 
 The teacher, a ViT of width 128 and depth 6, learns from 2000 images of each class; students see 120 of each, as is the
 case of a large model and a small labelled set. Students are a ResNet of 8 layers and a ViT of width 64, each trained
-alone, and taught in several ways, for as many steps by the same recipe. Smaller than the specification's sizes where
-time asks for it: patches of 8 pixels, fewer images; `--per_class 1000 --epochs 8` is its size. Figures are kept in
+alone, and taught in several ways, for as many steps by the same recipe. Small where
+time asks for it: patches of 8 pixels, few images; `--per_class 1000 --epochs 8` is 10 000 images. Figures are kept in
 `--out`, so an interrupted series goes on where it stopped.
 """
 

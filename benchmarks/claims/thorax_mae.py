@@ -1,4 +1,4 @@
-"""The thorax recipe's small-scale claims on generated images with findings (specification, section 6).
+"""The thorax recipe's small-scale claims on generated images with findings (arXiv 2210.12843).
 
     python -m benchmarks.claims.thorax_mae --out scratch/claims/thorax_mae
 

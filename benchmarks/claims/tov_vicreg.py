@@ -1,4 +1,4 @@
-"""TOV-VICReg's small-scale claims on Atari frames (specification, section 6): does the method do what its paper says?
+"""TOV-VICReg's small-scale claims on Atari frames (arXiv 2209.10901): does the method do what its paper says?
 
     python -m benchmarks.claims.tov_vicreg --out scratch/claims/tov_vicreg --write
 

@@ -28,7 +28,7 @@ def test_unpatchify_inverts_patchify(order, batch, chans, h, w, patch_size):
     assert torch.equal(unpatchify(patches, patch_size, (h, w), chans, order), images)
 
 
-def test_elements_lie_where_the_specification_puts_them():
+def test_elements_lie_where_the_published_code_puts_them():
     images = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12)
     chw, hwc = patchify(images, 4, "chw"), patchify(images, 4, "hwc")
     for b, c, y, x in [(0, 0, 0, 0), (1, 2, 7, 11), (0, 1, 3, 9), (1, 0, 5, 2)]:

@@ -15,7 +15,7 @@ from patchloom.errors import UsageError
 
 
 def published(table: np.ndarray, source: int, target: int) -> np.ndarray:
-    """Section 2.10 of the specification, step by step, with sides 2h - 1 of the tables."""
+    """BEiT's published code, step by step, with sides 2h - 1 of the tables."""
     left, right = 1.01, 1.5
     while right - left > 1e-6:
         q = (left + right) / 2

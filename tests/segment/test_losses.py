@@ -41,8 +41,8 @@ def test_dice_loss_equals_monais():
     torch.testing.assert_close(dice_loss(logits, mask, background=False), without)
 
 
-def test_dice_of_the_batch_with_squares_is_the_specifications():
-    """DVPT, section 3: per class 1 - (2 Σ p t + 1e-5) / (Σ p² + Σ t² + 1e-5) over the batch, mean over classes."""
+def test_dice_of_the_batch_with_squares_is_that_of_dvpt():
+    """DVPT's code: per class 1 - (2 Σ p t + 1e-5) / (Σ p² + Σ t² + 1e-5) over the batch, mean over classes."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
     mask = torch.randint(0, 3, (2, 4, 5), generator=generator)

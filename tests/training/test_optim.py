@@ -36,7 +36,7 @@ def test_vectors_biases_positions_and_class_tokens_do_not_decay():
     assert not any(decays(name, nn.Parameter(tensor)) for name, tensor in free.items())
 
 
-def test_layers_as_the_specification_numbers_them():
+def test_layers_as_the_published_code_numbers_them():
     depth = 4
     assert layer_of("cls_token", depth) == layer_of("patch_embed.proj.weight", depth) == 0
     assert layer_of("blocks.0.attn.relative_position_bias_table", depth) == 1
@@ -66,7 +66,7 @@ def vits() -> list[str]:
 
 
 def check_layers(name: str) -> None:
-    """Compare layers and weight decay with timm's; what departs is what the specification of CCViT says."""
+    """Compare layers and weight decay with timm's; what departs is what BEiT's and CCViT's code does."""
     with torch.device("meta"):
         try:
             model: Any = timm.create_model(name, depth=2)

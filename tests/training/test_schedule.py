@@ -9,7 +9,7 @@ from patchloom.training.schedule import cosine, warmup_cosine, warmup_drops, war
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(100, 10), (50, 0), (7, 2), (12, 1)])
-def test_equals_the_array_of_the_specification(total, warmup):
+def test_equals_the_array_of_the_published_code(total, warmup):
     peak, end = 1.5e-3, 1e-5
     rising = np.linspace(0, peak, warmup)
     t = np.arange(total - warmup)

@@ -1,4 +1,4 @@
-"""What happens to a triplet of frame stacks in the data worker (TOV-VICReg specification, section 2.2).
+"""What happens to a triplet of frame stacks in the data worker, for TOV-VICReg (arXiv 2209.10901).
 
 Three frames are treated as the colours of an image, as published: hue, saturation and greyscale mix the three moments.
 The published blur (kernel of 7, σ up to 0.2) changes no value of a uint8 image: at σ = 0.2 a neighbour's weight is

@@ -94,7 +94,7 @@ def read_recording(folder: Path) -> Recording:
 
 
 class FrameStackDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Stacks of consecutive frames with the stacks before and after (specification, section 2.1).
+    """Stacks of consecutive frames with the stacks before and after (TOV-VICReg, arXiv 2209.10901).
 
     Neighbours lie one whole stack away, so they share no frame with it; at the ends they are moved inwards and may
     coincide with it in part or whole.

@@ -1,8 +1,8 @@
 """What happens to an image and its mask in the data worker; where one goes, the other goes too.
 
 Geometry runs through torchvision's `tv_tensors`, which resamples images bilinearly and masks by the nearest pixel;
-colours change on the image alone. Draws come from the sample's own generator. Specification `segmentation_heads`,
-section 9 (mmsegmentation's training pipeline) and `dinov2_radiology`, section 2.7.
+colours change on the image alone. Draws come from the sample's own generator. The pipelines are
+mmsegmentation's and, for `radiology`, that of the DINOv2 radiology benchmark (arXiv 2312.02366).
 
 >>> from patchloom.data.mask_transforms import TrainCrop
 >>> pair = torch.randint(0, 3, (4, 60, 80), dtype=torch.uint8)

@@ -5,7 +5,7 @@
     open_source("covidx:/data/covidx:test")             # 3 classes
 
 Labels, splits and the treatment of uncertain ones are those of "Delving into Masked Autoencoders for Multi-Label
-Thorax Disease Classification", arXiv 2210.12843 (specification, section 3).
+Thorax Disease Classification", arXiv 2210.12843, and of its published code.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Multi-crop views: two large and several small crops of an image, each augmented on its own.
 
-The augmentation of DINOv2 (RAD-DINO specification, section 3) with what X-rays and stained tissue call for: no hue
-where there is no colour, vertical flips and quarter turns where there is no up, and stain jitter. Every draw comes from
-the generator that is handed in.
+The augmentation of DINOv2 (arXiv 2304.07193, and its published code) with what X-rays and stained tissue call for: no
+hue where there is no colour, vertical flips and quarter turns where there is no up, and stain jitter. Every draw comes
+from the generator that is handed in.
 
 >>> import torch
 >>> image = torch.randint(0, 256, (3, 80, 120), dtype=torch.uint8)

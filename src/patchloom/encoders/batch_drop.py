@@ -1,6 +1,6 @@
 """Stochastic depth that leaves out work: a residual branch is computed on a random part of the batch only.
 
-DINOv2 (arXiv 2304.07193, section 5; RAD-DINO specification, section 2.1): at rate r each branch is computed on
+DINOv2 (arXiv 2304.07193, section 5, and its published code): at rate r each branch is computed on
 s = max(int(B (1 - r)), 1) of B samples and added with weight B / s. The expectation is that of ordinary drop path, the
 cost that of the samples kept. Below a rate of 0.1 gathering and scattering cost more than they save; there timm's drop
 path serves.

@@ -1,7 +1,7 @@
 """Encoders for stacks of game frames, as timm models: patches of 8 pixels, frames of 84 (`vit_tiny_patch8_84`).
 
 84 is no multiple of 8: the patch embedding leaves out the last four rows and columns, as the published
-implementation's does (TOV-VICReg specification, section 2.3), and the grid is 10 x 10.
+code of TOV-VICReg (arXiv 2209.10901) does, and the grid is 10 x 10.
 
 >>> import timm, patchloom
 >>> timm.create_model("vit_tiny_patch8_84", num_classes=0).patch_embed.grid_size

@@ -15,7 +15,7 @@ from patchloom.errors import UsageError
 
 
 class NormalizedLinearHead(nn.Sequential):
-    """Batch norm without parameters, then a linear classifier (AdaptFormer specification, section 2.3).
+    """Batch norm without parameters, then a linear classifier (He et al. 2021, arXiv 2111.06377, appendix A.1).
 
     Features of frozen encoders differ in scale from one to the next by orders of magnitude; the batch norm lets one
     learning rate serve them all.
@@ -81,7 +81,7 @@ def pool_replacements(encoder: Encoder, pool: Pool, norm: nn.Module | None) -> l
     Args:
         encoder: The encoder.
         pool: `auto`: as the encoder does; `cls`: the class token after the final norm; `avg`: the mean over patch
-            tokens of the un-normed output, then a norm (AdaptFormer specification, section 2.3).
+            tokens of the un-normed output, then a norm (`global_pool` of MAE's code).
         norm: The norm for `avg`, where the encoder has none behind its pooling.
 
     Raises:

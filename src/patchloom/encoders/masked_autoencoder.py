@@ -55,7 +55,7 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder of visible patches and a decoder of all positions (specification, section 2.1).
+    """An encoder of visible patches and a decoder of all positions (He et al. 2021, arXiv 2111.06377, section 3).
 
     Args:
         encoder: Encoder without head; its positions may be absolute, relative or rotary.
@@ -208,7 +208,7 @@ class MaskedAutoencoder(nn.Module):
         """Return images whose hidden patches are predicted and whose visible ones are as they were.
 
         With normalised targets the network says nothing of a patch's brightness and contrast; these are taken from
-        the original (specification, section 7).
+        the original.
 
         Args:
             images: (B, C, H, W) normalised.
@@ -292,7 +292,7 @@ def visible_count(patches: int, mask_ratio: float) -> int:
 
 
 def random_masking(x: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep a random part of the tokens of each image (specification, section 2.2).
+    """Keep a random part of the tokens of each image (`random_masking` of MAE's published code).
 
     Args:
         x: (B, N, D) tokens.
@@ -313,7 +313,7 @@ def random_masking(x: Tensor, mask_ratio: float, noise: Tensor | None = None) ->
 
 
 def mae_loss(patches: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool = True) -> Tensor:
-    """Return the mean squared error over hidden patches (specification, section 2.3).
+    """Return the mean squared error over hidden patches (`forward_loss` of MAE's published code).
 
     Args:
         patches: (B, N, C p²) patches of the normalised images, elements in the order of `pred`.
@@ -336,7 +336,7 @@ def mae_loss(patches: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool = True)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Return fixed two-dimensional sine-cosine positions (specification, section 2.4).
+    """Return fixed two-dimensional sine-cosine positions (`get_2d_sincos_pos_embed` of MAE's code).
 
     Args:
         dim: Width, divisible by 4: the first half encodes the column, the second the row, each sines then cosines.
@@ -361,7 +361,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix: int = 1) -> Tensor
 
 
 def initialize_as_mae(encoder: Encoder, fixed_positions: bool = True) -> None:
-    """Initialise an encoder as the published pre-training does (specification, section 2.4).
+    """Initialise an encoder as the published pre-training does (`initialize_weights` of MAE's code).
 
     Linear weights and the flattened patch convolution Xavier-uniform, biases 0 (the convolution's as PyTorch has it),
     norms (1, 0), class and register tokens normal with σ = 0.02.

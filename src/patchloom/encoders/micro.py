@@ -1,7 +1,7 @@
 """Small ViTs for images of 32 pixels, as timm models: what a laptop trains from scratch in minutes.
 
 Width 128, 6 blocks, 4 heads, patches of 4 pixels: with a class token alone, and as a distilled DeiT, whose second token
-learns from a teacher. The claims of the published systems are tried at this size (specification `deit_lt`, section 6).
+learns from a teacher. The claims of the published systems are tried at this size (`benchmarks/claims`).
 
 >>> import timm, torch, patchloom
 >>> timm.create_model("deit_micro_distilled_patch4_32", num_classes=10)(torch.zeros(1, 3, 32, 32)).shape

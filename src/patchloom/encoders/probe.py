@@ -1,7 +1,8 @@
 """A linear classifier of the tokens of an encoder's last blocks, and what it reads of them.
 
-DINOv2's linear probe (arXiv 2304.07193); radiology specification, section 2.4, and 2.8 for volumes. `linear_grid`
-trains such probes on features from the cache; this is one of them as a module, as published checkpoints have it.
+DINOv2's linear probe (arXiv 2304.07193), for volumes as the DINOv2 radiology benchmark (arXiv 2312.02366) has it.
+`linear_grid` trains such probes on features from the cache; this is one of them as a module, as published checkpoints
+have it.
 
 >>> layers = [(torch.randn(2, 9, 8), torch.randn(2, 8)) for _ in range(4)]
 >>> probe = LinearProbe(embed_dim=8, num_classes=3, blocks=4, avgpool=True)

@@ -2,7 +2,7 @@
 
 Heads of one input share one weight matrix, so a step costs one matrix product per input each way, however many
 learning rates there are. Heads share nothing that is trained: each ends where it would have ended alone. DINOv2's
-evaluation (arXiv 2304.07193); radiology specification, section 2.4.
+evaluation (Oquab et al. 2023, arXiv 2304.07193), as its published code `eval/linear.py` has it.
 
 >>> x, y = torch.eye(3).repeat(20, 1), torch.arange(3).repeat(20)
 >>> heads = fit_heads(x, y, inputs=[slice(0, 3), slice(0, 2)], lrs=[0.1, 10.0], num_classes=3, steps=50, batch_size=8)

@@ -1,6 +1,6 @@
 """DINOv2's linear probe: a grid of learning rates, blocks and poolings, all heads trained at once.
 
-Radiology specification, section 2.4. Features come from the cache, so training images are not augmented.
+Oquab et al. 2023, arXiv 2304.07193. Features come from the cache, so training images are not augmented.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Segmentation probe: what the tokens of a frozen encoder know of every pixel.
 
 A decoder is trained on maps of the encoder, and mean IoU is measured at the masks' own resolution with areas added up
-over all test images. Specifications `segmentation_heads` and `dinov2_radiology`, section 2.7.
+over all test images, as mmsegmentation does.
 
 >>> import patchloom as pl
 >>> pl.evaluate("segmentation", encoder="runs/mine/model", train="camvid:data/camvid:train",

@@ -1,4 +1,7 @@
-"""A few labelled images to learn from, drawn as the published evaluations do. Radiology specification, section 2.3.
+"""A few labelled images to learn from, drawn as published evaluations do.
+
+The evaluation code of DINOv2 (arXiv 2304.07193), of DINOv3 (arXiv 2508.10104) and of the DINOv2 radiology benchmark
+(arXiv 2312.02366).
 
 >>> few_shot_subset(torch.tensor([2, 0, 0, 2, 2, 0]), 1, seed=3).shape
 torch.Size([2])

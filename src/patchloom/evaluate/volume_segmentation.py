@@ -1,7 +1,7 @@
 """Segmentation of volumes by an encoder of images: a decoder on the slices, scores of whole volumes.
 
-Specification `dinov2_radiology`, sections 2.7 and 2.8. Dice is taken per volume and averaged over volumes, background
-(class 0) apart; the 95 % Hausdorff distance is in mm, by each volume's own spacing.
+The decoders are those of the DINOv2 radiology benchmark (arXiv 2312.02366). Dice is taken per volume and averaged over
+volumes, background (class 0) apart; the 95 % Hausdorff distance is in mm, by each volume's own spacing.
 
 >>> import patchloom as pl
 >>> pl.evaluate("volume_segmentation", encoder="runs/mine/model", train="scans/train", test="scans/test",

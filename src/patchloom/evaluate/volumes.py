@@ -1,7 +1,7 @@
 """Classes of volumes by an encoder of images: every slice is an image, and slices are pooled.
 
-Specification `dinov2_radiology`, section 2.8, and `dinov3_medical`, section 2.4: slice features, their mean, logistic
-regression; attention over slices (ABMIL) as the stronger head.
+As the code of the DINOv2 radiology benchmark (Baharoon et al. 2023, arXiv 2312.02366) does: slice features and their
+mean, here for logistic regression; attention over slices (ABMIL, arXiv 1802.04712) as the stronger head.
 
 >>> import patchloom as pl
 >>> pl.evaluate("volumes", encoder="runs/mine/model", train="scans/train", test="scans/test")  # doctest: +SKIP

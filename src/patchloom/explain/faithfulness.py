@@ -2,7 +2,7 @@
 
 Deletion replaces the most salient pixels by the mean colour, step by step; insertion starts from a blurred image and
 gives them back. The less area it takes until the class's probability moves, the more faithful the map. Petsiuk, Das
-and Saenko, arXiv 1806.07421; steps and blur by the Prompt-CAM specification, section 5.
+and Saenko, arXiv 1806.07421. Prompt-CAM (arXiv 2501.09333) reports both figures without code; steps and blur are ours.
 
 >>> import torch
 >>> weight = torch.randn(2, 3 * 8 * 8)

@@ -1,8 +1,8 @@
 """What a Prompt-CAM model decided by: maps per class and head, which heads matter, what tells two classes apart.
 
 A head of the last block is a candidate trait: its map of a class shows where that class's prompt looks. Blurring a head
-(letting the prompt look everywhere alike) shows what the decision owes to it. Prompt-CAM specification, sections 2.4
-and 2.5.
+(letting the prompt look everywhere alike) shows what the decision owes to it. Prompt-CAM, arXiv 2501.09333, and
+its published code.
 
 >>> import timm, torch
 >>> from patchloom.systems.prompt_cam.model import PromptCAM

@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification of features, as DINO evaluates.
 
 Neighbours are found by cosine similarity; each votes with weight exp(similarity / temperature). Training features are
-compared a block at a time and the best so far are kept, so memory is bounded whatever their number. Radiology
-specification, section 2.2.
+compared a block at a time and the best so far are kept, so memory is bounded whatever their number. Caron et
+al. 2021, arXiv 2104.14294; `eval/knn.py` of DINOv2's published code.
 
 >>> train, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
 >>> votes = knn_votes(train, labels, torch.tensor([[0.9, 0.1, 0.0]]), ks=(1, 8))

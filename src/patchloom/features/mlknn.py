@@ -1,7 +1,8 @@
 """ML-kNN: the labels of an image by Bayes' rule from how many of its nearest neighbours have them.
 
-Zhang and Zhou: "ML-KNN: A lazy learning approach to multi-label learning", Pattern Recognition 40 (2007); radiology
-specification, section 2.2. Neighbours are found by cosine similarity, as for the weighted vote.
+Zhang and Zhou: "ML-KNN: A lazy learning approach to multi-label learning", Pattern Recognition 40 (2007), as
+the DINOv2 radiology benchmark (arXiv 2312.02366) uses it. Neighbours are found by cosine similarity, as for the
+weighted vote.
 
 >>> train = torch.eye(3).repeat(4, 1)
 >>> labels = (torch.arange(12)[:, None] % 3 == torch.arange(3)).float()

@@ -1,6 +1,7 @@
 """What a representation of observations looks like: collapse, similarity, sparsity, attention.
 
-The four diagnostics of the TOV-VICReg paper, as the specification defines them (section 5).
+The four kinds of diagnostics of the TOV-VICReg paper (arXiv 2209.10901); the figures that measure them are defined
+here.
 
 >>> figures = representation_report(torch.randn(60, 8), torch.arange(60) % 3)
 >>> figures["dead_dimensions"], abs(round(figures["similarity_gap"], 1))

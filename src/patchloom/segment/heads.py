@@ -1,7 +1,7 @@
 """Decoders on maps of an encoder: linear, BatchNorm-linear, fully convolutional, SETR's.
 
-Specification `segmentation_heads`, sections 1 to 3, 6 and 7: the heads of mmsegmentation 0.x and DINOv2's BNHead. All
-take a list of maps (B, C, h, w) and return logits at their own resolution; parameters bear the published names.
+The heads of mmsegmentation 0.x, SETR's (Zheng et al. 2020, arXiv 2012.15840) and DINOv2's BNHead (arXiv 2304.07193).
+All take a list of maps (B, C, h, w) and return logits at their own resolution; parameters bear the published names.
 
 >>> head = BNHead([32, 32], num_classes=5).eval()
 >>> head([torch.randn(2, 32, 8, 8), torch.randn(2, 32, 8, 8)]).shape

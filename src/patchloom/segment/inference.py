@@ -1,6 +1,6 @@
 """Segmenting an image of any size: as a whole, in sliding windows, at several scales, mirrored.
 
-Specification `segmentation_heads`, section 8, mmsegmentation's rules. A model is anything that turns images
+The rules are those of mmsegmentation's `EncoderDecoder`. A model is anything that turns images
 (B, C, H, W) into logits (B, K, h, w).
 
 >>> windows((5, 9), (4, 4), (3, 3))

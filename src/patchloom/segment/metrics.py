@@ -1,7 +1,8 @@
 """How good a segmentation is: mean IoU over a whole set, Dice, and the 95 % Hausdorff distance.
 
-Specification `segmentation_heads`, section 9, and `dinov2_radiology`, section 2.7. Mean IoU is never a mean over
-images: areas are added up over the set first. Kept per image, they also give intervals, by drawing images anew.
+Mean IoU is mmsegmentation's; Dice and Jaccard are what the DINOv2 radiology benchmark (arXiv 2312.02366) reports. Mean
+IoU is never a mean over images: areas are added up over the set first. Kept per image, they also give intervals, by
+drawing images anew.
 
 >>> metric = MeanIoU(2)
 >>> metric.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 255]]))

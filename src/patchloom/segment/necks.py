@@ -1,7 +1,7 @@
 """From the maps of a plain ViT, all of one stride, to a pyramid of strides 4, 8, 16, 32.
 
-Specification `segmentation_heads`, section 4: mmsegmentation's MultiLevelNeck, BEiT's and MAE's neck, ViTDet's simple
-feature pyramid. Parameters bear the published names.
+mmsegmentation's MultiLevelNeck, BEiT's and MAE's neck (arXiv 2106.08254), ViTDet's simple feature pyramid (arXiv
+2203.16527). Parameters bear the published names.
 
 >>> pyramid = ViTNeck("beit", 16)([torch.randn(1, 16, 4, 4)] * 4)
 >>> [tuple(level.shape[-2:]) for level in pyramid]

@@ -1,7 +1,7 @@
 """The backbone of BEiT's, MAE's and CCViT's segmentation models: a plain ViT and the neck inside it.
 
-Four blocks' tokens, un-normed and without the class token, become maps of strides 4, 8, 16 and 32 (specifications
-`g2sd`, section 2.5, and `ccvit`, section 3.3).
+Four blocks' tokens, un-normed and without the class token, become maps of strides 4, 8, 16 and 32, as in
+the segmentation code of BEiT (arXiv 2106.08254), which CCViT and G2SD use.
 
 >>> import timm
 >>> encoder = timm.create_model("beit_base_patch16_224", num_classes=0, embed_dim=24, depth=4, num_heads=3, img_size=64)

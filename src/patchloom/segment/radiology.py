@@ -1,6 +1,6 @@
 """The two decoders of the DINOv2 radiology benchmark: linear, and one shaped like the upper half of a U-Net.
 
-Specification `dinov2_radiology`, section 2.7. They take patch tokens and their grid.
+Baharoon et al. 2023, arXiv 2312.02366, and its published code. They take patch tokens and their grid.
 
 >>> head = UNetSegHead(32, num_classes=3, patch_size=4).eval()
 >>> head([torch.randn(1, 16, 32)] * 5, (4, 4)).shape

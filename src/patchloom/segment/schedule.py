@@ -1,6 +1,6 @@
 """Learning rate of decoders by iteration: polynomial or half a cosine, with warm-up; layer-wise rates by BEiT's rule.
 
-Specification `segmentation_heads`, section 10.
+mmsegmentation's schedules (poly by iteration, warm-up), and BEiT's layer decay (arXiv 2106.08254).
 
 >>> [round(poly(step, 10, 1.0, warmup=0), 2) for step in (0, 5, 10)]
 [1.0, 0.5, 0.0]

@@ -1,6 +1,6 @@
 """UPerNet: pyramid pooling on the coarsest map, a feature pyramid over all (Xiao et al. 2018).
 
-Specification `segmentation_heads`, section 5, with mmsegmentation's names.
+Xiao et al. 2018, arXiv 1807.10221, with mmsegmentation's names.
 
 >>> head = UPerHead([16, 16, 16, 16], num_classes=5, channels=32).eval()
 >>> head([torch.randn(1, 16, side, side) for side in (16, 8, 4, 2)]).shape

@@ -1,6 +1,6 @@
 """The centroid tokenizer: an image patch's token is the nearest of K centroids of raw pixel patches.
 
-CCViT, arXiv 2303.04664 (specification, sections 2.1 to 2.4). A centroid is a class to predict and a patch of pixels to
+CCViT, arXiv 2303.04664. A centroid is a class to predict and a patch of pixels to
 look at. All images here are RGB (or any `in_chans`) in [0, 1], **not** normalised by mean and standard deviation.
 
 >>> import torch
@@ -122,7 +122,7 @@ class CentroidTokenizer(nn.Module):
 
     @torch.no_grad()
     def replace(self, images: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Paste over the marked patches their own nearest centroids (specification, section 2.4, step 3).
+        """Paste over the marked patches their own nearest centroids, as CCViT corrupts images.
 
         Args:
             images: (B, C, H, W) in [0, 1] or uint8.

@@ -1,6 +1,6 @@
 """From images to a codebook: draw images, cut them into patches, cluster the patches.
 
-As the reference (specification, section 2.2): images resized to image_size / 0.875 on the shorter side, centre-cropped,
+As CCViT's published code does: images resized to image_size / 0.875 on the shorter side, centre-cropped,
 in [0, 1]; every patch of every drawn image is a point. Patches of uint8 images are held as uint8, in memory while they
 fit and in a temporary file beyond.
 """

@@ -1,8 +1,8 @@
 """Exact Lloyd k-means for many points in many dimensions, in bounded memory, on one device or several ranks.
 
 Objective, start and treatment of empty clusters follow faiss's `Clustering`, with which CCViT's codebooks were made
-(specification, section 2.2): the objective of an iteration is the sum of squared distances at its assignment step,
-before the centroids move; an empty cluster takes half of a big one.
+(arXiv 2303.04664 and its published code): the objective of an iteration is the sum of squared distances at its
+assignment step, before the centroids move; an empty cluster takes half of a big one.
 
 Assignments are exact (see `nearest`); sums of points and the objective are accumulated in float64. Sums are corrected
 for the points that changed cluster rather than computed anew, which in float64 loses nothing and is soon a small

@@ -1,6 +1,8 @@
 """Unequal classes: how many images each has, which are kept, what each weighs, and how groups of them fare.
 
-Specification `deit_lt`, sections 2.4, 2.5, 3 and 5.
+Counts, weights by the effective number of samples (Cui et al. 2019, arXiv 1901.05555), deferred re-weighting (Cao et
+al. 2019, arXiv 1906.07413) and groups are those of DeiT-LT (Rangwani et al. 2024, arXiv 2404.02900) and its published
+code.
 
 >>> long_tail_counts(10, 5000, 100)
 [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]

@@ -1,6 +1,6 @@
 """A margin for every class, the wider the rarer it is: the loss of LDAM, on cosines.
 
-Cao et al. 2019, arXiv 1906.07413; specification `deit_lt`, section 2.6.
+Cao et al. 2019, arXiv 1906.07413.
 
 >>> loss = LDAM([5000, 50])
 >>> [round(float(margin), 3) for margin in loss.margins]

@@ -23,8 +23,8 @@ HEAD = frozenset({"norm", "fc_norm", "head", "head_dist", "attn_pool", "rope", "
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Return whether weight decay applies, as in BEiT: to everything but vectors, biases, positions and class tokens.
 
-    `mask_token` (3-D) and relative-position tables (2-D) do decay (CCViT specification, section 3.1); frequencies of
-    rotary positions that are learnt do not.
+    `mask_token` (3-D) and relative-position tables (2-D) do decay, as in the published code of BEiT and CCViT;
+    frequencies of rotary positions that are learnt do not.
     """
     return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY
 
@@ -33,8 +33,9 @@ def layer_of(name: str, depth: int) -> int:
     """Return the layer of a ViT's parameter for layer-wise learning rates, by its name in the encoder.
 
     0 for embeddings and the norm behind them, i + 1 for block i, depth + 1 for the rest: head, final norm, learnt
-    frequencies of rotary positions, and a relative-position table shared by all blocks (CCViT specification, section
-    3.2). timm groups them in the same way, but for that table (embeddings) and the final norm (last block).
+    frequencies of rotary positions, and a relative-position table shared by all blocks, as in the published code of
+    BEiT (Bao et al. 2021, arXiv 2106.08254). timm groups them in the same way, but for that table (embeddings) and the
+    final norm (last block).
 
     Raises:
         UsageError: No ViT of timm has a parameter of that name.

@@ -1,7 +1,8 @@
 """Sharpness-aware minimisation: step by the gradient taken where the loss is worst nearby.
 
 Flat minima have features of lower rank, and CNNs trained so teach rare classes better. Foret et al. 2021, arXiv
-2010.01412; specification `deit_lt`, section 2.6. A method with a radius attaches `SharpnessAware` to its run.
+2010.01412; for teachers, Rangwani et al. 2024, arXiv 2404.02900. A method with a radius attaches `SharpnessAware` to
+its run.
 
 >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
 >>> (weight.square().sum() / 2).backward()

@@ -11,7 +11,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
     The warm-up includes both of its ends (0 at step 0, `peak` at step `warmup` - 1); the cosine takes
     t = 0 … total - warmup - 1 over T = total - warmup steps, so `end` itself is approached, not reached
-    before the run is over (CCViT specification, section 3.1, as in BEiT).
+    before the run is over (`cosine_scheduler` of BEiT's published code, which CCViT uses).
 
     Args:
         step: Optimiser step, from 0.

@@ -154,7 +154,7 @@ def as_classifier(
     """Return a classifier with the encoder's weights; a model that is no ViT keeps its own pooling.
 
     A `Beit` whose blocks share one relative-position table gets a table per block, each a copy; with mean pooling
-    the final norm gives way to a fresh `fc_norm` over the pooled feature (specification, section 3.2).
+    the final norm gives way to a fresh `fc_norm` over the pooled feature (as in BEiT's published fine-tuning).
 
     Args:
         encoder: Made by `create_encoder` or `create_backbone` (it remembers what it was made from).

@@ -244,7 +244,7 @@ def squared_emd(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def quadratic_weighted_kappa(confusion_matrix: Tensor) -> float:
-    """Return Cohen's kappa with quadratic weights (DVPT specification, section 5).
+    """Return Cohen's kappa with quadratic weights (Cohen 1968), the figure of DVPT's grading tasks.
 
     Args:
         confusion_matrix: (K, K) counts, rows the true grades.

@@ -1,4 +1,4 @@
-"""Published AdaptFormer checkpoints against a forward pass written out from the specification."""
+"""Published AdaptFormer checkpoints against a forward pass written out by hand."""
 
 from __future__ import annotations
 

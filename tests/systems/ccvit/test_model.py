@@ -1,4 +1,4 @@
-"""CentroidMIM against its formulas, written out in float64 from the specification, every parameter randomised."""
+"""CentroidMIM against its formulas, written out in float64, every parameter randomised."""
 
 from __future__ import annotations
 

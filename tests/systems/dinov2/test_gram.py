@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def by_hand(student: Tensor, anchor: Tensor, image_level: bool, normalize: bool, kind: bool | str) -> float:
-    """The specification, entry by entry."""
+    """The formula, entry by entry."""
     if not image_level:
         student, anchor = student.reshape(1, -1, student.shape[-1]), anchor.reshape(1, -1, anchor.shape[-1])
     total, count = 0.0, 0

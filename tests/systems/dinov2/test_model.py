@@ -1,4 +1,4 @@
-"""The DINOv2 module against the specification written out in float64."""
+"""The DINOv2 module against its formulas written out in float64."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def features(encoder: Any, images: Tensor, masks: Tensor | None, mask_token: Ten
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 @pytest.mark.parametrize("separate", [False, True])
-def test_the_losses_are_those_of_the_specification(centering, separate):
+def test_the_losses_are_those_of_the_formulas(centering, separate):
     made = model(centering=centering, separate_head=separate, dino_weight=0.7, ibot_weight=1.3, koleo_weight=0.2)
     made.eval()
     globals_, locals_, masks = crops()

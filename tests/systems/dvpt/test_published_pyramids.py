@@ -1,4 +1,4 @@
-"""Published DVPT layouts of Swin and SegFormer against forward passes written out from the specification."""
+"""Published DVPT layouts of Swin and SegFormer against forward passes written out by hand."""
 
 from __future__ import annotations
 

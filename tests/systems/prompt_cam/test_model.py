@@ -30,7 +30,7 @@ def model_of(
 
 
 def written_out(model: PromptCAM, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The specification's steps, with timm's blocks called on the whole row (plain ViT only)."""
+    """The paper's steps, with timm's blocks called on the whole row (plain ViT only)."""
     encoder, added, count = model.encoder, model.added, model.num_classes
     x = encoder._pos_embed(encoder.patch_embed(images))
     x = encoder.norm_pre(x)

@@ -57,7 +57,7 @@ def test_the_defaults_are_deits():
     assert (config.betas, config.pool, config.optimizer, config.epochs) == ((0.9, 0.999), "cls", "adamw", 300)
 
 
-def test_the_recipe_of_teachers_is_the_specifications():
+def test_the_recipe_of_teachers_is_ldam_with_sam():
     config = config_from_mapping(ScratchConfig, {"data": "digits", "out": "x", "preset": "ldam_sam"})
     assert (config.optimizer, config.momentum, config.lr, config.weight_decay) == ("sgd", 0.9, 0.1, 5e-4)
     assert (config.epochs, config.lr_drops, config.lr_drop, config.warmup_epochs) == (200, (0.8, 0.9), 0.01, 5)

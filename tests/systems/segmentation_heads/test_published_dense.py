@@ -1,4 +1,4 @@
-"""Published segmentation models of CCViT and G2SD against a forward pass written out from the specification."""
+"""Published segmentation models of CCViT and G2SD against a forward pass written out by hand."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def dense_layout(patch: int = 16, fused: bool = False, absolute: bool = False, s
 
 
 def relative_index() -> Tensor:
-    """The index of the specification, section 10: patches, then the class token's row, column and corner."""
+    """The index of BEiT's tables: patches, then the class token's row, column and corner."""
     h, w = GRID
     table = (2 * h - 1) * (2 * w - 1) + 3
     index = torch.zeros(h * w + 1, h * w + 1, dtype=torch.long)

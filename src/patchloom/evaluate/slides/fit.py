@@ -1,6 +1,6 @@
 """Training one head on bags, and asking it: Adam, batches of padded bags, a curve of the validation metric.
 
-Phikon-v2 specification, section 2.6.
+As the published code of Phikon-v2's group (owkin/HistoSSLscaling) does.
 """
 
 from __future__ import annotations

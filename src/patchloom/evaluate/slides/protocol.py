@@ -1,7 +1,7 @@
 """`patchloom evaluate slides`: how well a slide's label is read off the features of its tiles.
 
 Settings are chosen by repeated cross-validation on the training cohort; all models of the folds answer together on
-the test cohort, beside one model trained anew on all training slides (Phikon-v2 specification, section 2.7).
+the test cohort, beside one model trained anew on all training slides (Phikon-v2: Filiot et al. 2024, arXiv 2409.09173).
 
 >>> import patchloom as pl
 >>> pl.evaluate("slides", train="features/a", train_labels="a.csv", test="features/b", test_labels="b.csv")

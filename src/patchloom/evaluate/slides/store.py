@@ -1,7 +1,7 @@
 """Features of tiles on disk: one folder per slide, written whole or not at all, read by memory mapping.
 
 `SLIDE/features.npy` holds a row per tile: level, column and row of its DeepZoom address, then the features, the layout
-of the published benchmark (Phikon-v2 specification, section 2.2). `store.json` says what made them.
+of the published benchmark (owkin/HistoSSLscaling). `store.json` says what made them.
 
 >>> store = TileStore("features/")  # doctest: +SKIP
 >>> store.bag("patient-1").features.shape  # doctest: +SKIP

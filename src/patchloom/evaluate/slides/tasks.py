@@ -1,6 +1,6 @@
 """What is asked of a slide: one of two classes, one of several, or how soon; with its loss and its metric.
 
-Phikon-v2 specification, section 2.5.
+Losses and metrics are those of the published code of Phikon-v2's group (owkin/HistoSSLscaling).
 
 >>> cox_loss(torch.tensor([1.0, 0.0]), torch.tensor([2.0, -3.0])).round(decimals=3)
 tensor(0.1570)

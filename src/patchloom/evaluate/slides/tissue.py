@@ -1,7 +1,7 @@
 """Where tissue is on a slide, and the tiles that hold enough of it.
 
-Stained tissue is colourful, glass is not: Otsu's threshold on the saturation of a small picture, then a median filter
-(Phikon-v2 specification, section 2.2). The paper's own tissue network was not published, so tiles differ from its.
+Stained tissue is colourful, glass is not: Otsu's threshold on the saturation of a small picture, then a median filter.
+The tissue network of Phikon-v2 (Filiot et al. 2024, arXiv 2409.09173) was not published, so tiles differ from its.
 
 >>> glass, stained = np.full((32, 32, 3), 230, np.uint8), np.full((32, 32, 3), (200, 90, 160), np.uint8)
 >>> tissue_mask(np.concatenate([glass, stained])).mean(1).round()[[0, 60]].tolist()

@@ -1,7 +1,8 @@
 """Choosing a head by cross-validation, and keeping the models that were trained on the way as an ensemble.
 
 Repeated folds that keep a patient's slides together, a grid of learning rate and weight decay, the epoch by the mean
-validation curve (Phikon-v2 specification, sections 2.6 and 2.7).
+validation curve, as the published code of Phikon-v2's group (owkin/HistoSSLscaling) has them; the ensemble is
+Phikon-v2's (Filiot et al. 2024, arXiv 2409.09173).
 
 >>> ensemble = cross_validate_mil(bags, labels, patients, Task("binary", ("no", "yes")))  # doctest: +SKIP
 >>> ensemble.predict(other_bags)  # probabilities, the mean over 15 models  # doctest: +SKIP

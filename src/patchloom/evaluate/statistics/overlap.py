@@ -1,6 +1,7 @@
 """How well segmentations overlap with their masks, with intervals: mean IoU, Dice and Jaccard, from areas by image.
 
-Images and volumes share it. Specifications `segmentation_heads`, section 9, and `dinov2_radiology`, section 2.7.
+Images and volumes share it. Mean IoU is mmsegmentation's; Dice and Jaccard are those of the DINOv2 radiology benchmark
+(arXiv 2312.02366), but for false positives on background, which its code leaves out and which count here.
 
 >>> ones = torch.ones(4, 3, dtype=torch.int64)
 >>> scores_with_intervals(Areas(ones, 2 * ones, 2 * ones), ["background", "lung", "heart"])["foreground_dice"]

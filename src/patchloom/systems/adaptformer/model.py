@@ -1,7 +1,7 @@
 """AdaptFormer: a narrow two-layer branch beside the MLP of every block of a frozen encoder.
 
-"AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, arXiv 2205.13535;
-specification, section 2.
+"AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, arXiv 2205.13535.
+Where the paper's figure and its published code differ (the adapter reads what enters the norm), the code is followed.
 
 >>> import timm, torch
 >>> from patchloom.encoders.insertion import insert

@@ -1,4 +1,4 @@
-"""Published AdaptFormer checkpoints: image and video, adapters, prompts and linear probe (specification, section 4)."""
+"""Published AdaptFormer checkpoints: image and video, adapters, prompts and linear probe (arXiv 2205.13535)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class MIMOutput(NamedTuple):
 
 
 class CentroidMIM(nn.Module):
-    """An encoder with a mask token, a condenser branch and the two heads (specification, section 2.6).
+    """An encoder with a mask token, a condenser branch and the two heads (arXiv 2303.04664).
 
     Args:
         backbone: Encoder without head that has a class token.
@@ -110,7 +110,7 @@ class CentroidMIM(nn.Module):
         self._init_own(init_condenser)
 
     def _init_own(self, init_condenser: str) -> None:
-        """Initialise what is not the encoder's (specification, section 2.8)."""
+        """Initialise what is not the encoder's, as the published code does."""
         _truncated(self.mask_token)
         for head in (self.token_head, self.condenser_head):
             if head is not None:
@@ -183,7 +183,7 @@ class CentroidMIM(nn.Module):
 
 
 class CentroidMIMLoss(nn.Module):
-    """Cross-entropy on tokens plus mean squared error on normalised pixels (specification, section 2.7).
+    """Cross-entropy on tokens plus mean squared error on normalised pixels (arXiv 2303.04664).
 
     Args:
         token_weight: Weight of the token loss.
@@ -262,7 +262,7 @@ def _expected(logits: Tensor, centroids: Tensor) -> Tensor:
 
 
 def pixel_targets(images: Tensor, size: int) -> Tensor:
-    """Return the regression targets of all patches (specification, section 2.7).
+    """Return the regression targets of all patches, as the published code does.
 
     Args:
         images: (B, C, H, W) clean, in [0, 1], not normalised.
@@ -280,7 +280,7 @@ def default_early_layers(blocks: int) -> int:
 
 
 def initialize_as_beit(encoder: Encoder) -> None:
-    """Initialise an encoder as the published pre-training does (specification, section 2.8).
+    """Initialise an encoder as the published pre-training code of BEiT and CCViT does.
 
     Linear and convolution weights and class token: normal with σ = 0.02 cut at ±σ; biases 0; norms (1, 0); then
     the output projections of block i divided by √(2i).

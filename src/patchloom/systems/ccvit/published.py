@@ -1,4 +1,4 @@
-"""Published CCViT checkpoints: pre-training, fine-tuning and the dense model (specification, sections 3.3 and 4)."""
+"""Published CCViT checkpoints: pre-training, fine-tuning and the dense model (arXiv 2303.04664)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The CNN teachers of DeiT-LT: CIFAR's small ResNets, and networks trained by PaCo.
 
-Cui et al. 2021, arXiv 2107.12028. Specification `deit_lt`, section 2.2.
+PaCo: Cui et al. 2021, arXiv 2107.12028; as the published code of DeiT-LT (arXiv 2404.02900) uses them.
 """
 
 from __future__ import annotations

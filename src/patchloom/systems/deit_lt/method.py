@@ -1,6 +1,6 @@
 """DeiT-LT as a training method: a ViT from scratch on classes that are very unequal, taught by a small CNN.
 
-The model and its loss are in `two_heads`. Rangwani et al. 2024, arXiv 2404.02900; specification `deit_lt`.
+The model and its loss are in `model.py`. Rangwani et al. 2024, arXiv 2404.02900.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DeiT-LT: a ViT with one head for the labels and one for what a CNN says, on classes that are very unequal.
 
 The labels' head ends up good at frequent classes, the distillation head at rare ones; their mean is the answer.
-Rangwani et al. 2024, arXiv 2404.02900. Specification `deit_lt`, section 2.
+Rangwani et al. 2024, arXiv 2404.02900; where paper and published code differ, the code is followed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DeiT-LT's published checkpoints: students in timm's names, and CNN teachers trained by PaCo or LDAM.
 
-Specification `deit_lt`, section 4.
+Rangwani et al. 2024, arXiv 2404.02900; github.com/val-iisc/DeiT-LT.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gram anchoring: a student's patches keep the likenesses to one another that those of an anchor have.
 
 What is compared are the similarities of patches, not the patches, so that features may go on changing. "DINOv3", arXiv
-2508.10104; specification `dinov3_medical`, section 2.3.
+2508.10104, and its published code (`gram_loss.py`).
 
 >>> import torch
 >>> student, anchor = torch.randn(2, 9, 16), torch.randn(2, 9, 16)

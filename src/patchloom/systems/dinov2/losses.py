@@ -1,8 +1,8 @@
 """The losses of self-distillation: tensors in, tensors out, on one process or several.
 
 DINO (arXiv 2104.14294), iBOT (arXiv 2111.07832), KoLeo (arXiv 1806.03198) and Sinkhorn-Knopp centring (SwAV, arXiv
-2006.09882), as DINOv2 (arXiv 2304.07193) joins them; RAD-DINO specification, section 2.3. All of them compute in
-float32 at least, whatever autocast says: exp(z / temperature) overflows a half.
+2006.09882), as the published code of DINOv2 (arXiv 2304.07193) joins them. All of them compute in float32 at least,
+whatever autocast says: exp(z / temperature) overflows a half.
 
 >>> import torch
 >>> teacher = sinkhorn_knopp(torch.randn(8, 32), temperature=0.04)

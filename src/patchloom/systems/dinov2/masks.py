@@ -1,4 +1,4 @@
-"""Which patches of which crops DINOv2 hides (RAD-DINO specification, section 2.4).
+"""Which patches of which crops DINOv2 hides (`collate.py` and `masking.py` of its published code).
 
 Half of the global crops get a mask; their ratios are spread over 0.1 to 0.5, one in each of as many equal bins as there
 are masked crops. The choice is made for the crops of all processes together, and the blocks of a crop come from a

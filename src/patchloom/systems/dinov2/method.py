@@ -269,7 +269,7 @@ class Dinov2Method(Method):
     # Optimiser: who learns how fast, what decays, what is clipped together.
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return whether weight decay applies: to all but biases, norms and layer scale (specification, section 3)."""
+        """Return whether weight decay applies: to all but biases, norms and layer scale, as published."""
         return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
 
     def part(self, name: str) -> str:

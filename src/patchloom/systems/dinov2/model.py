@@ -1,7 +1,7 @@
 """DINOv2: a student learns to say of crops and hidden patches what its own moving average says of the whole view.
 
 The algorithm without an engine: student and teacher, their heads, the three losses. "DINOv2: Learning Robust Visual
-Features without Supervision", arXiv 2304.07193; RAD-DINO specification, section 2.
+Features without Supervision", arXiv 2304.07193, and its published code.
 
 >>> import torch
 >>> from patchloom.encoders import create_encoder
@@ -43,7 +43,7 @@ GLOBAL_CROPS = 2
 
 
 class DINOHead(nn.Module):
-    """An MLP to a bottleneck, then cosine similarity with K prototypes (specification, section 2.2).
+    """An MLP to a bottleneck, then cosine similarity with K prototypes (Caron et al. 2021, arXiv 2104.14294).
 
     Linear, GELU, …, Linear to the bottleneck, L2 normalisation, and a weight-normalised linear layer without bias
     whose gains start at 1 and are trained.
@@ -173,7 +173,7 @@ class Distilled(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """Student and teacher with the DINO, iBOT and KoLeo losses (specification, section 2.3).
+    """Student and teacher with the DINO, iBOT and KoLeo losses (`SSLMetaArch` of the published code).
 
     Args:
         encoder: Encoder without head that has a class token; becomes the student's. The teacher starts as its copy.

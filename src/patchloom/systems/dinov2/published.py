@@ -1,8 +1,7 @@
 """Published DINOv2 checkpoints: backbones, training checkpoints with heads, and the layout of transformers.
 
-DINOv2's own, RAD-DINO's and Phikon-v2's (RAD-DINO specification, section 4; Phikon-v2 specification, section 4). A
-backbone becomes a timm `VisionTransformer`; with heads it becomes `Distilled` (one network) or `DINOv2` (student and
-teacher).
+DINOv2's own (arXiv 2304.07193), RAD-DINO's (arXiv 2401.10815) and Phikon-v2's (arXiv 2409.09173). A backbone
+becomes a timm `VisionTransformer`; with heads it becomes `Distilled` (one network) or `DINOv2` (student and teacher).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Published linear probes and decoders of the DINOv2 radiology benchmark, and DINOv2's own linear probes.
 
-Specification `dinov2_radiology`, section 4. A checkpoint holds one probe for each choice of blocks, pooling and
-learning rate (`classifiers_dict.<name>.linear.…`), or one decoder for each learning rate (`decoders_dict.<name>.…`).
+Baharoon et al. 2023, arXiv 2312.02366; github.com/MohammedSB/DINOv2ForRadiology. A checkpoint holds one probe for each
+choice of blocks, pooling and learning rate (`classifiers_dict.<name>.linear.…`), or one decoder for each learning rate
+(`decoders_dict.<name>.…`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published DINOv3 backbones as timm's `Eva` (specification `dinov3_medical`, section 4).
+"""Published DINOv3 backbones (Siméoni et al. 2025, arXiv 2508.10104) as timm's `Eva`.
 
 What timm's own loader leaves out is kept: the mask token, the stored periods of the rotary positions, biases of keys,
 and a norm of its own for the prefix tokens.

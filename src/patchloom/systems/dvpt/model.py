@@ -1,7 +1,7 @@
 """DVPT: prompts that read the image, and one narrow bottleneck shared by neighbouring blocks.
 
 "DVPT: Dynamic Visual Prompt Tuning of Large Pre-trained Models for Medical Image Analysis", Neural Networks 185, 2025,
-arXiv 2307.09787; specification, section 2.
+arXiv 2307.09787. The published code has a module of its own for every kind of encoder; each is followed for its kind.
 
 >>> import timm, torch
 >>> from patchloom.encoders.insertion import insert

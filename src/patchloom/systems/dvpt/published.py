@@ -1,4 +1,4 @@
-"""Published DVPT layouts: the CLIP visual tower, Swin and SegFormer (specification, section 4)."""
+"""Published DVPT layouts: the CLIP visual tower, Swin and SegFormer (arXiv 2307.09787)."""
 
 from __future__ import annotations
 

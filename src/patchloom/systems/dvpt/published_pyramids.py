@@ -1,4 +1,4 @@
-"""Published DVPT layouts of Swin and SegFormer (specification, section 4): key conversion."""
+"""Published DVPT layouts of Swin and SegFormer (arXiv 2307.09787): key conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DVPT in encoders of several scales, as its published code has it for Swin and SegFormer (specification, 2.4, 2.5).
+"""DVPT in encoders of several scales, as its published code has it for Swin and SegFormer (arXiv 2307.09787).
 
 Both add what prompts read to the first tokens of every block, and a shared bottleneck beside the MLP. They serve
 published checkpoints; `patchloom adapt dvpt` is for single-scale encoders.
@@ -270,7 +270,7 @@ class DVPTSegFormer(nn.Module):
 
 
 def dvpt_segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return what DVPT's segmentation models are trained with: half cross-entropy, half Dice (specification, 3).
+    """Return what DVPT's segmentation models are trained with: half cross-entropy, half Dice.
 
     Dice with squared denominators over the whole batch, of probabilities after one softmax: the published script takes
     a softmax of what is one already.

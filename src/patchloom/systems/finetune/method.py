@@ -1,7 +1,7 @@
 """End-to-end fine-tuning for classification, by the recipe of BEiT and CCViT.
 
 Layer-wise learning rates, stochastic depth, RandAugment, mixup, cutmix, random erasing, label smoothing, mean
-pooling over patches. CCViT specification, section 3.2.
+pooling over patches: the recipe of BEiT (Bao et al. 2021, arXiv 2106.08254) and CCViT (arXiv 2303.04664).
 """
 
 from __future__ import annotations

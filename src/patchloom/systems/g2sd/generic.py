@@ -1,8 +1,7 @@
 """Generic distillation: a small masked autoencoder learns what a large one's decoder holds, without labels.
 
 The first stage of G2SD (Huang et al. 2023, arXiv 2302.14771). Both see the same patches of an image; the student's
-decoder has to say what the teacher's holds half-way, for hidden and visible patches alike. Specification `g2sd`,
-section 2.1.
+decoder has to say what the teacher's holds half-way, for hidden and visible patches alike.
 
 >>> from patchloom.encoders import create_encoder
 >>> def autoencoder(width, depth):

@@ -1,6 +1,6 @@
 """G2SD's published checkpoints: generic students with their prediction networks, classifiers, dense students.
 
-Specification `g2sd`, section 4.
+Huang et al. 2023, arXiv 2302.14771; github.com/pengzhiliang/G2SD.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """G2SD's second stage for detectors: a student's feature pyramid and objectness are held to a teacher's.
 
 Written for lists of maps, whatever detector they come from. "Generic-to-Specific Distillation of Masked Autoencoders",
-arXiv 2302.14771; specification, section 2.4.
+arXiv 2302.14771, and the detection part of its published code.
 
 >>> adapter = PyramidAdapter(levels=2, channels=8)
 >>> student, teacher = ([torch.randn(1, 8, side, side) for side in (4, 2)] for _ in range(2))

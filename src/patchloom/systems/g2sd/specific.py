@@ -1,6 +1,6 @@
 """Specific distillation: a classifier with a token of its own for what the teacher says.
 
-The second stage of G2SD (Huang et al. 2023, arXiv 2302.14771). Specification `g2sd`, section 2.3.
+The second stage of G2SD (Huang et al. 2023, arXiv 2302.14771), as the published code has it.
 
 >>> from patchloom.encoders import create_encoder
 >>> model = DistilledVisionTransformer(create_encoder("vit_tiny_patch16_224"), num_classes=10)

@@ -1,6 +1,6 @@
 """A linear classifier on a frozen encoder, trained on augmented images: what every other method has to beat.
 
-Behind a batch norm without parameters, as in AdaptFormer's comparison (AdaptFormer specification, section 2.3). No
+Behind a batch norm without parameters, as in AdaptFormer's comparison (arXiv 2205.13535, and its published code). No
 gradient enters the encoder. `patchloom evaluate linear` fits the same kind of classifier on features computed once.
 
 >>> import timm, torch

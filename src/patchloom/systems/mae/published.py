@@ -1,4 +1,4 @@
-"""Published MAE checkpoints: the pre-training, encoder-only and fine-tuning layouts (specification, section 4)."""
+"""Published MAE checkpoints: the pre-training, encoder-only and fine-tuning layouts (arXiv 2111.06377)."""
 
 from __future__ import annotations
 

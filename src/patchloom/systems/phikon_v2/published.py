@@ -1,4 +1,4 @@
-"""Published slide-level heads of Phikon-v2's group, and its tile encoder (specification, sections 2.4 and 4).
+"""Published slide-level heads of Phikon-v2's group, and its tile encoder (arXiv 2409.09173).
 
 The names of the tensors tell which head it is, their shapes nearly all else.
 """
@@ -80,7 +80,7 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
         state: Tensors under the published names.
         head: Name of the head (or give it as `model`); default: what the names of the tensors say.
         **config: Arguments of the head under their published names; those that shapes tell may be given, and have to
-            agree. What they do not tell is the specification's default: `temperature` 1 (ABMIL), `n_top` half of the
+            agree. What they do not tell is the published default: `temperature` 1 (ABMIL), `n_top` half of the
             scores (Chowder), `passing_values` as far as the classifier's width tells and `out_logits` mean (DSMIL),
             `num_heads` 8 and `num_landmarks` 256 (TransMIL: for both blocks, or for each in `kw_cor` and `kw_agg`),
             and the activation of the classifier (ReLU for ABMIL, otherwise sigmoid).

@@ -25,7 +25,7 @@ __all__ = ["ClassPrompts", "PromptCAM", "PromptCAMConfig", "PromptCAMMethod", "T
 
 
 class TraitViews:
-    """Resize to 15/14 of the size whatever the shape, cut out a random part, flip at random (specification, 3).
+    """Resize to 15/14 of the size whatever the shape, cut out a random part, flip at random, as published.
 
     Args:
         size: Side of the result, or its (height, width), pixels.

@@ -2,7 +2,7 @@
 
 The prompt of a class stands in front of the image's tokens, one shared vector scores its output, and its row of
 the last block's attention, one map per head, is the explanation. "Prompt-CAM: Making Vision Transformers Interpretable
-for Fine-Grained Analysis", arXiv 2501.09333; specification, section 2.
+for Fine-Grained Analysis", arXiv 2501.09333; the deep form as in the published code, the shallow one as in the paper.
 
 >>> import timm, torch
 >>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0)

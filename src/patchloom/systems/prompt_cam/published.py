@@ -1,4 +1,4 @@
-"""Published Prompt-CAM checkpoints: timm's `VisionTransformer` plus prompts and head (specification, section 4).
+"""Published Prompt-CAM checkpoints: timm's `VisionTransformer` plus prompts and head (arXiv 2501.09333).
 
 The repository also trains plain visual prompts with a head of all classes, which are told by that head.
 """

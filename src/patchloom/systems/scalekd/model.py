@@ -2,7 +2,7 @@
 
 Cross-attention projectors turn the student's last two maps into tokens of the teacher; there they are compared as they
 are and without their mean, and the earlier ones pass the teacher's own frozen tail first. Fan et al. 2024,
-arXiv 2411.06786. Specification `scalekd`, section 2.2.
+arXiv 2411.06786, and the published code.
 """
 
 from __future__ import annotations

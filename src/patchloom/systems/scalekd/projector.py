@@ -1,6 +1,6 @@
 """ScaleKD's way from a student's feature map to a teacher's: a cross-attention projector, and what is compared there.
 
-Fan et al. 2024, arXiv 2411.06786. Specification `scalekd`, section 2.1.
+Fan et al. 2024, arXiv 2411.06786, and the published code.
 
 >>> projector = CrossAttentionProjector(32, 64, student_grid=(7, 7), query_grid=(4, 4), num_heads=4)
 >>> tokens = projector(torch.randn(2, 32, 7, 7))
@@ -123,7 +123,7 @@ class CrossAttentionProjector(nn.Module):
 
 
 def default_heads(teacher_dim: int) -> int:
-    """Return heads of about 64 channels each that divide the width (specification, section 2.3)."""
+    """Return heads of about 64 channels each that divide the width, about what the published settings have."""
     wanted = max(1, teacher_dim // 64)
     return next(heads for heads in range(wanted, 0, -1) if teacher_dim % heads == 0)
 

@@ -1,6 +1,6 @@
 """ScaleKD's published checkpoints: projectors, and students and teachers in the names of mmcls.
 
-Specification `scalekd`, section 4.
+Fan et al. 2024, arXiv 2411.06786; github.com/deep-optimization/ScaleKD.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A teacher cut in two: what it makes of an image, and its last part as a frozen function of tokens.
 
-Any `VisionTransformer`, `Beit`, `Eva` or Swin of timm. Specification `scalekd`, sections 2.2 and 2.4.
+Any `VisionTransformer`, `Beit`, `Eva` or Swin of timm, for ScaleKD (Fan et al. 2024, arXiv 2411.06786).
 
 >>> import timm, torch
 >>> teacher = Teacher(timm.create_model("vit_tiny_patch16_224", num_classes=10))

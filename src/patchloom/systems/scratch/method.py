@@ -1,6 +1,6 @@
 """Supervised training from scratch: DeiT's recipe for ViTs, and the one that gives CNN teachers of long-tailed sets.
 
-Touvron et al. 2021, arXiv 2012.12877; for the CNNs specification `deit_lt`, section 2.6: LDAM with deferred
+Touvron et al. 2021, arXiv 2012.12877; for the CNNs what DeiT-LT (arXiv 2404.02900) asks of teachers: LDAM with deferred
 re-weighting (Cao et al. 2019, arXiv 1906.07413) by sharpness-aware minimisation (Foret et al. 2021, arXiv 2010.01412).
 """
 

@@ -1,7 +1,7 @@
 """Published segmentation models of BEiT's code: CCViT's, and G2SD's students and teachers.
 
-Specifications `ccvit`, sections 3.3 and 4, and `g2sd`, sections 2.5 and 4. The backbone is the encoder without its
-final norm, the neck stands inside it (`fpn1`, `fpn2`), positions are one table for each block.
+arXiv 2303.04664 and arXiv 2302.14771, on BEiT's (arXiv 2106.08254). The backbone is the encoder without its final norm,
+the neck stands inside it (`fpn1`, `fpn2`), positions are one table for each block.
 """
 
 from __future__ import annotations

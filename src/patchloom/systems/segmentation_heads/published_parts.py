@@ -1,6 +1,6 @@
 """One head or neck of a published segmentation model: which it is, and what its shapes tell.
 
-The names of the tensors tell which decoder it is, their shapes nearly all else (specification `segmentation_heads`).
+The names of the tensors tell which decoder it is, their shapes nearly all else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masked reconstruction for convolutional networks: the thorax paper's matched baseline (specification, section 2.4).
+"""Masked reconstruction for convolutional networks: the matched baseline of the thorax paper (arXiv 2210.12843).
 
 Hidden patches are set to zero, as a convolution cannot leave them out, and an image-to-image network paints the whole
 image. "Delving into Masked Autoencoders for Multi-Label Thorax Disease Classification", arXiv 2210.12843.

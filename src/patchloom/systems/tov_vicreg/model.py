@@ -35,7 +35,7 @@ Observations = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TOVVICReg(nn.Module):
-    """An encoder with VICReg's projector and the temporal order head (specification, sections 2.4 and 2.5).
+    """An encoder with VICReg's projector and the temporal order head (arXiv 2209.10901).
 
     Run by several processes, all losses and the projector's batch norms are those of the batches together.
 
@@ -131,7 +131,7 @@ class TOVVICReg(nn.Module):
 
 
 class TemporalOrderHead(nn.Module):
-    """One linear layer that says whether representations in time are shuffled (specification, section 2.5).
+    """One linear layer that says whether representations in time are shuffled.
 
     Args:
         dim: Width D of a representation.
@@ -189,7 +189,7 @@ def draw_orders(
 
 
 def vicreg_terms(z_x: Tensor, z_y: Tensor, eps: float = 1e-4, gamma: float = 1.0) -> dict[str, Tensor]:
-    """Return VICReg's three terms of two batches of embeddings (specification, section 2.5), without weights.
+    """Return VICReg's three terms of two batches of embeddings (Bardes et al. 2021, arXiv 2105.04906), without weights.
 
     Args:
         z_x: (N, d), N at least 2.
@@ -236,7 +236,7 @@ def make_projector(width: int, spec: str) -> nn.Sequential:
 
 
 def initialize_as_dino(encoder: Encoder) -> None:
-    """Initialise an encoder as the published pre-training does (specification, section 2.3).
+    """Initialise an encoder as the published pre-training does.
 
     Linear weights, positions and class token: normal with σ = 0.02, cut at ±2 as DINO has it; biases 0; norms (1, 0);
     the convolution as PyTorch does.

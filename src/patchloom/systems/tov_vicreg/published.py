@@ -1,4 +1,4 @@
-"""Published TOV-VICReg checkpoints: the bare encoder and the full training module (specification, section 4)."""
+"""Published TOV-VICReg checkpoints: the bare encoder and the full training module (arXiv 2209.10901)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 
 def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the positions a published encoder adds to the tokens of frames of `size` (specification, section 2.3).
+    """Return the positions a published encoder adds to the tokens of frames of `size`.
 
     The published code enlarges the wanted grid by 0.1 before it divides, against rounding, and lets that scale (10.1 /
     28, not 10 / 28) drive the sampling; where the token counts agree and the frame is square it takes them as they are.

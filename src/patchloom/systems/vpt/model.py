@@ -1,7 +1,7 @@
 """Visual prompt tuning: learnt tokens in front of a frozen encoder's own, shallow or deep.
 
-"Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; as the baseline of AdaptFormer's code has it (AdaptFormer
-specification, section 2.6).
+"Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119; as the baseline in AdaptFormer's published code has it (arXiv
+2205.13535).
 
 >>> import timm, torch
 >>> from patchloom.encoders.insertion import insert

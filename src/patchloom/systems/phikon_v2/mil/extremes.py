@@ -1,8 +1,8 @@
 """Heads that look for the most telling tiles: Chowder and DSMIL.
 
 Courtiol et al., "Classification and disease localization in histopathology using only global labels", arXiv
-1802.02212; Li et al., "Dual-stream multiple instance learning network", arXiv 2011.08939. Both as Phikon-v2's group
-runs them (specification, section 2.4).
+1802.02212; Li et al., "Dual-stream multiple instance learning network", arXiv 2011.08939. Both as the
+published code of Phikon-v2's group (owkin/HistoSSLscaling) runs them.
 
 >>> Chowder(16, n_top=2, n_bottom=2)(torch.zeros(2, 5, 16)).shape
 torch.Size([2, 1])

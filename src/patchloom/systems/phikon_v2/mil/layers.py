@@ -1,6 +1,6 @@
 """The layers multiple-instance heads are made of: per-tile networks that padding cannot touch, and gated attention.
 
-The names of their parameters are the published ones (Phikon-v2 specification, section 2.4).
+The names of their parameters are the published ones (owkin/HistoSSLscaling).
 
 >>> scores = TilesMLP(4, 1, hidden=[8])(torch.zeros(1, 3, 4), torch.tensor([[[False], [False], [True]]]))
 >>> scores.shape

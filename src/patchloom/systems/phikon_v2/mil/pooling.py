@@ -1,7 +1,7 @@
 """Heads that average: plainly (MeanPool), or by learnt attention (ABMIL).
 
-Ilse et al., "Attention-based deep multiple instance learning", arXiv 1802.04712, as Phikon-v2's group runs it
-(specification, section 2.4).
+Ilse et al., "Attention-based deep multiple instance learning", arXiv 1802.04712, as the published code
+of Phikon-v2's group (owkin/HistoSSLscaling) runs it.
 
 >>> ABMIL(16)(torch.zeros(2, 5, 16)).shape
 torch.Size([2, 1])

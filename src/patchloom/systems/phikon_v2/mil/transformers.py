@@ -1,7 +1,7 @@
 """Heads that let the tiles of a bag speak with one another: TransMIL and HIPT's.
 
 Shao et al., "TransMIL", arXiv 2106.00908; Chen et al., "Scaling Vision Transformers to Gigapixel Images", arXiv
-2206.02647. Both as Phikon-v2's group runs them (specification, section 2.4).
+2206.02647. Both as the published code of Phikon-v2's group (owkin/HistoSSLscaling) runs them.
 
 >>> TransMIL(16)(torch.zeros(2, 5, 16)).shape
 torch.Size([2, 1])
