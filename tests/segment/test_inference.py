@@ -14,7 +14,6 @@ from patchloom.segment.inference import (
     SlidingWindowSegmenter,
     WholeSegmenter,
     center_padding,
-    multiple_size,
     pad_to_multiple,
     windows,
 )
@@ -94,11 +93,6 @@ def test_padding_goes_all_round_and_the_odd_pixel_to_the_end():
     assert pads == (0, 0, 1, 2)
     assert float(padded[0, 0, 0].sum()) == 0
     assert float(padded[0, 0, 1].sum()) == 4
-
-
-def test_test_size_keeps_the_ratio_and_ends_on_a_multiple():
-    assert multiple_size((480, 640)) == (512, 704)  # 512 x 683
-    assert multiple_size((300, 3000)) == (224, 2048)  # the longer side bounds it: 205 x 2048
 
 
 @pytest.mark.parametrize(("crop", "stride"), [(8, 9), (0, 1), (8, 0)])

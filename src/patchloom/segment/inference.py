@@ -145,20 +145,6 @@ def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, i
     return (F.pad(images, pads) if any(pads) else images), pads
 
 
-def multiple_size(size: Size, short: int = 512, longest: int = 2048, multiple: int = 32) -> Size:
-    """Return the size of a test image: ratio kept, within short and longest side, each side rounded up to a multiple.
-
-    Args:
-        size: (H, W).
-        short: Wanted shorter side.
-        longest: Most the longer side may be.
-        multiple: Of what both sides are multiples in the end.
-    """
-    scale = min(short / min(size), longest / max(size))
-    height, width = (_round_up(int(side * scale + 0.5), multiple) for side in size)
-    return height, width
-
-
 def _round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 

@@ -81,11 +81,6 @@ def dice(found: Areas) -> Tensor:
     return 2 * found.intersection.double() / (found.predicted + found.true)
 
 
-def mean_iou(found: Areas) -> float:
-    """Return the mean of the IoU over the classes where it is defined."""
-    return float(iou(found).nanmean())
-
-
 class MeanIoU(Metric):
     """Mean IoU by the protocol of ADE20K and CamVid: areas are added up over all images, then divided.
 

@@ -93,20 +93,6 @@ def newcombe(area: float, present: int, absent: int, *, level: float = LEVEL) ->
     return (min(area, float(kept.min())), max(area, float(kept.max()))) if len(kept) else (area, area)
 
 
-def delong_covariance(scores: Sequence[Any], targets: Any) -> tuple[Array, Array]:
-    """Return the AUROC of each of k scores on the same images, (k,), and their covariance (k, k).
-
-    Args:
-        scores: k arrays (n,).
-        targets: (n,) 0 or 1; NaN where unknown.
-
-    Raises:
-        UsageError: As for `delong`.
-    """
-    areas, parts, _ = _areas_and_parts(scores, targets)
-    return areas, parts.sum(0)
-
-
 def _areas_and_parts(scores: Sequence[Any], targets: Any) -> tuple[Array, Array, tuple[int, int]]:
     """Return areas (k,), the parts (2, k, k) of their covariance from both classes, and the sizes of these."""
     truth = np.asarray(targets, dtype=np.float64)
