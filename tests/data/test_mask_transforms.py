@@ -13,12 +13,12 @@ from patchloom.data.pixels import stretched
 from patchloom.errors import UsageError
 
 
-def pair(height: int = 40, width: int = 60) -> torch.Tensor:
-    """An image whose value tells the class: 20 · class; the mask is the last channel."""
+def pair(height: int = 40, width: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image whose value tells the class, 20 · class, and its mask."""
     mask = torch.zeros(height, width, dtype=torch.uint8)
     mask[: height // 2, width // 3 :] = 1
     mask[height // 2 :, : width // 2] = 2
-    return torch.cat([(mask * 20 + 40).expand(3, -1, -1), mask[None]])
+    return (mask * 20 + 40).expand(3, -1, -1), mask
 
 
 @settings(max_examples=25, deadline=None)
@@ -30,7 +30,8 @@ def pair(height: int = 40, width: int = 60) -> torch.Tensor:
 )
 def test_pixels_keep_their_class_wherever_they_go(seed, crop, short_side, rotate):
     view = TrainCrop(crop, short_side=short_side, colours=False, vertical_flip=0.5, rotate=rotate)
-    found = view(pair(), torch.Generator().manual_seed(seed))
+    image, mask = pair()
+    found = view(image, torch.Generator().manual_seed(seed), mask=mask)
     image, mask = found["image"], found["mask"]
     assert image.shape == (3, *crop)
     assert mask.shape == crop
@@ -44,28 +45,30 @@ def test_pixels_keep_their_class_wherever_they_go(seed, crop, short_side, rotate
 
 
 def test_the_same_generator_gives_the_same_view():
-    views = [TrainCrop((32, 32))(pair(), torch.Generator().manual_seed(5)) for _ in range(2)]
+    image, mask = pair()
+    views = [TrainCrop((32, 32))(image, torch.Generator().manual_seed(5), mask=mask) for _ in range(2)]
     assert torch.equal(views[0]["image"], views[1]["image"])
     assert torch.equal(views[0]["mask"], views[1]["mask"])
 
 
 def test_crops_of_one_class_are_drawn_anew():
-    picture = torch.zeros(4, 64, 64, dtype=torch.uint8)
-    picture[3, 28:36, 28:36] = 1
+    picture, patch = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8)
+    patch[28:36, 28:36] = 1
 
     def two_classes(share):
         view = TrainCrop((24, 24), scale=(1.0, 1.0), max_share=share, colours=False)
-        masks = [view(picture, torch.Generator().manual_seed(n))["mask"] for n in range(60)]
+        masks = [view(picture, torch.Generator().manual_seed(n), mask=patch)["mask"] for n in range(60)]
         return sum(len(mask.unique()) > 1 for mask in masks)
 
     assert two_classes(0.95) > 1.3 * two_classes(1.0)
 
 
 def test_testing_keeps_the_mask_and_resizes_the_image():
-    found = TestImage(20)(pair())
+    image, mask = pair()
+    found = TestImage(20)(image, mask=mask)
     assert found["image"].shape == (3, 20, 30)
-    assert torch.equal(found["mask"], pair()[-1])
-    assert TestImage()(pair())["image"].shape == (3, 40, 60)
+    assert torch.equal(found["mask"], mask)
+    assert TestImage()(image, mask=mask)["image"].shape == (3, 40, 60)
 
 
 def test_the_longer_side_is_bounded():
@@ -78,17 +81,19 @@ def test_the_longer_side_is_bounded():
 @pytest.mark.parametrize("minmax", [False, True])
 def test_a_size_out_of_proportion_is_that_of_image_and_mask_and_the_range_that_of_the_resized_image(minmax):
     torch.manual_seed(0)
-    image = torch.cat([torch.randint(60, 160, (3, 40, 60), dtype=torch.uint8), pair()[-1:]])
-    expected = F.interpolate(image[None, :3].float(), (28, 28), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+    image, mask = torch.randint(60, 160, (3, 40, 60), dtype=torch.uint8), pair()[1]
+    expected = F.interpolate(image[None].float(), (28, 28), mode="bicubic", antialias=True)[0].round().clamp(0, 255)
     if minmax:
         expected = stretched(expected.to(torch.uint8)).float()
-    tested = TestImage(minmax=minmax, resize=(28, 28))(image)
+    tested = TestImage(minmax=minmax, resize=(28, 28))(image, mask=mask)
     assert (tested["image"].float() - expected).abs().max() <= (8 if minmax else 1)  # rounding, and that stretched
-    assert torch.equal(tested["mask"], image[-1])
+    assert torch.equal(tested["mask"], mask)
     plain = {"scale": (1.0, 1.0), "max_share": 1.0, "flip": 0.0, "colours": False}
-    view = TrainCrop((28, 28), resize=(28, 28), minmax=minmax, **plain)(image, torch.Generator().manual_seed(0))
+    view = TrainCrop((28, 28), resize=(28, 28), minmax=minmax, **plain)(
+        image, torch.Generator().manual_seed(0), mask=mask
+    )
     assert torch.equal(view["image"], tested["image"])
-    nearest = F.interpolate(image[None, -1:].float(), (28, 28), mode="nearest-exact")[0, 0]
+    nearest = F.interpolate(mask[None, None].float(), (28, 28), mode="nearest-exact")[0, 0]
     assert torch.equal(view["mask"].float(), nearest)
     if minmax:
         assert view["image"].amin() == 0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchloom.base.mask_settings import MaskSettings
 from patchloom.data import UnreadableImageError
-from patchloom.data.segmentation import CAMVID, colours, open_segmentation, split_mask
+from patchloom.data.segmentation import CAMVID, colours, open_segmentation
 from patchloom.errors import UsageError
 from segment_support import paint_pairs
 
@@ -27,8 +27,8 @@ def test_paired_folders_read_indices_not_colours(tmp_path):
     assert source.class_names == ["0", "1", "2"]
     assert source.palette[:3] == [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
     sample = source.read(2)
-    assert sample.image.shape == (4, 40, 52)
-    image, mask = split_mask(sample.image)
+    assert sample.image.shape == (3, 40, 52)
+    image, mask = sample.image, sample.named["mask"]
     expected = np.asarray(Image.open(tmp_path / "set/masks/2.png"))
     assert np.array_equal(mask.numpy(), expected)
     assert float(image[0][mask == 1].float().mean()) > 190
@@ -128,7 +128,7 @@ def test_a_broken_mask_is_an_unreadable_image(tmp_path):
     source = open_segmentation(str(root))
     with pytest.raises(UnreadableImageError, match="its mask cannot be read"):
         source.read(0)
-    assert torch.equal(source.read_mask(1), source.read(1).image[-1])
+    assert torch.equal(source.read_mask(1), source.read(1).named["mask"])
 
 
 def test_masks_with_a_file_per_class_are_put_together(tmp_path):

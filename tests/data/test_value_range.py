@@ -287,7 +287,7 @@ def test_what_a_file_declares_itself_is_not_settled_again(tmp_path):
 
 def test_images_with_masks_are_read_by_one_range_and_keep_their_masks(tmp_path):
     from patchloom.data.mask_transforms import TestImage
-    from patchloom.data.segmentation import open_segmentation, split_mask
+    from patchloom.data.segmentation import open_segmentation
 
     mask = np.zeros((30, 40), np.uint8)
     mask[:, 20:] = 1
@@ -297,10 +297,10 @@ def test_images_with_masks_are_read_by_one_range_and_keep_their_masks(tmp_path):
         Image.fromarray(mask).save(tmp_path / f"masks/{name}.png")
     source = open_segmentation(str(tmp_path), in_chans=1)
     for index, factor in ((0, 1), (1, 4)):
-        image, held = split_mask(source.read(index).image)
-        np.testing.assert_allclose(image[0], fraction(RAMP // factor, 4095))
-        assert torch.equal(held, torch.from_numpy(mask))
-        sample = TestImage()(source.read(index).image)
+        found = source.read(index)
+        np.testing.assert_allclose(found.image[0], fraction(RAMP // factor, 4095))
+        assert torch.equal(found.named["mask"], torch.from_numpy(mask))
+        sample = TestImage()(found.image, mask=found.named["mask"])
         assert sample["image"].dtype == torch.float32
         assert sample["mask"].dtype == torch.uint8
 

@@ -110,10 +110,10 @@ def test_slices_are_images_with_their_mask(tmp_path):
     source = SliceSource(volumes, in_chans=3)
     assert len(source) == 12
     sample = source.read(9)
-    assert sample.image.shape == (4, 28, 24)
+    assert sample.image.shape == (3, 28, 24)
     assert sample.key == "images/case1_0000.nii.gz#3"
     assert torch.equal(sample.image[0], sample.image[2])
-    inside = sample.image[3] == 1
+    inside = sample.named["mask"] == 1
     assert float(sample.image[0][inside].float().mean()) > 2 * float(sample.image[0][~inside].float().mean())
 
 

@@ -97,7 +97,7 @@ def test_a_run_measures_reports_and_predicts(bundle, folders, tmp_path, capsys):
         assert mask.mode == "P"
         assert mask.getpalette()[:9] == [0, 0, 0, 255, 0, 0, 0, 255, 0]
         said = np.asarray(mask)
-        image = source.read(index).image[:-1].float() / 255
+        image = source.read(index).image.float() / 255
         assert np.array_equal(said, model.segment(image).numpy())
         truth = source.read_mask(index).numpy()
         assert said.shape == truth.shape

@@ -13,26 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from patchloom.data.kinds import IMAGE, Kind
 from patchloom.data.order import draw_seed
+from patchloom.data.sample import Sample
 from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, Visit
 from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
 
 UNLABELLED = "has no labels; put each class in a folder of its own"
-
-
-class Sample(NamedTuple):
-    """One image as it leaves a source."""
-
-    image: Tensor
-    """(C, H, W): uint8, or float32 in [0, 1] where it is stored deeper than 8 bits."""
-    label: int | np.ndarray
-    """Class index, -1 when unknown; of a multi-label source (L,) float32 in [0, 1], NaN where unknown."""
-    key: str
-    """Name of the image within its source: a relative path (as `patchloom.io.printable` writes it) or a stable id."""
 
 
 class UnreadableImageError(Exception):

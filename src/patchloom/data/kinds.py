@@ -25,13 +25,10 @@ class Kind:
 
 
 IMAGE = Kind("image", ("C", "H", "W"), pictured=True)
-MASKED = Kind("image with mask", ("C", "H", "W"))
-"""The last channel is the mask."""
 KINDS = {
     kind.name: kind
     for kind in (
         IMAGE,
-        MASKED,
         Kind("clip", ("C", "T", "H", "W")),
         Kind("volume", ("C", "D", "H", "W")),
         Kind("points", ("N", "F")),

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Sampler
 from patchloom.base import stopping
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.order import EpochOrder, Slot, Steps
+from patchloom.data.sample import Transform
 from patchloom.data.stream_order import StreamOrder
-from patchloom.data.workers import Batch, MapBatches, StreamBatches, Transform
+from patchloom.data.workers import Batch, MapBatches, StreamBatches
 from patchloom.errors import UsageError
 
 
@@ -141,8 +142,8 @@ def make_loader(
 
     Args:
         source: Images by index, or a stream.
-        transform: Picklable callable `(image uint8 (C, H, W), generator) -> dict of tensors`, run in the worker; the
-            generator is seeded from (seed, epoch, image).
+        transform: Picklable callable `(value of a sample, generator) -> dict of tensors`, run in the worker, that takes
+            by keyword what it `reads` besides (see `data.sample`); the generator is seeded from (seed, epoch, image).
         batch_size: Images per batch and rank.
         seed: Seed of the order and of the transform's draws.
         shuffle: Training: a new order every epoch, and a broken image is replaced by the next readable one.

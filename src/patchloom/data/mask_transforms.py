@@ -5,8 +5,8 @@ colours change on the image alone. Draws come from the sample's own generator. T
 mmsegmentation's and, for `radiology`, that of the DINOv2 radiology benchmark (arXiv 2312.02366).
 
 >>> from patchloom.data.mask_transforms import TrainCrop
->>> pair = torch.randint(0, 3, (4, 60, 80), dtype=torch.uint8)
->>> views = TrainCrop((32, 48))(pair, torch.Generator().manual_seed(0))
+>>> image, mask = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.randint(0, 3, (60, 80), dtype=torch.uint8)
+>>> views = TrainCrop((32, 48))(image, torch.Generator().manual_seed(0), mask=mask)
 >>> views["image"].shape, views["mask"].shape
 (torch.Size([3, 32, 48]), torch.Size([32, 48]))
 """
@@ -19,8 +19,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.data.mask_values import IGNORED
 from patchloom.data.pixels import from_levels, levels, stretched
-from patchloom.data.segmentation import IGNORED, split_mask
 from patchloom.errors import UsageError
 
 Size = tuple[int, int]
@@ -46,6 +46,8 @@ class TrainCrop:
     Raises:
         UsageError: A value lies outside its range.
     """
+
+    reads = ("mask",)
 
     def __init__(
         self,
@@ -74,14 +76,13 @@ class TrainCrop:
         self.max_share, self.flip, self.vertical_flip, self.rotate = max_share, flip, vertical_flip, rotate
         self.colours, self.minmax = colours, minmax
 
-    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return {"image": (C, h, w) uint8, "mask": (h, w) uint8} of an image with its mask as last channel."""
+    def __call__(self, image: Tensor, generator: torch.Generator, *, mask: Tensor) -> dict[str, Tensor]:
+        """Return {"image": (C, h, w), "mask": (h, w) uint8} of an image (C, H, W) and its mask (H, W) uint8."""
         factor = self.scale[0] + float(torch.rand((), generator=generator)) * (self.scale[1] - self.scale[0])
-        pixels, mask = split_mask(image)
-        size = _size((pixels.shape[-2], pixels.shape[-1]), self.short_side, self.resize, factor)
+        size = _size((image.shape[-2], image.shape[-1]), self.short_side, self.resize, factor)
         kind = InterpolationMode.NEAREST if self.resize is None else InterpolationMode.NEAREST_EXACT
         both = [
-            tv_tensors.Image(_resized(pixels, size, self.resize is not None, self.minmax)),
+            tv_tensors.Image(_resized(image, size, self.resize is not None, self.minmax)),
             tv_tensors.Mask(F.resize(mask[None], list(size), interpolation=kind)[0]),
         ]
         both = self._cropped(both, generator)
@@ -134,15 +135,15 @@ class TestImage:
     """
 
     __test__ = False  # no test, whatever its name
+    reads = ("mask",)
 
     def __init__(self, short_side: int | None = None, minmax: bool = False, resize: Size | None = None) -> None:
         self.short_side, self.minmax, self.resize = short_side, minmax, resize
 
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"image": (C, h, w) uint8, "mask": (H, W) uint8}; nothing is drawn."""
-        pixels, mask = split_mask(image)
-        size = _size((pixels.shape[-2], pixels.shape[-1]), self.short_side, self.resize)
-        pixels = _resized(pixels, size, self.resize is not None, self.minmax)
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None, *, mask: Tensor) -> dict[str, Tensor]:
+        """Return {"image": (C, h, w), "mask": (H, W) uint8}; nothing is drawn."""
+        size = _size((image.shape[-2], image.shape[-1]), self.short_side, self.resize)
+        pixels = _resized(image, size, self.resize is not None, self.minmax)
         return {"image": pixels.contiguous(), "mask": mask.contiguous()}
 
 

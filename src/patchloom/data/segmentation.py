@@ -1,12 +1,11 @@
 """Images with a mask: a class for every pixel. Paired folders, CamVid and ADE20K in their published layouts.
 
-A source hands out the mask as the image's last channel, 255 where the class is unknown, so that whatever reads,
-shuffles, skips and batches images does so with their masks. What the values in the files mean is settled once for the
-source (`mask_values`).
+A source hands out the mask under the name `mask`, 255 where the class is unknown. What the values in the files mean is
+settled once for the source (`mask_values`).
 
 >>> source = open_segmentation("camvid:data/camvid:train")  # doctest: +SKIP
->>> source.read(0).image.shape, source.class_names[:3]  # doctest: +SKIP
-(torch.Size([4, 360, 480]), ['sky', 'building', 'pole'])
+>>> source.read(0).named["mask"].shape, source.class_names[:3]  # doctest: +SKIP
+(torch.Size([360, 480]), ['sky', 'building', 'pole'])
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import colorsys
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor
 from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
-from patchloom.data.kinds import MASKED
 from patchloom.data.mask_pairs import ListedFile, list_images, paired
 from patchloom.data.mask_settling import MOST_GUESSED, settle
 from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
@@ -63,20 +61,6 @@ CAMVID = {
 ADE_CLASSES = 150
 
 
-class Pair(NamedTuple):
-    """An image and its mask."""
-
-    image: Tensor
-    """(C, H, W) uint8, or float32 in [0, 1]."""
-    mask: Tensor
-    """(H, W) uint8, 255 where unknown."""
-
-
-def split_mask(image: Tensor) -> Pair:
-    """Return what `MaskSource.read` put together: image (C, H, W) and mask (H, W)."""
-    return Pair(image[:-1], image[-1].to(torch.uint8))
-
-
 class MaskSource(Source):
     """Images and masks from two folders, paired by name.
 
@@ -106,7 +90,6 @@ class MaskSource(Source):
             byte holds, or masks whose meaning has to be said.
     """
 
-    kind = MASKED
     class_names: list[str]
 
     def __init__(
@@ -169,7 +152,7 @@ class MaskSource(Source):
         return self.coding.line(self.name, self.shares)
 
     def read(self, index: int) -> Sample:
-        """Return pair number `index`: (C + 1, H, W) of the image's type, the mask last; see `split_mask`.
+        """Return image number `index` (C, H, W) with its `mask` (H, W) uint8.
 
         Raises:
             UnreadableImageError: One of the two files cannot be decoded.
@@ -182,7 +165,7 @@ class MaskSource(Source):
         if mask.shape != image.shape[1:]:
             file = self.masks / self.pairs[index].parts[0].file
             raise _wrong_size(file, tuple(mask.shape)[::-1], tuple(image.shape[1:])[::-1])
-        return Sample(torch.cat([image, mask[None]]), -1, key)
+        return Sample(image, -1, key, {"mask": mask})
 
     def read_mask(self, index: int) -> Tensor:
         """Return mask number `index`, (H, W) uint8, 255 where unknown."""

@@ -80,7 +80,7 @@ class MemorySource(Source):
             self.labels = labels.astype(np.float32)
         else:
             self.labels = labels.astype(np.int64) if len(labels) and (labels >= 0).all() else None
-        self.in_chans = self.samples[0].image.shape[0] if self.samples else 3
+        self.in_chans = self.samples[0].value.shape[0] if self.samples else 3
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -98,5 +98,5 @@ class MemorySource(Source):
         """Return a short hash of names and pixels."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(sample.key.encode() + sample.image.numpy().tobytes())
+            digest.update(sample.key.encode() + sample.value.numpy().tobytes())
         return digest.hexdigest()[:16]

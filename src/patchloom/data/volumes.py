@@ -245,7 +245,7 @@ class VolumeSource:
 
 
 class SliceSource(Source):
-    """The slices of volumes as images with their mask as last channel, for training a decoder.
+    """The slices of volumes as images with their mask, for training a decoder.
 
     Args:
         volumes: With masks.
@@ -285,7 +285,7 @@ class SliceSource(Source):
         return f"{self.volumes.key(volume)}#{number}"
 
     def read(self, index: int) -> Sample:
-        """Return slice number `index`: (C + 1, H, W) uint8, pixels square, the mask last."""
+        """Return slice number `index` (C, H, W) uint8, pixels square, with its `mask` (H, W)."""
         volume, number = self.places[index]
         if volume not in self._kept:
             found = self.volumes.read(volume)
@@ -296,7 +296,7 @@ class SliceSource(Source):
         self._kept.move_to_end(volume)
         images, masks = self._kept[volume]
         picture = images[number].expand(self.in_chans, -1, -1)
-        return Sample(torch.cat([picture, masks[number][None]]), -1, self.key(index))
+        return Sample(picture, -1, self.key(index), {"mask": masks[number]})
 
     def fingerprint(self) -> str:
         """Return the fingerprint of the volumes."""

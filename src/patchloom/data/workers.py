@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from patchloom.data.base import Place, Sample, Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.base import Place, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.order import Slot, draw_seed
 from patchloom.data.pixels import alike
+from patchloom.data.sample import Sample, Transform, transformed
 from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, StreamOrder
 from patchloom.errors import UsageError
 
 Batch = dict[str, Any]
-Transform = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 Skipped = list[tuple[str, str]]
 
 
@@ -59,7 +59,7 @@ class MapBatches(Dataset[Batch | UsageError]):
                 index, sample = found
                 # The draws are the slot's: an image that stands in for another doesn't look the same twice.
                 generator = _generator(self.seed, slot.epoch, slot.turn, slot.image)
-                batch.add(self.transform(sample.image, generator), sample, index)
+                batch.add(transformed(self.transform, sample, generator), sample, index)
         return batch.stacked()
 
     def _read(self, index: int, skipped: Skipped) -> tuple[int, Sample] | None:
@@ -138,7 +138,7 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
             # A stand-in is drawn for anew.
             repeat = place.turn if number < len(chunk) - broken else -1 - number
             generator = _generator(self.order.seed, epoch, repeat, sample.key)
-            batch.add(self.transform(sample.image, generator), sample, place.image)
+            batch.add(transformed(self.transform, sample, generator), sample, place.image)
         return batch.stacked()
 
     def _elsewhere(self, epoch: int, last: Place) -> list[tuple[Place, Sample]]:
@@ -167,13 +167,13 @@ class _Assembly:
     """A batch in the making."""
 
     def __init__(self) -> None:
-        self.views: list[dict[str, Tensor]] = []
+        self.views: list[dict[str, Any]] = []
         self.labels: list[int | np.ndarray] = []
         self.indices: list[int] = []
         self.keys: list[str] = []
         self.skipped: Skipped = []
 
-    def add(self, views: dict[str, Tensor], sample: Sample, index: int) -> None:
+    def add(self, views: dict[str, Any], sample: Sample, index: int) -> None:
         self.views.append(views)
         self.labels.append(sample.label)
         self.indices.append(index)
@@ -195,8 +195,11 @@ class _Assembly:
             return torch.from_numpy(np.stack(self.labels).astype(np.float32))
         return torch.tensor(self.labels, dtype=torch.int64)
 
-    def _stack(self, name: str) -> Tensor:
+    def _stack(self, name: str) -> Any:
+        """Return the tensors of that name as one, or as a list what is no tensor, such as text."""
         tensors = [views[name] for views in self.views]
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return tensors
         for tensor, key in zip(tensors, self.keys, strict=True):
             if tensor.shape != tensors[0].shape:
                 raise UsageError(

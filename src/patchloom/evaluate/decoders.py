@@ -228,10 +228,10 @@ class _Kept:
 class _SameSize(TestImage):
     """Image and mask at the size for testing, both."""
 
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        views = super().__call__(image, generator)
-        mask = F.interpolate(views["mask"][None, None], size=views["image"].shape[-2:], mode="nearest-exact")[0, 0]
-        return {**views, "mask": mask}
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None, *, mask: Tensor) -> dict[str, Tensor]:
+        views = super().__call__(image, generator, mask=mask)
+        resized = F.interpolate(views["mask"][None, None], size=views["image"].shape[-2:], mode="nearest-exact")
+        return {**views, "mask": resized[0, 0]}
 
 
 def _at_least(x: Tensor, crop: Size, fill: int) -> Tensor:

@@ -24,6 +24,7 @@ from patchloom.data.mask_transforms import TestImage, TrainCrop
 from patchloom.data.mask_values import check_shares
 from patchloom.data.pixels import unit
 from patchloom.data.reading import reading_options
+from patchloom.data.sample import transformed
 from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, normalize
@@ -58,6 +59,7 @@ class SegmentMethod(Method):
     config_class = SegmentConfig
     config: SegmentConfig
     source: MaskSource
+    probed = False
 
     def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, MaskSource):
@@ -196,7 +198,7 @@ class SegmentMethod(Method):
         source, model = self.test or self.source, self.segmenter().eval()
         view, shown = TestImage(self.config.short_side), []
         for index in sorted({round(i * (len(source) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}):
-            views = view(source.read(index).image)
+            views = transformed(view, source.read(index), torch.Generator())
             pixels = unit(views["image"])
             said = model.segment(pixels.to(self.device), tuple(views["mask"].shape))
             shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], views["mask"], said.cpu()))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from patchloom.data import make_loader
 from patchloom.data.pixels import unit
+from patchloom.data.sample import Transform
 from patchloom.encoders import (
     Encoder,
     create_backbone,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
     from patchloom.report import Section
 
-Transform = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
-
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; training stopped before the step was taken."""
@@ -61,6 +60,7 @@ class Method(lp.LightningModule):
 
     Attributes:
         any_backbone: Whether the encoder may be any image model of timm; else it is a ViT.
+        probed: Whether probe and health look at the encoder while it trains; not where something else is what learns.
         config: The settings.
         encoder: The timm module under training, without head.
         attached: What rides on the run, set by the engine before training.
@@ -77,6 +77,7 @@ class Method(lp.LightningModule):
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
     needs_labels: ClassVar[bool] = False
     any_backbone: ClassVar[bool] = False
+    probed: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
         super().__init__()

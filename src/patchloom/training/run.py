@@ -37,6 +37,7 @@ from patchloom.training.callbacks import (
     FailureNote,
     Interruption,
     Probe,
+    ProbeData,
     Progress,
     SignalsLeftToUs,
     SkippedImages,
@@ -249,7 +250,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         metrics.rows.clear()
     probe = Probe(
         run_dir,
-        choose_probe_data(source, config),
+        choose_probe_data(source, config) if method.probed else ProbeData(None, None),
         every=config.probe_every,
         batch_size=config.batch_size,
     )
