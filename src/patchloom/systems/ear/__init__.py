@@ -1,0 +1,1 @@
+"""Excision And Recovery (EAR): defects found by a network that repairs what stands out in an image."""
