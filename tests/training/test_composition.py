@@ -26,7 +26,8 @@ from patchloom.data.subset import SubsetSource
 from patchloom.encoders import normalize
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
-from patchloom.training.method import Method, NonFiniteLossError
+from patchloom.training.failure import NonFiniteLossError
+from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics, series
 from patchloom.training.phases import Phase, Stage
 from patchloom.training.run import fit

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import patchloom as pl
 from patchloom.base.stored import read_pickle
 from patchloom.training.checkpoint import CheckpointWriteError
-from patchloom.training.method import NonFiniteLossError
+from patchloom.training.failure import NonFiniteLossError
 from patchloom.training.metrics import read_metrics, series
 from patchloom.training.run import read_run
 

@@ -15,8 +15,8 @@ from patchloom.data import open_source
 from patchloom.encoders import create_backbone, create_encoder
 from patchloom.errors import UsageError
 from patchloom.models.bundle import save_bundle
+from patchloom.models.start import load_weights
 from patchloom.registry import method_class
-from patchloom.training.method import load_weights
 
 NAME = "test_vit"  # a tiny ViT of timm, for images of 160 pixels, with published weights
 

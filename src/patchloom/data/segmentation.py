@@ -25,7 +25,8 @@ from patchloom.base.mask_settings import MaskSettings
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.mask_pairs import ListedFile, list_images, paired
-from patchloom.data.mask_settling import MOST_GUESSED, settle
+from patchloom.data.mask_question import MOST_GUESSED
+from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
 from patchloom.data.mask_table import TABLE_FILES, read_table
 from patchloom.data.mask_values import (

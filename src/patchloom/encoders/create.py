@@ -129,6 +129,18 @@ def create_backbone(
     return model
 
 
+def recompute_blocks(encoder: Encoder) -> None:
+    """Let blocks be computed once more in the backward pass, which takes less memory.
+
+    Raises:
+        UsageError: The model cannot do that.
+    """
+    try:
+        encoder.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UsageError(f"a {type(encoder).__name__} cannot do grad_checkpointing; leave it out") from error
+
+
 def _is_encoder(name: str) -> bool:
     with torch.device("meta"):  # shapes only
         return has_tokens(timm.create_model(name, pretrained=False, num_classes=0))

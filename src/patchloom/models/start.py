@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import adapt_input_conv
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from patchloom.encoders import Encoder, create_encoder, require_tokens, set_imag
 from patchloom.encoders import image_size as size_of
 from patchloom.encoders import in_chans as channels_of
 from patchloom.errors import UsageError
-from patchloom.models.bundle import load
+from patchloom.models.bundle import fetch_encoder, load
 
 
 def start_encoder(
@@ -47,6 +48,40 @@ def start_encoder(
     if Path(name).exists():
         return _from_bundle(name, image_size, in_chans, drop_path, create)
     return create(name, image_size=image_size, in_chans=in_chans, drop_path=drop_path, **model_args)
+
+
+def load_weights(
+    encoder: Encoder,
+    path: str,
+    convert: Callable[[Encoder, dict[str, Tensor]], dict[str, Tensor]] = lambda encoder, saved: saved,
+) -> None:
+    """Fill an encoder with the weights of a trained one of the same architecture, whose mean and std it takes too.
+
+    Args:
+        encoder: What is filled.
+        path: The bundle or run; or a timm model, whose published weights are fetched and fitted to the image size.
+        convert: Turns its tensors into the encoder's, where they are of another kind.
+
+    Raises:
+        UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
+    """
+    published = timm.is_model(path) and not Path(path).exists()
+    trained = fetch_encoder(path, image_size=size_of(encoder)) if published else load(path)
+    saved = convert(encoder, trained.state_dict())
+    if (channels := channels_of(encoder)) != channels_of(trained) == 3:
+        saved = widened(saved, trained, channels, path)
+    own = encoder.state_dict()
+    head = ("head.",)
+    usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
+    missing = [k for k in own if k not in usable and not k.startswith(head)]
+    if missing:
+        raise UsageError(
+            f"{path} fits {len(usable)} of {len(own)} tensors of the encoder; missing or of another shape: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; name the architecture and image size it has"
+        )
+    encoder.load_state_dict(usable, strict=False)
+    statistics = {name: trained.pretrained_cfg[name] for name in ("mean", "std") if name in trained.pretrained_cfg}
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}
 
 
 def _from_bundle(

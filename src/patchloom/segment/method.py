@@ -30,7 +30,7 @@ from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
-from patchloom.models.start import start_encoder
+from patchloom.models.start import load_weights, start_encoder
 from patchloom.segment.build import build_parts
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
@@ -38,7 +38,7 @@ from patchloom.segment.metrics import MeanIoU
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
 from patchloom.training.inputs import read_as
-from patchloom.training.method import Method, Transform, load_weights
+from patchloom.training.method import Method, Transform
 
 if TYPE_CHECKING:
     from patchloom.report import Section

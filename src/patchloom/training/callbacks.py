@@ -19,7 +19,8 @@ from patchloom.base.progress import duration
 from patchloom.data.base import Source
 from patchloom.features.health import Start, verdict
 from patchloom.io import write_json, write_rows
-from patchloom.training.method import Method, NonFiniteLossError
+from patchloom.training.failure import NonFiniteLossError
+from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics, read_metrics
 
 

@@ -6,7 +6,6 @@ it has, what its data workers do to an image, and what the loss of a batch is. E
 
 from __future__ import annotations
 
-import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as lp
-import timm
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from patchloom.data import make_loader
 from patchloom.data.pixels import unit
 from patchloom.data.sample import Transform
 from patchloom.encoders import (
@@ -31,25 +28,24 @@ from patchloom.encoders import (
     embed_dim,
     has_tokens,
     image_size,
-    in_chans,
     layer_of_parameter,
 )
+from patchloom.encoders.create import recompute_blocks
 from patchloom.errors import UsageError
-from patchloom.models.start import start_encoder, widened
+from patchloom.models.start import load_weights, start_encoder
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
+from patchloom.training.failure import non_finite
 from patchloom.training.inputs import open_training_images, read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
-from patchloom.training.phases import Phase, Span, Stage
+from patchloom.training.phases import Phase, Span, Stage, only
+from patchloom.training.saved import steps_done
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
+from patchloom.training.stream import TrainingStream, open_stream
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
     from patchloom.report import Section
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; training stopped before the step was taken."""
 
 
 class Method(lp.LightningModule):
@@ -88,7 +84,7 @@ class Method(lp.LightningModule):
         self.seconds_before = 0.0
         self.encoder: Encoder = self.build_encoder()
         if config.grad_checkpointing:
-            _recompute(self.encoder)
+            recompute_blocks(self.encoder)
         self.attached: Sequence[Attachment] = ()
         self.step = 0
         self.stage = 0
@@ -246,7 +242,7 @@ class Method(lp.LightningModule):
         self.last_batch_keys = list(batch["key"])
         losses = loss(batch)
         if not torch.isfinite(losses["loss"]):
-            raise NonFiniteLossError(self._account_of_failure(float(losses["loss"].detach()), losses))
+            raise non_finite(self, losses)
         return losses
 
     def _phased_step(self, batch: dict[str, Any]) -> Tensor | None:
@@ -264,7 +260,7 @@ class Method(lp.LightningModule):
                 continue
             lr, weight_decay = (phase.rates or self.rates)(self.step)
             set_rates(optimizer, lr, weight_decay)
-            with self._only(phase):
+            with only(phase, self):
                 for part, position in held:
                     self.seed_draws(position)
                     losses = self._checked(part, phase.loss)
@@ -278,19 +274,6 @@ class Method(lp.LightningModule):
             self.record(figures | {"loss": total})
         self._end_step()
         return None
-
-    @contextmanager
-    def _only(self, phase: Phase) -> Iterator[None]:
-        """Let the parameters of a phase alone take gradients."""
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        own = {id(parameter) for name, parameter in self.named_parameters() if phase.trains(name)}
-        for parameter in learning:
-            parameter.requires_grad_(id(parameter) in own)
-        try:
-            yield
-        finally:
-            for parameter in learning:
-                parameter.requires_grad_(True)
 
     def _end_step(self) -> None:
         for part in self.attached:
@@ -348,20 +331,6 @@ class Method(lp.LightningModule):
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics(figures, step=self.step)
-
-    def _account_of_failure(self, loss: float, losses: dict[str, Tensor]) -> str:
-        lr = max((group["lr"] for group in self.trainer.optimizers[0].param_groups), default=0.0)
-        names = ", ".join(self.last_batch_keys[:8])
-        more = len(self.last_batch_keys) - 8
-        names += f" and {more} more (failure.json lists them)" if more > 0 else ""
-        parts = [
-            name for name, value in losses.items() if name != "loss" and not torch.isfinite(torch.as_tensor(value))
-        ]
-        blame = f" from {', '.join(parts)}" if parts else ""
-        return (
-            f"the loss is {loss} at step {self.step}{blame} (last learning rate {lr:.3g}, batch: {names}); "
-            f"the checkpoint before it is untouched; try a smaller lr or precision=32-true"
-        )
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser or, of several phases, one for each."""
@@ -451,45 +420,7 @@ class Method(lp.LightningModule):
 
     def train_dataloader(self) -> TrainingStream:
         """Return all batches of the run, from the present position on."""
-        config, stages = self.config, self.stages()
-        loaders = [self._loader(stage) for stage in stages]
-        self.spans, start = [], 0
-        for stage, loader in zip(stages, loaders, strict=True):
-            per_epoch = len(loader) // config.accumulate
-            if per_epoch == 0:
-                raise UsageError(
-                    f"accumulate={config.accumulate} needs {config.accumulate} batches per epoch, and "
-                    f"{self.source.name} gives {len(loader)} of batch_size={config.batch_size}; lower one of them"
-                )
-            steps = (stage.epochs or config.epochs) * per_epoch
-            if config.max_steps is not None:
-                steps = config.max_steps if len(stages) == 1 else min(steps, config.max_steps - start)
-            self.spans.append(Span(start, steps, per_epoch))
-            start += steps
-        self.total_steps, self.steps_per_epoch = start, self.span.per_epoch
-        self.lanes = next((loader.lanes for loader in loaders if loader.lanes is not None), None)
-        self.images_left_out, self.images_repeated = loaders[self.stage].left_out, loaders[self.stage].repeated
-        if self.trainer.is_global_zero and self.repeats() == 1:
-            _say_what_is_uneven(self)
-        return TrainingStream(loaders, self)
-
-    def _loader(self, stage: Stage) -> Any:
-        config = self.config
-        return make_loader(
-            self.training_source() if stage.source is None else stage.source,
-            self.transform(),
-            config.batch_size,
-            seed=config.seed,
-            shuffle=True,
-            num_workers=config.num_workers,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            drop_last=True,
-            pin_memory=self.device.type == "cuda",
-            repeats=self.repeats(),
-            accumulate=config.accumulate,
-            lanes=self.lanes,
-        )
+        return open_stream(self)
 
     def begin_stage(self, number: int) -> None:
         """Go over to a stage after the first, within training: its modules, fresh optimisers."""
@@ -542,98 +473,5 @@ class Method(lp.LightningModule):
         }
 
 
-class TrainingStream:
-    """All batches of a run in one pass, epoch after epoch, from where the run stands.
-
-    Lightning sees a single long epoch: then there is one way to resume, in the middle of it, and the position
-    in the data is ours to restore exactly.
-    """
-
-    def __init__(self, loaders: list[Any], method: Method) -> None:
-        self.loaders = loaders
-        self.method = method
-        self.total = method.total_steps * method.config.accumulate
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        method, times = self.method, self.method.config.accumulate
-        done = method.batches_done
-        for number, (loader, span) in enumerate(zip(self.loaders, method.spans, strict=True)):
-            if done >= span.end * times:
-                continue
-            if number > method.stage:
-                method.begin_stage(number)
-            per_epoch = span.per_epoch * times
-            while done < span.end * times:
-                epoch, offset = divmod(done - span.start * times, per_epoch)
-                loader.set_position(epoch, offset)
-                for batch in loader:
-                    yield batch
-                    done += 1
-                    if (done - span.start * times) % per_epoch == 0 or done == span.end * times:
-                        break
-
-
-def steps_done(checkpoint: dict[str, Any]) -> int:
-    """Return the steps a checkpoint was written after; older ones, of one optimiser, have Lightning's count alone."""
-    return int(checkpoint["step"] if "step" in checkpoint else checkpoint["global_step"])
-
-
 def _as_list(optimizers: Any) -> list[Any]:
     return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
-
-
-def _say_what_is_uneven(method: Method) -> None:
-    if method.images_left_out:
-        per_step = method.config.batch_size * method.config.accumulate * method.trainer.world_size
-        uneven = f"{method.images_left_out:,} images do not fill a step of {per_step:,}: each epoch leaves so many out"
-    elif method.images_repeated:
-        uneven = f"{method.images_repeated:,} images come once more in each epoch, so that all processes take as many"
-    else:
-        return
-    print(f"{uneven}, others each time", file=sys.stderr)
-
-
-def _recompute(encoder: Encoder) -> None:
-    try:
-        encoder.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise UsageError(f"a {type(encoder).__name__} cannot do grad_checkpointing; leave it out") from error
-
-
-def load_weights(
-    encoder: Encoder,
-    path: str,
-    convert: Callable[[Encoder, dict[str, Tensor]], dict[str, Tensor]] = lambda encoder, saved: saved,
-) -> None:
-    """Fill an encoder with the weights of a trained one of the same architecture, whose mean and std it takes too.
-
-    Args:
-        encoder: What is filled.
-        path: The bundle or run; or a timm model, whose published weights are fetched and fitted to the image size.
-        convert: Turns its tensors into the encoder's, where they are of another kind.
-
-    Raises:
-        UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
-    """
-    from patchloom.models.bundle import fetch_encoder, load
-
-    published = timm.is_model(path) and not Path(path).exists()
-    trained = fetch_encoder(path, image_size=image_size(encoder)) if published else load(path)
-    saved = convert(encoder, trained.state_dict())
-    if (channels := in_chans(encoder)) != in_chans(trained) == 3:
-        saved = widened(saved, trained, channels, path)
-    own = encoder.state_dict()
-    head = ("head.",)
-    usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
-    missing = [k for k in own if k not in usable and not k.startswith(head)]
-    if missing:
-        raise UsageError(
-            f"{path} fits {len(usable)} of {len(own)} tensors of the encoder; missing or of another shape: "
-            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; name the architecture and image size it has"
-        )
-    encoder.load_state_dict(usable, strict=False)
-    statistics = {name: trained.pretrained_cfg[name] for name in ("mean", "std") if name in trained.pretrained_cfg}
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}

@@ -6,11 +6,12 @@ one task after another is a run of several stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
@@ -62,3 +63,17 @@ class Span:
     def end(self) -> int:
         """First step after the stage."""
         return self.start + self.steps
+
+
+@contextmanager
+def only(phase: Phase, module: nn.Module) -> Iterator[None]:
+    """Let the parameters of a phase alone take gradients."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    own = {id(parameter) for name, parameter in module.named_parameters() if phase.trains(name)}
+    for parameter in learning:
+        parameter.requires_grad_(id(parameter) in own)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

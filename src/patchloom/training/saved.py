@@ -119,7 +119,6 @@ def holds_model(run_dir: Path) -> bool:
 def is_complete(checkpoint: Path, run_dir: Path) -> bool:
     """Return whether a run has made all its steps and written all it leaves behind."""
     from patchloom.base.stored import read_pickle
-    from patchloom.training.method import steps_done
 
     state = read_pickle(checkpoint, mmap=True)
     steps = steps_done(state)
@@ -130,3 +129,8 @@ def is_complete(checkpoint: Path, run_dir: Path) -> bool:
         return bool(summary["steps"] == steps)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def steps_done(checkpoint: dict[str, Any]) -> int:
+    """Return the steps a checkpoint was written after; older ones, of one optimiser, have Lightning's count alone."""
+    return int(checkpoint["step"] if "step" in checkpoint else checkpoint["global_step"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import patchloom as pl
-from patchloom.training.method import NonFiniteLossError
+from patchloom.training.failure import NonFiniteLossError
 from patchloom.training.metrics import read_metrics, series
 
 TINY = {
