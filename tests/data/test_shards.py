@@ -23,7 +23,8 @@ from patchloom.errors import UsageError
 
 pytest.importorskip("webdataset")
 
-from patchloom.data.shards import TRUNCATED, ShardSource, expand_shards
+from patchloom.data.shard_files import TRUNCATED
+from patchloom.data.shards import ShardSource, expand_shards
 from patchloom.data.stream_order import StreamOrder
 
 PER_SHARD = 7
@@ -180,10 +181,12 @@ def test_skipping_decodes_nothing_and_goes_straight_to_what_is_left(
 
     source = ShardSource(pattern)
     decoded, opened = [], []
-    decode, read = shards.decode_image, shards._read_groups
+    decode, read = shards.decode_image, shards.read_images
     monkeypatch.setattr(shards, "decode_image", lambda *args: (decoded.append(args[1]), decode(*args))[1])
     monkeypatch.setattr(
-        shards, "_read_groups", lambda shard, start: (opened.append((shard.name, start)), read(shard, start))[1]
+        shards,
+        "read_images",
+        lambda shard, start, *how: (opened.append((shard.name, start)), read(shard, start, *how))[1],
     )
     loader = make_loader(source, as_is, 1, shuffle=False, num_workers=0)
     loader.set_position(0, 23)

@@ -42,6 +42,15 @@ class SourceOptions:
     channel_files: str | None = None
     """What tells files of one channel each apart, in order: ends of names (_c0,_c1,_c2) or folders (dapi/,gfp/)"""
 
+    image_field: str | None = None
+    """What holds the images: a column, an ending in shards (rgb.png), an ending of names or a folder (_rgb, images/)"""
+    label_field: str | None = None
+    """What holds the labels: a column or columns (Edema,Effusion), a key of .json or an ending in shards (cls)"""
+    mask_field: str | None = None
+    """What holds the masks: a column, an ending in shards (seg.png), an ending of names or a folder (_mask, masks/)"""
+    caption_field: str | None = None
+    """What holds the captions: a column, a key of .json or an ending in shards, an ending of names or a folder"""
+
     def source_options(self) -> dict[str, Any]:
         """Return those that are set, by name, for `open_source`."""
         options = {field.name: getattr(self, field.name) for field in fields(SourceOptions)}

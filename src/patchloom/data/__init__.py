@@ -64,6 +64,7 @@ def open_source(
     seed: int = 0,
     model: Any = None,
     quiet: bool = False,
+    by_index: bool = False,
     **options: Any,
 ) -> Source | StreamSource:
     """Open a data source by its name.
@@ -77,6 +78,7 @@ def open_source(
         seed: Seed of the crops of `photos`.
         model: Encoder whose training images say how these are read, where the options do not.
         quiet: Say nothing of what is found.
+        by_index: Shards are wanted as images by number, which is what folders are; compressed ones stay a stream.
         **options: What all commands hand on (`include`, `value_range` …; `patchloom.base.source_options`), and what the
             source itself takes, such as `crop_size` and `crops` of `photos`.
 
@@ -85,7 +87,8 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     own = {option: value for option, value in options.items() if option not in READING}
-    return reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, own), options, quiet=quiet)
+    source = reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, own), options, quiet=quiet)
+    return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
 
 def open_alike(names: Sequence[str], *, model: Any = None, **options: Any) -> list[Source | StreamSource]:

@@ -65,6 +65,8 @@ class Source(ABC):
     in_chans: int = 3
     values: ValueRange = ValueRange()
     channels: tuple[int, ...] | None = None
+    captions: bool = False
+    """Whether samples carry a caption, empty where an image has none; see `Sample.named`."""
     why_unlabelled: str = ""
     """What an unlabelled source has in place of labels, for the error where they are needed."""
 
@@ -137,10 +139,12 @@ class StreamSource(ABC):
         class_names: Names of the classes, or None when unknown.
         labels: Always None; labels come with the samples.
         in_chans: Channels of the images yielded.
+        captions: Whether samples carry a caption, empty where an image has none.
         why_unlabelled: What an unlabelled source has in place of labels.
         values: What stored values become 0 and 1, the same for every image.
         channels: Numbers of the channels taken of each file; None: all.
         multilabel: Whether an image may have several labels.
+        unlabelled: Images without label.
         buffer_size: Images among which the next one is drawn when shuffling; as many encoded images are held in
             memory by each worker.
         seeks: Whether `encoded` passes over images without reading them.
@@ -154,8 +158,10 @@ class StreamSource(ABC):
     in_chans: int = 3
     values: ValueRange = ValueRange()
     channels: tuple[int, ...] | None = None
+    captions: bool = False
     why_unlabelled: str = ""
     multilabel: bool = False
+    unlabelled: int = 0
     buffer_size: int = 1000
     seeks: bool = True
 
@@ -171,6 +177,14 @@ class StreamSource(ABC):
     @abstractmethod
     def decode(self, encoded: Any) -> Sample | Unreadable:
         """Return what `encoded` yielded as an image, or why it cannot be read."""
+
+    def by_index(self) -> Source:
+        """Return the same images by number.
+
+        Raises:
+            UsageError: They can only be read from front to back.
+        """
+        raise UsageError(f"images of {self.name} are needed by number, and can only be read from front to back")
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from patchloom.base.hub import fetching, reason
+from patchloom.base.source_options import words
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, LABELS, MASK, find
+from patchloom.data.labels import classes, several
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 
 CACHE = "~/.cache/patchloom"
@@ -90,19 +93,39 @@ class TorchvisionSource(Source):
 
 
 class HuggingFaceSource(Source):
-    """A data set of the Hugging Face hub, or one on disk in its layout; image and label columns are found.
+    """A data set of the Hugging Face hub, or one on disk in its layout; its columns are found by type and name.
 
     Args:
         dataset: Name, or path of a data set saved by `datasets`.
         split: Name of the split.
         in_chans: 3 or 1.
+        missing: Words that stand for a missing label, separated by commas.
+        image_field: Column of the images; default: the first of images that is none of masks (see `fields`).
+        label_field: Column of the labels: classes, names, numbers, or lists of several of them; default: the first of
+            classes, else one by name.
+        mask_field: Column of the masks, which are images.
+        caption_field: Column of the captions, text or lists of it.
+
+    Attributes:
+        mask_column: Column of the masks, or None.
+        caption_column: Column of the captions, or None.
 
     Raises:
         MissingExtraError: `datasets` is not installed.
-        UsageError: The set cannot be opened, or has no image column.
+        UsageError: The set cannot be opened, has no image column, or no column of a name asked for.
     """
 
-    def __init__(self, dataset: str, split: str = "train", in_chans: int = 3) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        split: str = "train",
+        in_chans: int = 3,
+        missing: str | None = None,
+        image_field: str | None = None,
+        label_field: str | None = None,
+        mask_field: str | None = None,
+        caption_field: str | None = None,
+    ) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -122,13 +145,29 @@ class HuggingFaceSource(Source):
         images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         if not images:
             raise UsageError(f"{self.name} has no image column (its columns: {', '.join(kinds)})")
-        self.column = images[0]
+        masks = (*MASK.columns, *LABEL.columns)
+        plain = [name for name in images if name.lower() not in masks and name != mask_field] or images
+        self.column = find(IMAGE, images, image_field, self.name) if image_field is not None else plain[0]
+        others = [name for name in images if name != self.column]
+        by_name = [name for name in others if name.lower() in masks]
+        self.mask_column = (by_name or [None])[0] if mask_field is None else find(MASK, others, mask_field, self.name)
         # Undecoded, so that a broken image is ours to survive.
-        self.table = table.cast_column(self.column, datasets.Image(decode=False))
-        labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-        if labels:
-            self.class_names = list(kinds[labels[0]].names)
-            self.labels = np.array(table[labels[0]], dtype=np.int64)
+        for name in images:
+            table = table.cast_column(name, datasets.Image(decode=False))
+        self.table = table
+        text = [name for name, kind in kinds.items() if name not in images and _is_text(kind)]
+        self.caption_column = find(CAPTION, text, caption_field, self.name)
+        self.captions = self.caption_column is not None
+        # Of a whole row other columns would be read, too.
+        wanted = (self.column, self.mask_column, self.caption_column)
+        self._columns = {name: table.select_columns([name]) for name in wanted if name is not None}
+        rest = [name for name, kind in kinds.items() if name != self.caption_column and _holds_labels(kind)]
+        classes = [name for name in rest if isinstance(kinds[name], datasets.ClassLabel)]
+        column = find(LABEL, rest, label_field, self.name) if label_field is not None or not classes else classes[0]
+        column = column or find(LABELS, rest, None, self.name)
+        if column is not None:
+            self.labels, self.class_names = _labels(self.name, table, column, words(missing))
+        self.why_unlabelled = f"has no column of labels (its columns: {', '.join(kinds)})"
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -140,26 +179,68 @@ class HuggingFaceSource(Source):
 
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
-        data = self._data(index)
-        label = -1 if self.labels is None else int(self.labels[index])
+        data = self.cell(index, self.column)
+        label: Any = -1 if self.labels is None else self.labels[index]
         return Sample(
             decode_image(data, self.key(index), self.in_chans, "invert", self.values, self.channels),
-            label,
+            label if self.multilabel else int(label),
             self.key(index),
         )
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield numbers and contents of up to `count` images."""
         for index in spread(len(self), count):
-            yield self.key(index), self._data(index)
+            yield self.key(index), self.cell(index, self.column)
 
-    def _data(self, index: int) -> Path | bytes:
-        cell = self.table[index][self.column]
+    def cell(self, index: int, column: str) -> Path | bytes:
+        """Return an image of a column as it is stored; an empty path where there is none."""
+        cell = self._columns[column][index][column]
         return cell["bytes"] if cell and cell.get("bytes") else Path(cell["path"] if cell and cell["path"] else "")
 
     def fingerprint(self) -> str:
         """Return a short hash of the table's own fingerprint."""
         return hashlib.sha256(f"{self.name} {self.table._fingerprint}".encode()).hexdigest()[:16]
+
+
+def _inner(kind: Any) -> Any:
+    """Return the type of what a column holds, of lists that of their items."""
+    return kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether a column holds text, or lists of it."""
+    return getattr(_inner(kind), "dtype", None) in ("string", "large_string")
+
+
+def _holds_labels(kind: Any) -> bool:
+    """Return whether a column holds names or numbers, or lists of them."""
+    dtype = str(getattr(_inner(kind), "dtype", None))
+    return dtype.startswith(("string", "large_string", "int", "uint", "float", "bool"))
+
+
+def _labels(name: str, table: Any, column: str, missing: Sequence[str]) -> tuple[np.ndarray, list[str] | None]:
+    """Return the labels of a column, and their names, as `Source` has them."""
+    kind, given = table.features[column], table[column][:]
+    inner = _inner(kind)
+    known = list(inner.names) if hasattr(inner, "names") else None
+    if kind is not inner:
+        words_ = [None if row is None else [known[one] if known else str(one) for one in row] for row in given]
+        labels, found = several(words_)
+        return (labels, found) if known is None else (_at(labels, found, known), known)
+    if known is not None:
+        return np.array([-1 if label is None else label for label in given], dtype=np.int64), known
+    if inner.dtype in ("float32", "float64") and not all(label is None or float(label).is_integer() for label in given):
+        raise UsageError(f"the column {column} of {name} holds numbers that are no classes, such as {given[0]}")
+    cells = ["" if label is None else str(int(label) if isinstance(label, (bool, float)) else label) for label in given]
+    return classes([cell.strip() for cell in cells], ("", *missing))
+
+
+def _at(labels: np.ndarray, found: list[str], names: list[str]) -> np.ndarray:
+    """Return vectors of labels (n, found) in the order of names that hold those found: (n, names)."""
+    ordered = np.zeros((len(labels), len(names)), np.float32)
+    ordered[:, [names.index(name) for name in found]] = labels
+    ordered[np.isnan(labels).any(1)] = np.nan
+    return ordered
 
 
 def _tensor(image: Any, in_chans: int) -> Tensor:

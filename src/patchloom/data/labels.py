@@ -7,7 +7,14 @@
     a/1.png,1,0
     a/2.png,,1
 
-A column `split` is no label: `FILE.csv:test` takes the rows whose split is `test`, `FILE.csv` takes all.
+    file,labels                        names of several labels in one column; | alone: none of them
+    a/1.png,Edema|Effusion
+
+    file,mask,caption                  what else belongs to an image, with labels or without
+    a/1.png,masks/1.png,a lung
+
+A column `split` is no label: `FILE.csv:test` takes the rows whose split is `test`, `FILE.csv` takes all. What columns
+may be called stands in `fields`; `image_field`, `label_field`, `mask_field` and `caption_field` name others.
 
 Only an empty cell is a missing label: `none`, `NA` or `-1` in a column of classes is a class like any other, unless
 `missing` names it. In columns of several labels -1 and nan, which are no shares, are unknown as well, and are counted
@@ -26,21 +33,23 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from patchloom.base.source_options import words
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, LABELS, MASK, SPLIT, Field, find, find_several
 from patchloom.data.listed import ListedSource
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import existing, printable
 
-FILE, SPLIT = ("file", "filename", "path", "image", "key"), "split"
-ONE = ("label", "class", "grade", "target")
 SUFFIXES = (".csv", ".parquet")
 _WHOLE = re.compile(r"^(-?\d+)\.0+$")
 _TRUTHS = {"true": 1.0, "false": 0.0}
 # Numbers that are no share of a label and are written by other tools where it is unknown.
 NO_SHARE = ("-1", "-1.0", "nan")
+BETWEEN = "|"
+Rows = list[dict[str, str]]
 
 
 def is_label_file(name: str) -> bool:
@@ -50,7 +59,7 @@ def is_label_file(name: str) -> bool:
 
 
 class LabelFileSource(ListedSource):
-    """The images a CSV or Parquet file lists, with a class each or with several labels.
+    """The images a CSV or Parquet file lists, with a class each or with several labels, masks and captions.
 
     Args:
         name: Path of the file, with `:SPLIT` behind it to take the rows of one split.
@@ -59,10 +68,14 @@ class LabelFileSource(ListedSource):
         include: Globs of the files to take of the list, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
         missing: Words that stand for a missing label besides an empty cell, separated by commas.
+        image_field: Column of the images' paths; default: see `fields`, as for those that follow.
+        label_field: Column of the classes, or columns of several labels, separated by commas.
+        mask_field: Column of the masks' paths.
+        caption_field: Column of the captions.
 
     Raises:
-        UsageError: No such file or split, columns missing, a label that is no number from 0 to 1, a file named twice,
-            images that are not there (the first ten are named).
+        UsageError: No such file, split or column, columns missing, a label that is no number from 0 to 1, a file named
+            twice, images that are not there (the first ten are named).
     """
 
     def __init__(
@@ -73,6 +86,10 @@ class LabelFileSource(ListedSource):
         include: str | None = None,
         exclude: str | None = None,
         missing: str | None = None,
+        image_field: str | None = None,
+        label_field: str | None = None,
+        mask_field: str | None = None,
+        caption_field: str | None = None,
     ) -> None:
         path, _, split = (name, "", "") if existing(name).exists() else name.rpartition(":")
         table = existing(path or name)
@@ -82,51 +99,100 @@ class LabelFileSource(ListedSource):
                 f"there is no label file {printable(path or name)}; give a CSV or Parquet file with the columns file "
                 f"and label"
             )
-        columns, rows = _parquet(table) if table.suffix == ".parquet" else _csv(table)
-        file = next((column for column in columns if column.lower() in FILE), None)
-        named = [column for column in columns if column != file and column.lower() != SPLIT]
-        if file is None or not named:
-            raise UsageError(
-                f"{shown} has the columns {', '.join(columns) or 'none'}; it needs file, and label or labels"
-            )
+        columns, rows, lists = _parquet(table) if table.suffix == ".parquet" else _csv(table)
+        asked = (image_field, label_field, mask_field, caption_field)
+        found = _assigned(shown, columns, rows, *asked)
+        # Names of files may begin or end with a blank, and captions are no numbers.
+        for column in {*found.labels, *(one for one in columns if one.lower() in SPLIT.columns)}:
+            for row in rows:
+                row[column] = _written(row[column]) if table.suffix == ".csv" else row[column]
         if split:
             rows = _of_split(shown, rows, columns, split)
         if not rows:
             raise UsageError(f"{shown} lists no image")
-        files = [row[file] for row in rows]
+        files = [row[found.file] for row in rows]
         double = [one for one, count in zip(*np.unique(files, return_counts=True), strict=True) if count > 1]
         if double:
             raise UsageError(f"{shown} names {double[0]} {files.count(double[0])} times; give each image one row")
-        unknown = ("", *words(missing))
-        if len(named) == 1 and (named[0].lower() in ONE or not _all_shares(rows, named[0], unknown)):
-            labels, names = _classes(rows, named[0], unknown)
-        else:
-            labels, names = _shares(shown, rows, named, unknown), named
-        names = [printable(one) for one in names]
+        labels, names = _labels(shown, rows, found.labels, ("", *words(missing)), lists)
+        if names is None:
+            self.why_unlabelled = f"has no column of labels (its columns: {', '.join(columns)})"
+        fields = {MASK.name: found.mask, CAPTION.name: found.caption}
+        beside = {field: [row[column] for row in rows] for field, column in fields.items() if column is not None}
         folder = Path(root) if root is not None else table.parent
-        super().__init__(name, folder, files, labels, names, in_chans, include=include, exclude=exclude)
+        options = {"include": include, "exclude": exclude, "beside": beside}
+        super().__init__(name, folder, files, labels, names, in_chans, **options)  # type: ignore[arg-type]
 
 
-def _csv(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return columns and rows of a table; cells that are not there are empty."""
+class _Columns(NamedTuple):
+    """What the columns of a table hold."""
+
+    file: str
+    labels: list[str]
+    mask: str | None
+    caption: str | None
+
+
+def _assigned(
+    table: str,
+    columns: list[str],
+    rows: Rows,
+    image_field: str | None,
+    label_field: str | None,
+    mask_field: str | None,
+    caption_field: str | None,
+) -> _Columns:
+    """Return which column holds what.
+
+    Raises:
+        UsageError: A column that was named is not there, or there is none of images, or nothing beside them.
+    """
+    file = find(IMAGE, columns, image_field, table)
+    if file is None:
+        raise UsageError(
+            f"{table} has the columns {', '.join(columns) or 'none'}; it needs file, and label or labels, mask or "
+            f"caption (--image_field names a column of images that is called otherwise)"
+        )
+    others = [column for column in columns if column != file]
+    labels = find_several(LABEL, others, label_field, table)
+    taken = set(labels or [])
+
+    def beside(field: Field, asked: str | None) -> str | None:
+        column = find(field, [one for one in others if one not in taken], asked, table)
+        # A label may be called mask: what holds nothing but 1 and 0 names no files.
+        is_label = column is not None and asked is None and any(row[column] for row in rows)
+        return None if is_label and column is not None and _all_shares(rows, column, ("",)) else column
+
+    mask = beside(MASK, mask_field)
+    taken |= {mask} if mask is not None else set()
+    caption = beside(CAPTION, caption_field)
+    if labels is None:
+        named = (mask, caption)
+        labels = [one for one in others if one not in named and one.lower() not in SPLIT.columns]
+    if not labels and mask is None and caption is None:
+        raise UsageError(f"{table} has the columns {', '.join(columns)}; it needs file, and label or labels")
+    return _Columns(file, labels, mask, caption)
+
+
+def _csv(table: Path) -> tuple[list[str], Rows, set[str]]:
+    """Return columns and rows of a table, cells as they stand, empty where there are none; no column holds lists."""
     # File names need not be UTF-8, see patchloom.io.
     with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:
         reader = csv.DictReader(handle)
         columns = [column.strip() for column in reader.fieldnames or ()]
         reader.fieldnames = columns
-        rows = [{column: _written(row[column] or "", column) for column in columns} for row in reader]
-    return columns, [row for row in rows if any(row.values())]  # spreadsheets save lines of commas alone
+        rows = [{column: row[column] or "" for column in columns} for row in reader]
+    # Spreadsheets save lines of commas alone.
+    return columns, [row for row in rows if any(cell.strip() for cell in row.values())], set()
 
 
-def _written(cell: str, column: str) -> str:
+def _written(cell: str) -> str:
     """Return a cell as it is meant: pandas writes whole numbers as 2.0 where a column has gaps; blanks are no text."""
-    if column.lower() in FILE:
-        return cell  # a file's name may begin or end with a blank
     return _WHOLE.sub(r"\1", cell.strip())
 
 
-def _parquet(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return columns and rows of a table as `_csv` does; null is an empty cell, 2.0 the same as 2."""
+def _parquet(table: Path) -> tuple[list[str], Rows, set[str]]:
+    """Return columns and rows of a table as `_csv` does, and which columns hold lists; null is an empty cell."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -138,19 +204,26 @@ def _parquet(table: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UsageError(f"{printable(table)} is no Parquet file: {' '.join(str(error).split())[:100]}") from error
     columns = [column.strip() for column in read.column_names]
     cells = [[_cell(value) for value in column.to_pylist()] for column in read.columns]
-    return columns, [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]
+    lists = {
+        column
+        for column, kind in zip(columns, read.schema.types, strict=True)
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    }
+    return columns, [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)], lists
 
 
 def _cell(value: object) -> str:
     if value is None or value != value:  # pandas writes a gap as NaN
         return ""
+    if isinstance(value, list):
+        return BETWEEN.join(map(_cell, value)) or BETWEEN
     if isinstance(value, float) and value.is_integer():  # a column of numbers with gaps holds them as 2.0
         return str(int(value))
     return str(int(value) if isinstance(value, bool) else value).strip()
 
 
-def _of_split(table: str, rows: list[dict[str, str]], columns: list[str], split: str) -> list[dict[str, str]]:
-    column = next((column for column in columns if column.lower() == SPLIT), None)
+def _of_split(table: str, rows: Rows, columns: list[str], split: str) -> Rows:
+    column = find(SPLIT, columns, None, table)
     if column is None:
         raise UsageError(f"{table} has no column split, so there is no {split} in it; leave :{split} out")
     chosen = [row for row in rows if row[column] == split]
@@ -160,9 +233,47 @@ def _of_split(table: str, rows: list[dict[str, str]], columns: list[str], split:
     return chosen
 
 
-def _classes(rows: list[dict[str, str]], column: str, unknown: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def _labels(
+    table: str, rows: Rows, columns: list[str], unknown: Sequence[str], lists: set[str]
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return labels and their names as `ListedSource` takes them; neither where no column holds any."""
+    if not columns:
+        return None, None
+    if len(columns) > 1:
+        labels, names = _shares(table, rows, columns, unknown), columns
+    elif _holds_several(rows, columns[0], lists):
+        labels, names = several([_words_of(row[columns[0]], unknown) for row in rows])
+    elif columns[0].lower() in LABEL.columns or not _all_shares(rows, columns[0], unknown):
+        labels, names = classes([row[columns[0]] for row in rows], unknown)
+    else:
+        labels, names = _shares(table, rows, columns, unknown), columns
+    return labels, [printable(name) for name in names]
+
+
+def _holds_several(rows: Rows, column: str, lists: set[str]) -> bool:
+    """Return whether cells of a column name several labels: it holds lists, or is called so and has a | in it."""
+    return column in lists or (column.lower() in LABELS.columns and any(BETWEEN in row[column] for row in rows))
+
+
+def _words_of(cell: str, unknown: Sequence[str]) -> list[str] | None:
+    return None if cell in unknown else [word for part in cell.split(BETWEEN) if (word := part.strip())]
+
+
+def several(given: Sequence[Sequence[str] | None]) -> tuple[np.ndarray, list[str]]:
+    """Return labels (n, L) float32, 1 for those that are named, and the L names; NaN where None stands for unknown."""
+    names = number_order({word for words_ in given if words_ is not None for word in words_})
+    number = {name: place for place, name in enumerate(names)}
+    labels = np.zeros((len(given), len(names)), np.float32)
+    for line, words_ in enumerate(given):
+        if words_ is None:
+            labels[line] = np.nan
+        else:
+            labels[line, [number[word] for word in words_]] = 1
+    return labels, names
+
+
+def classes(given: Sequence[str], unknown: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Return class numbers, -1 where nothing is given, and the names in the order of their numbers or letters."""
-    given = [row[column] for row in rows]
     found = {value for value in given if value not in unknown}
     names = number_order(found)
     number = {name: place for place, name in enumerate(names)}
@@ -186,7 +297,7 @@ def number_order(names: Iterable[str]) -> list[str]:
     return [names[place] for place in places]
 
 
-def _shares(table: str, rows: list[dict[str, str]], columns: list[str], unknown: Sequence[str]) -> np.ndarray:
+def _shares(table: str, rows: Rows, columns: list[str], unknown: Sequence[str]) -> np.ndarray:
     """Return labels (n, L) float32, NaN where nothing is given."""
     labels = np.full((len(rows), len(columns)), np.nan, dtype=np.float32)
     beyond = 0
@@ -200,9 +311,11 @@ def _shares(table: str, rows: list[dict[str, str]], columns: list[str], unknown:
                 continue
             share = _share(value)
             if share is None:
+                alone = find(LABEL, columns, None, table) or column
                 raise UsageError(
                     f"{table}, line {line + 2}: {column} is {value!r}; a label is 1, 0, a share between, or nothing "
-                    f"where unknown (--missing {value} takes that for unknown, too)"
+                    f"where unknown (--missing {value} takes that for unknown, too; --label_field {alone} takes that "
+                    f"column alone)"
                 )
             labels[line, place] = share
     if beyond:
@@ -220,6 +333,6 @@ def _share(value: str) -> float | None:
     return share if 0 <= share <= 1 else None
 
 
-def _all_shares(rows: list[dict[str, str]], column: str, unknown: Sequence[str]) -> bool:
-    given = [row[column] for row in rows]
+def _all_shares(rows: Rows, column: str, unknown: Sequence[str]) -> bool:
+    given = [row[column].strip() for row in rows]
     return all(value in unknown or value.lower() in NO_SHARE or _share(value) is not None for value in given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from patchloom.errors import UsageError
 from patchloom.io import printable, raw_name
 
 SHOWN = 10
+NOTHING: Mapping[str, Sequence[str]] = {}
 
 
 class ListedSource(Source):
@@ -26,12 +27,13 @@ class ListedSource(Source):
         name: The source as the user named it.
         root: Folder that holds the images, at any depth.
         files: Path below the root of every image, or its file name where that is unique below the root.
-        labels: (n,) int64 class numbers, or (n, L) float32 in [0, 1] with NaN where unknown.
-        class_names: Names of the classes or labels.
+        labels: (n,) int64 class numbers, or (n, L) float32 in [0, 1] with NaN where unknown; None: there are none.
+        class_names: Names of the classes or labels; None: there are none.
         in_chans: Channels the images are read as, 3 or 1.
         monochrome1: What becomes of DICOM images whose zero is white.
         include: Globs of the files to take of the list, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
+        beside: What else the list says of each image, by field, such as the file of its mask.
 
     Raises:
         UsageError: Files missing (the first ten are named), a file name that several folders hold, or globs that
@@ -43,12 +45,13 @@ class ListedSource(Source):
         name: str,
         root: Path,
         files: Sequence[str],
-        labels: np.ndarray,
-        class_names: Sequence[str],
+        labels: np.ndarray | None,
+        class_names: Sequence[str] | None,
         in_chans: int = 3,
         monochrome1: Monochrome1 = "invert",
         include: str | None = None,
         exclude: str | None = None,
+        beside: Mapping[str, Sequence[str]] = NOTHING,
     ) -> None:
         check_monochrome1(monochrome1)
         self.name = printable(name)
@@ -58,14 +61,17 @@ class ListedSource(Source):
             kept = [place for place, file in enumerate(files) if printable(file) in wanted]
             if not kept:
                 raise UsageError(f"{self.name}: include and exclude leave none of the {len(files)} images listed")
-            files, labels = [files[place] for place in kept], labels[kept]
+            files, labels = [files[place] for place in kept], None if labels is None else labels[kept]
+            beside = {field: [cells[place] for place in kept] for field, cells in beside.items()}
+        self.beside = dict(beside)
         self.labels = labels
-        self.class_names = list(class_names)
+        self.class_names = None if class_names is None else list(class_names)
         self.in_chans = in_chans
         self.monochrome1 = monochrome1
-        self.files, stamps = _located(name, root, files)
-        digest = hashlib.sha256("\0".join([*self.files, *self.class_names]).encode(errors="surrogateescape"))
-        digest.update(stamps.tobytes() + labels.tobytes())
+        self.files, stamps = located(name, root, files)
+        names = [*self.files, *(self.class_names or [])]
+        digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
+        digest.update(stamps.tobytes() + (b"" if labels is None else labels.tobytes()))
         self._stamp = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -79,10 +85,10 @@ class ListedSource(Source):
     def read(self, index: int) -> Sample:
         """Return image number `index` with its class number or its vector of labels."""
         key = self.key(index)
-        assert self.labels is not None
         path = self.root / self.files[index]
         image = decode_image(path, key, self.in_chans, self.monochrome1, self.values, self.channels)
-        return Sample(image, self.labels[index] if self.multilabel else int(self.labels[index]), key)
+        label = -1 if self.labels is None else self.labels[index]
+        return Sample(image, label if self.multilabel else int(label), key)
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and paths of up to `count` images."""
@@ -94,8 +100,12 @@ class ListedSource(Source):
         return self._stamp
 
 
-def _located(name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the paths of the files below the root, and their sizes and times (n, 2) int64."""
+def located(name: str, root: Path, files: Sequence[str], what: str = "images") -> tuple[list[str], np.ndarray]:
+    """Return the paths of the files below the root, and their sizes and times (n, 2) int64.
+
+    Raises:
+        UsageError: Files missing (the first ten are named), or a file name that several folders hold.
+    """
     if not root.is_dir():
         raise UsageError(f"{name}: there is no folder {root}")
     found: dict[str, tuple[int, int]] = {}
@@ -113,7 +123,7 @@ def _located(name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np
     if missing := [file for file, path in zip(files, paths, strict=True) if not path]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise UsageError(
-            f"{name}: {len(missing)} of {len(files)} images listed are not below {root}: "
+            f"{name}: {len(missing)} of {len(files)} {what} listed are not below {root}: "
             f"{', '.join(map(printable, missing[:SHOWN]))}{more}"
         )
     if unclear := [file for file in files if file not in found and file in several]:

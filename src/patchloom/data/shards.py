@@ -1,60 +1,76 @@
 """Images in WebDataset shards: tar files in which files of one stem belong together (`0001.jpg`, `0001.cls`).
 
-Shards are read from front to back. Their headers are scanned once, when the source is opened, so the number of
-images and where each begins are known: the order of an epoch is settled before anything is read, several readers
+Shards are read from front to back. Their headers and labels are scanned once, when the source is opened, so the number
+of images and where each begins are known: the order of an epoch is settled before anything is read, several readers
 can share a shard, and a resumed run goes straight to where it stopped (of a compressed shard the front is unpacked).
+What needs images by number, such as a part that is held out or the training of a decoder, takes them from
+`ShardSource.by_index`.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import io
-import json
 import re
-import tarfile
-import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from patchloom.data.base import Sample, StreamSource, Unreadable, UnreadableImageError, spread
+from patchloom.base.source_options import words
+from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, no_field
+from patchloom.data.shard_files import TRUNCATED, Files, Role, Roles, read_images, scan
+from patchloom.data.shard_labels import Raw, ShardLabels, Wrong, json_of, key_of, raw_label
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import printable
 
-TRUNCATED = "the shard is damaged or cut short here"
-Content = TypeVar("Content")
-Encoded = tuple[str, dict[str, tuple[str, bytes]] | None]
-_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error)
-_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own files within a shard
+Encoded = tuple[str, Files | None]
+MOST_KEYS = 200
+COMPRESSED_LOOKED_AT = 16
+"""Compressed shards of which the first images stand for all."""
 
 
 class ShardSource(StreamSource):
     """WebDataset shards on a local or mounted file system.
 
-    Labels are whole numbers in `.cls` files, or under "label" in `.json` files; -1 without either.
+    Labels are numbers or names in `.cls` files, or under "label" or "labels" in `.json` files (see `shard_labels`).
 
     Args:
         pattern: `train-{000000..000099}.tar`, `folder/*.tar`, one path, or a list of those.
         in_chans: Channels of the images.
         buffer_size: Images among which the next one is drawn when shuffling; as many encoded images are held in
             memory by each worker.
+        missing: Words that stand for a missing label, separated by commas.
+        image_field: What stands after the stem of images, `rgb.png`; default: an image that is no mask.
+        label_field: What stands after the stem of labels, or the key of .json files that holds them.
+        mask_field: What stands after the stem of masks, `seg.png`; default: see `fields`.
+        caption_field: What stands after the stem of captions, or the key of .json files that holds them.
 
     Attributes:
         shards: Paths of the shards, as named.
+        captions: Whether images have captions.
 
     Raises:
-        UsageError: A shard doesn't exist, none matches, or there is no image in any.
+        UsageError: A shard doesn't exist, none matches, there is no image in any, or no file or key of a name asked
+            for.
         MissingExtraError: webdataset is not installed.
     """
 
-    def __init__(self, pattern: str | Path | Sequence[str | Path], in_chans: int = 3, buffer_size: int = 1000) -> None:
+    def __init__(
+        self,
+        pattern: str | Path | Sequence[str | Path],
+        in_chans: int = 3,
+        buffer_size: int = 1000,
+        missing: str | None = None,
+        image_field: str | None = None,
+        label_field: str | None = None,
+        mask_field: str | None = None,
+        caption_field: str | None = None,
+    ) -> None:
         if buffer_size < 1:
             raise UsageError(f"buffer_size is {buffer_size}; it must be at least 1")
         patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
@@ -63,25 +79,72 @@ class ShardSource(StreamSource):
         self.buffer_size = buffer_size
         self.shards = expand_shards(patterns)
         self._names = [printable(name) for name in _distinct_names(self.shards)]
-        scanned = [_scan(shard) for shard in self.shards]
-        self.sizes = [count for count, _ in scanned]
-        self._starts = [starts for _, starts in scanned]
-        self.seeks = all(starts is not None for starts in self._starts)
+        self._label_field, self._caption_field = label_field, caption_field
+        self._missing = words(missing)
+        endings = (image_field, label_field, mask_field, caption_field)
+        self.roles = Roles(*(None if one is None else one.lower().removeprefix(".") for one in endings))
+        self._look()
+        there = sorted(self._there)
         if not self.num_samples:
+            if image_field is not None:
+                raise no_field(IMAGE, image_field, there, self.name)
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")
+        asked: Sequence[tuple[Field, str | None, bool]] = (
+            (LABEL, label_field, self._labelled),
+            (MASK, mask_field, self._masks),
+            (CAPTION, caption_field, self.captions),
+        )
+        for field, name, found in asked:
+            if name is not None and not found:
+                raise no_field(field, name, there, self.name)
+        self.why_unlabelled = f"has no label (its files and keys: {', '.join(there[:20])})"
+
+    def _look(self) -> None:
+        """Scan the shards: images, where they begin, what their labels are."""
+        self._there: set[str] = set()
+        self.captions = self._masks = self._labelled = False
+        numbers: dict[Raw, int] = {None: 0}
+        scanned, self._written = [], []
+        for shard in self.shards:
+            written = array("i")
+
+            def each(files: Files | None, written: array[int] = written) -> None:
+                files = files or {}
+                content = json_of(files)
+                raw = raw_label(files, content, self._label_field, self._missing)
+                written.append(numbers.setdefault(raw, len(numbers)))
+                self._labelled |= raw is not None or "label" in files
+                self._masks |= "mask" in files
+                self.captions |= "caption" in files
+                if not isinstance(content, Wrong):
+                    self._there.update(key for key in content if len(self._there) < MOST_KEYS)
+                    self.captions |= key_of(content, CAPTION, self._caption_field) is not None
+
+            found = scan(shard, self.roles, ("label", "json"), each)
+            scanned.append(found)
+            self._there |= found.endings
+            self._written.append(np.array(written, np.int32))
+        self.sizes = [len(found.starts) for found in scanned]
+        self._firsts = np.cumsum([0, *self.sizes])
+        self.seeks = all(found.seekable for found in scanned)
+        self._starts = [found.starts if found.seekable else None for found in scanned]
+        self._raw = list(numbers)
+        self._labels = ShardLabels.settled(self._raw)
+        self.class_names, self.multilabel = self._labels.class_names, self._labels.several
+        self.unlabelled = sum(int((written == 0).sum()) for written in self._written)
 
     def encoded(self, shard: int, numbers: np.ndarray) -> Iterator[Encoded]:
         """Yield images of one shard as (name of the shard, files); files is None where the shard is damaged."""
         starts = self._starts[shard]
-        groups: Iterator[dict[str, tuple[str, bytes]]] = iter(())
+        groups: Iterator[Files] = iter(())
         at = -1
         # As many images as the scan found, whatever happens while reading: numbers are what order, resume and
         # batches are reckoned in.
         for number in numbers.tolist():
             if at < 0 or (starts is not None and number > at):
                 at = 0 if starts is None else number
-                groups = _read_groups(self.shards[shard], 0 if starts is None else int(starts[number]))
+                groups = read_images(self.shards[shard], 0 if starts is None else int(starts[number]), self.roles)
             while at < number:
                 next(groups, None)
                 at += 1
@@ -89,26 +152,85 @@ class ShardSource(StreamSource):
             at += 1
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
-        """Yield names and contents of the first images of a few shards."""
-        chosen = spread(len(self.shards), 4)
+        """Yield names and contents of images from all over the shards; of compressed ones the first of several."""
+        if self.seeks:
+            for image in spread(self.num_samples, count):
+                yield from self._stored(*self.place(image), 1)
+            return
+        chosen = spread(len(self.shards), COMPRESSED_LOOKED_AT)
         for shard in chosen:
-            for files in islice(_read_groups(self.shards[shard], 0), count // len(chosen)):
-                name, data = files["image"]
-                yield f"{self._names[shard]}/{name}", data
+            yield from self._stored(shard, 0, -(-count // len(chosen)))
+
+    def _stored(self, shard: int, start: int, count: int) -> Iterator[tuple[str, bytes]]:
+        for files in islice(read_images(self.shards[shard], start, self.roles, ("image",)), count):
+            name, data = files["image"]
+            yield f"{self._names[shard]}/{name}", data
+
+    def looked_at(self) -> str:
+        """Return what `stored` is a sample of, where it is not of all images."""
+        if self.seeks:
+            return ""
+        shards = min(len(self.shards), COMPRESSED_LOOKED_AT)
+        return f"of the first images of {shards} of {len(self.shards)} shards, as they are compressed"
 
     def decode(self, encoded: Encoded) -> Sample | Unreadable:
         """Return an image of `encoded`, or why it cannot be read."""
         shard, files = encoded
-        if files is None:
-            return Unreadable(shard, TRUNCATED)
-        name, data = files["image"]
-        key = printable(f"{shard}/{name}")
         try:
-            return Sample(
-                decode_image(data, key, self.in_chans, "invert", self.values, self.channels), _label(files, key), key
-            )
+            return self.sample(shard, files, self)
         except UnreadableImageError as error:
             return Unreadable(error.key, error.reason)
+
+    def sample(self, shard: str, files: Files | None, how: Source | StreamSource) -> Sample:
+        """Return an image of its files, its pixels read as a source has them.
+
+        Raises:
+            UnreadableImageError: It cannot be decoded, or its label is none.
+        """
+        if files is None:
+            raise UnreadableImageError(shard, TRUNCATED)
+        name, data = files["image"]
+        key = printable(f"{shard}/{name}")
+        label = self._labels.of(raw_label(files, json_of(files), self._label_field, self._missing))
+        if isinstance(label, Wrong):
+            raise UnreadableImageError(key, label.reason)
+        image = decode_image(data, key, self.in_chans, "invert", how.values, how.channels)
+        return Sample(image, label, key)
+
+    def by_index(self) -> IndexedShards:
+        """Return the images by number.
+
+        Raises:
+            UsageError: A shard is compressed, so it can only be read from its front.
+        """
+        if not self.seeks:
+            packed = [name for name, starts in zip(self._names, self._starts, strict=True) if starts is None]
+            raise UsageError(
+                f"images of {self.name} are needed by number, and {packed[0]} is compressed, so it can only be read "
+                f"from its front; unpack it to .tar"
+            )
+        return IndexedShards(self)
+
+    def labels_written(self) -> np.ndarray | None:
+        """Return the labels of all images as `Source.labels` has them, unknown where what is written is none."""
+        if self.class_names is None:
+            return None
+        unknown = self._labels.of(None)
+        found = [unknown if isinstance(label, Wrong) else label for label in map(self._labels.of, self._raw)]
+        table = np.stack(found).astype(np.float32) if self.multilabel else np.array(found, np.int64)
+        return table[np.concatenate(self._written)] if len(self._written) else table[:0]
+
+    def place(self, image: int) -> tuple[int, int]:
+        """Return the shard of an image and where it begins in it, of shards that can be read by number."""
+        shard = int(np.searchsorted(self._firsts, image, "right")) - 1
+        starts = self._starts[shard]
+        assert starts is not None
+        return shard, int(starts[image - self._firsts[shard]])
+
+    def files(self, image: int, take: Sequence[Role]) -> tuple[str, Files | None]:
+        """Return the name of the shard an image is in, and those of its files that are asked for."""
+        shard, start = self.place(image)
+        return self._names[shard], next(read_images(self.shards[shard], start, self.roles, take), None)
 
     def fingerprint(self) -> str:
         """Return a short hash of the shards' names, sizes and times."""
@@ -117,6 +239,43 @@ class ShardSource(StreamSource):
             status = shard.stat()
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
+
+
+class IndexedShards(Source):
+    """Images in shards by number: each is read from where it begins, as a file of a folder is.
+
+    Args:
+        shards: The shards, none of them compressed.
+    """
+
+    def __init__(self, shards: ShardSource) -> None:
+        self.shards = shards
+        self.name, self.in_chans = shards.name, shards.in_chans
+        self.values, self.channels = shards.values, shards.channels
+        self.class_names, self.labels = shards.class_names, shards.labels_written()
+        self.why_unlabelled = shards.why_unlabelled
+        self.captions = shards.captions
+
+    def __len__(self) -> int:
+        """Return the number of images (damaged ones included)."""
+        return self.shards.num_samples
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index`."""
+        return self.shards.sample(*self.shards.files(index, ("image", "label", "json", "caption")), self)
+
+    def key(self, index: int) -> str:
+        """Return the name of image number `index` as its samples have it; reads its files."""
+        shard, files = self.shards.files(index, ("image",))
+        return printable(shard if files is None else f"{shard}/{files['image'][0]}")
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and contents of images from all over the shards."""
+        return self.shards.stored(count)
+
+    def fingerprint(self) -> str:
+        """Return that of the shards."""
+        return self.shards.fingerprint()
 
 
 def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:
@@ -163,93 +322,3 @@ def _distinct_names(shards: list[Path]) -> list[str]:
         folder for folder in (parents[0], *parents[0].parents) if all(p.is_relative_to(folder) for p in parents)
     )
     return [shard.absolute().relative_to(common).as_posix() for shard in shards]
-
-
-def _scan(shard: Path) -> tuple[int, np.ndarray | None]:
-    """Count the images of a shard and find where each begins, from the headers alone.
-
-    A damaged end counts as one image, so that it is reported.
-
-    Returns:
-        Number of images, and (n,) int64 offsets of them in the file; None for a compressed shard, which can only be
-        read from its front.
-    """
-    size = shard.stat().st_size
-    starts = array("q")
-    seekable = True
-    try:
-        with tarfile.open(shard) as archive:
-            # Offsets are those of the file unless it is compressed.
-            seekable = isinstance(archive.fileobj, io.BufferedReader)
-            for files in _groups(_headers(archive, size if seekable else None)):
-                starts.append(min(offset for _, offset in files.values()))
-            # Where the end marker (empty blocks) is missing, tarfile takes the end of the file for the end.
-            if seekable and archive.offset + tarfile.BLOCKSIZE > size:
-                starts.append(size)
-    except _DAMAGE:
-        starts.append(size)
-    return len(starts), np.array(starts, dtype=np.int64) if seekable else None
-
-
-def _headers(archive: tarfile.TarFile, limit: int | None) -> Iterator[tuple[str, int]]:
-    for member in archive:
-        if limit is not None and member.offset_data + member.size > limit:
-            raise tarfile.ReadError(TRUNCATED)
-        if member.isreg() and _belongs(member.name):
-            yield member.name, member.offset
-        archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header otherwise
-
-
-def _read_groups(shard: Path, start: int) -> Iterator[dict[str, tuple[str, bytes]]]:
-    """Yield the files of each image from an offset on; the stream ends early where the shard is damaged."""
-    from webdataset.tariterators import tar_file_iterator
-
-    with shard.open("rb") as file:
-        file.seek(start)
-        members = tar_file_iterator(file, skip_meta=None, select_files=_belongs)
-        try:
-            yield from _groups((member["fname"], member["data"]) for member in members)
-        except _DAMAGE:
-            return
-
-
-def _groups(members: Iterable[tuple[str, Content]]) -> Iterator[dict[str, tuple[str, Content]]]:
-    """Group neighbouring files of one stem; yield those with an image: {"image", "cls", "json": (name, content)}."""
-    parted = ((*_parted(name), name, content) for name, content in members)
-    for _, files in groupby(parted, key=itemgetter(0)):
-        group: dict[str, tuple[str, Content]] = {}
-        for _, suffix, name, content in files:
-            kind = suffix if suffix in ("cls", "json") else "image"
-            # Of `0001.depth.png` and `0001.jpg` the second is the image.
-            if kind not in group or (_has_one_suffix(name) and not _has_one_suffix(group[kind][0])):
-                group[kind] = name, content
-        if "image" in group:
-            yield group
-
-
-def _belongs(name: str) -> bool:
-    suffix = _parted(name)[1]
-    return not _META.match(name) and (suffix in ("cls", "json") or f".{suffix}" in IMAGE_SUFFIXES)
-
-
-def _parted(name: str) -> tuple[str, str]:
-    """Return the stem, up to the first dot of the file name as WebDataset has it, and the last suffix."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffixes = file.partition(".")
-    return folder + slash + stem, suffixes.rpartition(".")[2].lower()
-
-
-def _has_one_suffix(name: str) -> bool:
-    return name.rpartition("/")[2].count(".") == 1
-
-
-def _label(files: dict[str, tuple[str, bytes]], key: str) -> int:
-    try:
-        if "cls" in files:
-            return int(files["cls"][1])
-        if "json" in files:
-            content = json.loads(files["json"][1])
-            return int(content.get("label", -1)) if isinstance(content, dict) else -1
-    except (ValueError, TypeError) as error:
-        raise UnreadableImageError(key, f"its label is not a whole number: {error}") from error
-    return -1

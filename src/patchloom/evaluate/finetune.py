@@ -53,7 +53,7 @@ class Finetune(Evaluation):
         channels = in_chans(encoder)
         options = config.source_options()
         train, test = open_alike(
-            (config.train, config.test), in_chans=channels, seed=config.seed, model=encoder, **options
+            (config.train, config.test), in_chans=channels, seed=config.seed, model=encoder, by_index=True, **options
         )
         options |= reading_options(train)
         if train.fingerprint() == test.fingerprint():

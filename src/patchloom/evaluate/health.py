@@ -70,7 +70,12 @@ class Health:
         encoder = encoder.eval().to(device)
         source = self._sample(
             open_source(
-                config.data, in_chans=in_chans(encoder), seed=config.seed, model=encoder, **config.source_options()
+                config.data,
+                in_chans=in_chans(encoder),
+                seed=config.seed,
+                model=encoder,
+                by_index=True,
+                **config.source_options(),
             )
         )
         pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
@@ -101,7 +106,7 @@ class Health:
 
     def _sample(self, source: Source | StreamSource) -> Source:
         if not isinstance(source, Source):
-            raise UsageError(f"{source.name} is a stream; give a folder or a set that is read by index")
+            raise UsageError(f"{source.name} can only be read from front to back; unpack the shards to .tar")
         generator = torch.Generator().manual_seed(self.config.seed)
         chosen = torch.randperm(len(source), generator=generator)[: self.config.images].sort().values
         return SubsetSource(source, chosen.numpy())

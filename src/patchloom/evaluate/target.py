@@ -12,6 +12,7 @@ from patchloom.base.sizes import Size
 from patchloom.data import open_alike
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.subset import say_unlabelled
+from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_backbone, in_chans
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError
@@ -110,6 +111,11 @@ def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -
         return None
     numbers = {name: number for number, name in enumerate(train.class_names)}
     unknown = [name for name in test.class_names if name not in numbers]
+    if unknown and _are_numbers(train.class_names) != _are_numbers(test.class_names):
+        # Shards may say the number of a class and not its name.
+        unnamed, named = (train, test) if _are_numbers(train.class_names) else (test, train)
+        notice(f"{unnamed.name} has numbers of classes, and they are taken as those of {named.name} in their order")
+        return None
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UsageError(
@@ -117,6 +123,10 @@ def _common_classes(train: Source | StreamSource, test: Source | StreamSource) -
             f"name the folders of both alike"
         )
     return torch.tensor([numbers[name] for name in test.class_names])
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(number) for number in range(len(names))]
 
 
 def _check_labels(source: Source | StreamSource, several: bool) -> None:

@@ -72,10 +72,15 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
     if config.class_name is not None and config.class_name not in names:
         raise unknown_name("class", config.class_name, names)
     source = open_source(
-        config.images, in_chans=in_chans(encoder), seed=config.seed, model=encoder, **config.source_options()
+        config.images,
+        in_chans=in_chans(encoder),
+        seed=config.seed,
+        model=encoder,
+        by_index=True,
+        **config.source_options(),
     )
     if not isinstance(source, Source):
-        raise UsageError(f"{config.images} is a stream; explanations are of single images, so give a folder of them")
+        raise UsageError(f"{config.images} can only be read from front to back; unpack the shards to .tar")
     labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None
     if of_class is not None and labels_known:
         if of_class not in (source.class_names or []):

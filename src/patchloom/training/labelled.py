@@ -59,8 +59,13 @@ class LabelledMethod(Method):
             counts = None
             if config.label_fraction < 1 or (config.shots, config.groups, config.imbalance) != (None, None, None):
                 raise UsageError(
-                    f"the labels of {config.data} come with its images, so label_fraction, shots, groups and imbalance "
-                    f"cannot be met; give the images as a folder"
+                    f"{config.data} can only be read from front to back, so label_fraction, shots, groups and "
+                    f"imbalance cannot be met; unpack the shards to .tar"
+                )
+            if source.unlabelled:
+                raise UsageError(
+                    f"{source.unlabelled} images of {config.data} have no label, and are left out only where images "
+                    f"are read by number; unpack the shards to .tar"
                 )
         else:
             if config.test is not None:
@@ -89,6 +94,12 @@ class LabelledMethod(Method):
             distance=config.ordinal_distance,
             groups=class_groups(counts.tolist()) if counts is not None and self.has_tail() else None,
         )
+
+    @classmethod
+    def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
+        """Return the images by number where they can be read so, as parts of them are held out and chosen."""
+        source, config = super().open_data(config)
+        return source.by_index() if isinstance(source, StreamSource) and source.seeks else source, config
 
     @classmethod
     def images_to_learn_from(cls, config: Any, source: Source | StreamSource) -> int | None:
@@ -245,7 +256,8 @@ def _task(config: LabelledConfig, source: Source | StreamSource) -> Literal["sin
 def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
     """Return the test images; their classes have to be among those learnt."""
     assert config.test is not None
-    test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **config.source_options())
+    options = {"by_index": True, **config.source_options()}
+    test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **options)
     names = list(source.class_names or [])
     if test.class_names is None:
         raise no_labels(test, "figures need labelled test images and ")

@@ -1,0 +1,238 @@
+"""What belongs to an image is found alike in folders, tables, shards and data sets of the hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchloom.data import open_source
+from patchloom.data.base import Unreadable
+from patchloom.data.shards import ShardSource
+from patchloom.errors import UsageError
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("webdataset")
+pytest.importorskip("pyarrow")
+
+NAMES = ["cat", "dog", "cat", "", "owl"]
+SETS: list[list[str] | None] = [["cat"], ["dog", "owl"], [], None, ["owl"]]
+
+
+def pixels(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: Any = "w") -> str:
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def write_images(folder: Path, count: int = 5) -> list[str]:
+    names = [f"{number}.png" for number in range(count)]
+    for number, name in enumerate(names):
+        Image.fromarray(pixels(number)).save(folder / name)
+    return names
+
+
+def written(kind: str, folder: Path, column: str, values: list[Any]) -> str:
+    """Return a source of five images with values of a column (or key, or ending) of that name."""
+    names = write_images(folder)
+    if kind == "csv":
+        cells = ["|" if value == [] else "|".join(value) if isinstance(value, list) else value for value in values]
+        rows = [f"{name},{'' if cell is None else cell}" for name, cell in zip(names, cells, strict=True)]
+        (folder / "a.csv").write_text("\n".join([f"file,{column}", *rows]))
+        return f"{folder}/a.csv"
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        given = [None if value == "" else value for value in values]
+        parquet.write_table(pyarrow.table({"file": names, column: given}), folder / "a.parquet")
+        return f"{folder}/a.parquet"
+    if kind == "json":
+        files: dict[str, bytes] = {}
+        for number, value in enumerate(values):
+            files[f"{number}.png"] = png(pixels(number))
+            files[f"{number}.json"] = json.dumps({column: value}).encode()
+        return write_tar(folder / "a.tar", files)
+    if kind == "tar":
+        files = {}
+        for number, value in enumerate(values):
+            files[f"{number}.{column}"] = value.encode()
+            files[f"{number}.png"] = png(pixels(number))
+        return write_tar(folder / "a.tar", files)
+    given = [None if value == "" else value for value in values]
+    rows = {"picture": [str(folder / name) for name in names], column: given}
+    datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image()).save_to_disk(folder / "a")
+    return f"hf:{folder}/a"
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "options"),
+    [
+        ("csv", "label", {}),
+        ("csv", "Kind", {"label_field": "kind"}),
+        ("parquet", "class", {}),
+        ("parquet", "kind", {"label_field": "kind"}),
+        ("tar", "cls", {}),
+        ("tar", "label", {}),
+        ("tar", "kind", {"label_field": ".kind"}),
+        ("json", "label", {}),
+        ("json", "grade", {}),
+        ("json", "kind", {"label_field": "kind"}),
+        ("hf", "label", {}),
+        ("hf", "kind", {"label_field": "kind"}),
+    ],
+)
+def test_a_class_is_the_same_wherever_it_stands(tmp_path, kind, column, options):
+    source = open_source(written(kind, tmp_path, column, NAMES), by_index=True, **options)
+    assert source.class_names == ["cat", "dog", "owl"]
+    assert source.labels.tolist() == [0, 1, 0, -1, 2]
+    assert [source.read(index).label for index in range(5)] == [0, 1, 0, -1, 2]
+    assert (source.read(3).image.numpy() == pixels(3).transpose(2, 0, 1)).all()
+    assert not source.multilabel
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json", "hf"])
+@pytest.mark.parametrize(("column", "options"), [("labels", {}), ("found", {"label_field": "found"})])
+def test_several_labels_are_the_same_wherever_they_stand(tmp_path, kind, column, options):
+    if (kind, column) == ("csv", "found"):
+        pytest.skip("a | in a cell means several labels in the column labels alone")
+    source = open_source(written(kind, tmp_path, column, SETS), by_index=True, **options)
+    assert source.class_names == ["cat", "dog", "owl"]
+    expected = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [np.nan] * 3, [0, 0, 1]]
+    assert np.array_equal(source.labels, np.array(expected, np.float32), equal_nan=True)
+    assert np.array_equal(source.read(1).label, [0, 1, 1])
+    assert source.multilabel
+
+
+def test_columns_of_several_labels_are_chosen(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "a.csv").write_text("file,Edema,Effusion,patient\n0.png,1,0,p7\n1.png,,1,p8\n")
+    source = open_source(f"{tmp_path}/a.csv", label_field="Edema,Effusion")
+    assert source.class_names == ["Edema", "Effusion"]
+    with pytest.raises(UsageError, match="patient is 'p7'"):
+        open_source(f"{tmp_path}/a.csv")
+    assert open_source(f"{tmp_path}/a.csv", label_field="patient").class_names == ["p7", "p8"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([[0, 1, 1], [1, 0, 0]], [[0, 1, 1], [1, 0, 0]]),
+        ([[2, 0], [1]], [[1, 0, 1], [0, 1, 0]]),
+        ([{"a": 1, "b": None}, {"a": 0, "b": 0.5}], [[1, np.nan], [0, 0.5]]),
+        (["a", ["a", "b"]], [[1, 0], [1, 1]]),
+    ],
+)
+def test_json_holds_several_labels_as_shares_numbers_or_names(tmp_path, value, expected):
+    files = {}
+    for number, labels in enumerate(value):
+        files |= {f"{number}.png": png(pixels(number)), f"{number}.json": json.dumps({"labels": labels}).encode()}
+    stream = ShardSource(write_tar(tmp_path / "a.tar", files))
+    assert stream.multilabel
+    found = [sample.label for sample in stream.samples(epoch=0, seed=0, shuffle=False)]
+    assert np.array_equal(found, np.array(expected, np.float32), equal_nan=True)
+    assert np.array_equal(stream.by_index().labels, np.array(expected, np.float32), equal_nan=True)
+
+
+def test_numbers_in_shards_stay_the_numbers_of_classes(tmp_path):
+    files = {
+        f"{n}.{end}": c
+        for n, label in enumerate((5, -1, 2))
+        for end, c in (("png", png(pixels(n))), ("cls", b"%d" % label))
+    }
+    source = open_source(write_tar(tmp_path / "a.tar", files))
+    assert source.class_names == ["0", "1", "2", "3", "4", "5"]
+    assert source.unlabelled == 1
+    assert source.by_index().labels.tolist() == [5, -1, 2]
+
+
+def test_words_for_a_missing_label_are_named_in_shards_too(tmp_path):
+    files = {
+        f"{n}.{end}": c
+        for n, word in enumerate(("cat", "?", "dog"))
+        for end, c in (("png", png(pixels(n))), ("cls", word.encode()))
+    }
+    source = open_source(write_tar(tmp_path / "a.tar", files), missing="NA,?", by_index=True)
+    assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [0, -1, 1])
+
+
+def test_which_file_of_a_shard_is_the_image_can_be_said(tmp_path):
+    files = {}
+    for number in range(2):
+        files |= {f"{number}.left.png": png(pixels(number)), f"{number}.right.png": png(pixels(number + 7))}
+        files |= {f"{number}.mask.png": png(pixels(number + 9))}
+    name = write_tar(tmp_path / "a.tar", files)
+    for asked, first in (
+        ({}, 0),
+        ({"image_field": "right"}, 7),
+        ({"image_field": ".right.png"}, 7),
+        ({"image_field": "mask.png"}, 9),
+    ):
+        source = open_source(name, by_index=True, **asked)
+        assert len(source) == 2
+        assert (source.read(0).image.numpy() == pixels(first).transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json", "hf"])
+@pytest.mark.parametrize("option", ["image_field", "label_field", "mask_field", "caption_field"])
+def test_a_field_that_is_not_there_is_refused_with_those_that_are(tmp_path, kind, option):
+    name = written(kind, tmp_path, "kind", NAMES)
+    with pytest.raises(
+        UsageError, match=rf"{option} is kinds, and .* has .*; did you mean kind\?|{option} is kinds, and"
+    ):
+        open_source(name, **{option: "kinds"})
+
+
+def test_an_unknown_field_names_the_nearest(tmp_path):
+    name = written("csv", tmp_path, "lable", NAMES)
+    with pytest.raises(UsageError, match=r"label_field is label, and .*a.csv has lable; did you mean lable\?$"):
+        open_source(name, label_field="label")
+
+
+def test_sources_without_fields_refuse_their_names():
+    with pytest.raises(UsageError, match="label_field is 'kind', which the source photos cannot obey"):
+        open_source("photos", label_field="kind")
+
+
+def test_a_label_may_be_called_mask(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "a.csv").write_text("file,mask,hat\n0.png,1,0\n1.png,0,1\n")
+    assert open_source(f"{tmp_path}/a.csv").class_names == ["mask", "hat"]
+
+
+def test_images_by_number_of_shards_read_what_the_stream_does(tmp_path):
+    files = {}
+    for number in range(5):
+        files |= {f"{number}.png": b"junk" if number == 2 else png(pixels(number)), f"{number}.cls": b"%d" % number}
+    stream = ShardSource([write_tar(tmp_path / "a.tar", files), write_tar(tmp_path / "b.tar", files)])
+    indexed = stream.by_index()
+    for index, sample in enumerate(stream.samples(epoch=0, seed=0, shuffle=False)):
+        assert indexed.key(index) == sample.key
+        if isinstance(sample, Unreadable):
+            with pytest.raises(Exception, match=f"cannot read image '{sample.key}'"):
+                indexed.read(index)
+            continue
+        assert (indexed.read(index).image == sample.image).all()
+        assert indexed.read(index).label == sample.label
+    packed = ShardSource(write_tar(tmp_path / "c.tar.gz", files, "w:gz"))
+    with pytest.raises(UsageError, match=r"c.tar.gz is compressed, so it can only be read from its front; unpack it"):
+        packed.by_index()
