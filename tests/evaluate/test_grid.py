@@ -181,9 +181,9 @@ def test_a_diverged_head_is_never_chosen(bundle, data):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lrs": ()}, "lrs is empty"),
-        ({"lrs": (0.0,)}, "lrs holds 0.0"),
-        ({"blocks": (0,)}, "blocks holds 0"),
+        ({"lrs": ()}, r"lrs is \(\); give at least 1"),
+        ({"lrs": (0.0,)}, r"lrs is \(0.0,\); each must be above 0"),
+        ({"blocks": (0,)}, r"blocks is \(0,\); each must be at least 1"),
         ({"blocks": (5,)}, "blocks holds 5; the encoder has 2"),
         ({"steps": 0}, "steps is 0"),
         ({"preset": "dino"}, "unknown preset 'dino'"),

@@ -70,7 +70,7 @@ def test_the_penalty_is_chosen_on_what_is_given(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"cs": ()}, "cs is"), ({"cs": (1.0, 0.1)}, "rising order"), ({"max_iter": 0}, "max_iter is 0")],
+    [({"cs": ()}, "cs is"), ({"cs": (1.0, 0.1)}, "none is below the one before"), ({"max_iter": 0}, "max_iter is 0")],
 )
 def test_what_cannot_be_is_refused(settings, message, data):
     with pytest.raises(UsageError, match=message):

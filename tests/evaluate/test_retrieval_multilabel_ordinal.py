@@ -87,7 +87,7 @@ def test_retrieval_end_to_end(data, tmp_path):
     same = pl.evaluate("retrieval", encoder="pixels", train=data["train"], test=data["train"], **QUICK)
     assert same["leave_one_out"]
     assert same["n"] == 36
-    with pytest.raises(UsageError, match="each at least 1"):
+    with pytest.raises(UsageError, match="each must be at least 1"):
         pl.evaluate("retrieval", encoder="pixels", ks=(0,), **data, **QUICK)
 
 

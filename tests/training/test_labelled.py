@@ -117,7 +117,7 @@ def test_long_tails_that_leave_a_class_empty_are_refused(tmp_path):
     train = folder(tmp_path / "train", "abc", 10)
     with pytest.raises(UsageError, match="imbalance 20 leaves the rarest class none of 9 images; 9 is the most"):
         method(train, imbalance=20)
-    for settings, said in (({"imbalance": 0.5}, "at least 1"), ({"reweight_from": 1.0}, "would never count")):
+    for settings, said in (({"imbalance": 0.5}, "at least 1"), ({"reweight_from": 1.0}, "below 1")):
         with pytest.raises(UsageError, match=said):
             method(train, **settings)
 

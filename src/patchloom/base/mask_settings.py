@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from patchloom.base.settings import Settings
+
 
 @dataclass(frozen=True, kw_only=True)
-class MaskSettings:
+class MaskSettings(Settings):
     """What the user says of the values of masks; without a word they are recognised, and what was taken is said."""
 
     foreground: str | int | None = None

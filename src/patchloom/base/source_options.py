@@ -19,11 +19,12 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from patchloom.base.settings import Settings
 from patchloom.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(Settings):
     """Options of the sources of a command; each holds for all of them."""
 
     include: str | None = None

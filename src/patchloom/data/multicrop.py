@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.ranges import Factors, Probability
+from patchloom.base.settings import Settings
 from patchloom.base.sizes import Size, checked_size, pair, said
 from patchloom.data.pixels import (
     adjust_brightness,
@@ -42,55 +46,29 @@ STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Settings):
     """What is done to a crop after it was cut out; the defaults are DINOv2's, as they really were."""
 
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of the horizontal flip"""
-    vertical_flip: float = 0.0
+    vertical_flip: Probability = 0.0
     """Probability of the vertical flip"""
     rotate: bool = False
     """Turn by 0, 90, 180 or 270 degrees, all equally likely"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[Probability, Probability, Probability, Annotated[float, Ge(0), Le(0.5)]] = (0.4, 0.4, 0.2, 0.1)
     """Strength of the changes of brightness, contrast, saturation and hue"""
-    jitter_probability: float = 0.8
+    jitter_probability: Probability = 0.8
     """Probability of the colour jitter"""
-    stain_jitter: float = 0.0
+    stain_jitter: Probability = 0.0
     """Strength of the change of each stain's density; needs three channels"""
-    grayscale: float = 0.2
+    grayscale: Probability = 0.2
     """Probability of the loss of colour"""
-    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    blur: tuple[Probability, Probability, Probability] = (0.0, 0.9, 0.5)
     """Probability of the Gaussian blur of the first global, the second global and the local crops"""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Factors = (0.1, 2.0)
     """Least and most standard deviation of the blur, pixels"""
-    solarize: float = 0.2
+    solarize: Probability = 0.2
     """Probability that the second global crop is solarised: values from 128 up are inverted"""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no probability or strength.
-
-        Raises:
-            UsageError: With the value.
-        """
-        chances = {
-            "flip": self.flip,
-            "vertical_flip": self.vertical_flip,
-            "jitter_probability": self.jitter_probability,
-            "grayscale": self.grayscale,
-            "solarize": self.solarize,
-            **{f"blur[{i}]": value for i, value in enumerate(self.blur)},
-        }
-        for name, value in chances.items():
-            if not 0 <= value <= 1:
-                raise UsageError(f"{name} is {value}; it is a probability, between 0 and 1")
-        if len(self.jitter) != 4 or min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
-            raise UsageError(
-                f"jitter is {self.jitter}; give brightness, contrast and saturation in [0, 1] and hue in [0, 0.5]"
-            )
-        if not 0 <= self.stain_jitter <= 1:
-            raise UsageError(f"stain_jitter is {self.stain_jitter}; it is a strength between 0 and 1")
-        if len(self.blur) != 3:
-            raise UsageError(f"blur is {self.blur}; give three probabilities: first global, second global, local crops")
 
 
 class MultiCrop:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Ge
 
 from patchloom.base.choices import Pool, Precision, View
-from patchloom.base.sizes import Size, checked_size
+from patchloom.base.ranges import Count, PositiveInt
+from patchloom.base.sizes import Size
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
 
@@ -39,15 +42,15 @@ class EvaluationConfig(SourceOptions):
     """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
     precision: Precision = "32"
     """Number format of the encoder's arithmetic"""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Images at a time"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes that read images"""
     device: str = "auto"
     """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of fresh weights and of whatever is drawn"""
-    draws: int = 1000
+    draws: Annotated[int, Ge(2)] = 1000
     """Bootstrap draws behind the 95 % interval of each score"""
     resample: Resample = "images"
     """What bootstrap draws choose from: images, all alike; or classes, as many images of each as there are, which takes
@@ -65,18 +68,7 @@ class EvaluationConfig(SourceOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_workers < 0:
-            raise UsageError(f"num_workers is {self.num_workers}; it must be at least 0")
-        if self.image_size is not None:
-            object.__setattr__(self, "image_size", checked_size("image_size", self.image_size))
-        choices = (("pool", self.pool, Pool), ("precision", self.precision, Precision), ("view", self.view, View))
-        for kind, value, known in choices:
-            if value not in get_args(known):
-                raise unknown_name(kind, value, get_args(known))
-        if self.draws < 2:
-            raise UsageError(f"draws is {self.draws}; a bootstrap needs at least 2, and 1000 for a steady interval")
+        super().__post_init__()
         check_resample(self.resample, grouped=self.groups is not None)
         if self.out is not None and Path(self.out).exists():
             raise UsageError(f"{self.out} exists; choose another out")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from patchloom.base.choices import DECODER_BLOCKS, HeadName
 from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.ranges import Count, Factors, NonNegative, Positive, PositiveInt, Probability, Share
 from patchloom.base.source_options import SourceOptions
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,45 +28,45 @@ class DecoderConfig(MaskSettings, SourceOptions):
     """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
     apply_norm: bool | None = None
     """Apply the encoder's final norm to each map; default: yes, but for upernet"""
-    channels: int = 512
+    channels: PositiveInt = 512
     """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
-    crop: tuple[int, int] | None = None
+    crop: tuple[PositiveInt, PositiveInt] | None = None
     """Window the encoder sees, (height, width), multiples of its patch; default: resize, or the encoder's image size"""
-    short_side: int | None = None
+    short_side: PositiveInt | None = None
     """Shorter side images are resized to before random scales and testing (the longer to at most four times that)"""
-    resize: tuple[int, int] | None = None
+    resize: tuple[PositiveInt, PositiveInt] | None = None
     """(height, width) images are resized to instead, out of proportion; default: proportions are kept"""
     augment: bool = True
     """Random scales, crops, flips and colours; without, windows of the images are encoded once and kept in memory"""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: Factors = (0.5, 2.0)
     """Least and most of the random factor on the size of the image"""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of the mirror image"""
-    vertical_flip: float = 0.0
+    vertical_flip: Probability = 0.0
     """Probability of the image upside down"""
-    rotate: float = 0.0
+    rotate: NonNegative = 0.0
     """Most degrees of random rotation, either way"""
     colours: bool = True
     """Random changes of brightness, contrast, saturation and hue"""
-    max_share: float = 0.75
+    max_share: Share = 0.75
     """A crop is drawn anew, up to ten times, while one class fills more than this share of it"""
     minmax: bool = False
     """Stretch each channel of each resized image to its full range, as the radiology benchmark does"""
-    steps: int = 40_000
+    steps: PositiveInt = 40_000
     """Optimiser steps in all"""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Windows per step"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate of AdamW"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """AdamW weight decay, not on vectors and biases"""
-    warmup: int = 1500
+    warmup: Count = 1500
     """Steps of warm-up; at most a fifth of the run is used"""
     decay: Literal["poly", "one_cycle"] = "poly"
     """How the learning rate falls: poly, a power of what is left of the run, or one_cycle, half a cosine (DINOv3's)"""
-    power: float = 1.0
+    power: Positive = 1.0
     """Power of the polynomial decay of the learning rate"""
-    clip_grad: float | None = None
+    clip_grad: Positive | None = None
     """Largest global L2 norm of the gradient; default: no clipping"""
     loss: Literal["ce", "dice", "dice+ce"] = "ce"
     """Cross-entropy, Dice, or their sum"""
@@ -75,11 +76,11 @@ class DecoderConfig(MaskSettings, SourceOptions):
     """Dice of each image with plain denominators (MONAI's), or of the whole batch with squared ones (DVPT's)"""
     precision: Literal["32", "bf16"] = "32"
     """Number format of the arithmetic"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes that read images"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of fresh weights, order, crops and draws"""
 
     @property
@@ -89,26 +90,7 @@ class DecoderConfig(MaskSettings, SourceOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
-        for name, value, known in (
-            ("head", self.head, HeadName),
-            ("loss", self.loss, Literal["ce", "dice", "dice+ce"]),
-            ("average", self.average, Literal["valid", "all"]),
-            ("dice", self.dice, Literal["image", "batch"]),
-            ("blocks", self.blocks, Literal["last", "spread"]),
-            ("decay", self.decay, Literal["poly", "one_cycle"]),
-            ("precision", self.precision, Literal["32", "bf16"]),
-        ):
-            if value not in get_args(known):
-                raise unknown_name(name, str(value), get_args(known))
-        for name in ("steps", "batch_size", "channels"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_workers", "warmup", "weight_decay", "rotate"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name, most in (("lr", self.lr), ("clip_grad", self.clip_grad)):
-            if most is not None and not most > 0:
-                raise UsageError(f"{name} is {most}; it must be above 0")
+        super().__post_init__()
         if self.resize is not None and self.short_side is not None:
             raise UsageError(
                 f"resize {self.resize} and short_side {self.short_side} exclude each other; set the other to null"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from patchloom.errors import UsageError, unknown_name
+from annotated_types import Ge
+
+from patchloom.base.ranges import PositiveInt
+from patchloom.errors import UsageError
 from patchloom.evaluate.config import EvaluationConfig
 
 
@@ -13,13 +16,13 @@ from patchloom.evaluate.config import EvaluationConfig
 class FewShotConfig(EvaluationConfig):
     """Settings of few-shot episodes."""
 
-    ways: int = 5
+    ways: Annotated[int, Ge(2)] = 5
     """Classes per episode"""
-    shots: int = 5
+    shots: PositiveInt = 5
     """Images per class to learn from, of train"""
-    queries: int = 15
+    queries: PositiveInt = 15
     """Images per class to measure on, of test"""
-    episodes: int = 600
+    episodes: Annotated[int, Ge(2)] = 600
     """Episodes; the interval shrinks with the root of their number"""
     classifier: Literal["nearest", "logistic"] = "nearest"
     """Which of the two the score is: the nearest class mean by cosine similarity, or logistic regression"""
@@ -27,10 +30,5 @@ class FewShotConfig(EvaluationConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        for name, least in (("ways", 2), ("shots", 1), ("queries", 1), ("episodes", 2)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.groups is not None:
             raise UsageError("few_shot draws episodes, not images, so groups has no meaning here; leave it out")
-        if self.classifier not in ("nearest", "logistic"):
-            raise unknown_name("classifier", self.classifier, ("nearest", "logistic"))

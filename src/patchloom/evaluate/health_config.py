@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from patchloom.base.ranges import Count, PositiveInt
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 
@@ -18,15 +21,15 @@ class HealthConfig(SourceOptions):
     """Bundle, run or timm model with published weights; from Python also a module"""
     data: str
     """Images to look at; where they have labels, a linear probe on every layer is added"""
-    images: int = 1000
+    images: Annotated[int, Ge(8)] = 1000
     """Images taken at most, spread over the source"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images at a time"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes that read images"""
     device: str = "auto"
     """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the draw of images and of their views"""
     out: str | None = None
     """Also write the figures to this JSON file; it must not exist yet"""
@@ -35,10 +38,7 @@ class HealthConfig(SourceOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
-        if self.images < 8:
-            raise UsageError(f"images is {self.images}; the figures need at least 8")
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size is {self.batch_size}; it must be at least 1")
+        super().__post_init__()
         for name in ("out", "report"):
             path = getattr(self, name)
             if path is not None and Path(path).exists():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from patchloom.errors import UsageError, unknown_name
+from patchloom.base.ranges import Positive, PositiveInt
 from patchloom.evaluate.linear_grid_config import LinearGridConfig
 
 Probe = Literal["linear", "knn", "mlknn"]
@@ -27,26 +27,13 @@ class MultiLabelConfig(LinearGridConfig):
     probe: Probe = "linear"
     """The grid of linear heads with binary cross-entropy; knn, the weighted vote of neighbours; or mlknn, Bayes' rule
     on how many neighbours have a label"""
-    k: int = 20
+    k: PositiveInt = 20
     """Neighbours that are asked, for knn and mlknn"""
-    ks: list[int] | None = None
+    ks: list[PositiveInt] | None = None
     """Other numbers of neighbours to report the mean AUROC of in the same pass, such as [5, 20, 50, 100, 200]"""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """Lower lets near neighbours dominate the vote, for knn"""
-    smoothing: float = 1.0
+    smoothing: Positive = 1.0
     """Added to every count of mlknn; published: 1"""
     exclude_self: bool = False
     """While mlknn counts what goes with a label, no training image is its own neighbour; published: it is"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.probe not in get_args(Probe):
-            raise unknown_name("probe", self.probe, get_args(Probe))
-        for k in [self.k, *(self.ks or [])]:
-            if k < 1:
-                raise UsageError(f"k is {k}; at least one neighbour has to vote")
-        if not self.smoothing > 0:
-            raise UsageError(f"smoothing is {self.smoothing}; it must be above 0")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from patchloom.errors import unknown_name
 from patchloom.evaluate.linear_config import LinearProbeConfig
 
 
@@ -17,9 +16,3 @@ class OrdinalConfig(LinearProbeConfig):
     """Classes from the lowest grade to the highest; default: by number where all names are numbers, else by name"""
     decide: Literal["likeliest", "expected"] = "likeliest"
     """The likeliest grade, or the mean over all by probability, rounded"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.decide not in ("likeliest", "expected"):
-            raise unknown_name("decide", self.decide, ("likeliest", "expected"))

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from patchloom.base.ranges import Count, Fraction, Positive, PositiveInt
+from patchloom.base.settings import Settings
 from patchloom.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig:
+class RLConfig(Settings):
     """Settings of the reinforcement-learning evaluation; the defaults are the 100k-step protocol."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -38,37 +40,37 @@ class RLConfig:
     """Give the encoder fresh weights first: what pre-training has to beat"""
     freeze: bool = False
     """Train the agent's head alone; default: the encoder learns too, as in the paper"""
-    frames: int | None = None
+    frames: PositiveInt | None = None
     """Frames the agent sees at once; default: the encoder's channels, 4 for a convolutional network"""
-    steps: int = 100_000
+    steps: PositiveInt = 100_000
     """Steps of the agent per seed, four emulator frames each; protocol: 100 000"""
-    seeds: int = 5
+    seeds: PositiveInt = 5
     """Agents trained, each from its own seed"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the first agent; the next ones count on"""
-    warmup: int = 1600
+    warmup: PositiveInt = 1600
     """Random steps before learning begins; data-efficient Rainbow: 1600"""
-    update_every: int = 1
+    update_every: PositiveInt = 1
     """Steps per step of learning; data-efficient Rainbow: 1"""
-    target_every: int = 2000
+    target_every: PositiveInt = 2000
     """Steps between copies to the target network; data-efficient Rainbow: 2000"""
-    n_step: int = 20
+    n_step: PositiveInt = 20
     """Steps of a return; data-efficient Rainbow: 20"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Transitions per step of learning; data-efficient Rainbow: 32"""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Adam's learning rate of the head; data-efficient Rainbow: 1e-4"""
-    encoder_lr: float | None = None
+    encoder_lr: Positive | None = None
     """Adam's learning rate of the encoder; default: that of the head"""
-    sticky: float = 0.0
+    sticky: Fraction = 0.0
     """Probability that the emulator repeats the last action; protocol: 0"""
-    frame_skip: int = 4
+    frame_skip: PositiveInt = 4
     """Emulator frames per step; protocol: 4"""
-    eval_episodes: int = 10
+    eval_episodes: PositiveInt = 10
     """Episodes of the final score, played without noise"""
-    eval_steps: int = 27_000
+    eval_steps: PositiveInt = 27_000
     """Most steps of such an episode; protocol: 27 000, half an hour of play"""
-    checkpoint_every: int = 5000
+    checkpoint_every: PositiveInt = 5000
     """Steps between checkpoints"""
     device: str = "auto"
     """Where the agent computes: auto, cpu, cuda or cuda:1"""
@@ -79,16 +81,7 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
-        lowest = {"steps": 1, "seeds": 1, "warmup": 1, "update_every": 1, "target_every": 1, "n_step": 1}
-        lowest |= {"batch_size": 1, "eval_episodes": 1, "eval_steps": 1, "checkpoint_every": 1, "seed": 0}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("lr", "encoder_lr"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.frames is not None and self.frames < 1:
-            raise UsageError(f"frames is {self.frames}; an agent sees at least 1")
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the evaluation and overwrite deletes it; set one of them")
         if self.resume and self.out is None:

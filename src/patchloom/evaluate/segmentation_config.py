@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import MinLen
 
 from patchloom.base.choices import SCALES
-from patchloom.errors import UsageError, unknown_name
+from patchloom.base.ranges import Positive, PositiveInt
+from patchloom.errors import UsageError
 from patchloom.evaluate.decoder_config import DecoderConfig
 
 # Images as the published evaluations on ADE20K see them; windows are two thirds of 512 apart in testing, 341 pixels.
@@ -55,11 +58,11 @@ class SegmentationConfig(DecoderConfig):
     """Images and masks to measure on, of the same classes"""
     inference: Literal["slide", "whole"] = "slide"
     """Windows of crop, overlapping, their logits averaged; or each image at once, positions resampled to its size"""
-    stride: tuple[int, int] | None = None
+    stride: tuple[PositiveInt, PositiveInt] | None = None
     """Step between windows, (down, across) in pixels; default: two thirds of crop (341 of 512)"""
     multiscale: bool = False
     """Average the probabilities of several scales, each also mirrored"""
-    scales: tuple[float, ...] = SCALES
+    scales: Annotated[tuple[Positive, ...], MinLen(1)] = SCALES
     """Factors on the size of the image, for multiscale"""
     as_published: bool = False
     """Leave pixels whose truth is class 0 out of Dice and Jaccard, as radiology's are: false alarms there go unseen"""
@@ -71,10 +74,6 @@ class SegmentationConfig(DecoderConfig):
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        if self.inference not in ("slide", "whole"):
-            raise unknown_name("inference", self.inference, ("slide", "whole"))
         for file in (self.out, self.picture):
             if file is not None and Path(file).exists():
                 raise UsageError(f"{file} exists; choose another name")
-        if self.stride is not None and min(self.stride) < 1:
-            raise UsageError(f"stride is {self.stride}; it must be at least 1")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from patchloom.base.choices import Plane, Window
-from patchloom.errors import UsageError, unknown_name
+from patchloom.base.ranges import Count, Positive, PositiveInt
+from patchloom.errors import UsageError
 from patchloom.evaluate.config import EvaluationConfig
 
 SlicePool = Literal["mean", "max", "attention"]
@@ -27,15 +28,15 @@ class VolumesConfig(EvaluationConfig):
     """Along which axis of the body slices follow one another"""
     window: Window = "minmax"
     """Grey values: minmax (each slice's own range, published), ct (-1024 to 600), mr (5th to 95th percentile)"""
-    channel: int | None = None
+    channel: Count | None = None
     """Which of the images of 4-D files; default: such files are refused"""
-    slices: int | None = None
+    slices: PositiveInt | None = None
     """Most slices of a volume, evenly spaced; default: all"""
-    c: float = C
+    c: Positive = C
     """Inverse strength of the L2 penalty of the logistic regression, for mean and max"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """Passes over the training volumes, for attention"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate of Adam, for attention"""
 
     def __post_init__(self) -> None:
@@ -43,10 +44,3 @@ class VolumesConfig(EvaluationConfig):
         super().__post_init__()
         if self.view != "crop":
             raise UsageError(f"view is {self.view}, and slices are shown whole, in proportion; see window instead")
-        for name, value, known in (("slice_pool", self.slice_pool, SlicePool), ("window", self.window, Window)):
-            if value not in get_args(known):
-                raise unknown_name(name, str(value), get_args(known))
-        if self.slices is not None and self.slices < 1:
-            raise UsageError(f"slices is {self.slices}; at least one is needed")
-        if self.epochs < 1 or not self.lr > 0 or not self.c > 0:
-            raise UsageError(f"epochs {self.epochs}, lr {self.lr} and c {self.c} must be at least 1, and above 0")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+from patchloom.base.ranges import Count, Fraction, PositiveInt
 from patchloom.explain.config import ExplainConfig
 
 
@@ -14,7 +16,7 @@ class AttentionConfig(ExplainConfig):
 
     layer: int = -1
     """Block whose heads are shown, from 0; negative from the end"""
-    discard: float = 0.0
+    discard: Fraction = 0.0
     """Share of the smallest entries that rollout leaves out in each block, in [0, 1)"""
 
 
@@ -22,7 +24,7 @@ class AttentionConfig(ExplainConfig):
 class TraitsConfig(ExplainConfig):
     """Settings of Prompt-CAM's traits."""
 
-    top: int = 4
+    top: PositiveInt = 4
     """Most important heads shown; paper: 4"""
     until: Literal["misclassified"] | None = None
     """Show instead the fewest heads with which an image is still taken for its class (misclassified)"""
@@ -34,11 +36,13 @@ class TraitsConfig(ExplainConfig):
 class CompareConfig(ExplainConfig):
     """Settings of a comparison of explanations."""
 
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "limit": 64,
+    }
+
     methods: tuple[str, ...] = ()
     """Explanations to compare; default: all the model has (prompt_cam, class_attention, rollout, grad_cam, …)"""
-    steps: int = 50
+    steps: PositiveInt = 50
     """Steps of insertion and deletion; paper: 50"""
-    pictured: int = 8
+    pictured: Count = 8
     """Most images drawn; the scores are of all"""
-    limit: int = 64
-    """Most images explained, drawn at random"""

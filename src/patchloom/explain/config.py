@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from patchloom.base.ranges import Count, PositiveInt
 from patchloom.base.source_options import SourceOptions
-from patchloom.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class ExplainConfig(SourceOptions):
     """Images to explain it on: a folder, photos, torchvision:NAME …; sub-folders are true classes where names agree"""
     out: str
     """Folder for the gallery, pictures, maps and figures; must be empty or absent unless overwrite is set"""
-    limit: int = 8
+    limit: PositiveInt = 8
     """Most images explained, drawn at random"""
     shown_channels: str | None = None
     """Channels that pictures show as red, green and blue, or one as grey, such as 4,2,0; default: the first three"""
@@ -27,19 +27,13 @@ class ExplainConfig(SourceOptions):
     """Class to explain; default: the true one where it is known, else the predicted one"""
     adapters: tuple[str, ...] = ()
     """Adapters to put on the model; the first is explained"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images at a time"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes that read images"""
     device: str = "auto"
     """Where the model computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the draw of images"""
     overwrite: bool = False
     """Replace an earlier gallery in out"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        for name, least in (("limit", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {least}")

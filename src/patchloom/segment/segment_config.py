@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.ranges import Factors, PositiveInt, Probability, Share
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -13,6 +15,16 @@ from patchloom.training.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig(MaskSettings, TrainConfig):
     """Settings of a decoder on an encoder, frozen or trained along."""
+
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "epochs": 100,
+        "lr": 1e-3,
+        "min_lr": 0.0,
+        "warmup_epochs": 2.0,
+        "weight_decay": 1e-4,
+        "betas": (0.9, 0.999),
+        "clip_grad": None,
+    }
 
     data: str
     """Images and masks to learn from: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train"""
@@ -28,44 +40,26 @@ class SegmentConfig(MaskSettings, TrainConfig):
     """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
     apply_norm: bool | None = None
     """Apply the encoder's final norm to each map; default: yes, but for upernet"""
-    width: int = 512
+    width: PositiveInt = 512
     """Width of upernet (a base encoder of BEiT's kind: 768) and, halved, of its auxiliary head and of setr"""
-    short_side: int | None = None
+    short_side: PositiveInt | None = None
     """Shorter side images are resized to before random scales and in testing; default: images keep their size"""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: Factors = (0.5, 2.0)
     """Least and most of the random factor on the size of the image"""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of the mirror image"""
     colours: bool = True
     """Random changes of brightness, contrast, saturation and hue"""
-    max_share: float = 0.75
+    max_share: Share = 0.75
     """A window is drawn anew, up to ten times, while one class fills more than this share of it"""
     loss: Literal["ce", "dice", "dice+ce"] = "ce"
     """Cross-entropy, Dice, or their sum"""
-    epochs: int = 100
-    """Passes over the images"""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Windows of image_size per device and forward pass"""
-    lr: float = 1e-3
-    """Peak learning rate"""
-    min_lr: float = 0.0
-    """Learning rate at the end of the cosine"""
-    warmup_epochs: float = 2.0
-    """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
-    weight_decay: float = 1e-4
-    """AdamW weight decay, not on vectors and biases"""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas"""
-    clip_grad: float | None = None
-    """Largest global L2 norm of the gradient; default: no clipping"""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
         super().__post_init__()
-        for name in ("width", "short_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
         if not self.train_encoder and (self.ema is not None or self.experts):
             raise UsageError("ema and experts are about the encoder's weights, which stay fixed; set train_encoder")
 
@@ -74,9 +68,8 @@ class SegmentConfig(MaskSettings, TrainConfig):
 class UPerNetConfig(SegmentConfig):
     """Settings of UPerNet; it takes four blocks at equal parts of the depth."""
 
-    blocks: Literal["last", "spread"] = "spread"
-    """Where layers is not given: the last blocks, or blocks at equal parts of the depth (1/4, 2/4, 3/4, 4/4)"""
-    lr: float = 1e-4
-    """Peak learning rate"""
-    weight_decay: float = 0.05
-    """AdamW weight decay, not on vectors and biases"""
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "blocks": "spread",
+        "lr": 1e-4,
+        "weight_decay": 0.05,
+    }

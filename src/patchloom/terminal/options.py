@@ -12,9 +12,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from operator import or_
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from patchloom.base.settings import Cited
 from patchloom.base.sizes import is_size, parse_size
 from patchloom.errors import UsageError
 from patchloom.terminal.groups import grouped
@@ -59,24 +62,29 @@ def read_options(
 
 
 def option_types(described: Callable[..., Any]) -> dict[str, Any]:
-    """Return the type of each option of a settings class or function."""
+    """Return the type of each option of a settings class or function, without its range."""
     return {
-        name: hint
+        name: reduce(or_, get_args(hint)) if get_origin(hint) is Union else hint
         for name, hint in get_type_hints(described).items()
         if name != "return" and not str(hint).startswith("typing.ClassVar")
     }
 
 
 def help_texts(described: Callable[..., Any]) -> dict[str, str]:
-    """Return the help text of each option: an argument's in the docstring, or the one under a field."""
+    """Return the help text of each option: an argument's in the docstring; a field's below it and the recipe's note."""
     from docstring_parser import parse, parse_from_object
 
     if not isinstance(described, type):
         return {about.arg_name: about.description or "" for about in parse(described.__doc__ or "").params}
     texts: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for base in reversed(described.__mro__[:-1]):
-        texts |= {about.arg_name: about.description or "" for about in parse_from_object(base).params}
-    return texts
+        own = {about.arg_name: about.description or "" for about in parse_from_object(base).params}
+        texts |= own
+        recipe = vars(base).get("RECIPE", {})
+        notes |= dict.fromkeys(own, "")
+        notes |= {name: default.note if isinstance(default, Cited) else "" for name, default in recipe.items()}
+    return {name: f"{text}; {notes[name]}" if notes[name] else text for name, text in texts.items()}
 
 
 def with_positionals(positional: tuple[str, ...], rest: list[str]) -> list[str]:

@@ -15,11 +15,13 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Le
 
-from patchloom.base.sizes import Size, checked_size, is_size, parse_size
+from patchloom.base.ranges import Count, Fraction, NonNegative, Positive, PositiveInt, Proportion, Share, inside
+from patchloom.base.sizes import Size, is_size, parse_size
 from patchloom.base.source_options import SourceOptions, words
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
@@ -67,60 +69,60 @@ class TrainConfig(SourceOptions):
     """Name of a timm model, or the path of a bundle or run to start from"""
     image_size: Size | None = None
     """Side of the training images in pixels, or height and width (256,128); default: what the encoder was made for"""
-    in_chans: int = 3
+    in_chans: PositiveInt = 3
     """Channels of the images: 3 (grey ones are repeated), 1, or as many as the files have"""
     channel_mean: tuple[float, ...] | None = None
     """Mean per channel, in [0, 1], that images are normalised by, kept in the bundle; default: the encoder's own, and
     of images of other than 1 or 3 channels what a sample of them has"""
-    channel_std: tuple[float, ...] | None = None
+    channel_std: tuple[Positive, ...] | None = None
     """Standard deviation per channel, likewise"""
     shown_channels: str | None = None
     """Channels that pictures in the report show as red, green and blue, or one as grey, such as 4,2,0; default: the
     first three"""
-    epochs: int = 300
+    epochs: PositiveInt = 300
     """Passes over the images; where not given, more than the recipe's if the images are few"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps, whatever epochs says (the schedule ends there too)"""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Images per device and forward pass, or auto: the largest that fits into memory and is as fast as any, by a trial
     of at most 30 seconds; where not given, fewer than the recipe's if the images are few"""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Forward passes per optimiser step; the global batch is batch_size * accumulate * devices * nodes"""
-    lr: float = 1.5e-3
+    lr: Positive = 1.5e-3
     """Peak learning rate, for a global batch of lr_base_batch where that is set"""
-    lr_base_batch: int | None = None
-    """Scale lr by global batch / lr_base_batch (the field's linear rule uses 256); default: lr is used as it is"""
-    min_lr: float = 1e-5
+    lr_base_batch: PositiveInt | None = None
+    """Scale lr by global batch / lr_base_batch (the field's linear rule uses 256); null: lr is used as it is"""
+    min_lr: NonNegative = 1e-5
     """Learning rate at the end of the cosine"""
-    warmup_epochs: float = 10.0
+    warmup_epochs: NonNegative = 10.0
     """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
-    weight_decay: float = 0.05
-    """AdamW weight decay (not on biases, norms, position embeddings and class tokens)"""
-    weight_decay_end: float | None = None
-    """Weight decay at the end of its cosine; default: constant"""
-    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: NonNegative = 0.05
+    """Weight decay; not on biases, norms, position embeddings and class tokens where nothing else is said"""
+    weight_decay_end: NonNegative | None = None
+    """Weight decay at the end of its cosine; null: constant"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """AdamW betas"""
-    eps: float = 1e-8
+    eps: NonNegative = 1e-8
     """AdamW epsilon"""
-    clip_grad: float | None = 3.0
+    clip_grad: Positive | None = 3.0
     """Largest global L2 norm of the gradient; null for no clipping"""
-    layer_decay: float = 1.0
+    layer_decay: Share = 1.0
     """Factor on the learning rate from each block to the one below it, in (0, 1]"""
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     """Stochastic depth rate of the last block, in [0, 1)"""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic; auto is bf16-mixed on a GPU that has it and 32-true elsewhere"""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Kind of device"""
-    devices: int = 1
+    devices: Count = 1
     """Devices (processes) per node; 0 means all there are"""
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Number of machines; start the same command on each (SLURM and torchrun are recognised)"""
     strategy: Literal["auto", "ddp", "ddp_spawn", "fsdp"] = "auto"
     """How processes share the work; auto is ddp when there is more than one"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes per device that read and augment images, or auto: as many as keep up with training"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of weights, order, augmentation and masks"""
     resume: bool = False
     """Go on with the run in out where it stopped; starts it if there is none"""
@@ -130,29 +132,29 @@ class TrainConfig(SourceOptions):
     """Compile the encoder's blocks with torch.compile (worth it for long runs)"""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time"""
-    ema: float | None = None
+    ema: Proportion | None = None
     """Decay per step of a moving average of the encoder, in (0, 1); the bundle then holds the average"""
-    experts: int = 0
+    experts: Count = 0
     """Feed-forwards in place of one while training, averaged at the end (experts weights averaging); 0 for none"""
-    expert_layers: str = "alternate"
+    expert_layers: Literal["alternate", "last_half", "all"] = "alternate"
     """Blocks whose feed-forward becomes experts: alternate (every second), last_half or all"""
-    share_rate: float = 0.3
+    share_rate: Fraction = 0.3
     """How far experts move towards each other at a step, at the end of share_schedule; at most 1 - 1 / experts"""
     share_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the share rate gets there, from 0"""
     init_from: str | None = None
     """Bundle, run or timm model (its published weights) whose weights the encoder starts from (same architecture)"""
-    checkpoint_every: int = 500
+    checkpoint_every: PositiveInt = 500
     """Optimiser steps between checkpoints; one is also written when an epoch and when the run ends"""
     probe_data: str | None = None
     """Labelled held-out images for the k-NN probe and the report's pictures; default: part of data"""
-    probe_every: int = 10
+    probe_every: Count = 10
     """Epochs between probes (k-NN accuracy where labels exist, feature health always); 0 for none at all"""
     report: bool = True
     """Write report.html at the end"""
-    health_every: int = 100
+    health_every: Count = 100
     """Optimiser steps between looks at the encoder's features, so that a collapse is named early; 0 for none"""
-    log_every: int = 20
+    log_every: PositiveInt = 20
     """Optimiser steps between rows of metrics.csv and of TensorBoard"""
 
     def __post_init__(self) -> None:
@@ -166,49 +168,10 @@ class TrainConfig(SourceOptions):
                 recipe: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
                 recipe |= preset_values(type(self), self.preset)
                 object.__setattr__(self, name, Auto(recipe[name]))
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            _check_choice(field.name, getattr(self, field.name), hints[field.name])
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "nodes",
-            "checkpoint_every",
-            "log_every",
-            "in_chans",
-        ):
-            _check_range(name, getattr(self, name), at_least=1)
-        for name in (
-            "num_workers",
-            "devices",
-            "probe_every",
-            "health_every",
-            "warmup_epochs",
-            "weight_decay",
-            "min_lr",
-            "seed",
-        ):
-            _check_range(name, getattr(self, name), at_least=0)
-        for name in ("max_steps", "lr_base_batch"):
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), at_least=1)
-        if self.image_size is not None:
-            object.__setattr__(self, "image_size", checked_size("image_size", self.image_size))
-        _check_range("lr", self.lr, above=0)
-        _check_range("drop_path", self.drop_path, at_least=0, below=1)
-        _check_range("layer_decay", self.layer_decay, above=0, at_most=1)
-        if self.clip_grad is not None:
-            _check_range("clip_grad", self.clip_grad, above=0)
-        if self.ema is not None:
-            _check_range("ema", self.ema, above=0, below=1)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(f"betas is {self.betas}; give two numbers in [0, 1)")
+        super().__post_init__()
         if self.experts:
-            _check_range("experts", self.experts, at_least=2)
-            _check_range("share_rate", self.share_rate, at_least=0, at_most=(self.experts - 1) / self.experts)
-            if self.expert_layers not in ("alternate", "last_half", "all"):
-                raise unknown_name("expert_layers", self.expert_layers, ("alternate", "last_half", "all"))
+            inside("experts", self.experts, Annotated[int, Ge(2)])
+            inside("share_rate", self.share_rate, Annotated[float, Ge(0), Le((self.experts - 1) / self.experts)])
             if self.strategy == "fsdp":
                 raise UsageError("experts cannot be averaged while fsdp holds them in shards; use strategy=ddp")
         if self.in_chans == 3 and (named := self.use_channels or self.channel_files):
@@ -219,8 +182,6 @@ class TrainConfig(SourceOptions):
             values = getattr(self, name)
             if values is not None and len(values) != self.in_chans:
                 raise UsageError(f"{name} has {len(values)} values; give one for each of {self.in_chans} channels")
-        if self.channel_std is not None and min(self.channel_std) <= 0:
-            raise UsageError(f"channel_std is {self.channel_std}; standard deviations are above 0")
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the run and overwrite deletes it; set one of them")
 
@@ -302,28 +263,6 @@ def refuse_changes(saved: Mapping[str, Any], config: TrainConfig) -> None:
                 f"the run in {config.out} has {name}={before}, not {value}; resume it unchanged, or start a new run "
                 f"(init_from={config.out} takes its weights)"
             )
-
-
-def _check_choice(name: str, value: Any, hint: Any) -> None:
-    if get_origin(hint) is Literal and value not in get_args(hint):
-        raise unknown_name(name, str(value), [str(choice) for choice in get_args(hint)])
-
-
-def _check_range(
-    name: str,
-    value: float,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> None:
-    low = (at_least is None or value >= at_least) and (above is None or value > above)
-    high = (at_most is None or value <= at_most) and (below is None or value < below)
-    if not (low and high):
-        words = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-        right = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
-        raise UsageError(f"{name} is {value}; it must be {right}")
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from patchloom.base.sizes import Size, checked_size
+from patchloom.base.sizes import Size
 from patchloom.errors import UsageError
 from patchloom.training.supervised_config import SupervisedConfig
 
@@ -23,7 +23,5 @@ class DistillConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if self.teacher_image_size is not None:
-            object.__setattr__(self, "teacher_image_size", checked_size("teacher_image_size", self.teacher_image_size))
         if self.strategy == "fsdp":
             raise UsageError("fsdp shards weights that train, and a teacher's do not; use strategy=ddp")

@@ -129,7 +129,7 @@ def test_multiclass_and_other_heads(cohorts, tmp_path):
         ({"compare": "elsewhere"}, "needs compare, and compare_test"),
         ({"folds": 40}, "class normal has 16 patients, fewer than 40 folds"),
         ({"head_args": {"n_top": 3}}, "do not fit abmil"),
-        ({"lr": []}, "at least one value"),
+        ({"lr": []}, "give at least 1"),
         ({"train": "/nowhere"}, "holds no tile features"),
         ({"n_tiles": 0}, "n_tiles is 0"),
     ],

@@ -97,7 +97,7 @@ def test_shares_are_areas(side):
         ({"tile_size": 4}, "tile_size is 4"),
         ({"mpp": 0.0}, "mpp is 0.0"),
         ({"slide_mpp": -1.0}, "slide_mpp is -1.0"),
-        ({"min_tissue": 60.0}, "min_tissue is 60.0; it must be between 0 and 1"),
+        ({"min_tissue": 60.0}, "min_tissue is 60.0; it must be at least 0 and at most 1"),
         ({"max_tiles": 0}, "max_tiles is 0"),
     ],
 )

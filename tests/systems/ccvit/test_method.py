@@ -54,11 +54,11 @@ def batch(made: CCViTMethod, count: int = 3) -> dict[str, torch.Tensor]:
     [
         ({"mask_ratio": 0.9, "replace_ratio": 0.2}, "exceed the whole image"),
         ({"mask_ratio": 0.0, "replace_ratio": 0.0}, "nothing to predict"),
-        ({"mask_ratio": 1.2}, r"mask_ratio is 1\.2; it must be in \[0, 1\)"),
+        ({"mask_ratio": 1.2}, r"mask_ratio is 1\.2; it must be at least 0 and below 1"),
         ({"target": "dual", "shared_head": True}, "shared_head=false"),
         ({"target": "pixel", "head_layers": 0}, "head_layers to at least 1"),
         ({"target": "tokens"}, "did you mean token"),
-        ({"k": 1}, "at least 2 centroids"),
+        ({"k": 1}, "k is 1; it must be at least 2"),
         ({"k": 10**9}, "lower k"),
         ({"encoder": "ccvit_tiny_patch4_23"}, "did you mean ccvit_tiny_patch4_32"),
         ({"encoder": "resnet50"}, "timm's ViT, BEiT and EVA"),

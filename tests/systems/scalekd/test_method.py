@@ -229,7 +229,7 @@ def test_the_recipes_are_the_papers():
         ({"tpp_blocks": 3}, "tpp_blocks is 3; it must be 1 to 2"),
         ({"student_stages": (1, 9)}, "this student has levels 0 to 2"),
         ({"num_heads": (3, 3)}, "not divisible by num_heads 3"),
-        ({"num_heads": (1,)}, "give two numbers"),
+        ({"num_heads": (1,)}, "give 2 values"),
         ({"teacher": "{cnn}"}, "cannot be this teacher; use a ViT, BEiT, EVA or Swin"),
     ],
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MinLen
 
 from patchloom.base.choices import Average, MILHeadName, Pool, Precision, TileChoice
+from patchloom.base.ranges import Count, NonNegative, Positive, PositiveInt
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit_config import FitSettings
 from patchloom.evaluate.slides.tile_config import TileSettings
@@ -34,13 +37,13 @@ class SlidesConfig(TileSettings):
     """Where features made with encoder are kept, a folder for each set of slides and encoder"""
     untrained: bool = False
     """Give the encoder fresh weights: what training has to beat"""
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """Side tiles are resized to; default: the encoder's"""
     pool: Pool = "auto"
     """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
     precision: Precision = "32"
     """Number format of the encoder's arithmetic"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Threads that read tiles"""
     head: MILHeadName = "abmil"
     """How tiles become one answer"""
@@ -56,21 +59,21 @@ class SlidesConfig(TileSettings):
     """Column of the patient, if there is one"""
     missing: str | None = None
     """Words that stand for a missing label besides an empty cell, separated by commas (NA,?)"""
-    n_tiles: int | None = 1000
+    n_tiles: PositiveInt | None = 1000
     """Most tiles of a slide that are read; null: all"""
     choice: TileChoice = "random"
     """Which: a random subset that is always the same, or the first ones"""
-    folds: int = 5
+    folds: Annotated[int, Ge(2)] = 5
     """Parts of the training patients"""
-    repeats: int = 3
+    repeats: PositiveInt = 3
     """Times they are parted anew; folds x repeats models answer together"""
-    lr: tuple[float, ...] = (1e-3, 1e-4)
+    lr: Annotated[tuple[Positive, ...], MinLen(1)] = (1e-3, 1e-4)
     """Learning rates of Adam to choose from"""
-    weight_decay: tuple[float, ...] = (0.0, 1e-4)
+    weight_decay: Annotated[tuple[NonNegative, ...], MinLen(1)] = (0.0, 1e-4)
     """Weight decays to choose from"""
-    epochs: int = 50
+    epochs: PositiveInt = 50
     """Most passes over the slides; the best number is chosen"""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Slides per step"""
     average: Average = "probabilities"
     """What the models' answers are averaged as"""
@@ -82,7 +85,7 @@ class SlidesConfig(TileSettings):
     """Interval of the score; auto holds where patients are few, basic (a bootstrap) is the published benchmark's"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of weights and of the order of the slides"""
     out: str | None = None
     """Also write a folder with report.html, summary.json, predictions.csv and the models; it must not exist yet"""
@@ -96,10 +99,6 @@ class SlidesConfig(TileSettings):
             raise UsageError("a comparison needs compare, and compare_test where there is a test cohort")
         if self.compare is not None and self.encoder is not None:
             raise UsageError("compare takes tile features; make those of both encoders with patchloom slides embed")
-        if self.n_tiles is not None and self.n_tiles < 1:
-            raise UsageError(f"n_tiles is {self.n_tiles}; it must be at least 1")
-        if not self.lr or not self.weight_decay:
-            raise UsageError("lr and weight_decay need at least one value each")
         if self.out is not None and Path(self.out).exists():
             raise UsageError(f"{self.out} exists; choose another out")
         self.fit_settings()

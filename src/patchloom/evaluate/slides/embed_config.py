@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from patchloom.base.choices import Pool, Precision
-from patchloom.errors import UsageError
+from patchloom.base.ranges import Count, PositiveInt
 from patchloom.evaluate.slides.tile_config import TileSettings
 
 
@@ -32,7 +32,7 @@ class EmbedConfig(TileSettings):
     """Folder to write to: one folder per slide, and report.html; slides already there are skipped"""
     untrained: bool = False
     """Give the encoder fresh weights: what training has to beat"""
-    image_size: int | None = None
+    image_size: PositiveInt | None = None
     """Side tiles are resized to; default: the encoder's"""
     pool: Pool = "auto"
     """How tokens become one vector: as the encoder does, class token, mean over patches, or both"""
@@ -40,19 +40,11 @@ class EmbedConfig(TileSettings):
     """Number format of the encoder's arithmetic"""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format on disk"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Tiles at a time"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Threads that read tiles"""
     device: str = "auto"
     """Where the encoder computes: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of fresh weights"""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be."""
-        super().__post_init__()
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise UsageError(
-                f"batch_size is {self.batch_size} and num_workers {self.num_workers}; at least 1 and 0 are needed"
-            )

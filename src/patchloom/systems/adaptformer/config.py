@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from patchloom.base.ranges import Count, Fraction, PositiveInt
 from patchloom.training.adapter_config import AdapterConfig
 
 Placement = Literal["parallel", "sequential"]
@@ -19,13 +20,13 @@ class AdaptFormerConfig(AdapterConfig):
 
     ABLATIONS: ClassVar[tuple[str, ...]] = ("scale", "learnable_scale", "placement", "input", "norm", "init", "blocks")
 
-    bottleneck: int = 64
+    bottleneck: PositiveInt = 64
     """Width of the branch; paper: 64 (1 to 256 tried)"""
     scale: float = 0.1
     """Factor on the branch's output; paper: 0.1"""
     learnable_scale: bool = False
     """Learn the factor instead, one for each block, from 1"""
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     """Dropout in the branch; paper: 0.1 for images, 0 for video"""
     placement: Placement = "parallel"
     """Beside the MLP (paper) or behind it"""
@@ -35,5 +36,5 @@ class AdaptFormerConfig(AdapterConfig):
     """Layer norm of the branch: none (paper), before it (in) or after it (out)"""
     init: Init = "zero"
     """Initial weights: zero lets training start at the encoder itself; trunc_normal is the published video runs'"""
-    blocks: tuple[int, ...] | None = None
+    blocks: tuple[Count, ...] | None = None
     """Numbers of the blocks that get a branch, counted from 0; default: all"""

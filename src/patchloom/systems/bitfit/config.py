@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+from patchloom.base.settings import Cited
 from patchloom.training.adapter_config import AdapterConfig
 
 
@@ -12,9 +14,10 @@ from patchloom.training.adapter_config import AdapterConfig
 class BitFitConfig(AdapterConfig):
     """Settings of BitFit."""
 
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "lr": Cited(1e-3, "paper: 1e-4 to 1e-3, well above that of full fine-tuning"),
+        "lr_base_batch": None,
+    }
+
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """Optimiser: adamw (paper) or sgd"""
-    lr: float = 1e-3
-    """Peak learning rate; paper: 1e-4 to 1e-3, well above that of full fine-tuning"""
-    lr_base_batch: int | None = None
-    """Scale lr by global batch / lr_base_batch; default: lr is used as it is"""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
+
+from patchloom.base.ranges import Count, Fraction, NonNegative, PositiveInt, Probability, Shares
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -27,37 +30,37 @@ class CCViTConfig(TrainConfig):
 
     codebook: str | None = None
     """Codebook made by `patchloom tokenize fit` (folder or file); default: fitted on the training images first"""
-    k: int | None = None
+    k: Annotated[int, Ge(2)] | None = None
     """Centroids of a codebook fitted here; paper: 8192. Default: that, or fewer where images are few"""
-    codebook_images: int = 50_000
+    codebook_images: PositiveInt = 50_000
     """Images a codebook is fitted on; paper: 50 000, 50 of each ImageNet class"""
-    codebook_iters: int = 20
+    codebook_iters: PositiveInt = 20
     """Iterations of k-means; paper: 20"""
-    mask_ratio: float = 75 / 196
+    mask_ratio: Fraction = 75 / 196
     """Share of the patches hidden, in blocks; paper: 75 of 196"""
-    replace_ratio: float = 20 / 196
+    replace_ratio: Fraction = 20 / 196
     """Share of the patches overwritten by their nearest centroid; paper: 20 of 196. 0 turns replacement off"""
-    min_block: int = 16
+    min_block: PositiveInt = 16
     """Fewest patches of a mask block that is tried; paper: 16"""
     target: Literal["dual", "token", "pixel", "soft_centroid"] = "dual"
     """What is predicted: tokens and pixels (dual, the paper's), one of them, or the experimental soft centroid"""
-    token_weight: float = 1.0
+    token_weight: NonNegative = 1.0
     """Weight of the token loss"""
-    pixel_weight: float = 1.0
+    pixel_weight: NonNegative = 1.0
     """Weight of the pixel loss"""
-    early_layers: int | None = None
+    early_layers: PositiveInt | None = None
     """Block whose patch tokens the condenser takes; paper: 9 of 12, 21 of 24. Default: three before the last"""
-    head_layers: int = 2
+    head_layers: Count = 2
     """Blocks of the condenser; paper: 2"""
     shared_head: bool = False
     """Let both branches share norm and token head; for target=token"""
     init_condenser: Literal["default", "trunc"] = "default"
     """Initialisation of the condenser's layers: PyTorch's, as published, or the encoder's"""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: Shares = (0.2, 1.0)
     """Least and most share of the image's area that a crop takes; paper: 0.2 to 1"""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip"""
-    color_jitter: float = 0.0
+    color_jitter: NonNegative = 0.0
     """Strength of colour jitter; paper: none, as it moves the tokens"""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of the view the encoder sees"""
@@ -67,17 +70,12 @@ class CCViTConfig(TrainConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        for name in ("mask_ratio", "replace_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.mask_ratio + self.replace_ratio > 1:
             raise UsageError(
                 f"mask_ratio {self.mask_ratio:g} and replace_ratio {self.replace_ratio:g} exceed the whole image"
             )
         if self.mask_ratio + self.replace_ratio == 0:
             raise UsageError("mask_ratio and replace_ratio are both 0, so there is nothing to predict")
-        if self.k is not None and self.k < 2:
-            raise UsageError(f"k is {self.k}; a codebook has at least 2 centroids")
         if self.target in ("dual", "pixel") and (self.shared_head or self.head_layers < 1):
             raise UsageError(
                 f"target={self.target} predicts pixels in a condenser head of its own; "

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from patchloom.base.choices import Weighting
+from patchloom.base.ranges import Fraction, Positive, Probability
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.distill_config import DistillConfig
 
@@ -22,6 +24,15 @@ class DeiTLTConfig(DistillConfig):
         "inaturalist": {"epochs": 1000, "reweight_from": 0.9, "mixup_late": True},
     }
 
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "epochs": Cited(1200, "paper: 1200, 1400 on ImageNet-LT, 1000 on iNaturalist"),
+        "lr": Cited(5e-4, "published runs leave accumulation (4) out of the global batch"),
+        "lr_base_batch": 512,
+        "warmup_epochs": 5.0,
+        "drop_path": 0.1,
+        "repeated_augmentation": 3,
+    }
+
     teacher: str
     """CNN trained on the same images: a run (adapt scratch --preset ldam_sam makes one), a bundle, or a timm name"""
     renormalize: bool = False
@@ -30,13 +41,13 @@ class DeiTLTConfig(DistillConfig):
     """Smooth before the student's view is made smaller for the teacher; paper: not"""
     distillation: Literal["hard", "soft"] = "hard"
     """What the distillation token learns: the teacher's first choice (paper) or its whole distribution"""
-    alpha: float = 0.5
+    alpha: Probability = 0.5
     """Weight of the distillation token's loss, in [0, 1]; the class token's is 1 - alpha; paper: 0.5"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of soft distillation"""
     class_weights: Weighting = "effective"
     """How much a class counts in the distillation late in the run: effective number of images (paper), or another"""
-    reweight_from: float = 11 / 12
+    reweight_from: Fraction = 11 / 12
     """Share of the run, in [0, 1), from which class weights count; paper: epoch 1100 of 1200"""
     weighted_labels: bool = False
     """Weigh the class token's loss too; for late steps without mixing"""
@@ -44,28 +55,12 @@ class DeiTLTConfig(DistillConfig):
     """Go on with mixup and cutmix where class weights count; paper: on ImageNet-LT and iNaturalist, not on CIFAR"""
     encoder: str = "deit_base_distilled_patch16_224"
     """Student: a distilled DeiT of timm, whose weights are drawn anew, or the path of a bundle or run to start from"""
-    epochs: int = 1200
-    """Passes over the images; paper: 1200, 1400 on ImageNet-LT, 1000 on iNaturalist"""
-    lr: float = 5e-4
-    """Peak learning rate for a global batch of 512; published runs leave accumulation (4) out of that count"""
-    lr_base_batch: int | None = 512
-    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
-    drop_path: float = 0.1
-    """Stochastic depth rate of the last block, in [0, 1)"""
-    repeated_augmentation: int = 3
-    """Times each image comes in a row, augmented anew; an epoch then goes through one part in so many of the images"""
     pool: Literal["avg", "cls"] = "cls"
     """What the heads read: each its own token"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha is {self.alpha}; it must be in [0, 1]")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
         if self.pool != "cls":
             raise UsageError(f"pool is {self.pool}, but each head reads its own token; leave it out")
         if self.distillation == "soft" and self.class_weights != "none":

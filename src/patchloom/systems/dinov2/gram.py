@@ -12,12 +12,14 @@ What is compared are the similarities of patches, not the patches, so that featu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.base.ranges import NonNegative
+from patchloom.base.settings import Settings
 from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError, unknown_name
 
@@ -27,10 +29,10 @@ Anchor = Literal["frozen", "teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gram:
+class Gram(Settings):
     """How patches are anchored; the defaults are the released recipe's."""
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     """Weight of the loss; paper: 1, in the stage of high resolution 1.5"""
     anchor: Anchor = "frozen"
     """Whose likenesses are kept: an earlier teacher's, frozen, or the teacher's of the moment"""
@@ -47,13 +49,9 @@ class Gram:
         """Refuse what cannot be computed.
 
         Raises:
-            UsageError: An unknown choice, or masked patches compared image by image.
+            UsageError: An unknown choice, a weight below 0, or masked patches compared image by image.
         """
-        for name, known in (("anchor", Anchor), ("remove_negatives", Negatives), ("tokens", GramTokens)):
-            if getattr(self, name) not in get_args(known):
-                raise unknown_name(f"gram {name}", str(getattr(self, name)), get_args(known))
-        if self.weight < 0:
-            raise UsageError(f"the weight of the Gram loss is {self.weight:g}; it must be at least 0")
+        super().__post_init__()
         if self.tokens != "all" and self.image_level:
             raise UsageError(
                 f"gram tokens={self.tokens} differ in number from image to image; compare them over the whole batch"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from patchloom.base.settings import Cited
 from patchloom.training.supervised_config import SupervisedConfig
 
 MAE: dict[str, Any] = {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0}
@@ -37,21 +38,16 @@ class FinetuneConfig(SupervisedConfig):
         },
     }
 
-    epochs: int = 100
-    """Passes over the images; paper: 100 for base, 50 for large"""
-    lr: float = 2e-3
-    """Peak learning rate for a global batch of 1024; paper: 2e-3 for base, 1e-3 for large"""
-    lr_base_batch: int | None = 1024
-    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
-    min_lr: float = 1e-6
-    """Learning rate at the end of the cosine"""
-    warmup_epochs: float = 20.0
-    """Epochs of linear warm-up from 0; paper: 20 for base, 10 for large; at most a fifth of the run is used"""
-    layer_decay: float = 0.65
-    """Factor on the learning rate from each block to the one below it; paper: 0.65 for base, 0.8 for large"""
-    drop_path: float = 0.1
-    """Stochastic depth rate of the last block; paper: 0.1 for base, 0.2 for large"""
-    init_scale: float = 0.001
-    """Factor on the classifier's initial weights"""
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "epochs": Cited(100, "paper: 100 for base, 50 for large"),
+        "lr": Cited(2e-3, "paper: 2e-3 for base, 1e-3 for large"),
+        "lr_base_batch": 1024,
+        "min_lr": 1e-6,
+        "warmup_epochs": Cited(20.0, "paper: 20 for base, 10 for large"),
+        "layer_decay": Cited(0.65, "paper: 0.65 for base, 0.8 for large"),
+        "drop_path": Cited(0.1, "paper: 0.1 for base, 0.2 for large"),
+        "init_scale": 0.001,
+    }
+
     relative_position_decay: bool = True
     """Apply weight decay to relative-position tables, as published"""

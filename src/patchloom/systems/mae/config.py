@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from patchloom.base.ranges import NonNegative, Positive, PositiveInt, Probability, Proportion, Shares
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -35,60 +37,50 @@ class MAEConfig(TrainConfig):
         },
     }
 
-    encoder: str = "vit_base_patch16_224"
-    """Name of a timm model, or the path of a bundle or run to start from"""
-    epochs: int = 800
-    """Passes over the images; paper: 800, and up to 1600"""
-    lr: float = 1.5e-4
-    """Peak learning rate for a global batch of lr_base_batch; paper: 1.5e-4 for 256, used with 4096"""
-    lr_base_batch: int | None = 256
-    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
-    min_lr: float = 0.0
-    """Learning rate at the end of the cosine; paper: 0"""
-    warmup_epochs: float = 40.0
-    """Epochs of linear warm-up from 0; paper: 40; at most a fifth of the run is used"""
-    weight_decay: float = 0.05
-    """AdamW weight decay; paper: 0.05, on everything but biases and norms"""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas; paper: 0.9 and 0.95"""
-    clip_grad: float | None = None
-    """Largest global L2 norm of the gradient; paper: no clipping"""
-    mask_ratio: float = 0.75
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "encoder": "vit_base_patch16_224",
+        "epochs": Cited(800, "paper: 800, and up to 1600"),
+        "lr": Cited(1.5e-4, "paper: 1.5e-4 for 256, used with 4096"),
+        "lr_base_batch": 256,
+        "min_lr": Cited(0.0, "paper: 0"),
+        "warmup_epochs": Cited(40.0, "paper: 40"),
+        "weight_decay": Cited(0.05, "paper: 0.05, on everything but biases and norms"),
+        "betas": Cited((0.9, 0.95), "paper: 0.9 and 0.95"),
+        "clip_grad": Cited(None, "paper: no clipping"),
+    }
+
+    mask_ratio: Proportion = 0.75
     """Share of the patches hidden, in (0, 1); paper: 0.75, and 0.9 on chest X-rays"""
-    decoder_dim: int = 512
+    decoder_dim: PositiveInt = 512
     """Width of the decoder, divisible by 4 and by decoder_heads; paper: 512"""
-    decoder_depth: int = 8
+    decoder_depth: PositiveInt = 8
     """Blocks of the decoder; paper: 8, and 2 for the small encoder on chest X-rays"""
-    decoder_heads: int = 16
+    decoder_heads: PositiveInt = 16
     """Attention heads of a decoder block; paper: 16"""
     norm_pix_loss: bool = True
     """Normalise every target patch by its own mean and variance; paper: yes, and no on chest X-rays"""
     fixed_positions: bool = True
     """Absolute positions of a fresh encoder are sines and cosines that are not trained; paper: yes"""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: Shares = (0.2, 1.0)
     """Least and most share of the image's area that a crop takes; paper: 0.2 to 1, and 0.5 to 1 on chest X-rays"""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip (it mirrors the heart; published all the same)"""
-    color_jitter: float = 0.0
+    color_jitter: NonNegative = 0.0
     """Strength of colour jitter; paper: none"""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of crops; paper: bicubic"""
     mean: tuple[float, ...] | None = None
     """Mean per channel that images in [0, 1] are normalised by, kept in the bundle; default: ImageNet's for a fresh
     encoder, its own for a trained one"""
-    std: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
     """Standard deviation per channel, likewise"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if not 0 < self.mask_ratio < 1:
-            raise UsageError(f"mask_ratio is {self.mask_ratio}; it must be above 0 and below 1")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) not in (1, self.in_chans):
                 raise UsageError(
                     f"{name} has {len(values)} values; give one, or one for each of {self.in_chans} channels"
                 )
-        if self.std is not None and min(self.std) <= 0:
-            raise UsageError(f"std is {self.std}; standard deviations are above 0")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from patchloom.base.choices import PromptDepth
+from patchloom.base.ranges import Count, Fraction
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.adapter_config import AdapterConfig
 
@@ -13,28 +17,24 @@ from patchloom.training.adapter_config import AdapterConfig
 class PromptCAMConfig(AdapterConfig):
     """Settings of Prompt-CAM; the recipe is the published one for DINO ViT-B/16 on CUB-200, Dogs and Pets."""
 
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "epochs": Cited(100, "paper: 100, 130 for CUB-200"),
+        "batch_size": Cited(64, "paper: 16 on each of 4 GPUs"),
+        "lr": Cited(0.005, "paper: 0.005 for DINO (0.01 on Cars), 0.001 to 0.005 for DINOv2"),
+        "lr_base_batch": None,
+        "min_lr": Cited(1e-6, "paper: 1e-6"),
+        "weight_decay": Cited(1e-3, "here of prompts, head and bias alike; paper: 1e-3"),
+        "drop_path": Cited(0.1, "paper: 0.1 for DINO, 0 for DINOv2"),
+    }
+
     depth: PromptDepth = "deep"
     """Prompts of its own for every block (deep), or one set through all blocks (shallow)"""
-    prompt_dropout: float = 0.1
+    prompt_dropout: Fraction = 0.1
     """Dropout on the prompts; paper: 0.1 for DINO, 0 for DINOv2"""
-    helper_prompts: int | None = None
+    helper_prompts: Count | None = None
     """Prompts in each block but the last, deep only; default: one per class, as published; 0 trains fastest"""
     force: bool = False
     """Allow more than 4096 classes"""
-    epochs: int = 100
-    """Passes over the images; paper: 100, 130 for CUB-200"""
-    batch_size: int = 64
-    """Images per device and forward pass; paper: 16 on each of 4 GPUs"""
-    lr: float = 0.005
-    """Peak learning rate; paper: 0.005 for DINO (0.01 on Cars), 0.001 to 0.005 for DINOv2"""
-    lr_base_batch: int | None = None
-    """Scale lr by global batch / lr_base_batch; default: lr is used as it is"""
-    min_lr: float = 1e-6
-    """Learning rate at the end of the cosine; paper: 1e-6"""
-    weight_decay: float = 1e-3
-    """Weight decay of prompts, head and bias alike; paper: 1e-3"""
-    drop_path: float = 0.1
-    """Stochastic depth rate of the frozen encoder's last block in training; paper: 0.1 for DINO, 0 for DINOv2"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""

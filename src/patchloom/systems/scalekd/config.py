@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import doc
 
 from patchloom.base.choices import Scale
-from patchloom.errors import UsageError
+from patchloom.base.ranges import Count, NonNegative, Positive, PositiveInt, Share
+from patchloom.base.settings import Cited
 from patchloom.training.distill_config import DistillConfig
 
 
@@ -61,8 +64,24 @@ class ScaleKDConfig(DistillConfig):
         },
     }
 
-    encoder: str = "resnet50"
-    """Student: any image model of timm, or the path of a bundle or run to start from; paper: ResNet-50 and others"""
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "encoder": Cited("resnet50", "paper: ResNet-50 and others"),
+        "epochs": Cited(100, "paper: 100, advanced recipes 300"),
+        "batch_size": Cited(256, "paper: 256 in all, 2048 and 1024 in the advanced recipes"),
+        "optimizer": Cited("sgd", "paper: sgd, lamb (advanced_cnn), adamw (advanced_vit)"),
+        "lr": Cited(0.1, "paper: 0.1"),
+        "lr_base_batch": 256,
+        "lr_drops": Cited((0.3, 0.6, 0.9), "paper: epochs 30, 60 and 90 of 100"),
+        "warmup_epochs": Cited(0.0, "paper: none, advanced recipes 5 and 20"),
+        "weight_decay": Cited(1e-4, "paper: 1e-4"),
+        "mixup": Cited(0.0, "paper: none"),
+        "cutmix": Cited(0.0, "paper: none"),
+        "label_smoothing": Cited(0.0, "paper: none, 0.1 in advanced_vit"),
+        "auto_augment": Cited(None, "paper: none, see the presets"),
+        "color_jitter": Cited(0.0, "paper: none"),
+        "erasing": Cited(0.0, "paper: none, 0.25 in the advanced recipes"),
+    }
+
     teacher: str
     """Path of a bundle or run, or a timm model with published weights: a ViT, BEiT, EVA or Swin"""
     kd: bool = True
@@ -73,19 +92,19 @@ class ScaleKDConfig(DistillConfig):
     """Compare features without their mean too (dual-view feature mimicking)"""
     cap: bool = True
     """Project by cross-attention; off: a 1x1 convolution, plain feature distillation"""
-    alpha: tuple[float, float] = (0.08, 0.06)
+    alpha: tuple[NonNegative, NonNegative] = (0.08, 0.06)
     """Weights of the comparison as it is and of that without the mean; paper: 0.08 and 0.06"""
-    kd_weight: float = 0.5
+    kd_weight: Annotated[Share, doc("kd=false for none")] = 0.5
     """Weight of the teacher's answers; the labels have the rest; paper: 0.5"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of the teacher's answers; paper: 1"""
-    num_heads: tuple[int, int] | None = None
+    num_heads: tuple[PositiveInt, PositiveInt] | None = None
     """Attention heads of the projectors of the earlier and the last map; default: 64 channels of the teacher each"""
-    softmax_scale: float = 5.0
+    softmax_scale: Positive = 5.0
     """Factor on the projectors' attention scores besides 1/√d; paper: 5"""
-    tpp_blocks: int | None = None
+    tpp_blocks: PositiveInt | None = None
     """Blocks of a ViT teacher that the earlier map is sent through; default: a twelfth of them, at least 1"""
-    student_stages: tuple[int, int] | None = None
+    student_stages: tuple[Count, Count] | None = None
     """Feature levels of the student, from 0; default: those at a 16th and a 32nd of the image, or the last two"""
     scale: Scale = "per_token"
     """How comparisons weigh in grids other than 7x7: as there (per_token), or summed over all positions (sum, paper)"""
@@ -95,46 +114,3 @@ class ScaleKDConfig(DistillConfig):
     """Keep the teacher's stochastic depth at work, as the published training did by accident"""
     recompute_tail: bool = False
     """Recompute the teacher's last blocks in the backward pass: less memory, a little more time"""
-    epochs: int = 100
-    """Passes over the images; paper: 100, advanced recipes 300"""
-    batch_size: int = 256
-    """Images per device and forward pass; paper: 256 in all, 2048 and 1024 in the advanced recipes"""
-    optimizer: Literal["adamw", "sgd", "lamb"] = "sgd"
-    """Optimiser; paper: sgd, lamb (advanced_cnn), adamw (advanced_vit)"""
-    lr: float = 0.1
-    """Peak learning rate for a global batch of lr_base_batch; paper: 0.1"""
-    lr_base_batch: int | None = 256
-    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
-    lr_drops: tuple[float, ...] = (0.3, 0.6, 0.9)
-    """Shares of the run at which the learning rate is multiplied by lr_drop; paper: epochs 30, 60 and 90 of 100"""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0; paper: none, advanced recipes 5 and 20"""
-    weight_decay: float = 1e-4
-    """Weight decay (not on biases, norms, position embeddings and class tokens); paper: 1e-4"""
-    mixup: float = 0.0
-    """Alpha of mixup; paper: none"""
-    cutmix: float = 0.0
-    """Alpha of cutmix; paper: none"""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes; paper: none, 0.1 in advanced_vit"""
-    auto_augment: str | None = None
-    """RandAugment as timm spells it; paper: none, see the presets"""
-    color_jitter: float = 0.0
-    """Strength of colour jitter, in force without RandAugment only; paper: none"""
-    erasing: float = 0.0
-    """Probability of random erasing; paper: none, 0.25 in the advanced recipes"""
-
-    def __post_init__(self) -> None:
-        """Refuse values no run can have."""
-        super().__post_init__()
-        if len(self.alpha) != 2 or min(self.alpha) < 0:
-            raise UsageError(f"alpha is {self.alpha}; give two numbers that are at least 0")
-        if not 0 < self.kd_weight <= 1:
-            raise UsageError(f"kd_weight is {self.kd_weight}; it must be above 0 and at most 1 (kd=false for none)")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
-        if self.softmax_scale <= 0:
-            raise UsageError(f"softmax_scale is {self.softmax_scale}; it must be above 0")
-        for name in ("num_heads", "student_stages"):
-            if getattr(self, name) is not None and len(getattr(self, name)) != 2:
-                raise UsageError(f"{name} is {getattr(self, name)}; give two numbers, for the earlier and the last map")

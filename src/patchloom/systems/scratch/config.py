@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from patchloom.base.ranges import Positive
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.supervised_config import SupervisedConfig
 
@@ -51,25 +53,22 @@ class ScratchConfig(SupervisedConfig):
         },
     }
 
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "lr": 5e-4,
+        "lr_base_batch": 512,
+        "warmup_epochs": 5.0,
+        "drop_path": 0.1,
+        "pool": Cited("cls", "paper: the class token"),
+        "repeated_augmentation": 3,
+    }
+
     encoder: str = "deit_small_patch16_224"
     """Name of a timm model: a ViT, or any network; its weights are drawn anew"""
-    lr: float = 5e-4
-    """Peak learning rate for a global batch of 512"""
-    lr_base_batch: int | None = 512
-    """Scale lr by global batch / lr_base_batch; null uses lr as it is"""
-    warmup_epochs: float = 5.0
-    """Epochs of linear warm-up from 0; at most a fifth of the run is used"""
-    drop_path: float = 0.1
-    """Stochastic depth rate of the last block, in [0, 1)"""
-    pool: Literal["avg", "cls"] = "cls"
-    """What the classifier of a ViT reads: the class token (paper) or the mean over patches"""
-    repeated_augmentation: int = 3
-    """Times each image comes in a row, augmented anew; an epoch then goes through one part in so many of the images"""
     loss: Literal["ce", "ldam"] = "ce"
     """Cross-entropy, or LDAM: on cosines, with a margin that is the wider the rarer the class; without mixed labels"""
-    ldam_margin: float = 0.5
+    ldam_margin: Positive = 0.5
     """Margin of the rarest class; the others' fall with the fourth root of the number of images"""
-    ldam_scale: float = 30.0
+    ldam_scale: Positive = 30.0
     """Factor on the cosines"""
 
     def __post_init__(self) -> None:
@@ -84,6 +83,3 @@ class ScratchConfig(SupervisedConfig):
             raise UsageError("a margin belongs to one class: with loss=ldam set mixup, cutmix and label_smoothing to 0")
         if self.loss == "ldam" and (self.strategy == "fsdp" or self.experts or self.logit_adjustment):
             raise UsageError("loss=ldam goes without strategy=fsdp, experts and logit_adjustment; leave them out")
-        for name in ("ldam_margin", "ldam_scale"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
