@@ -12,7 +12,7 @@ from patchloom.errors import UsageError
 from patchloom.io import read_config
 from patchloom.systems.mae.method import MAEMethod
 from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
-from patchloom.training.places import absolute, found_again
+from patchloom.training.places import absolute, relocated
 from patchloom.training.run import resolve
 
 
@@ -80,21 +80,21 @@ def test_what_lies_inside_a_run_travels_with_it_and_what_lies_beside_may(here):
     run_with(data="tr")
     saved = read_config(Path("runs/a/config.yaml")) | {"codebook": f"{here}/runs/a/codebook/c.npy"}
     shutil.copytree("runs", "copied")
-    assert found_again("codebook", saved, Path("copied/a")) == f"{here}/copied/a/codebook/c.npy"
-    assert found_again("data", saved, Path("copied/a")) == f"{here}/tr"
+    assert relocated("codebook", saved, Path("copied/a")) == f"{here}/copied/a/codebook/c.npy"
+    assert relocated("data", saved, Path("copied/a")) == f"{here}/tr"
     here.rename(here.parent / "moved")
     run = here.parent / "moved" / "runs" / "a"
-    assert found_again("data", saved, run) == f"{here.parent}/moved/tr"
+    assert relocated("data", saved, run) == f"{here.parent}/moved/tr"
 
 
 def test_runs_of_before_are_found_by_where_they_were_started(here, monkeypatch):
     saved = {"out": "runs/a", "data": "tr", "test": "c.csv:x", "encoder": "vit_tiny_patch16_224"}
-    assert found_again("data", saved, Path("runs/a")) == f"{here}/tr"
+    assert relocated("data", saved, Path("runs/a")) == f"{here}/tr"
     monkeypatch.chdir(here.parent / "away")
-    assert found_again("data", saved, here / "runs" / "a") == f"{here}/tr"
-    assert found_again("encoder", saved, here / "runs" / "a") == "vit_tiny_patch16_224"
+    assert relocated("data", saved, here / "runs" / "a") == f"{here}/tr"
+    assert relocated("encoder", saved, here / "runs" / "a") == "vit_tiny_patch16_224"
     (here / "runs" / "a" / "c.csv").touch()
-    assert found_again("test", saved, here / "runs" / "a") == f"{here}/runs/a/c.csv:x"
+    assert relocated("test", saved, here / "runs" / "a") == f"{here}/runs/a/c.csv:x"
 
 
 def test_a_place_that_is_gone_is_named_with_all_that_was_tried(here, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_place_that_is_gone_is_named_with_all_that_was_tried(here, monkeypatch
     monkeypatch.chdir(here.parent / "away")
     tried = [f"{os.getcwd()}/gone", f"{here}/gone", f"{here}/runs/a/gone"]  # noqa: PTH109
     with pytest.raises(UsageError, match=r"has data=gone.*give its place now as data") as caught:
-        found_again("data", saved, here / "runs" / "a")
+        relocated("data", saved, here / "runs" / "a")
     assert all(place in str(caught.value) for place in tried)
 
 
@@ -110,6 +110,6 @@ def test_a_codebook_that_a_run_has_a_copy_of_may_be_gone(here):
     saved = {"out": f"{here}/runs/b", "codebook": f"{here}/cb"}
     (here / "runs/b").mkdir()
     with pytest.raises(UsageError, match="give its place now as codebook"):
-        found_again("codebook", saved, Path("runs/b"))
+        relocated("codebook", saved, Path("runs/b"))
     (here / "runs/b/codebook.safetensors").touch()
-    assert found_again("codebook", saved, Path("runs/b")) == f"{here}/runs/b/codebook.safetensors"
+    assert relocated("codebook", saved, Path("runs/b")) == f"{here}/runs/b/codebook.safetensors"

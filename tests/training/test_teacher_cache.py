@@ -165,9 +165,9 @@ def test_kept_answers_are_in_the_order_of_the_classes(bundle, images, tmp_path):
     )
     made = LogitsMethod(config, open_source(str(images)))
     source = open_source(str(images))
-    made.kept = teacher_answers(made.teacher.model, source, cache="none", **QUICK)
+    made.cached_answers = teacher_answers(made.teacher.model, source, cache="none", **QUICK)
     key = source.key(0)
-    raw = made.kept.of([key])
+    raw = made.cached_answers.of([key])
     assert torch.equal(made.answers({"key": [key]}, torch.zeros(1, 3, 32, 32)), raw.flip(1))
 
 

@@ -13,14 +13,14 @@ HUB = "huggingface_hub"
 class _OneLine(logging.Filter):
     """Lets errors through; the first sign of trouble becomes a line for people, the others are dropped."""
 
-    said = False
+    warned = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown as it is."""
         if record.levelno >= logging.ERROR:
             return True
-        if record.levelno == logging.WARNING and not self.said and "Retrying in" in record.getMessage():
-            self.said = True
+        if record.levelno == logging.WARNING and not self.warned and "Retrying in" in record.getMessage():
+            self.warned = True
             print("the Hugging Face hub does not answer; trying for a minute …", file=sys.stderr, flush=True)
         return False
 

@@ -30,14 +30,14 @@ class Ticker:
     def __init__(self, total: int | None, first: int = 0, every_seconds: float | None = None) -> None:
         self.total, self.first = total, first
         self.every_seconds = EVERY_SECONDS if every_seconds is None else every_seconds
-        self.started = self.said = time.monotonic()
+        self.started = self.reported = time.monotonic()
 
     def due(self, done: int) -> bool:
         """Return whether it is time for a line: every so many seconds, and at the end of what took that long."""
         now = time.monotonic()
-        if now - self.said < self.every_seconds and (done != self.total or self.said == self.started):
+        if now - self.reported < self.every_seconds and (done != self.total or self.reported == self.started):
             return False
-        self.said = now
+        self.reported = now
         return True
 
     def line(self, what: str, done: int, unit: str, more: str = "") -> str:

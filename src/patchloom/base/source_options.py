@@ -69,8 +69,8 @@ def choose(names: Iterable[str], include: str | None = None, exclude: str | None
             the last part. `*` also stands for slashes. None takes all.
         exclude: Likewise; None leaves out nothing.
     """
-    wanted, unwanted = _globs(include), _globs(exclude)
-    return [name for name in names if (wanted is None or _fits(name, wanted)) and not _fits(name, unwanted or [])]
+    included, excluded = _globs(include), _globs(exclude)
+    return [name for name in names if (included is None or _fits(name, included)) and not _fits(name, excluded or [])]
 
 
 def words(text: str | None) -> list[str]:

@@ -189,7 +189,7 @@ def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **group) as child:
         try:
             try:
-                _, said = child.communicate()
+                _, stderr = child.communicate()
             except Stopped as stop:
                 child.send_signal(stop.number)
                 child.communicate()
@@ -199,7 +199,7 @@ def run_child(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             raise
     if child.returncode - 128 in WATCHED:
         raise Stopped(child.returncode - 128)
-    return subprocess.CompletedProcess(command, child.returncode, None, said)
+    return subprocess.CompletedProcess(command, child.returncode, None, stderr)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

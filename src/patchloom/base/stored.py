@@ -34,7 +34,7 @@ def read_tensors(path: str | Path, remedy: str = "copy or write it again") -> di
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged ({_said(error)}); {remedy}") from error
+        raise DamagedFileError(f"{path} is damaged ({_first_line(error)}); {remedy}") from error
 
 
 def read_pickle(
@@ -67,7 +67,7 @@ def read_pickle(
             ) from error
         raise DamagedFileError(f"{path} cannot be read as plain tensors: it is damaged or no file of torch") from error
     except Exception as error:  # what a damaged pickle makes of the reader may be anything
-        raise DamagedFileError(f"{path} is damaged ({_said(error)}); {remedy}") from error
+        raise DamagedFileError(f"{path} is damaged ({_first_line(error)}); {remedy}") from error
 
 
 def damage(path: str | Path) -> str | None:
@@ -76,10 +76,10 @@ def damage(path: str | Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        return _said(error)
+        return _first_line(error)
     return None if wrong is None else f"the checksum of {wrong} is another"
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().split("\n")[0]
     return words[:100] or type(error).__name__

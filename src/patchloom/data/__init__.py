@@ -86,8 +86,8 @@ def open_source(
         UsageError: There is no such source, nothing readable in it, or an option it cannot obey.
     """
     reading = Reading.of({**remembered(model), **options})
-    own = {option: value for option, value in options.items() if option not in READING}
-    source = reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, own), options, quiet=quiet)
+    source_options = {option: value for option, value in options.items() if option not in READING}
+    source = reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, source_options), options, quiet=quiet)
     return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
 

@@ -70,14 +70,14 @@ class AtariGame:
         if not 0 <= sticky < 1:
             raise UsageError(f"sticky is {sticky}; it is a probability, at least 0 and below 1")
         self.game, self.frame_skip, self.sticky, self.size = game, frame_skip, sticky, size
-        made = gymnasium.make(
+        environment = gymnasium.make(
             f"ALE/{game}-v5",
             obs_type="grayscale",
             frameskip=1,
             repeat_action_probability=sticky,
             max_num_frames_per_episode=LONGEST_EPISODE,
         )
-        self.console: Any = made.unwrapped
+        self.console: Any = environment.unwrapped
         self.num_actions = int(self.console.action_space.n)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
@@ -172,17 +172,17 @@ def _play(game: AtariGame, steps: int, seed: int, policy: Policy | None) -> Reco
     actions, rewards = np.empty(steps, np.int16), np.empty(steps, np.float32)
     starts, ram = np.zeros(steps, bool), np.empty((steps, 128), np.uint8)
     frame, over = game.reset(seed=int(generator.integers(2**31))), True
-    seen: deque[np.ndarray] = deque([frame], maxlen=policy.stack if policy else 1)
+    recent: deque[np.ndarray] = deque([frame], maxlen=policy.stack if policy else 1)
     for step in tqdm(range(steps), desc=game.game, unit="frame", disable=not sys.stderr.isatty(), leave=False):
         if over and step:
             frame = game.reset()
         if over:
-            seen.extend([frame] * (seen.maxlen or 1))
+            recent.extend([frame] * (recent.maxlen or 1))
         frames[step], starts[step], ram[step] = frame, over, game.ram
-        action = int(generator.integers(game.num_actions)) if policy is None else policy(np.stack(seen), generator)
+        action = int(generator.integers(game.num_actions)) if policy is None else policy(np.stack(recent), generator)
         actions[step] = action
         frame, rewards[step], over = game.step(action)
-        seen.append(frame)
+        recent.append(frame)
     about = {
         "game": game.game,
         "steps": steps,

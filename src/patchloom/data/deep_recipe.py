@@ -74,11 +74,11 @@ def rand_augment(image: Tensor, policy: str, fill: Tensor, generator: torch.Gene
     """
     if not policy.startswith("rand"):
         raise UsageError(f"auto_augment is {policy!r}, which is for 8-bit RGB images; use rand-m9-mstd0.5-inc1")
-    said = {name: float(value) for name, value in re.findall(r"-(mstd|m|n)(\d+\.?\d*)", policy)}
+    settings = {name: float(value) for name, value in re.findall(r"-(mstd|m|n)(\d+\.?\d*)", policy)}
     operations = [name for name in OPERATIONS if name != "saturation" or len(image) == 3]
-    for _ in range(int(said.get("n", 2))):
+    for _ in range(int(settings.get("n", 2))):
         name = operations[int(torch.randint(len(operations), (), generator=generator))]
-        strength = said.get("m", 9.0) + said.get("mstd", 0.0) * float(torch.randn((), generator=generator))
+        strength = settings.get("m", 9.0) + settings.get("mstd", 0.0) * float(torch.randn((), generator=generator))
         chance, sign = torch.rand(2, generator=generator).tolist()
         if chance < CHANCE:
             image = _changed(image, name, min(max(strength, 0.0), 10.0) / 10, -1 if sign < 0.5 else 1, fill)

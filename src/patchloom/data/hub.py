@@ -47,9 +47,9 @@ class TorchvisionSource(Source):
             raise unknown_name(f"split of torchvision:{dataset}", split, ("train", "test"))
         self.name = f"torchvision:{dataset}" + ("" if split == "train" else f":{split}")
         self.in_chans = in_chans
-        made = getattr(datasets, dataset)
+        dataset_class = getattr(datasets, dataset)
         arguments: dict[str, Any] = {"root": str(Path(root).expanduser())}
-        accepted = inspect.signature(made).parameters
+        accepted = inspect.signature(dataset_class).parameters
         if "train" in accepted:
             arguments["train"] = split == "train"
         elif "split" in accepted:
@@ -57,7 +57,7 @@ class TorchvisionSource(Source):
         if "download" in accepted:
             arguments["download"] = True
         try:
-            self.dataset = made(**arguments)
+            self.dataset = dataset_class(**arguments)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"{self.name} is neither in {root} nor can it be fetched ({reason})") from error

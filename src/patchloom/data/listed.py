@@ -57,8 +57,8 @@ class ListedSource(Source):
         self.name = printable(name)
         self.root = root
         if include is not None or exclude is not None:
-            wanted = set(choose(map(printable, files), include, exclude))
-            kept = [place for place, file in enumerate(files) if printable(file) in wanted]
+            chosen = set(choose(map(printable, files), include, exclude))
+            kept = [place for place, file in enumerate(files) if printable(file) in chosen]
             if not kept:
                 raise UsageError(f"{self.name}: include and exclude leave none of the {len(files)} images listed")
             files, labels = [files[place] for place in kept], None if labels is None else labels[kept]

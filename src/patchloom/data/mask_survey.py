@@ -78,8 +78,8 @@ class Survey:
             pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4)
             self._count(self.colours, *counted(colour_codes(pixels)), key, "#")
             self._count(self.alpha, *counted(pixels[:, 3]), key, "alpha ")
-            seen = np.unique(rgb_codes(pixels[pixels[:, 3] > 0]))[: MOST_VALUES + 1]
-            self.inks = sorted(set(self.inks) | set(seen.tolist()))[: MOST_VALUES + 1]
+            codes = np.unique(rgb_codes(pixels[pixels[:, 3] > 0]))[: MOST_VALUES + 1]
+            self.inks = sorted(set(self.inks) | set(codes.tolist()))[: MOST_VALUES + 1]
             return
         values, counts = counted(np.asarray(image).ravel())
         self._count(self.values, values, counts, key)

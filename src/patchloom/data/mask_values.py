@@ -213,10 +213,10 @@ class MaskCoding:
             there.append(f"{missing} in none of the masks")
         there += [f"{more} more"] if more else []
         hidden = f"{percent(shares.ignored)} ignored" if shares.ignored else "nothing ignored"
-        said = f"masks of {source}: {self.reading()}; {', '.join(there)}; {hidden}"
+        text = f"masks of {source}: {self.reading()}; {', '.join(there)}; {hidden}"
         if shares.without_file:
-            said += f"; {shares.without_file} times a class has no file and is taken to be nowhere on the image"
-        return said + (f" (a guess; {self.guess})" if self.guess else "")
+            text += f"; {shares.without_file} times a class has no file and is taken to be nowhere on the image"
+        return text + (f" (a guess; {self.guess})" if self.guess else "")
 
 
 class UnknownValueError(Exception):
@@ -252,22 +252,22 @@ def check_shares(coding: MaskCoding, shares: MaskShares, source: str) -> str | N
     Raises:
         UsageError: One class is left, or most is ignored and nobody asked for it.
     """
-    there = [name for name, share in shares.classes.items() if share > 0]
+    present = [name for name, share in shares.classes.items() if share > 0]
     hidden = f", and {percent(shares.ignored)} is ignored" if shares.ignored else ""
     otherwise = f" ({coding.guess})" if coding.guess else " (--ignore_label and --mask_values say what values mean)"
-    if not there:
+    if not present:
         raise UsageError(f"the masks of {source} hold no pixel whose class is known{hidden}{otherwise}")
-    if len(there) == 1:
+    if len(present) == 1:
         raise UsageError(
-            f"the masks of {source} hold one class only, {there[0]}{hidden}: nothing is told apart, so a score would "
+            f"the masks of {source} hold one class only, {present[0]}{hidden}: nothing is told apart, so a score would "
             f"say nothing{otherwise}"
         )
     if shares.ignored <= MOST_IGNORED:
         return None
-    said = f"{percent(shares.ignored)} of the pixels of the masks of {source} are ignored"
+    text = f"{percent(shares.ignored)} of the pixels of the masks of {source} are ignored"
     if coding.guess and any(number == IGNORED for _, _, number in coding.spans):
-        raise UsageError(f"{said}, which was a guess; {coding.guess}")
-    return f"{said}; scores are of the others"
+        raise UsageError(f"{text}, which was a guess; {coding.guess}")
+    return f"{text}; scores are of the others"
 
 
 def shares_of_counts(known: Iterable[int], ignored: int, names: Sequence[str], masks: int) -> MaskShares:
@@ -333,10 +333,10 @@ def _classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
     inside = (place >= 0) & (wide <= highs.astype(np.float64)[place])
     found = np.where(inside, numbers.astype(np.int64)[place], -1 if coding.rest is None else coding.rest)
     if coding.nearest and (missed := found < 0).any():
-        own = np.array([rgb_of(int(low)) for low in lows], np.int64)
+        colours = np.array([rgb_of(int(low)) for low in lows], np.int64)
         codes = wide[missed].astype(np.int64)
         asked = np.stack([codes >> 16 & 255, codes >> 8 & 255, codes & 255], -1)
-        found[missed] = numbers[((asked[:, None] - own) ** 2).sum(-1).argmin(1)]
+        found[missed] = numbers[((asked[:, None] - colours) ** 2).sum(-1).argmin(1)]
     return found
 
 

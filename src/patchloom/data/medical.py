@@ -199,7 +199,7 @@ class MIMICSource(ListedSource):
             kind: _first_of(folder, [f"mimic-cxr-2.0.0-{kind}.csv.gz", f"mimic-cxr-2.0.0-{kind}.csv"])
             for kind in ("split", "metadata", "chexpert")
         }
-        wanted = "validate" if split == "val" else split
+        split_name = "validate" if split == "val" else split
         frontal = {
             row["dicom_id"]
             for row in _table(tables["metadata"], ("dicom_id", "ViewPosition"))
@@ -209,7 +209,7 @@ class MIMICSource(ListedSource):
         files, labels = [], []
         suffix = ".dcm" if next((folder / "files").rglob("*.dcm"), None) is not None else ".jpg"
         for row in _table(tables["split"], ("dicom_id", "study_id", "subject_id", "split")):
-            if row["split"] != wanted or row["dicom_id"] not in frontal or row["study_id"] not in studies:
+            if row["split"] != split_name or row["dicom_id"] not in frontal or row["study_id"] not in studies:
                 continue
             patient, study = row["subject_id"], row["study_id"]
             files.append(f"files/p{patient[:2]}/p{patient}/s{study}/{row['dicom_id']}{suffix}")

@@ -36,20 +36,20 @@ _SAID: set[tuple[str, str]] = set()
 _EIGHT_BIT = (b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
 
 
-def settle(source: Source | StreamSource, wanted: ValueRange, *, quiet: bool = False) -> ValueRange:
+def settle(source: Source | StreamSource, value_range: ValueRange, *, quiet: bool = False) -> ValueRange:
     """Settle the value range of a source, and give it to the source.
 
     Args:
         source: Where the images come from.
-        wanted: What was asked for, or settled before; kinds of storage that it does not know are settled here.
+        value_range: What was asked for, or settled before; kinds of storage that it does not know are settled here.
         quiet: Say nothing.
 
     Returns:
         The range, also as `source.values`. What was asked for where nothing deeper than 8 bits is found.
     """
-    source.values = wanted
-    survey = Survey.of_files(source.stored(HEADERS), wanted, source.in_chans, source.channels)
-    source.values = survey.settled(source.name, wanted, quiet=quiet)
+    source.values = value_range
+    survey = Survey.of_files(source.stored(HEADERS), value_range, source.in_chans, source.channels)
+    source.values = survey.settled(source.name, value_range, quiet=quiet)
     if not quiet:
         for line in survey.notices(source.name):
             notice(line)
@@ -84,7 +84,7 @@ def channel_statistics(source: Source | StreamSource, count: int = 200, seed: in
 
 
 @dataclass
-class Seen:
+class SampledValues:
     """What was seen of one kind of storage."""
 
     low: float = np.inf
@@ -126,7 +126,7 @@ class Seen:
 class Survey:
     """What a sample of a source holds."""
 
-    seen: dict[str, Seen] = field(default_factory=dict)
+    sampled: dict[str, SampledValues] = field(default_factory=dict)
     """By kind of storage; 8-bit images are looked at only where percentiles are asked for."""
     plain: int = 0
     """Images of 8 bits."""
@@ -137,7 +137,7 @@ class Survey:
     def of_files(
         cls,
         files: Iterable[tuple[str, Path | bytes]],
-        wanted: ValueRange = AUTO,
+        value_range: ValueRange = AUTO,
         in_chans: int = 1,
         channels: tuple[int, ...] | None = None,
     ) -> Survey:
@@ -146,7 +146,7 @@ class Survey:
         for key, data in islice(files, HEADERS):
             try:
                 stored = survey.deep(data, key, in_chans, channels is not None)
-                if stored is None and wanted.percentiles is not None:
+                if stored is None and value_range.percentiles is not None:
                     stored = _plain(data, key)
                 kind = "uint8" if stored is None or stored.pixels.dtype == np.bool_ else kind_of(stored.pixels.dtype)
             except Exception:  # a broken file is the loader's to report
@@ -155,39 +155,43 @@ class Survey:
                 continue
             colours = stored.pixels
             if stored.alpha:
-                survey.seen.setdefault("alpha", Seen()).add(colours[-1:], None, False)
+                survey.sampled.setdefault("alpha", SampledValues()).add(colours[-1:], None, False)
                 colours = colours[:-1]
             if channels is not None:
                 colours = colours[[number for number in channels if number < len(colours)]]
             if stored.top is None and colours.size:
-                survey.seen.setdefault(kind, Seen()).add(colours, wanted.no_data, wanted.percentiles is not None)
+                survey.sampled.setdefault(kind, SampledValues()).add(
+                    colours, value_range.no_data, value_range.percentiles is not None
+                )
             decoded, pixels = decoded + 1, pixels + colours.size
-            settled = decoded >= FEW and all(wanted.knows(kind) for kind in survey.seen if kind != "alpha")
+            settled = decoded >= FEW and all(value_range.knows(kind) for kind in survey.sampled if kind != "alpha")
             if settled or decoded >= DECODED or pixels >= PIXELS:
                 break
         return survey
 
-    def settled(self, name: str, wanted: ValueRange, *, quiet: bool = False) -> ValueRange:
+    def settled(self, name: str, value_range: ValueRange, *, quiet: bool = False) -> ValueRange:
         """Return what was asked for with a range for every kind of storage that was seen; says what was found."""
-        values, lines = wanted, []
-        for kind, seen in self.seen.items():
-            if kind == "alpha" or (kind == "uint8" and wanted.percentiles is None and not wanted.given):
+        values, lines = value_range, []
+        for kind, values_seen in self.sampled.items():
+            if kind == "alpha" or (kind == "uint8" and value_range.percentiles is None and not value_range.given):
                 continue
-            if wanted.knows(kind):
-                low, high = wanted.bounds_of(kind)
-                beyond = " and what lies beyond is cut off" if seen.high > high or seen.low < low else ""
-                lines.append(f"{seen.what(kind)}, values {seen.span()}: read as {low:,.6g}…{high:,.6g}{beyond}")
+            if value_range.knows(kind):
+                low, high = value_range.bounds_of(kind)
+                beyond = " and what lies beyond is cut off" if values_seen.high > high or values_seen.low < low else ""
+                lines.append(
+                    f"{values_seen.what(kind)}, values {values_seen.span()}: read as {low:,.6g}…{high:,.6g}{beyond}"
+                )
                 continue
-            low, high, why = _bounds(kind, seen, wanted)
+            low, high, why = _bounds(kind, values_seen, value_range)
             values = values.with_bounds(kind, low, high)
-            lines.append(f"{seen.what(kind)}, values {seen.span()}: read {why}")
-        alpha = self.seen.get("alpha")
-        for kind in sorted(self.seen.keys() & {"uint16", "uint32"}):
+            lines.append(f"{values_seen.what(kind)}, values {values_seen.span()}: read {why}")
+        alpha = self.sampled.get("alpha")
+        for kind in sorted(self.sampled.keys() & {"uint16", "uint32"}):
             # Opacity is written in the depth of the colours by some, and by others in that of the file.
             if alpha is not None and not values.knows("alpha") and alpha.high <= values.bounds_of(kind)[1]:
                 values = values.with_bounds("alpha", 0, values.bounds_of(kind)[1])
-        if len(self.seen.keys() - {"alpha"}) + bool(self.plain) > 1 and lines:
-            kinds = [seen.what(kind) for kind, seen in self.seen.items() if kind != "alpha"]
+        if len(self.sampled.keys() - {"alpha"}) + bool(self.plain) > 1 and lines:
+            kinds = [values_seen.what(kind) for kind, values_seen in self.sampled.items() if kind != "alpha"]
             mixed = " and ".join([*kinds, *(["8 bits"] if self.plain else [])])
             lines.append(f"images of {mixed} are mixed: each kind has its own range")
         if lines and not quiet and (name, lines[0]) not in _SAID:
@@ -248,25 +252,25 @@ def _head(path: Path) -> bytes:
         return file.read(64)
 
 
-def _bounds(kind: str, seen: Seen, wanted: ValueRange) -> tuple[float, float, str]:
+def _bounds(kind: str, sampled: SampledValues, value_range: ValueRange) -> tuple[float, float, str]:
     """Return what becomes 0 and 1, and how that is said."""
-    if not seen.high >= seen.low:  # nothing but NaN or no_data
+    if not sampled.high >= sampled.low:  # nothing but NaN or no_data
         low, high = ValueRange().bounds_of(kind)
         return low, high, f"as {low:g}…{high:g}"
-    if wanted.percentiles is not None:
-        low, high = (float(end) for end in np.percentile(np.concatenate(seen.values), wanted.percentiles))
-        shares = " to ".join(f"{share:g}" for share in wanted.percentiles)
+    if value_range.percentiles is not None:
+        low, high = (float(end) for end in np.percentile(np.concatenate(sampled.values), value_range.percentiles))
+        shares = " to ".join(f"{share:g}" for share in value_range.percentiles)
         low, high = _apart(low, high)
         return (low, high, f"by percentiles {shares}, {low:.6g}…{high:.6g}")
     if kind.startswith("uint"):
-        bits = camera_bits(seen.high)
+        bits = camera_bits(sampled.high)
         return 0.0, 2.0**bits - 1, f"as {bits} bits, 0…{2**bits - 1:,}"
-    if kind.startswith("int") and seen.low >= 0:
-        bits = camera_bits(seen.high)
+    if kind.startswith("int") and sampled.low >= 0:
+        bits = camera_bits(sampled.high)
         return 0.0, 2.0**bits - 1, f"as {bits} bits, 0…{2**bits - 1:,}"
-    if kind == "float" and seen.low >= 0 and seen.high <= 1:
+    if kind == "float" and sampled.low >= 0 and sampled.high <= 1:
         return 0.0, 1.0, "as 0…1"
-    low, high = _apart(seen.low, seen.high)
+    low, high = _apart(sampled.low, sampled.high)
     return low, high, f"as {low:.6g}…{high:.6g}"
 
 

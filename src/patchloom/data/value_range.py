@@ -60,9 +60,9 @@ class ValueRange:
             UsageError: Another text, a low end that is not below the high one, or bits out of range.
         """
         words = [word for word in str(text).strip().split() if not word.startswith("no_data=")]
-        said = [word.partition("=")[2] for word in str(text).split() if word.startswith("no_data=")]
-        if said:
-            held = _number(said[0], text)
+        options = [word.partition("=")[2] for word in str(text).split() if word.startswith("no_data=")]
+        if options:
+            held = _number(options[0], text)
             if no_data is not None and no_data != held:
                 raise UsageError(
                     f"no_data is {no_data:g}, but value_range (given, or that of the model) says {text!r}; leave "

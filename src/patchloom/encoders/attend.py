@@ -114,16 +114,16 @@ def attend_block(
         guests += others.num_guests
     bias = _bias(attention, shared_rel_pos_bias, group, others, guests)
     q = q.expand(len(k), -1, -1, -1)
-    seen = None
+    probabilities = None
     if explicit or not attention.fused_attn:
         scores = (q * attention.scale) @ k.transpose(-2, -1)
-        seen = (scores if bias is None else scores + bias).softmax(dim=-1)
-        used = seen if rewrite is None else rewrite(seen)
+        probabilities = (scores if bias is None else scores + bias).softmax(dim=-1)
+        used = probabilities if rewrite is None else rewrite(probabilities)
         mixed = attention.attn_drop(used) @ v
     else:
         drop = attention.attn_drop.p if attention.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
-    return _rest(block, group.x, _merged(attention, mixed, normed)), seen if explicit else None
+    return _rest(block, group.x, _merged(attention, mixed, normed)), probabilities if explicit else None
 
 
 def _heads(
@@ -150,8 +150,8 @@ def _heads(
 def _projected(attention: Any, x: Tensor, which: tuple[int, ...]) -> list[Tensor]:
     """Return the wanted parts of the projection to queries, keys and values, (B, n, heads * d) each."""
     if attention.qkv is None:
-        own = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return [own[part](x) for part in which]
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return [projections[part](x) for part in which]
     linear = attention.qkv
     biases = getattr(attention, "q_bias", None)
     bias = linear.bias if biases is None else torch.cat([biases, attention.k_bias, attention.v_bias])
@@ -192,8 +192,8 @@ def _bias(attention: Any, shared: Tensor | None, group: Group, others: Group | N
         return None
     table = shared
     if getattr(attention, "relative_position_bias_table", None) is not None:
-        own = attention._get_rel_pos_bias()
-        table = own if shared is None else own + shared
+        bias = attention._get_rel_pos_bias()
+        table = bias if shared is None else bias + shared
     return None if table is None else F.pad(table, (guests, 0, group.guests, 0))
 
 

@@ -64,8 +64,8 @@ def run_blocks_on_part(encoder: Encoder, embedded: Embedded, rate: float) -> Ten
     recompute = bool(getattr(encoder, "grad_checkpointing", False)) and torch.is_grad_enabled()
     for number, block in enumerate(encoder.blocks):
         for branch in branches(block, embedded.kwargs_of(number)):
-            kept = torch.randperm(len(x), device=x.device)[:count]
-            x = checkpoint(_added, x, kept, branch, use_reentrant=False) if recompute else _added(x, kept, branch)
+            samples = torch.randperm(len(x), device=x.device)[:count]
+            x = checkpoint(_added, x, samples, branch, use_reentrant=False) if recompute else _added(x, samples, branch)
     return x
 
 
@@ -86,6 +86,6 @@ def _scaled(gamma: Tensor | None, x: Tensor) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-def _added(x: Tensor, kept: Tensor, branch: Branch) -> Tensor:
-    residual = branch(x.index_select(0, kept))
-    return torch.index_add(x, 0, kept, residual.to(x.dtype), alpha=len(x) / len(kept))
+def _added(x: Tensor, samples: Tensor, branch: Branch) -> Tensor:
+    residual = branch(x.index_select(0, samples))
+    return torch.index_add(x, 0, samples, residual.to(x.dtype), alpha=len(x) / len(samples))

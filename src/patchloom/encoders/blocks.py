@@ -39,7 +39,7 @@ def run_block(
     x: Tensor,
     kwargs: Mapping[str, Any] | None = None,
     rows: Tensor | None = None,
-    kept: Tensor | None = None,
+    samples: Tensor | None = None,
     keep_all: bool = False,
 ) -> Tensor:
     """Return a block's output.
@@ -50,7 +50,7 @@ def run_block(
         kwargs: The block's other arguments, see `Embedded.kwargs_of`.
         rows: (B, L) bool, the tokens whose output is read; the others come without their MLP (or with it, for kinds
             of blocks that mix tokens there). Default: all.
-        kept: (B, L) int64, which of the encoder's tokens x holds; needed where tokens were dropped and the block has
+        samples: (B, L) int64, which of the encoder's tokens x holds; needed where tokens were dropped and the block has
             a relative-position table of its own.
         keep_all: Keep what norms and activations give; within a checkpoint, which has its own way to keep nothing.
     """
@@ -60,7 +60,7 @@ def run_block(
     biased = on_cpu and isinstance(block, BeitBlock)
     attention: AbstractContextManager[Any] = LearnedBiasAttention() if biased else nullcontext()
     narrowed = rows is not None and isinstance(block, TOKENWISE_MLP) and not compiled
-    table = nullcontext() if kept is None else _table_of(block.attn, kept)
+    table = nullcontext() if samples is None else _table_of(block.attn, samples)
     lean = _given_again(block) if on_cpu and not keep_all else nullcontext()
     scaled = LayerScaledLinear() if on_cpu and not keep_all else nullcontext()
     mlp = _mlp_of(block, rows) if narrowed and rows is not None else nullcontext()
@@ -125,18 +125,18 @@ def _given_again(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _table_of(attention: Any, kept: Tensor) -> Iterator[None]:
+def _table_of(attention: Any, samples: Tensor) -> Iterator[None]:
     """Let an attention of `Beit`, which asks itself for the bias of all tokens, have that of those that are there."""
-    attention._get_rel_pos_bias = lambda: bias_of(type(attention)._get_rel_pos_bias(attention)[0], kept)
+    attention._get_rel_pos_bias = lambda: bias_of(type(attention)._get_rel_pos_bias(attention)[0], samples)
     try:
         yield
     finally:
         del attention._get_rel_pos_bias
 
 
-def bias_of(bias: Tensor, kept: Tensor) -> Tensor:
-    """Return a relative-position bias (heads, P + N, P + N) for the tokens in `kept`: (B, heads, P + n, P + n)."""
-    return bias[:, kept.unsqueeze(2), kept.unsqueeze(1)].transpose(0, 1)
+def bias_of(bias: Tensor, samples: Tensor) -> Tensor:
+    """Return a relative-position bias (heads, P + N, P + N) for the tokens in `samples`: (B, heads, P + n, P + n)."""
+    return bias[:, samples.unsqueeze(2), samples.unsqueeze(1)].transpose(0, 1)
 
 
 class LearnedBiasAttention(TorchFunctionMode):

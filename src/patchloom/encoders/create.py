@@ -120,8 +120,8 @@ def create_backbone(
     except (TypeError, AssertionError, ValueError) as error:
         if drop_path and "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no stochastic depth; set drop_path=0") from error
-        said = " ".join(str(error).split())
-        raise UsageError(f"{name} cannot be made so ({said}); change image_size, drop_path or in_chans") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{name} cannot be made so ({reason}); change image_size, drop_path or in_chans") from error
     known = dict(model.pretrained_cfg)
     height, width = known["input_size"][-2:] if size is None else (size, size) if isinstance(size, int) else size
     model.pretrained_cfg = {**known, "input_size": (in_chans, int(height), int(width))}

@@ -209,8 +209,8 @@ class Insertion(nn.Module):
         self.prompt_outputs = None
 
     def _set(self, target: Any, name: str, value: Any) -> None:
-        own = {**vars(target), **getattr(target, "_parameters", {}), **getattr(target, "_modules", {})}
-        self._undo.append((target, name, own.get(name, MISSING)))
+        members = {**vars(target), **getattr(target, "_parameters", {}), **getattr(target, "_modules", {})}
+        self._undo.append((target, name, members.get(name, MISSING)))
         setattr(target, name, value)
 
     def _make_room(self, encoder: Encoder, block: Any, count: int) -> None:
@@ -274,14 +274,14 @@ def insert(encoder: Encoder, insertion: Insertion, name: str = "adapter", *, act
         UsageError: The encoder is of another kind, the name is taken, or the insertion is there already.
     """
     insertion.check(encoder)
-    there = insertions(encoder)
-    if name in there:
+    attached = insertions(encoder)
+    if name in attached:
         raise UsageError(f"there is an adapter {name!r} on this encoder already; remove it first, or use another name")
-    if any(one is insertion for one in there.values()) or insertion.attached:
+    if any(one is insertion for one in attached.values()) or insertion.attached:
         raise UsageError(f"this adapter is on an encoder already; remove it before it is added as {name!r}")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise UsageError(f"{name!r} cannot be the name of an adapter; use letters, digits, dashes and underscores")
-    if not there:
+    if not attached:
         encoder.trained_before_adapters = [n for n, p in encoder.named_parameters() if p.requires_grad]
         encoder.requires_grad_(False)
         encoder.adapters = nn.ModuleDict()
@@ -298,18 +298,18 @@ def activate(encoder: Encoder, name: str | None) -> None:
     Raises:
         UsageError: There is no insertion of that name.
     """
-    there = insertions(encoder)
-    if name is not None and name not in there:
-        raise unknown_name("adapter", name, there)
+    attached = insertions(encoder)
+    if name is not None and name not in attached:
+        raise unknown_name("adapter", name, attached)
     before = active(encoder)
     if before == name:
         return
     if before is not None:
-        there[before].detach()
-    if there:
+        attached[before].detach()
+    if attached:
         encoder.active_adapter = name
     if name is not None:
-        there[name].attach(encoder)
+        attached[name].attach(encoder)
 
 
 def remove(encoder: Encoder, name: str | None = None) -> None:
@@ -318,14 +318,14 @@ def remove(encoder: Encoder, name: str | None = None) -> None:
     Raises:
         UsageError: There is no insertion of that name.
     """
-    there = insertions(encoder)
-    if name is not None and name not in there:
-        raise unknown_name("adapter", name, there)
-    for one in [name] if name is not None else list(there):
+    attached = insertions(encoder)
+    if name is not None and name not in attached:
+        raise unknown_name("adapter", name, attached)
+    for one in [name] if name is not None else list(attached):
         if active(encoder) == one:
             activate(encoder, None)
         del encoder.adapters[one]
-    if there and not insertions(encoder):
+    if attached and not insertions(encoder):
         trained = set(encoder.trained_before_adapters)
         del encoder.adapters, encoder.active_adapter, encoder.trained_before_adapters
         for parameter_name, parameter in encoder.named_parameters():
@@ -334,8 +334,8 @@ def remove(encoder: Encoder, name: str | None = None) -> None:
 
 def insertions(encoder: Encoder) -> dict[str, Insertion]:
     """Return the insertions on an encoder by name, active or not."""
-    there: Any = getattr(encoder, "adapters", None)
-    found: dict[str, Insertion] = dict(cast(Any, there).items()) if isinstance(there, nn.ModuleDict) else {}
+    attached: Any = getattr(encoder, "adapters", None)
+    found: dict[str, Insertion] = dict(cast(Any, attached).items()) if isinstance(attached, nn.ModuleDict) else {}
     return found
 
 
@@ -351,11 +351,11 @@ def merge(encoder: Encoder, name: str | None = None) -> None:
     Raises:
         UsageError: There is none of that name, or its mathematics do not allow it.
     """
-    there = insertions(encoder)
+    attached = insertions(encoder)
     chosen = active(encoder) if name is None else name
-    if chosen is None or chosen not in there:
-        raise unknown_name("adapter", str(chosen), there)
-    insertion = there[chosen]
+    if chosen is None or chosen not in attached:
+        raise unknown_name("adapter", str(chosen), attached)
+    insertion = attached[chosen]
     head: Any = insertion.head
     if not insertion.mergeable:
         insertion.merge_into(encoder)  # says why not
@@ -370,9 +370,9 @@ def merge(encoder: Encoder, name: str | None = None) -> None:
         encoder.reset_classifier(head.out_features)
         encoder.head.load_state_dict(head.state_dict())
         if hasattr(encoder, "patchloom_args"):
-            made = encoder.patchloom_args
-            arguments = {**made["model_args"], "num_classes": head.out_features}
-            encoder.patchloom_args = {**made, "model_args": arguments}
+            creation_args = encoder.patchloom_args
+            arguments = {**creation_args["model_args"], "num_classes": head.out_features}
+            encoder.patchloom_args = {**creation_args, "model_args": arguments}
 
 
 @contextmanager
@@ -404,17 +404,17 @@ def serve(encoder: Encoder, images: Tensor, names: Sequence[str | None]) -> list
     """
     if len(names) != len(images):
         raise UsageError(f"{len(images)} images and {len(names)} adapter names; give one name for each image")
-    there = insertions(encoder)
+    attached = insertions(encoder)
     for name in names:
-        if name is not None and name not in there:
-            raise unknown_name("adapter", name, there)
+        if name is not None and name not in attached:
+            raise unknown_name("adapter", name, attached)
     outputs: list[Tensor] = [images] * len(images)
     before = active(encoder)
     # Those of the adapter that is active already go first: one switch less.
     groups = sorted(dict.fromkeys(names), key=lambda name: name != before)
     try:
         for name in groups:
-            rows = [row for row, wanted in enumerate(names) if wanted == name]
+            rows = [row for row, each in enumerate(names) if each == name]
             activate(encoder, name)
             for row, output in zip(rows, encoder(images[rows]), strict=True):
                 outputs[row] = output

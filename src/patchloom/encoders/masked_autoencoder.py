@@ -135,9 +135,9 @@ class MaskedAutoencoder(nn.Module):
         order, visible = self._order(images, mask_ratio, noise)
         latent = self._encode(images, order[:, :visible])
         x = self._decode(latent, order, blocks=len(self.decoder_blocks) - 1)
-        seen, hidden = x.split((latent.shape[1], x.shape[1] - latent.shape[1]), dim=1)
+        encoded, hidden = x.split((latent.shape[1], x.shape[1] - latent.shape[1]), dim=1)
         # What the last block would make of visible tokens, nobody asks for: they are keys and values only.
-        decoded, _ = attend_block(self.decoder_blocks[-1], Group(hidden), Group(seen, is_guest=True))
+        decoded, _ = attend_block(self.decoder_blocks[-1], Group(hidden), Group(encoded, is_guest=True))
         pred = self.decoder_pred(self.decoder_norm(decoded))
         targets = _rows(patchify(images, self.patch_size, "hwc"), order[:, visible:])
         return F.mse_loss(at_least_float32(pred), self._as_target(targets))
@@ -220,11 +220,11 @@ class MaskedAutoencoder(nn.Module):
         """
         output = self(images, mask_ratio, noise)
         patches = at_least_float32(patchify(images, self.patch_size, "hwc"))
-        said = at_least_float32(output.pred)
+        prediction = at_least_float32(output.pred)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
-            said = said * (variance + 1e-6).sqrt() + mean
-        shown = torch.where(output.mask.unsqueeze(-1) > 0, said, patches)
+            prediction = prediction * (variance + 1e-6).sqrt() + mean
+        shown = torch.where(output.mask.unsqueeze(-1) > 0, prediction, patches)
         return unpatchify(shown, self.patch_size, self._grid_of(images), self.in_chans, "hwc")
 
     def _order(self, images: Tensor, mask_ratio: float | None, noise: Tensor | None) -> tuple[Tensor, int]:
@@ -259,9 +259,11 @@ class MaskedAutoencoder(nn.Module):
         """
         prefix, patches = self.decoder_pos_embed.split((self.prefix, order.shape[1]), dim=1)
         positions = torch.cat([prefix.expand(len(order), -1, -1), patches[0][order]], dim=1)
-        seen = latent.shape[1]
+        num_visible = latent.shape[1]
         x = self.decoder_embed(latent)
-        x = torch.cat([x + positions[:, :seen], (self.mask_token + positions[:, seen:]).to(x.dtype)], dim=1)
+        x = torch.cat(
+            [x + positions[:, :num_visible], (self.mask_token + positions[:, num_visible:]).to(x.dtype)], dim=1
+        )
         for block in list(self.decoder_blocks)[:blocks]:
             x = block(x)
         return x

@@ -42,32 +42,34 @@ class Compare:
         labels = [_label(name) for name in names]
         if len(set(labels)) < len(labels):
             raise UsageError(f"{labels} names one of them twice")
-        said = [self._said(name) for name in names]
+        predictions = [self._predictions_of(name) for name in names]
         pairs = [
             (first, second)
             for first, second in combinations(range(len(names)), 2)
             if config.against == "all" or first == 0
         ]
         differences = paired_differences(
-            [(labels[i], labels[j], said[i], said[j]) for i, j in pairs],
+            [(labels[i], labels[j], predictions[i], predictions[j]) for i, j in pairs],
             draws=config.draws,
             seed=config.seed,
             resample=config.resample,
         )
         scores = []
-        for label, one in zip(labels, said, strict=True):
+        for label, one in zip(labels, predictions, strict=True):
             interval = one.interval(draws=config.draws, seed=config.seed, resample=config.resample)
             scores.append({"encoder": label, "score": interval.value, "interval": interval.ends, **_beside(one)})
         return {
-            "score_name": said[0].score_name,
-            "test": "DeLong" if _is_one_finding(said[0]) and said[0].groups is None else "paired bootstrap",
-            "n": len(said[0].keys),
+            "score_name": predictions[0].score_name,
+            "test": "DeLong"
+            if _is_one_finding(predictions[0]) and predictions[0].groups is None
+            else "paired bootstrap",
+            "n": len(predictions[0].keys),
             "scores": scores,
             "differences": differences,
-            **({"notes": doubts} if (doubts := said[0].doubts()) else {}),
+            **({"notes": doubts} if (doubts := predictions[0].doubts()) else {}),
         }
 
-    def _said(self, name: Any) -> Predictions:
+    def _predictions_of(self, name: Any) -> Predictions:
         """Return what was said of each image: from a file, or by measuring the encoder now."""
         config = self.config
         if config.files is not None:
@@ -157,17 +159,17 @@ def compare_predictions(
     )
 
 
-def _beside(said: Predictions) -> dict[str, float]:
+def _beside(predictions: Predictions) -> dict[str, float]:
     """Return what an accuracy is read beside."""
-    if said.score_name != "accuracy":
+    if predictions.score_name != "accuracy":
         return {}
-    found = class_scores(torch.from_numpy(said.predicted), torch.from_numpy(said.targets))
+    found = class_scores(torch.from_numpy(predictions.predicted), torch.from_numpy(predictions.targets))
     return {"balanced_accuracy": found.balanced_accuracy, "majority_share": found.majority_share}
 
 
-def _is_one_finding(said: Predictions) -> bool:
+def _is_one_finding(predictions: Predictions) -> bool:
     """Return whether the score is the AUROC of a single label."""
-    return said.score_name in ("auroc", "mean_auroc") and int(np.prod(said.predicted.shape[1:])) == 1
+    return predictions.score_name in ("auroc", "mean_auroc") and int(np.prod(predictions.predicted.shape[1:])) == 1
 
 
 def _listed(names: Any) -> list[Any]:

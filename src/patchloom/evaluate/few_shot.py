@@ -57,10 +57,10 @@ class FewShot(Evaluation):
         for episode in drawn:
             support = learnt[torch.from_numpy(episode.support)]
             query = asked[torch.from_numpy(episode.query.reshape(-1))]
-            for name, said in (("nearest", nearest_mean(support, query)), ("logistic", logistic(support, query))):
-                shares[name].append(float((said == truth).double().mean()))
-        found = {name: mean_interval(values) for name, values in shares.items()}
-        chosen = found[config.classifier]
+            for name, predicted in (("nearest", nearest_mean(support, query)), ("logistic", logistic(support, query))):
+                shares[name].append(float((predicted == truth).double().mean()))
+        intervals = {name: mean_interval(values) for name, values in shares.items()}
+        chosen = intervals[config.classifier]
         self.predictions = Predictions(
             [f"episode {number}" for number in range(config.episodes)],
             np.array(shares[config.classifier]),
@@ -73,8 +73,8 @@ class FewShot(Evaluation):
             "score_name": "accuracy",
             "accuracy": chosen.value,
             "interval": chosen.ends,
-            **{name: interval.value for name, interval in found.items()},
-            "intervals": {name: interval.ends for name, interval in found.items()},
+            **{name: interval.value for name, interval in intervals.items()},
+            "intervals": {name: interval.ends for name, interval in intervals.items()},
             "ways": config.ways,
             "shots": config.shots,
             "queries": config.queries,

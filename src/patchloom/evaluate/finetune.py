@@ -64,8 +64,8 @@ class Finetune(Evaluation):
             raise UsageError("this evaluation compares classes of images read by index; use adapt itself for others")
         device = torch_device(config.device)
         with ExitStack() as stack:
-            made = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
-            folder = check_place(made)
+            run_folder = config.run or stack.enter_context(tempfile.TemporaryDirectory(prefix="patchloom-finetune-"))
+            folder = check_place(run_folder)
             # What is meant by the encoder (published weights, fresh ones, a module) is settled here, not by adapt.
             bundle = folder / "encoder"
             ours = {
@@ -120,12 +120,12 @@ class Finetune(Evaluation):
         if not logits:
             raise UsageError(f"{test.name} holds no readable image")
         place = torch.tensor([names.index(name) for name in test.class_names or names])
-        found, known = torch.cat(logits), torch.cat(labels)
+        outputs, known = torch.cat(logits), torch.cat(labels)
         kept = known >= 0
         skipped += [(key, NO_LABEL) for key, keep in zip(keys, kept.tolist(), strict=True) if not keep]
         keys = [key for key, keep in zip(keys, kept.tolist(), strict=True) if keep]
         vectors = torch.zeros(1, embed_dim(model)).expand(int(kept.sum()), -1)
-        return found[kept], Features(vectors, place[known[kept]], keys, skipped)
+        return outputs[kept], Features(vectors, place[known[kept]], keys, skipped)
 
 
 def _claim(folder: Path, asked: Mapping[str, Any]) -> None:

@@ -133,8 +133,8 @@ def _slope(logits: Tensor, truth: Tensor, num_classes: int, kind: Kind) -> Tenso
     """Return the derivative (B, L · K) of the summed losses of all heads with respect to their logits."""
     by_head = logits.unflatten(1, (-1, num_classes))
     if kind == "classes":
-        wanted = F.one_hot(truth, num_classes).to(logits.dtype).unsqueeze(1)
-        return (by_head.softmax(2).sub_(wanted) / len(truth)).flatten(1)
+        targets = F.one_hot(truth, num_classes).to(logits.dtype).unsqueeze(1)
+        return (by_head.softmax(2).sub_(targets) / len(truth)).flatten(1)
     known = ~truth.isnan()
     apart = by_head.sigmoid().sub_(truth.nan_to_num(0.0).to(logits.dtype).unsqueeze(1))
     return (apart * (known.to(logits.dtype) / num_classes).unsqueeze(1)).flatten(1)

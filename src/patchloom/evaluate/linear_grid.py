@@ -146,5 +146,5 @@ def _value(score: Score, grid: HeadGrid, number: int, val: Features) -> float:
     logits = grid.logits(val.vectors, number).cpu()
     if not bool(torch.isfinite(logits).all()):
         return float("nan")
-    said = logits.argmax(1) if score.needs == "classes" else logits.sigmoid()
-    return float(score(said.numpy(), val.labels.numpy()))
+    predicted = logits.argmax(1) if score.needs == "classes" else logits.sigmoid()
+    return float(score(predicted.numpy(), val.labels.numpy()))

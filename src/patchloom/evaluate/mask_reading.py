@@ -8,7 +8,7 @@ from typing import Any
 from patchloom.data.mask_values import MaskCoding, MaskShares, check_shares
 
 
-def masks_said(coding: MaskCoding, train: tuple[str, MaskShares], test: tuple[str, MaskShares]) -> dict[str, Any]:
+def report_masks(coding: MaskCoding, train: tuple[str, MaskShares], test: tuple[str, MaskShares]) -> dict[str, Any]:
     """Print what was taken for the masks, a line for each source, and return what goes into results.
 
     Args:

@@ -32,10 +32,10 @@ class MultiLabel(LinearGrid):
             train, test, names, logits, chosen = self.best_head(mean_auroc, several=True)
             scores = logits.sigmoid()
         else:
-            train, test, names, scores, chosen = self._told_by_neighbours()
+            train, test, names, scores, chosen = self._neighbour_votes()
         return {**self._figures(scores, train, test, names), **chosen}
 
-    def _told_by_neighbours(self) -> tuple[Features, Features, list[str], Tensor, dict[str, Any]]:
+    def _neighbour_votes(self) -> tuple[Features, Features, list[str], Tensor, dict[str, Any]]:
         """Return train, test, names, the votes or probabilities (n, L) of test, and how they came about."""
         config = self.config
         train, test, names = learning_features(config, several=True, may_be_same=True)
@@ -45,27 +45,27 @@ class MultiLabel(LinearGrid):
             "device": torch_device(config.device),
         }
         if config.probe == "knn":
-            own: dict[str, Any] = {"temperature": config.temperature}
-            found = knn_votes(train.vectors, train.labels, test.vectors, **own, **arguments)
+            options: dict[str, Any] = {"temperature": config.temperature}
+            predictions = knn_votes(train.vectors, train.labels, test.vectors, **options, **arguments)
         else:
-            own = {"smoothing": config.smoothing, "exclude_self": config.exclude_self}
-            found = mlknn_predict(train.vectors, train.labels, test.vectors, **own, **arguments)
-        k = min(config.k, max(found))
-        chosen = {"probe": config.probe, "k": k, **own, "leave_one_out": train is test, **config.drawn()}
+            options = {"smoothing": config.smoothing, "exclude_self": config.exclude_self}
+            predictions = mlknn_predict(train.vectors, train.labels, test.vectors, **options, **arguments)
+        k = min(config.k, max(predictions))
+        chosen = {"probe": config.probe, "k": k, **options, "leave_one_out": train is test, **config.drawn()}
         if config.ks:
             truth = test.labels.numpy()
-            areas = {number: float(mean_auroc(said.cpu().numpy(), truth)) for number, said in found.items()}
+            areas = {number: float(mean_auroc(votes.cpu().numpy(), truth)) for number, votes in predictions.items()}
             chosen["mean_auroc_by_k"] = {str(number): area for number, area in areas.items()}
-        return train, test, names, found[k].cpu(), chosen
+        return train, test, names, predictions[k].cpu(), chosen
 
     def _figures(self, scores: Tensor, train: Features, test: Features, names: list[str]) -> dict[str, Any]:
         truth = (test.labels > 0.5).float().masked_fill(test.labels.isnan(), torch.nan).numpy()
-        said = scores.double().numpy()
+        predictions = scores.double().numpy()
         groups = self.groups_of(test.keys)
         self.predictions = Predictions(
-            test.keys, said, truth, "mean_auroc", list(names), about=self.about(), groups=groups
+            test.keys, predictions, truth, "mean_auroc", list(names), about=self.about(), groups=groups
         )
-        areas = per_label_auroc(said, truth)
+        areas = per_label_auroc(predictions, truth)
         if all(area != area for area in areas):
             raise UsageError("no label both occurs and fails to occur among the images to measure on")
         drawn = self.drawing()
@@ -78,19 +78,19 @@ class MultiLabel(LinearGrid):
             if area != area:
                 each[name] = {"auroc": None, "interval": None, **shown}
                 continue
-            found: Interval = (
-                delong_interval(said[:, number], column)
+            interval: Interval = (
+                delong_interval(predictions[:, number], column)
                 if groups is None  # DeLong takes images to be independent
                 else bootstrap_interval(
                     mean_auroc,
-                    said[:, [number]],
+                    predictions[:, [number]],
                     truth[:, [number]],
                     groups=groups,
                     draws=self.config.draws,
                     seed=self.config.seed,
                 )
             )
-            each[name] = {"auroc": area, "interval": found.ends, **shown}
+            each[name] = {"auroc": area, "interval": interval.ends, **shown}
         figures = {
             "score": mean.value,
             "score_name": "mean_auroc",

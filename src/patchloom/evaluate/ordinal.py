@@ -30,20 +30,20 @@ class Ordinal(Linear):
         logits, used = self.fitted(train, test, len(order))
         scores = logits.double().softmax(1)
         expected = (scores @ torch.arange(len(order), dtype=torch.float64)).round().long()
-        said = scores.argmax(1) if config.decide == "likeliest" else expected
-        figures = self.classified(scores, train, test, order, said)
+        predicted = scores.argmax(1) if config.decide == "likeliest" else expected
+        figures = self.classified(scores, train, test, order, predicted)
         assert self.predictions is not None
         drawn = self.drawing()
-        found, error = (self.predictions.interval(score, **drawn) for score in (kappa, mean_grade_error))
+        agreement, error = (self.predictions.interval(score, **drawn) for score in (kappa, mean_grade_error))
         self.predictions = replace(self.predictions, score_name="kappa")
-        intervals = {"kappa": found.ends, "mean_grade_error": error.ends}
+        intervals = {"kappa": agreement.ends, "mean_grade_error": error.ends}
         return {
             **figures,
             **used,
-            "score": found.value,
+            "score": agreement.value,
             "score_name": "kappa",
             "interval": intervals["kappa"],
-            "kappa": found.value,
+            "kappa": agreement.value,
             "mean_grade_error": error.value,
             "intervals": {**intervals, **figures["intervals"]},
             "grades": order,

@@ -97,8 +97,8 @@ def ranks(
         asked = F.normalize(test[start : start + rows].to(device).float(), dim=1)
         similar = asked @ collection.T
         if leave_one_out:
-            own = torch.arange(len(asked), device=device)
-            similar[own, own + start] = -torch.inf
+            columns = torch.arange(len(asked), device=device)
+            similar[columns, columns + start] = -torch.inf
         order = similar.argsort(dim=1, descending=True, stable=True)[:, : len(places)]
         right = labels[order] == test_labels[start : start + rows].to(device)[:, None]
         total = right.sum(1)

@@ -90,14 +90,14 @@ class RL:
             if config.frames not in (None, vision.frames):
                 raise UsageError(f"the encoder takes {vision.frames} frames, not {config.frames}; leave frames out")
             # From Python the same module may be given for several seeds: each agent gets its own.
-            fresh = rebuild_vision(vision.made)
+            fresh = rebuild_vision(vision.settings)
             if not config.untrained:
                 fresh.load_state_dict(vision.state_dict())
             return fresh
 
     def _size(self, vision: Vision) -> int:
-        if vision.made["kind"] != "timm":
-            return int(vision.made["size"])
+        if vision.settings["kind"] != "timm":
+            return int(vision.settings["size"])
         height, width = image_size(vision.encoder)
         if height != width:
             raise UsageError(f"the encoder takes images of {height}x{width}; frames are square")
@@ -145,7 +145,7 @@ class RL:
         }
         if folder is not None:
             save_agent(agent, folder, config.game, game.size)
-            if agent.online.vision.made["kind"] == "timm":
+            if agent.online.vision.settings["kind"] == "timm":
                 lineage = {"made_by": f"evaluate rl {config.game}", "steps": config.steps, "seed": seed}
                 save_bundle(agent.online.vision.encoder, folder / "model", lineage=lineage, overwrite=True)
             write_json(folder / RESULTS, figures)

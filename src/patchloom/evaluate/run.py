@@ -24,12 +24,12 @@ def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any],
     config = config_from_mapping(evaluation.config_class, settings)
     bound = evaluation(config)
     figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
-    said = getattr(bound, "predictions", None)
+    predictions = getattr(bound, "predictions", None)
     # Protocols whose predictions are pictures write these themselves.
     if (path := getattr(config, "predictions", None)) is not None and hasattr(bound, "predictions"):
-        if said is None:
+        if predictions is None:
             raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
-        said.save(path)
+        predictions.save(path)
     if config.out is not None and not getattr(evaluation, "writes_out", False):
         write_json(config.out, figures)
-    return figures, said
+    return figures, predictions

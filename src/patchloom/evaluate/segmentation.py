@@ -29,7 +29,7 @@ from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
-from patchloom.evaluate.mask_reading import masks_said
+from patchloom.evaluate.mask_reading import report_masks
 from patchloom.evaluate.segmentation_config import SegmentationConfig
 from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.target import resolve_encoder
@@ -70,7 +70,7 @@ class Segmentation:
         train, test = open_pair(
             config.train, config.test, in_chans(encoder), config, **(remembered(encoder) | config.source_options())
         )
-        masks = masks_said(train.coding, (train.name, train.shares), (test.name, test.shares))
+        masks = report_masks(train.coding, (train.name, train.shares), (test.name, test.shares))
         trained = train_decoder(encoder, train, config)
         trained_at = time.perf_counter()
         tested = self.measure(trained, test)
@@ -112,7 +112,7 @@ class Segmentation:
             shuffle=False,
             num_workers=config.num_workers,
         )
-        wanted = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
+        example_indices = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
         found, counted, keys, skipped, shown = [], [], [], [], []
         classes = len(test.class_names)
         for batch in track(loader, "segmenting", total=len(test)):
@@ -123,26 +123,29 @@ class Segmentation:
             target = batch["mask"][0]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = segmenter(normalize(images, encoder), target.shape)
-            said = logits[0].argmax(0).cpu()
-            found.append(areas(said, target, classes))
-            counted.append(counted_areas(said, target, classes, config.as_published))
+            predicted = logits[0].argmax(0).cpu()
+            found.append(areas(predicted, target, classes))
+            counted.append(counted_areas(predicted, target, classes, config.as_published))
             keys += batch["key"]
-            if int(batch["index"][0]) in wanted:
-                shown.append((images[0].cpu(), target, said))
+            if int(batch["index"][0]) in example_indices:
+                shown.append((images[0].cpu(), target, predicted))
         if not found:
             raise UsageError(f"{test.name} holds no readable image")
         total, of_overlap = (Areas(*map(torch.stack, zip(*rows, strict=True))) for rows in (found, counted))
         if not int(total.true.sum()):
             raise UsageError(f"the masks of {test.name} hold no pixel whose class is known")
-        if len(there := [name for name, n in zip(test.class_names, total.true.sum(0).tolist(), strict=True) if n]) < 2:
-            raise UsageError(f"the masks of {test.name} hold one class only, {there[0]}: a score would say nothing")
+        if (
+            len(present := [name for name, n in zip(test.class_names, total.true.sum(0).tolist(), strict=True) if n])
+            < 2
+        ):
+            raise UsageError(f"the masks of {test.name} hold one class only, {present[0]}: a score would say nothing")
         return Tested(total, of_overlap, keys, skipped, shown)
 
     def _draw(self, tested: Tested, test: MaskSource, path: Path) -> None:
         from patchloom.report.masks import segmentation_figure
 
-        images, truth, said = zip(*tested.examples, strict=True)
-        figure = segmentation_figure(images, {"truth": truth, "prediction": said}, test.palette, test.class_names)
+        images, truth, predicted = zip(*tested.examples, strict=True)
+        figure = segmentation_figure(images, {"truth": truth, "prediction": predicted}, test.palette, test.class_names)
         write_bytes(path, figure.png)
 
 
@@ -166,12 +169,16 @@ def open_pair(
     options |= reading_options(learnt)
     measured = open_segmentation(test, in_chans=channels, coding=learnt.coding, **options)
     measured.palette = learnt.palette
-    own, names = measured.own_names, learnt.class_names
+    measured_names, names = measured.own_names, learnt.class_names
     # Names of a source whose classes are values or colours of masks are the values' or the colours'.
-    if own is not None and own not in (names, names[1:]) and learnt.own_names != own:
+    if measured_names is not None and measured_names not in (names, names[1:]) and learnt.own_names != measured_names:
         number, pair = next(
-            ((number, pair) for number, pair in enumerate(zip(names, own, strict=False)) if pair[0] != pair[1]),
-            (-1, (f"{len(names)} classes", f"{len(own)} classes")),
+            (
+                (number, pair)
+                for number, pair in enumerate(zip(names, measured_names, strict=False))
+                if pair[0] != pair[1]
+            ),
+            (-1, (f"{len(names)} classes", f"{len(measured_names)} classes")),
         )
         where = f"class {number} is " if number >= 0 else "they have "
         raise UsageError(f"{train} and {test} differ in their classes: {where}{pair[0]} and {pair[1]}")

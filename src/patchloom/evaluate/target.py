@@ -96,11 +96,11 @@ def encoder_name(config: EvaluationConfig) -> str | None:
 
 def _fresh(trained: Encoder, image_size: Size | None) -> Encoder:
     """Return an encoder like another, with new weights."""
-    made = made_from(trained)
-    arguments = dict(made["model_args"])
+    creation_args = made_from(trained)
+    arguments = dict(creation_args["model_args"])
     arguments.pop("img_size", None)
     size, channels = image_size or size_of(trained), arguments.pop("in_chans")
-    fresh = create_backbone(made["architecture"], image_size=size, in_chans=channels, **arguments)
+    fresh = create_backbone(creation_args["architecture"], image_size=size, in_chans=channels, **arguments)
     fresh.pretrained_cfg = {**trained.pretrained_cfg, "input_size": fresh.pretrained_cfg["input_size"]}
     return fresh
 

@@ -34,7 +34,7 @@ from patchloom.data.volumes import (
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
-from patchloom.evaluate.mask_reading import masks_said
+from patchloom.evaluate.mask_reading import report_masks
 from patchloom.evaluate.statistics.intervals import bootstrap_interval
 from patchloom.evaluate.statistics.metrics import mean_value
 from patchloom.evaluate.statistics.overlap import (
@@ -88,7 +88,7 @@ class VolumeSegmentation:
             raise UsageError(f"the masks of {train.name} hold background only; there is nothing to learn")
         if train.fingerprint() == test.fingerprint():
             raise UsageError(f"train {train.name} and test {test.name} are the same volumes; measure on others")
-        masks = masks_said(train.coding, (train.name, train.shares), (test.name, test.shares))
+        masks = report_masks(train.coding, (train.name, train.shares), (test.name, test.shares))
         trained = train_decoder(encoder, slices, config)
         cases, skipped = self.measure(trained, test)
         return {
@@ -116,23 +116,23 @@ class VolumeSegmentation:
                 skipped.append((error.key, error.reason))
                 continue
             assert volume.mask is not None
-            said = segment_volume(trained, volume, config)
+            predicted = segment_volume(trained, volume, config)
             if config.masks is not None:
                 name = Path(volume.key).name.removesuffix(".gz").removesuffix(".nii")
-                save_mask(said, volume, config.plane, Path(config.masks) / f"{name}.nii.gz")
+                save_mask(predicted, volume, config.plane, Path(config.masks) / f"{name}.nii.gz")
             truth = volume.mask
-            found = areas(said, truth, classes)
-            scored = dice(counted_areas(said, truth, classes, config.as_published))
-            cases.append(Case(volume.key, found, scored, self._distances(said, truth, volume, classes)))
+            volume_areas = areas(predicted, truth, classes)
+            scored = dice(counted_areas(predicted, truth, classes, config.as_published))
+            cases.append(Case(volume.key, volume_areas, scored, self._distances(predicted, truth, volume, classes)))
         if not cases:
             raise UsageError(f"no volume of {test.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
         return cases, skipped
 
-    def _distances(self, said: Tensor, truth: Tensor, volume: Volume, classes: int) -> list[float]:
+    def _distances(self, predicted: Tensor, truth: Tensor, volume: Volume, classes: int) -> list[float]:
         if not self.config.hausdorff:
             return []
-        said = torch.where(truth == 255, 0, said)
-        return [hausdorff(said == number, truth == number, volume.spacing) for number in range(1, classes)]
+        predicted = torch.where(truth == 255, 0, predicted)
+        return [hausdorff(predicted == number, truth == number, volume.spacing) for number in range(1, classes)]
 
 
 @torch.no_grad()

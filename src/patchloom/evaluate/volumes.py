@@ -76,10 +76,12 @@ class Volumes:
         if len(set(learnt.labels.tolist())) < 2:
             raise UsageError(f"{config.train} has readable volumes of one class only; a classifier needs two")
         scores = self._scores(learnt, measured.bags, len(names))
-        said = scores.argmax(1)
+        predicted = scores.argmax(1)
         about = {"encoder": str(config.encoder)[:200], "test": config.test, "slice_pool": config.slice_pool}
         groups = None if config.groups is None else read_groups(config.groups, measured.keys)
-        self.predictions = Predictions(measured.keys, said, measured.labels, "mean_auroc", names, scores, about, groups)
+        self.predictions = Predictions(
+            measured.keys, predicted, measured.labels, "mean_auroc", names, scores, about, groups
+        )
         drawn: dict[str, Any] = {"draws": config.draws, "seed": config.seed, "resample": config.resample}
         area = self.predictions.interval(**drawn)
         right = self.predictions.interval(accuracy, **drawn)
@@ -91,11 +93,11 @@ class Volumes:
             "mean_auroc": _finite(area.value),
             "accuracy": right.value,
             "accuracy_interval": right.ends,
-            "balanced_accuracy": balanced_accuracy(said, measured.labels),
+            "balanced_accuracy": balanced_accuracy(predicted, measured.labels),
             "majority_share": float(np.bincount(measured.labels).max() / len(measured.labels)),
             **({"notes": doubts} if (doubts := self.predictions.doubts()) else {}),
             "per_class_accuracy": {
-                name: float((said[measured.labels == number] == number).mean())
+                name: float((predicted[measured.labels == number] == number).mean())
                 for number, name in enumerate(names)
                 if (measured.labels == number).any()
             },

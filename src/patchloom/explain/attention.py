@@ -57,8 +57,8 @@ def attention_probabilities(model: nn.Module, images: Tensor, layers: Sequence[i
     encoder = encoder_of(model)
     check_images(encoder, images)
     numbers = [block_number(encoder, layer) for layer in layers]
-    seen: dict[int, Tensor] = {}
-    own = num_prefix_tokens(encoder) + _patches(encoder, images)
+    probabilities: dict[int, Tensor] = {}
+    num_tokens = num_prefix_tokens(encoder) + _patches(encoder, images)
     with _plain_of_prompts(encoder):
         embedded = embed(encoder, images)
         x = embedded.x
@@ -67,9 +67,9 @@ def attention_probabilities(model: nn.Module, images: Tensor, layers: Sequence[i
                 found = opened.enter_context(explicit_attention(encoder, number)) if number in numbers else []
                 x, _ = run_blocks(encoder, replace(embedded, x=x), start=number, stop=number + 1)
             if found:
-                rows = found[-1][:, :, -own:, -own:]
-                seen[number] = rows / rows.sum(-1, keepdim=True).clamp(min=1e-12)
-    return [seen[number] for number in numbers]
+                rows = found[-1][:, :, -num_tokens:, -num_tokens:]
+                probabilities[number] = rows / rows.sum(-1, keepdim=True).clamp(min=1e-12)
+    return [probabilities[number] for number in numbers]
 
 
 @torch.no_grad()
@@ -190,12 +190,12 @@ def gradient_attention(model: nn.Module, images: Tensor, target: Tensor) -> Tens
             weighted = (gradient * found.detach()).relu()[rows, :, target]
         else:
             entering = entering_last(encoder, images)
-            with explicit_attention(encoder, depth(encoder) - 1) as seen:
+            with explicit_attention(encoder, depth(encoder) - 1) as recorded:
                 score = _scores(encoder, replace(entering, x=entering.x.detach().requires_grad_()), target)
-            (gradient,) = torch.autograd.grad(score, seen[-1])
-            own = num_prefix_tokens(encoder) + _patches(encoder, images)
-            gradient = gradient[:, :, -own:, -own:]
-            everything = (gradient * seen[-1].detach()[:, :, -own:, -own:]).relu()
+            (gradient,) = torch.autograd.grad(score, recorded[-1])
+            num_tokens = num_prefix_tokens(encoder) + _patches(encoder, images)
+            gradient = gradient[:, :, -num_tokens:, -num_tokens:]
+            everything = (gradient * recorded[-1].detach()[:, :, -num_tokens:, -num_tokens:]).relu()
             # Where patches are pooled, nothing depends on what the class token of the last block sees.
             reads_class_token = num_prefix_tokens(encoder) and bool(gradient[:, :, 0].any())
             weighted = everything[:, :, 0] if reads_class_token else everything.mean(2)
@@ -247,10 +247,10 @@ def check_images(encoder: Encoder, images: Tensor) -> None:
     """
     if not hasattr(encoder, "blocks") or not hasattr(encoder, "patch_embed"):
         raise UsageError(f"a {type(encoder).__name__} has no blocks with attention to show; give a ViT of timm")
-    size, told = image_size(encoder), tuple(images.shape[-2:])
-    if told != size and getattr(encoder.patch_embed, "strict_img_size", True):
+    size, given = image_size(encoder), tuple(images.shape[-2:])
+    if given != size and getattr(encoder.patch_embed, "strict_img_size", True):
         raise UsageError(
-            f"the images are {told[0]}x{told[1]} pixels and the encoder takes {size[0]}x{size[1]}; resize them"
+            f"the images are {given[0]}x{given[1]} pixels and the encoder takes {size[0]}x{size[1]}; resize them"
         )
 
 
@@ -291,13 +291,13 @@ def explicit_attention(encoder: Encoder, number: int) -> Iterator[list[Tensor]]:
         raise UsageError(
             f"the attention of a {type(block).__name__} cannot be read; give a plain ViT, BEiT or EVA model"
         )
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
     # Unfused, every attention of timm passes its softmax through this dropout.
-    hook = drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = drop.register_forward_hook(lambda module, inputs, output: recorded.append(output))
     fused = attention.fused_attn
     attention.fused_attn = False
     try:
-        yield seen
+        yield recorded
     finally:
         attention.fused_attn = fused
         hook.remove()

@@ -160,8 +160,8 @@ class TraitsGallery:
         assert config.class_name is not None
         assert config.against is not None
         a, b = (class_number(name, subject.class_names) for name in (config.class_name, config.against))
-        own = (subject.true == a).nonzero().flatten()
-        rows = own if len(own) else torch.arange(len(subject.keys))
+        of_first = (subject.true == a).nonzero().flatten()
+        rows = of_first if len(of_first) else torch.arange(len(subject.keys))
         inputs = subject.inputs[rows.to(next(subject.model.parameters()).device)]
         parts = [traits_between(subject.model, x, a, b) for x in inputs.split(config.batch_size)]
         drops, lead = (torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("drops", "lead"))

@@ -245,11 +245,11 @@ def _last_blurred(prompts: ClassPrompts, entering: LastInput, masks: Tensor, *ta
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         x = entering.x[part].repeat_interleave(candidates, dim=0)
-        own = entering.prompts if len(entering.prompts) == 1 else entering.prompts[part]
-        own = own if len(own) == 1 else own.repeat_interleave(candidates, dim=0)
+        class_prompts = entering.prompts if len(entering.prompts) == 1 else entering.prompts[part]
+        class_prompts = class_prompts if len(class_prompts) == 1 else class_prompts.repeat_interleave(candidates, dim=0)
         meant = [target[part].repeat_interleave(candidates) for target in targets]
         rewrite = blurred(masks[part].flatten(0, 1), *meant)
-        repeated = LastInput(x, own, rows_of_kwargs, entering.grid)
+        repeated = LastInput(x, class_prompts, rows_of_kwargs, entering.grid)
         logits.append(prompts.last(repeated, explicit=True, rewrite=rewrite)[0].unflatten(0, (-1, candidates)))
     return torch.cat(logits)
 

@@ -85,8 +85,8 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
     if of_class is not None and labels_known:
         if of_class not in (source.class_names or []):
             raise UsageError(f"{config.images} has no images of class {of_class}; give a folder that does")
-        own = np.asarray(source.labels) == (source.class_names or []).index(of_class)
-        source = SubsetSource(source, np.flatnonzero(own))
+        members = np.asarray(source.labels) == (source.class_names or []).index(of_class)
+        source = SubsetSource(source, np.flatnonzero(members))
     chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
     view = EvalTransform(image_size(encoder))
     loader = make_loader(chosen, view, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers)
@@ -99,8 +99,12 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
             keys += batch["key"]
     if not pictures:
         raise UsageError(f"{config.images} holds no readable image")
-    found = torch.cat(labels)
-    true = torch.full((len(keys),), -1) if found.ndim > 1 else _renumbered(found, source.class_names, names)
+    labels_by_image = torch.cat(labels)
+    true = (
+        torch.full((len(keys),), -1)
+        if labels_by_image.ndim > 1
+        else _renumbered(labels_by_image, source.class_names, names)
+    )
     return Subject(model, torch.cat(alike(pictures)), keys, true, names, skipped)
 
 

@@ -104,8 +104,8 @@ def rows_in_memory(produce: Produce, limit: int | None = None) -> Features:
     labels: list[Tensor] = []
     keys: list[str] = []
 
-    def take(found: Tensor, known: Tensor, names: list[str]) -> bool:
-        vectors.append(found)
+    def take(rows: Tensor, known: Tensor, names: list[str]) -> bool:
+        vectors.append(rows)
         labels.append(known)
         keys.extend(names)
         return limit is None or len(keys) < limit
@@ -181,8 +181,8 @@ def extract_into(
             if not batch["key"]:
                 continue
             images = unit(batch["image"].to(target, non_blocking=True))
-            found = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
-            held.append((found, batch["label"], batch["key"]))
+            vectors = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
+            held.append((vectors, batch["label"], batch["key"]))
             read += len(batch["key"])
             if len(held) > behind:
                 going = _hand_on(held.pop(0), take)
@@ -196,8 +196,8 @@ def extract_into(
 
 
 def _hand_on(batch: tuple[Tensor, Tensor, list[str]], take: Callable[[Tensor, Tensor, list[str]], bool]) -> bool:
-    found, labels, keys = batch
-    return take(found.float().cpu(), labels, keys)
+    vectors, labels, keys = batch
+    return take(vectors.float().cpu(), labels, keys)
 
 
 def side_of(encoder: Encoder | None, image_size: Size | None) -> Size:

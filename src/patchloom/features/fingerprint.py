@@ -30,11 +30,11 @@ def weights_hash(encoder: Encoder | None) -> str:
     """Return a hash of all that makes an encoder's output: weights, buffers, structure, arguments, normalisation."""
     if encoder is None:
         return "pixels"
-    made = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
+    creation_args = getattr(encoder, "patchloom_args", None) or getattr(encoder, "_model_args", None)
     normalised = [(getattr(encoder, "pretrained_cfg", None) or {}).get(part) for part in ("mean", "std")]
     text = [
         repr(encoder),
-        repr(made),
+        repr(creation_args),
         repr([list(part or ()) for part in normalised]),
         str(getattr(encoder, "global_pool", None)),
     ]
@@ -48,13 +48,13 @@ def state_hash(module: nn.Module) -> str:
 
 def source_hash(source: Source | StreamSource) -> str:
     """Return a hash of the images and labels a source lists."""
-    found = hashlib.sha256(f"{type(source).__name__}\0{place_of_source(source.name)}\0{source.fingerprint()}".encode())
-    found.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(f"{type(source).__name__}\0{place_of_source(source.name)}\0{source.fingerprint()}".encode())
+    digest.update(f"{source.in_chans}\0{source.class_names}".encode(errors="surrogateescape"))
     if how := reading(source):
-        found.update(repr(how).encode())
+        digest.update(repr(how).encode())
     if source.labels is not None:
-        found.update(np.ascontiguousarray(source.labels).tobytes())
-    return found.hexdigest()[:32]
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def place_of_source(name: str) -> str:

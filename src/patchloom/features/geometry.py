@@ -148,5 +148,5 @@ def position_leakage(
     learnt, judged = x[0::2], x[1::2]
     model = make_pipeline(StandardScaler(), RidgeCV(alphas=penalties))
     model.fit(learnt.reshape(-1, x.shape[-1]), np.tile(place, (len(learnt), 1)))
-    said = model.predict(judged.reshape(-1, x.shape[-1]))
-    return float(r2_score(np.tile(place, (len(judged), 1))[:, varies], said[:, varies]))
+    predicted = model.predict(judged.reshape(-1, x.shape[-1]))
+    return float(r2_score(np.tile(place, (len(judged), 1))[:, varies], predicted[:, varies]))

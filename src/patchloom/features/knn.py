@@ -72,8 +72,8 @@ def knn_scores(
     known = train_labels >= 0
     train, train_labels = train[known], train_labels[known]
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
-    said = knn_predict(train, train_labels, test, k=k, temperature=temperature, num_classes=classes)
-    return class_scores(said, test_labels)
+    predicted = knn_predict(train, train_labels, test, k=k, temperature=temperature, num_classes=classes)
+    return class_scores(predicted, test_labels)
 
 
 def knn_votes(
@@ -117,22 +117,28 @@ def knn_votes(
         raise UsageError(f"temperature is {temperature}; it must be above 0")
     classes = _class_count(train_labels, num_classes)
     most = len(train) - leave_one_out
-    kept = sorted({min(k, most) for k in ks})
+    neighbour_counts = sorted({min(k, most) for k in ks})
     similarity, nearest = nearest_neighbours(
-        train, test, kept[-1], leave_one_out=leave_one_out, block=block, train_block=train_block, device=device
+        train,
+        test,
+        neighbour_counts[-1],
+        leave_one_out=leave_one_out,
+        block=block,
+        train_block=train_block,
+        device=device,
     )
     weights = (similarity.double() / temperature).softmax(1).float()
     labels = train_labels.to(weights.device)
     votes = torch.zeros(len(test), classes, device=weights.device)
-    found, before = {}, 0
-    for k in kept:
+    by_count, before = {}, 0
+    for k in neighbour_counts:
         part = slice(before, k)
         if labels.ndim == 1:
             votes.scatter_add_(1, labels[nearest[:, part]], weights[:, part])
         else:
             votes += _label_votes(labels, nearest[:, part], weights[:, part])
-        found[k], before = votes.clone(), k
-    return found
+        by_count[k], before = votes.clone(), k
+    return by_count
 
 
 @torch.no_grad()
@@ -205,8 +211,8 @@ def _hide_own(similar: Tensor, row: int, column: int) -> None:
     """Take each feature's similarity to itself out of a block that starts at `row` and `column`."""
     low, high = max(row, column), min(row + similar.shape[0], column + similar.shape[1])
     if low < high:
-        own = torch.arange(low, high, device=similar.device)
-        similar[own - row, own - column] = -torch.inf
+        columns = torch.arange(low, high, device=similar.device)
+        similar[columns - row, columns - column] = -torch.inf
 
 
 def _label_votes(labels: Tensor, nearest: Tensor, weights: Tensor) -> Tensor:
@@ -216,9 +222,9 @@ def _label_votes(labels: Tensor, nearest: Tensor, weights: Tensor) -> Tensor:
         theirs = labels[near].to(weight.dtype)
         known = ~theirs.isnan()
         total = torch.einsum("mk,mkl->ml", weight, theirs.nan_to_num(0.0))
-        seen = torch.einsum("mk,mkl->ml", weight, known.to(weight.dtype))
+        known_weight = torch.einsum("mk,mkl->ml", weight, known.to(weight.dtype))
         whole = weight.sum(1, keepdim=True)
-        votes.append(torch.where(seen > 0, total / seen.clamp_min(1e-30) * whole, 0.0))
+        votes.append(torch.where(known_weight > 0, total / known_weight.clamp_min(1e-30) * whole, 0.0))
     return torch.cat(votes)
 
 

@@ -71,10 +71,10 @@ def mlknn_predict(
     most = len(train) - apart
     if most < 1:
         raise UsageError("a single training feature has no neighbour but itself; leave exclude_self out")
-    kept = sorted({min(k, most) for k in ks})
+    neighbour_counts = sorted({min(k, most) for k in ks})
     search: dict[str, Any] = {"block": block, "train_block": train_block, "device": device}
-    _, among = nearest_neighbours(train, train, kept[-1], leave_one_out=apart, **search)
-    near = among if leave_one_out else nearest_neighbours(train, test, kept[-1], **search)[1]
+    _, among = nearest_neighbours(train, train, neighbour_counts[-1], leave_one_out=apart, **search)
+    near = among if leave_one_out else nearest_neighbours(train, test, neighbour_counts[-1], **search)[1]
     labels = train_labels.to(near.device)
     has, lacks = labels > 0.5, labels <= 0.5  # neither where unknown
     # Of an image that is told by all others, its own label is taken out of what was counted.
@@ -82,12 +82,14 @@ def mlknn_predict(
     # In float64: a whole number and a Python float make float32, which the likelihoods are not in.
     known = has.sum(0).double() + lacks.sum(0) - mine_has - mine_lacks
     prior = (smoothing + has.sum(0).double() - mine_has) / (2 * smoothing + known)
-    found = {}
-    for k, counted, counts in zip(kept, _positives(among, has, kept), _positives(near, has, kept), strict=True):
-        there = prior * _likelihood(_table(counted, has, k), counts, mine_has, smoothing)
+    probabilities = {}
+    for k, counted, counts in zip(
+        neighbour_counts, _positives(among, has, neighbour_counts), _positives(near, has, neighbour_counts), strict=True
+    ):
+        positive = prior * _likelihood(_table(counted, has, k), counts, mine_has, smoothing)
         absent = (1 - prior) * _likelihood(_table(counted, lacks, k), counts, mine_lacks, smoothing)
-        found[k] = there / (there + absent)
-    return found
+        probabilities[k] = positive / (positive + absent)
+    return probabilities
 
 
 def _positives(near: Tensor, present: Tensor, ks: Sequence[int]) -> Iterator[Tensor]:

@@ -89,9 +89,9 @@ def observe(
         after.append(pooled(encoder, later).float().cpu())
         attentions.append(class_attention(encoder, now).float().cpu())
         _, taps = run_blocks(encoder, embed(encoder, now), taps=range(1, depth(encoder) + 1))
-        for number, kept in enumerate(blocks):
+        for number, recorded in enumerate(blocks):
             token = taps[number + 1]
-            kept.append((token[:, 0] if num_prefix_tokens(encoder) else token.mean(1)).float().cpu())
+            recorded.append((token[:, 0] if num_prefix_tokens(encoder) else token.mean(1)).float().cpu())
         groups += [max(0, pair[0].label) for pair in pairs]
     for module, training in modes:
         module.training = training

@@ -105,10 +105,10 @@ def save_adapter(
         UsageError: There is no such adapter, or the file exists and is not to be replaced.
     """
     chosen = active(encoder) if name is None else name
-    there = insertions(encoder)
-    if chosen is None or chosen not in there:
-        raise unknown_name("adapter", str(chosen), there)
-    insertion: Any = there[chosen]
+    attached = insertions(encoder)
+    if chosen is None or chosen not in attached:
+        raise unknown_name("adapter", str(chosen), attached)
+    insertion: Any = attached[chosen]
     target = Path(path)
     file = target if target.suffix == ".safetensors" else target / ADAPTER
     if file.exists() and not overwrite:
@@ -179,12 +179,12 @@ def add_adapters(encoder: Encoder, adapters: Sequence[str | Path] | Mapping[str,
     """
     named = adapters if isinstance(adapters, Mapping) else _named(adapters)
     # Taking the size of an adapter changes position tables; what the encoder was before is kept with it.
-    own = getattr(encoder, "hash_before_resize", None) or encoder_hash(encoder)
+    own_hash = getattr(encoder, "hash_before_resize", None) or encoder_hash(encoder)
     first = active(encoder)
     for name, path in named.items():
         about, state = read_adapter(path)
-        _check_fits(about, path, encoder, own)
-        _take_inputs(encoder, own, about, path)
+        _check_fits(about, path, encoder, own_hash)
+        _take_inputs(encoder, own_hash, about, path)
         with plain(encoder):
             insertion = _built(about, encoder)
         _fill(insertion, state, path)
@@ -242,19 +242,19 @@ def _named(paths: Sequence[str | Path]) -> dict[str, str | Path]:
     return named
 
 
-def _check_fits(about: dict[str, Any], path: str | Path, encoder: Encoder, own: str) -> None:
+def _check_fits(about: dict[str, Any], path: str | Path, encoder: Encoder, own_hash: str) -> None:
     for word, mine in (("width", embed_dim(encoder)), ("depth", depth(encoder))):
         if about[word] != mine:
             raise UsageError(f"the adapter {path} is for encoders of {word} {about[word]}, and this one has {mine}")
-    if about["encoder_hash"] != own:
+    if about["encoder_hash"] != own_hash:
         came_from = f" (from {about['encoder']})" if about.get("encoder") else ""
         raise UsageError(
-            f"the adapter {path} was made for the encoder {about['encoder_hash']}{came_from}, and this one is {own}: "
-            f"same shape, other weights"
+            f"the adapter {path} was made for the encoder {about['encoder_hash']}{came_from}, and this one is "
+            f"{own_hash}: same shape, other weights"
         )
 
 
-def _take_inputs(encoder: Encoder, own: str, about: dict[str, Any], path: str | Path) -> None:
+def _take_inputs(encoder: Encoder, own_hash: str, about: dict[str, Any], path: str | Path) -> None:
     """Set the encoder up for the images an adapter was trained on: their size, and what they are normalised by."""
     size = (int(about["image_size"][0]), int(about["image_size"][1]))
     statistics = {name: tuple(about[name]) for name in ("mean", "std")}
@@ -265,7 +265,7 @@ def _take_inputs(encoder: Encoder, own: str, about: dict[str, Any], path: str | 
                 f"the adapter {path} was trained on images of {said(size)} pixels and the others here on "
                 f"{said(image_size(encoder))}; load it on an encoder of its own"
             )
-        encoder.hash_before_resize = own
+        encoder.hash_before_resize = own_hash
         set_image_size(encoder, size)
     if any(tuple(encoder.pretrained_cfg[name]) != value for name, value in statistics.items()):
         if not alone:
@@ -285,12 +285,12 @@ def _built(about: dict[str, Any], encoder: Encoder) -> Any:
 
 
 def _fill(insertion: Insertion, state: dict[str, Tensor], path: str | Path) -> None:
-    own = insertion.stored_state()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    wrong += [name for name in state if name not in own]
+    state_dict = insertion.stored_state()
+    wrong = [name for name in state_dict if name not in state or state[name].shape != state_dict[name].shape]
+    wrong += [name for name in state if name not in state_dict]
     if wrong:
-        fits = len(own) - sum(name in own for name in wrong)
-        raise UsageError(f"the adapter {path} fits {fits} of {len(own)} tensors; not {', '.join(wrong[:3])}")
+        fits = len(state_dict) - sum(name in state_dict for name in wrong)
+        raise UsageError(f"the adapter {path} fits {fits} of {len(state_dict)} tensors; not {', '.join(wrong[:3])}")
     insertion.load_stored_state(state)
 
 
@@ -304,9 +304,9 @@ def _find_encoder(about: dict[str, Any], path: str | Path) -> Encoder:
     beside, channels = about.get("encoder_from_here"), about.get("in_chans")
     for candidate in (file.parent / beside if beside else None, Path(named) if named else None):
         if candidate is not None and candidate.exists():
-            found = load(candidate)
-            if channels is None or in_chans(found) == channels:
-                return found
+            encoder = load(candidate)
+            if channels is None or in_chans(encoder) == channels:
+                return encoder
             return start_encoder(str(candidate), in_chans=channels)  # adapted to them, as it was in training
     if named and timm.is_model(named):
         if channels is None or channels == 3:

@@ -91,8 +91,8 @@ def save_bundle(
 
 def timm_config(encoder: Any) -> dict[str, Any]:
     """Return the `config.json` timm reads: architecture, its arguments, how to prepare images."""
-    made = made_from(encoder)
-    architecture, model_args = made["architecture"], dict(made["model_args"])
+    creation_args = made_from(encoder)
+    architecture, model_args = creation_args["architecture"], dict(creation_args["model_args"])
     for prefix, name in TIMM_NAMES.items():
         if architecture.startswith(prefix):
             architecture, model_args = name, _full_arguments(encoder) | model_args
@@ -123,19 +123,19 @@ def made_from(encoder: Any) -> dict[str, Any]:
     Raises:
         UsageError: The module is no image model of timm.
     """
-    made = getattr(encoder, "patchloom_args", None)
+    creation_args = getattr(encoder, "patchloom_args", None)
     known = getattr(encoder, "pretrained_cfg", None) or {}
-    if made is None:
-        made = {"architecture": known.get("architecture"), "model_args": getattr(encoder, "_model_args", {})}
-    if made["architecture"] is None:
+    if creation_args is None:
+        creation_args = {"architecture": known.get("architecture"), "model_args": getattr(encoder, "_model_args", {})}
+    if creation_args["architecture"] is None:
         raise UsageError(f"a {type(encoder).__name__} cannot be saved as a bundle; make it by timm")
     dropped = {*REGULARISERS, "num_classes"}
-    arguments = {name: value for name, value in made["model_args"].items() if name not in dropped}
+    arguments = {name: value for name, value in creation_args["model_args"].items() if name not in dropped}
     # Size and channels as they are now, whatever the encoder was made with.
     arguments["in_chans"] = in_chans(encoder)
     if has_tokens(encoder) or known.get("fixed_input_size"):
         arguments["img_size"] = image_size(encoder)
-    return {"architecture": made["architecture"], "model_args": arguments}
+    return {"architecture": creation_args["architecture"], "model_args": arguments}
 
 
 def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> Any:
@@ -162,8 +162,8 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
         arguments = {"in_chans": 3, **config.get("model_args", {})}
         state = load_file(folder / WEIGHTS)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(f"the bundle in {folder} is damaged ({said}); write it again") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(f"the bundle in {folder} is damaged ({reason}); write it again") from error
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     model = _build(architecture, num_classes, arguments, folder)
     _check_tensors({name: tuple(value.shape) for name, value in state.items()}, model, f"the bundle in {folder}")
@@ -173,10 +173,10 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     if reading := about.get("reading"):
         model.pretrained_cfg["reading"] = reading
     # The name the user knows, where it is known here; timm's entry point otherwise.
-    own = (about.get("made_from") or {}).get("architecture")
-    name = own if own and timm.is_model(own) else architecture
-    made = {"img_size": image_size(model)} if has_tokens(model) else {}
-    model.patchloom_args = {"architecture": name, "model_args": arguments | made}
+    known_architecture = (about.get("made_from") or {}).get("architecture")
+    name = known_architecture if known_architecture and timm.is_model(known_architecture) else architecture
+    size_args = {"img_size": image_size(model)} if has_tokens(model) else {}
+    model.patchloom_args = {"architecture": name, "model_args": arguments | size_args}
     return model.eval()
 
 
@@ -315,19 +315,19 @@ def _check_rebuilds(config: dict[str, Any], state: dict[str, torch.Tensor]) -> N
 
 
 def _check_tensors(shapes: dict[str, tuple[int, ...]], model: nn.Module, what: str) -> None:
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if shapes == own:
+    own_shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if shapes == own_shapes:
         return
-    right = sum(own.get(name) == shape for name, shape in shapes.items())
-    missing = [name for name in own if name not in shapes]
-    extra = [name for name in shapes if name not in own]
-    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
+    right = sum(own_shapes.get(name) == shape for name, shape in shapes.items())
+    missing = [name for name in own_shapes if name not in shapes]
+    extra = [name for name in shapes if name not in own_shapes]
+    other = [f"{n} {shapes[n]} for {own_shapes[n]}" for n in own_shapes if n in shapes and shapes[n] != own_shapes[n]]
     listed = "; ".join(
         f"{kind}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
         for kind, names in (("missing", missing), ("left over", extra), ("of another shape", other))
         if names
     )
-    raise UsageError(f"{what} has {right} of the {len(own)} tensors of its architecture; {listed}")
+    raise UsageError(f"{what} has {right} of the {len(own_shapes)} tensors of its architecture; {listed}")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

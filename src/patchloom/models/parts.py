@@ -163,8 +163,8 @@ def _from_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from patchloom.io import read_config
 
     saved: Mapping[str, Tensor] = read_pickle(checkpoint, mmap=True)["state_dict"]
-    own = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
-    state = {name: value.clone() for name, value in own.items() if name.split(".")[0] in DECODER}
+    encoder_state = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
+    state = {name: value.clone() for name, value in encoder_state.items() if name.split(".")[0] in DECODER}
     if "mask_token" not in state:
         raise UsageError(alone)
     config = read_config(settings)

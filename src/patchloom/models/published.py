@@ -92,22 +92,22 @@ def fill(
     Raises:
         UsageError: Tensors missing, left over or of another shape, by name and count.
     """
-    own = module.state_dict()
-    missing = [published(name) for name in own if name not in state and name not in set(may_lack)]
-    unexpected = [published(name) for name in state if name not in own]
+    state_dict = module.state_dict()
+    missing = [published(name) for name in state_dict if name not in state and name not in set(may_lack)]
+    unexpected = [published(name) for name in state if name not in state_dict]
     shapes = [
-        f"{published(name)} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{published(name)} {tuple(state[name].shape)} instead of {tuple(state_dict[name].shape)}"
+        for name in state_dict
+        if name in state and state[name].shape != state_dict[name].shape
     ]
     if missing or unexpected or shapes:
-        fits = sum(name in state and state[name].shape == own[name].shape for name in own)
+        fits = sum(name in state and state[name].shape == state_dict[name].shape for name in state_dict)
         parts = [
             f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
             if names
         ]
-        raise UsageError(f"{fits} of {len(own)} tensors fit; {'; '.join(parts)}")
+        raise UsageError(f"{fits} of {len(state_dict)} tensors fit; {'; '.join(parts)}")
     module.load_state_dict(dict(state), strict=False)
     return module
 

@@ -66,7 +66,7 @@ def without_indices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in indices}
 
 
-def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def inferred_from(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that an encoder's tensors tell."""
     kernel = state["patch_embed.proj.weight"]
     hidden, width = state["blocks.0.mlp.fc1.weight"].shape
@@ -100,7 +100,7 @@ def make_encoder(state: Mapping[str, Tensor], config: Mapping[str, Any], **model
         embed_dim=width,
         depth=count(state, "blocks"),
         num_heads=heads,
-        mlp_ratio=told_by(state)["mlp_ratio"].ratio,
+        mlp_ratio=inferred_from(state)["mlp_ratio"].ratio,
         qkv_bias=has_qkv_bias(state),
         # timm takes None for "as the model has it".
         init_values=0.1 if any(name.startswith("blocks.0.gamma_") for name in state) else 0.0,
@@ -134,8 +134,14 @@ def _image_size(
     state: Mapping[str, Tensor], config: Mapping[str, Any], table: Tensor | None, patch: int
 ) -> tuple[int, int]:
     """Return the checkpoint's (H, W): as told where its positions are of that grid or there are none, else a square."""
-    told = config.get("image_size")
-    size = (told, told) if isinstance(told, int) else (int(told[0]), int(told[1])) if told is not None else None
+    given_size = config.get("image_size")
+    size = (
+        (given_size, given_size)
+        if isinstance(given_size, int)
+        else (int(given_size[0]), int(given_size[1]))
+        if given_size is not None
+        else None
+    )
     if table is not None:
         rows, what = table.shape[0], f"relative table of {table.shape[0]} rows"
         side = (math.isqrt(rows - EXTRA_ROWS) + 1) // 2

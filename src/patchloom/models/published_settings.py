@@ -5,7 +5,7 @@ not tell is obeyed; what matters in training only, or to the machine it ran on, 
 tensors, or nobody has heard of, is refused.
 
 >>> known = Settings(obeyed=("num_heads",), idle=("drop_rate",), other_names={"num_attention_heads": "num_heads"})
->>> known.settle({"num_attention_heads": 6, "depth": 12, "drop_rate": 0.1, "lr": 1e-3}, told={"depth": 12})
+>>> known.settle({"num_attention_heads": 6, "depth": 12, "drop_rate": 0.1, "lr": 1e-3}, inferred={"depth": 12})
 {'num_heads': 6}
 """
 
@@ -64,18 +64,18 @@ class Settings:
     read: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     """How a value is read, such as an epsilon from a norm layer; None for "says nothing" """
 
-    def settle(self, config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    def settle(self, config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings to obey, under our names.
 
         Args:
             config: Settings under ours or published names, nested or not.
-            told: What the tensors tell; None: they do not, whatever is given.
+            inferred: What the tensors tell; None: they do not, whatever is given.
 
         Raises:
             UsageError: An unknown setting, one that contradicts the tensors, or one name's value another's.
         """
         given = self.renamed(config)
-        about = (*self.obeyed, *told, *self.fixed)
+        about = (*self.obeyed, *inferred, *self.fixed)
         passed = {*self.idle, *TRAINING, *OF_TRANSFORMERS}
         for name, value in given.items():
             if name not in about and name not in passed:
@@ -83,7 +83,7 @@ class Settings:
             if name in self.fixed and value is not None and value not in self.fixed[name]:
                 allowed = " or ".join(map(str, self.fixed[name]))
                 raise UsageError(f"{name}={value} is not computed here: in published models it is {allowed}")
-        agree(given, told)
+        agree(given, inferred)
         return {name: value for name, value in given.items() if name in set(self.obeyed) and value is not None}
 
     def renamed(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,20 +92,20 @@ class Settings:
         Raises:
             UsageError: Two names of one setting differ.
         """
-        found: dict[str, Any] = {}
+        renamed: dict[str, Any] = {}
         first: dict[str, str] = {}
         for published, name, value in self._flat(config):
             if (reader := self.read.get(name)) is not None and value is not None:
                 value = reader(value)
-            if value is None and name in found:
+            if value is None and name in renamed:
                 continue
-            before = found.get(name)
+            before = renamed.get(name)
             if before is not None and comparable(before, value) != comparable(value, before):
                 raise UsageError(
-                    f"{first[name]}={found[name]} and {published}={value} are one setting here and differ; give one"
+                    f"{first[name]}={renamed[name]} and {published}={value} are one setting here and differ; give one"
                 )
-            found[name], first[name] = value, published
-        return found
+            renamed[name], first[name] = value, published
+        return renamed
 
     def _flat(self, config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
         """Yield each setting's published name, its name here, and its value."""
@@ -154,13 +154,13 @@ class OneOf(tuple[Any, ...]):
         return " or ".join(map(str, self))
 
 
-def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+def agree(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
     """Refuse settings that contradict what the tensors tell; None is told of what they say nothing of.
 
     Raises:
         UsageError: Names the setting and both values.
     """
-    for name, value in told.items():
+    for name, value in inferred.items():
         if name not in config or value is None:
             continue
         asked = config[name]
@@ -172,11 +172,11 @@ def agree(config: Mapping[str, Any], told: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}={asked}, but the checkpoint's tensors say {value}; leave it out")
 
 
-def comparable(value: Any, told: Any = None) -> Any:
+def comparable(value: Any, inferred: Any = None) -> Any:
     """Return a list for any sequence or None, and one number for equal sides where the tensors tell one."""
     if not isinstance(value, (list, tuple)):
         return [] if value is None else value
-    return value[0] if isinstance(told, int) and value and len(set(value)) == 1 else list(value)
+    return value[0] if isinstance(inferred, int) and value and len(set(value)) == 1 else list(value)
 
 
 def epsilon_of(norm_layer: Any) -> float | None:

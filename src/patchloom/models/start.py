@@ -100,10 +100,12 @@ def _from_bundle(
     state = saved.state_dict()
     if channels_of(saved) != in_chans:
         state = widened(state, saved, in_chans, path)
-    made = saved.patchloom_args
-    arguments = {k: v for k, v in made["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")}
+    creation_args = saved.patchloom_args
+    arguments = {
+        k: v for k, v in creation_args["model_args"].items() if k not in ("img_size", "in_chans", "num_classes")
+    }
     encoder = create(
-        made["architecture"],
+        creation_args["architecture"],
         image_size=size_of(saved),
         in_chans=in_chans,
         drop_path=drop_path,

@@ -183,10 +183,10 @@ def nearest_neighbours(
     count = neighbours.shape[1]
     side = min(tile_side(count + 1, queries.shape[-1]), 112)
     lines = []
-    for number, (query, found) in enumerate(zip(queries, neighbours, strict=True)):
+    for number, (query, row) in enumerate(zip(queries, neighbours, strict=True)):
         tiles = [labelled(labels[number] if labels else "query", enlarged(pixels_of(query), side))]
         tiles.append(ground(tiles[0].shape[0], 10))
-        for image, similarity in zip(found, similarities[number].tolist(), strict=True):
+        for image, similarity in zip(row, similarities[number].tolist(), strict=True):
             tiles.append(labelled(f"{similarity:.2f}", enlarged(pixels_of(image), side)))
         lines.append(strip(tiles))
     return Figure(png(stack(lines)), "Images with their nearest neighbours in feature space")

@@ -47,9 +47,9 @@ def segmentation_figure(
         tiles = [("image", enlarged(pixels_of(image), side))]
         for name, column in masks.items():
             values = np.asarray(column[number].cpu(), dtype=np.uint8)
-            found = np.unique(values)
-            unknown |= bool((found == 255).any())
-            present |= {int(value) for value in found if value != 255}
+            classes = np.unique(values)
+            unknown |= bool((classes == 255).any())
+            present |= {int(value) for value in classes if value != 255}
             tiles.append((name, _at(painted(values, palette), tiles[0][1].shape)))
         rows.append(strip([labelled(name, tile) if number == 0 else tile for name, tile in tiles]))
     entries = [(class_names[value], palette[value]) for value in sorted(present)]

@@ -82,8 +82,8 @@ class Backbone(nn.Module):
         size = (images.shape[-2], images.shape[-1])
         encoder = self._encoder_for(size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = intermediate_layers(encoder, images, self.layers, norm=self.apply_norm)
-        return pyramid_maps([tokens.patches for tokens in found], grid_size(encoder, size))
+            layers = intermediate_layers(encoder, images, self.layers, norm=self.apply_norm)
+        return pyramid_maps([tokens.patches for tokens in layers], grid_size(encoder, size))
 
     def _encoder_for(self, size: tuple[int, int]) -> Encoder:
         """Return the encoder set up for a size: itself, or a copy whose positions are resampled."""

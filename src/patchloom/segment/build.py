@@ -44,8 +44,8 @@ class Parts(NamedTuple):
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits (B, K, h, w), at the head's resolution, of normalised images (B, C, H, W)."""
-        found: Tensor = self.head(self.levels(self.backbone(images)))
-        return found
+        logits: Tensor = self.head(self.levels(self.backbone(images)))
+        return logits
 
 
 def build_parts(

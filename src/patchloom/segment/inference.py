@@ -110,14 +110,14 @@ class MultiScaleSegmenter(nn.Module):
 
     def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Return probabilities (B, K, *size); default: the images' own size."""
-        wanted = tuple(size or images.shape[-2:])
+        output_size = tuple(size or images.shape[-2:])
         shares = []
         for scale in self.scales:
             sides = [_round_up(max(1, int(side * scale + 0.5)), self.multiple) for side in images.shape[-2:]]
             view = resize(images, sides)
-            shares.append(self.segmenter(view, wanted).softmax(1))
+            shares.append(self.segmenter(view, output_size).softmax(1))
             if self.flip:
-                shares.append(self.segmenter(view.flip(-1), wanted).softmax(1).flip(-1))
+                shares.append(self.segmenter(view.flip(-1), output_size).softmax(1).flip(-1))
         return torch.stack(shares).mean(0)
 
 

@@ -84,6 +84,6 @@ def dice_loss(
 
 def pixel_accuracy(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Return the share (float64) of known pixels that the logits, resized to the mask, get right."""
-    said = resize(at_least_float32(logits), target.shape[-2:]).argmax(1)
+    predicted = resize(at_least_float32(logits), target.shape[-2:]).argmax(1)
     known = target != ignore_index
-    return ((said == target) & known).sum().double() / torch.clamp(known.sum(), min=1)
+    return ((predicted == target) & known).sum().double() / torch.clamp(known.sum(), min=1)

@@ -171,9 +171,9 @@ class SegmentMethod(Method):
             logits = slide(normalize(unit(batch["image"].to(device)), self.encoder), batch["mask"].shape[-2:])
             metric.update(logits.cpu(), batch["mask"])
         self.train()
-        found = metric.compute()
-        known = {n: v for n, v in zip(self.source.class_names, found["iou"], strict=True) if v == v}
-        self.figures = {"miou": found["miou"], "pixel_accuracy_test": found["pixel_accuracy"], "per_class_iou": known}
+        scores = metric.compute()
+        known = {n: v for n, v in zip(self.source.class_names, scores["iou"], strict=True) if v == v}
+        self.figures = {"miou": scores["miou"], "pixel_accuracy_test": scores["pixel_accuracy"], "per_class_iou": known}
         return self.figures
 
     def summary(self) -> dict[str, Any]:
@@ -200,8 +200,8 @@ class SegmentMethod(Method):
         for index in sorted({round(i * (len(source) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}):
             views = transformed(view, source.read(index), torch.Generator())
             pixels = unit(views["image"])
-            said = model.segment(pixels.to(self.device), tuple(views["mask"].shape))
-            shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], views["mask"], said.cpu()))
+            predicted = model.segment(pixels.to(self.device), tuple(views["mask"].shape))
+            shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], views["mask"], predicted.cpu()))
         pictures, truth, said_of = zip(*shown, strict=True)
         figure = segmentation_figure(
             pictures, {"truth": truth, "prediction": said_of}, source.palette, source.class_names

@@ -66,19 +66,19 @@ def areas(predicted: Tensor, target: Tensor, num_classes: int, ignore_index: int
     return Areas(*(values.bincount(minlength=num_classes) for values in (hit, predicted, target)))
 
 
-def iou(found: Areas) -> Tensor:
+def iou(class_areas: Areas) -> Tensor:
     """Return the IoU of each class from total areas, NaN where the class is neither there nor predicted."""
-    intersection = found.intersection.double()
-    return intersection / (found.predicted + found.true - found.intersection)
+    intersection = class_areas.intersection.double()
+    return intersection / (class_areas.predicted + class_areas.true - class_areas.intersection)
 
 
-def dice(found: Areas) -> Tensor:
+def dice(class_areas: Areas) -> Tensor:
     """Return Dice of each class from areas (…, K), NaN where the class is neither there nor predicted.
 
     The radiology benchmark published it from areas with `ignore_index=0`: what is predicted on the background then
     goes unseen, which is optimistic.
     """
-    return 2 * found.intersection.double() / (found.predicted + found.true)
+    return 2 * class_areas.intersection.double() / (class_areas.predicted + class_areas.true)
 
 
 class MeanIoU(Metric):
@@ -117,13 +117,13 @@ class MeanIoU(Metric):
         return segmentation_scores(Areas(self.intersection, self.predicted, self.true))
 
 
-def segmentation_scores(found: Areas) -> dict[str, Any]:
+def segmentation_scores(class_areas: Areas) -> dict[str, Any]:
     """Return mean IoU, accuracy of pixels and of classes, and both by class, from total areas (K,)."""
-    per_class = iou(found)
-    accuracy = found.intersection.double() / found.true
+    per_class = iou(class_areas)
+    accuracy = class_areas.intersection.double() / class_areas.true
     return {
         "miou": float(per_class.nanmean()),
-        "pixel_accuracy": float(found.intersection.sum().double() / found.true.sum().clamp(min=1)),
+        "pixel_accuracy": float(class_areas.intersection.sum().double() / class_areas.true.sum().clamp(min=1)),
         "class_accuracy": float(accuracy.nanmean()),
         "iou": per_class.tolist(),
         "accuracy": accuracy.tolist(),

@@ -61,6 +61,6 @@ def _indexed(mask: np.ndarray, palette: list[tuple[int, int, int]]) -> bytes:
     image = Image.frombytes("P", mask.shape[::-1], np.ascontiguousarray(mask).tobytes())
     # All 256 entries, so that no writer packs the indices anew.
     image.putpalette([*(value for colour in palette for value in colour), *([0] * 768)][:768])
-    kept = io.BytesIO()
-    image.save(kept, "PNG", optimize=False)
-    return kept.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=False)
+    return buffer.getvalue()

@@ -71,11 +71,11 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def segment(self, image: Tensor, size: tuple[int, ...] | None = None, batch_size: int = 8) -> Tensor:
         """Return the class of every pixel, (H, W) uint8, of an image (C, h, w) in [0, 1]; default: at its own size."""
-        wanted = size or tuple(image.shape[-2:])
+        output_size = size or tuple(image.shape[-2:])
         side = resized_size((image.shape[-2], image.shape[-1]), self.short_side)
         pixels = image[None] if side == tuple(image.shape[-2:]) else resize(image[None], side).clamp(0, 1)
         slide = SlidingWindowSegmenter(self, self.crop, self.stride, batch_size)
-        logits = slide(normalize(pixels, self.backbone.encoder), wanted)
+        logits = slide(normalize(pixels, self.backbone.encoder), output_size)
         return logits[0].argmax(0).to(torch.uint8)
 
 

@@ -137,13 +137,13 @@ def run_request(request: Mapping[str, Any]) -> dict[str, Any]:
     from patchloom.training.run import train
 
     out = Path(request["out"])
-    made = train("adapt", request["method"], {**request["settings"], "out": str(out), "resume": True}, None)
+    trained = train("adapt", request["method"], {**request["settings"], "out": str(out), "resume": True}, None)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it is done; the model is kept
-    summary = made.summary
+    summary = trained.summary
     score = summary.get(summary["headline"])
     if score is None:
         raise UsageError("nothing was held out to measure on; give test, or a val_fraction above 0")
-    files = [file for file in made.model.iterdir() if file.suffix == ".safetensors"]
+    files = [file for file in trained.model.iterdir() if file.suffix == ".safetensors"]
     return {
         "score": score,
         "measure": summary["headline"],
@@ -184,8 +184,13 @@ def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
         good = [outcome.figures for outcome in mine if outcome.error is None]
         row: dict[str, Any] = {"method": method, "labels": labels, "seeds": len(good)}
         if good:
-            found = mean_interval([figures["score"] for figures in good])
-            row |= {"measure": good[0]["measure"], "mean": found.value, "low": found.ends[0], "high": found.ends[1]}
+            interval = mean_interval([figures["score"] for figures in good])
+            row |= {
+                "measure": good[0]["measure"],
+                "mean": interval.value,
+                "low": interval.ends[0],
+                "high": interval.ends[1],
+            }
             for name in (*BESIDE, *COLUMNS):
                 if values := [figures[name] for figures in good if name in figures]:
                     row[name] = sum(values) / len(values)
@@ -281,13 +286,13 @@ def _main(arguments: list[str]) -> int:
     request, answer = json.loads(arguments[0]), Path(arguments[1])
     try:
         with stopping.stoppable():
-            found = run_request(request)
+            outcome = run_request(request)
     except stopping.Stopped as stop:
         return stop.exit_code
     except Exception as error:
         print(f"patchloom: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    write_text(answer, json.dumps({**found, "process_peak": peak_memory()}))
+    write_text(answer, json.dumps({**outcome, "process_peak": peak_memory()}))
     return 0
 
 

@@ -81,14 +81,14 @@ def scaling(
         raise UsageError("scaling needs at least one encoder")
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
-    wanted = [1, 5, 10, 50] if shots is None else [int(s) if s == int(s) else s for s in sorted(set(shots))]
-    for shot in wanted:
+    shot_counts = [1, 5, 10, 50] if shots is None else [int(s) if s == int(s) else s for s in sorted(set(shots))]
+    for shot in shot_counts:
         check_shots(shot, shots_by, patients is not None)
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it has to be at least 1")
     shared: dict[str, Any] = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
     shared |= SourceOptions(include=include, exclude=exclude, missing=missing).source_options()
-    probe: dict[str, Any] = {"protocol": protocol, "shots": wanted, "seeds": seeds, "all": shots is None}
+    probe: dict[str, Any] = {"protocol": protocol, "shots": shot_counts, "seeds": seeds, "all": shots is None}
     if shots_by != "nested":  # studies made before there was a choice go on
         probe |= {"shots_by": shots_by, "patients": patients}
     sizes: list[int | None] = [None] if image_sizes is None else [*image_sizes]
@@ -161,10 +161,10 @@ def _scores(train: Features, test: Features, classes: int, protocol: str, most: 
 
     x, y = train.vectors, train.labels
     if protocol == "knn":
-        said = knn_predict(x, y, test.vectors, k=min(most, len(y)), temperature=0.07, num_classes=classes)
+        predicted = knn_predict(x, y, test.vectors, k=min(most, len(y)), temperature=0.07, num_classes=classes)
     else:
-        said = fit_logistic(x, y, classes, c=1.0).predict(test.vectors)
-    return class_scores(said, test.labels)
+        predicted = fit_logistic(x, y, classes, c=1.0).predict(test.vectors)
+    return class_scores(predicted, test.labels)
 
 
 def _rows(outcome: Outcome) -> list[dict[str, Any]]:

@@ -86,12 +86,12 @@ def run_cells(
         if key in seen:
             raise UsageError(f"two entries of the study are called {cell}; give them different names")
         seen.add(key)
-    kept = Path(folder) / CELLS
-    make_folder(kept)
+    cells_folder = Path(folder) / CELLS
+    make_folder(cells_folder)
     outcomes: dict[str, Outcome] = {}
     for cell in cells:
-        if (found := _read(kept / f"{cell.name}.json", cell)) is not None and found.error is None:
-            outcomes[cell.name] = found
+        if (stored := _read(cells_folder / f"{cell.name}.json", cell)) is not None and stored.error is None:
+            outcomes[cell.name] = stored
     if outcomes:
         say(f"{len(outcomes)} of {len(cells)} cells are done already")
     missing = [cell for cell in cells if cell.name not in outcomes]
@@ -108,7 +108,7 @@ def run_cells(
                 raise stopping.Stopped(signalled) from error
             outcome = Outcome(cell, error=" ".join(str(error).split()) or type(error).__name__)
         outcomes[cell.name] = outcome
-        _write(kept / f"{cell.name}.json", outcome)
+        _write(cells_folder / f"{cell.name}.json", outcome)
         left = (time.monotonic() - started) / (number + 1) * (len(missing) - number - 1)
         result = f"failed: {outcome.error}" if outcome.error else "done"
         more = f"; about {left / 60:.0f} min left" if left > 90 else f"; about {left:.0f} s left" if left > 1 else ""
@@ -118,8 +118,8 @@ def run_cells(
 
 def _read(path: Path, cell: Cell) -> Outcome | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return Outcome(cell, dict(kept["figures"]), kept["error"])
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Outcome(cell, dict(stored["figures"]), stored["error"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # never done, or cut off: it is computed
 
@@ -202,9 +202,9 @@ class Table(str):
     rows: Any
 
     def __new__(cls, text: str, rows: Any) -> Table:
-        made = super().__new__(cls, text)
-        made.rows = rows
-        return made
+        table = super().__new__(cls, text)
+        table.rows = rows
+        return table
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -68,11 +68,11 @@ def suite(recipe: str, out: str, overwrite: bool = False) -> str:
 
     def work(cell: Cell) -> dict[str, Any]:
         settings = dict(cell.settings)
-        figures, said = measure(settings.pop("protocol"), settings)
-        kept = _predictions(folder, cell)
-        kept.unlink(missing_ok=True)
-        if said is not None:
-            said.save(kept)
+        figures, predictions = measure(settings.pop("protocol"), settings)
+        predictions_file = _predictions(folder, cell)
+        predictions_file.unlink(missing_ok=True)
+        if predictions is not None:
+            predictions.save(predictions_file)
         return figures
 
     outcomes = run_cells(cells, work, folder)
@@ -104,11 +104,11 @@ def plan_cells(plan: Mapping[str, Any]) -> list[Cell]:
     cells = []
     for data_name, given in plan["data"].items():
         data = _mapping(given, data_name)
-        wanted = data.pop("protocols", list(protocols))
-        for name in wanted:
+        protocol_names = data.pop("protocols", list(protocols))
+        for name in protocol_names:
             if name not in protocols:
                 raise unknown_name(f"protocol of {data_name}", str(name), protocols)
-        for protocol_name in wanted:
+        for protocol_name in protocol_names:
             for encoder_name, encoder in plan["encoders"].items():
                 chosen = {"encoder": encoder} if isinstance(encoder, str) else _mapping(encoder, encoder_name)
                 labels = {"data": str(data_name), "protocol": str(protocol_name), "encoder": str(encoder_name)}
@@ -147,10 +147,10 @@ def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, An
 
     groups: dict[tuple[str, str], list[tuple[str, Predictions]]] = {}
     for outcome in outcomes:
-        labels, kept = outcome.cell.labels, _predictions(folder, outcome.cell)
-        if outcome.error is None and kept.exists():
+        labels, predictions_file = outcome.cell.labels, _predictions(folder, outcome.cell)
+        if outcome.error is None and predictions_file.exists():
             groups.setdefault((labels["data"], labels["protocol"]), []).append(
-                (labels["encoder"], Predictions.load(kept))
+                (labels["encoder"], Predictions.load(predictions_file))
             )
     places, pairs = [], []
     for place, said in groups.items():

@@ -260,8 +260,8 @@ def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
     from patchloom.data.pixels import unit
     from patchloom.report.figures import image_grid
 
-    made = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
-    rows = {"image": unit(originals), "its nearest centroids": made}
+    reconstructions = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
+    rows = {"image": unit(originals), "its nearest centroids": reconstructions}
     png: bytes = image_grid(rows).png
     return png
 

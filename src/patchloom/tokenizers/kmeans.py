@@ -276,24 +276,24 @@ def _start(source: Points, ranks: Ranks, total: int, k: int, init: str | Tensor,
 
 def _fill_up(chosen: Tensor, source: Points, ranks: Ranks, order: Tensor, k: int) -> Tensor:
     """Add points in the given order until there are k, passing over those equal to one already there."""
-    seen = {row.tobytes() for row in (chosen + 0.0).numpy()}
-    kept = list(chosen)
+    distinct = {row.tobytes() for row in (chosen + 0.0).numpy()}
+    rows = list(chosen)
     for batch in order.split(max(k, 1024)):
-        if len(kept) >= k:
+        if len(rows) >= k:
             break
         points = ranks.take(source, batch) + 0.0  # no negative zeros, which compare equal and look different
         check_finite(points, 0)
         for point in points:
             key = point.numpy().tobytes()
-            if key not in seen and len(kept) < k:
-                seen.add(key)
-                kept.append(point)
-    if len(kept) < k:
+            if key not in distinct and len(rows) < k:
+                distinct.add(key)
+                rows.append(point)
+    if len(rows) < k:
         raise UsageError(
-            f"k = {k} clusters need as many different points, but only {len(kept)} of the {len(order)} points differ; "
-            f"take k <= {len(kept)} or more images"
+            f"k = {k} clusters need as many different points, but only {len(rows)} of the {len(order)} points differ; "
+            f"take k <= {len(rows)} or more images"
         )
-    return torch.stack(kept)
+    return torch.stack(rows)
 
 
 def _plus_plus(sample: Tensor, k: int, generator: torch.Generator) -> Tensor:

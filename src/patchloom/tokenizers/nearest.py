@@ -281,11 +281,11 @@ class _Buffers:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+    def __call__(self, name: str, template: Tensor, *shape: int) -> Tensor:
         """Return an uninitialised tensor of `shape`, valid until the same name is asked for again."""
         size = math.prod(shape)
         if name not in self._held or len(self._held[name]) < size:
-            self._held[name] = like.new_empty(size)
+            self._held[name] = template.new_empty(size)
         return self._held[name][:size].view(shape)
 
 

@@ -87,12 +87,12 @@ class PointsOnDisk:
 
     def take(self, indices: Tensor) -> Tensor:
         """Read the points of these indices, in the order of the file, and return them in the order asked for."""
-        wanted = indices.cpu().numpy()
-        out = np.empty((len(wanted), self.shape[1]), self._dtype)
+        rows = indices.cpu().numpy()
+        out = np.empty((len(rows), self.shape[1]), self._dtype)
         size = self.shape[1] * self._dtype.itemsize
         with self.path.open("rb") as file:
-            for position in np.argsort(wanted, kind="stable"):
-                file.seek(self._offset + int(wanted[position]) * size)
+            for position in np.argsort(rows, kind="stable"):
+                file.seek(self._offset + int(rows[position]) * size)
                 out[position] = np.frombuffer(file.read(size), self._dtype)
         return torch.from_numpy(out)
 

@@ -158,9 +158,11 @@ class AdapterMethod(LabelledMethod):
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say: the encoder's parameters, and those that train."""
         about = super().describe()
-        own = sum(p.numel() for name, p in self.encoder.named_parameters() if not name.startswith("adapters."))
+        encoder_parameters = sum(
+            p.numel() for name, p in self.encoder.named_parameters() if not name.startswith("adapters.")
+        )
         trained = self.insertion.trainable_parameters()
-        return {**about, "parameters": own, "trained_parameters": trained}
+        return {**about, "parameters": encoder_parameters, "trained_parameters": trained}
 
     def summary(self) -> dict[str, Any]:
         """Return what the run learnt from, and what the adapter costs to store."""

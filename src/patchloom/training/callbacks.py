@@ -33,7 +33,7 @@ class Progress(Callback):
     def __init__(self, every_seconds: float = 15.0) -> None:
         self.every_seconds = every_seconds
         self.bar: tqdm[Any] | None = None
-        self.started = self.said = self.batch_ended = 0.0
+        self.started = self.reported = self.batch_ended = 0.0
         self.waited = 0.0
         self.images = 0
         self.first_step = 0
@@ -42,7 +42,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Start the clock."""
         assert isinstance(pl_module, Method)
-        self.started = self.said = self.batch_ended = time.monotonic()
+        self.started = self.reported = self.batch_ended = time.monotonic()
         self.first_step = pl_module.step
         if trainer.is_global_zero and self.first_step:
             print(f"going on after step {self.first_step} of {pl_module.total_steps}", file=sys.stderr, flush=True)
@@ -69,8 +69,8 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(self.figures(pl_module, now), refresh=False)
-        elif now - self.said >= self.every_seconds or step == pl_module.total_steps:
-            self.said = now
+        elif now - self.reported >= self.every_seconds or step == pl_module.total_steps:
+            self.reported = now
             rate = (step - self.first_step) / (now - self.started)
             left = (pl_module.total_steps - step) / rate if rate else 0.0
             print(
@@ -116,7 +116,7 @@ class SkippedImages(Callback):
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "skipped.csv"
-        self.seen = read_skipped(self.path)  # of the run that is being resumed
+        self.reasons = read_skipped(self.path)  # of the run that is being resumed
 
     def on_train_batch_end(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,14 +126,14 @@ class SkippedImages(Callback):
 
     def add(self, skipped: Any) -> None:
         """Note unreadable images, each once."""
-        new = {key: reason for key, reason in skipped if key not in self.seen}
+        new = {key: reason for key, reason in skipped if key not in self.reasons}
         if not new:
             return
-        if not self.seen:
+        if not self.reasons:
             key, reason = next(iter(new.items()))
             print(f"skipping unreadable images, listed in {self.path}: {key} ({reason}) …", file=sys.stderr)
-        self.seen.update(new)
-        write_skipped(self.path, self.seen)
+        self.reasons.update(new)
+        write_skipped(self.path, self.reasons)
 
 
 class Probe(Callback):
@@ -200,8 +200,8 @@ class Probe(Callback):
             logger.log_metrics(numbers, step=pl_module.step)
         if not numbers:
             return
-        said = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
-        text = f"step {pl_module.step}: {said}"
+        line = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+        text = f"step {pl_module.step}: {line}"
         if verdict := self.latest.get("verdict"):
             text += f"  ({verdict})"
         tqdm.write(text, file=sys.stderr)

@@ -38,9 +38,9 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0, weight: 
         temperature: τ.
         weight: a.
     """
-    wanted = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
-    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
-    return -weight * temperature**2 * (wanted * said).sum(1).mean()
+    teacher_probs = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
+    student_log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    return -weight * temperature**2 * (teacher_probs * student_log_probs).sum(1).mean()
 
 
 def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -51,9 +51,13 @@ def soft_distillation_loss(student: Tensor, teacher: Tensor, temperature: float 
         teacher: (B, C) logits; no gradient.
         temperature: T; the result is multiplied by T².
     """
-    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
-    wanted = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
-    return F.kl_div(said, wanted, reduction="sum", log_target=True) * temperature**2 / student.numel()
+    student_log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
+    return (
+        F.kl_div(student_log_probs, teacher_log_probs, reduction="sum", log_target=True)
+        * temperature**2
+        / student.numel()
+    )
 
 
 def logit_kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -64,9 +68,9 @@ def logit_kl_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         teacher: The same shape; no gradient.
         temperature: τ; the result is multiplied by τ².
     """
-    said = F.log_softmax(at_least_float32(student) / temperature, dim=1)
-    wanted = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
-    return F.kl_div(said, wanted, reduction="mean") * temperature**2
+    student_log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    teacher_probs = F.softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
+    return F.kl_div(student_log_probs, teacher_probs, reduction="mean") * temperature**2
 
 
 def nkd_loss(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 1.0, tau: float = 1.0) -> Tensor:
@@ -85,10 +89,10 @@ def nkd_loss(student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 1.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     label = (target.argmax(1) if target.ndim == 2 else target).unsqueeze(1)
-    wanted, said = teacher.softmax(1), student.log_softmax(1)
-    at_target = wanted.gather(1, label)
-    soft = -(at_target * said.gather(1, label)).mean()
-    lowered = torch.where(wanted == at_target, TARGET_LOWERED_BY, 0.0).to(student)
+    teacher_probs, student_log_probs = teacher.softmax(1), student.log_softmax(1)
+    at_target = teacher_probs.gather(1, label)
+    soft = -(at_target * student_log_probs.gather(1, label)).mean()
+    lowered = torch.where(teacher_probs == at_target, TARGET_LOWERED_BY, 0.0).to(student)
     others = ((teacher - lowered) / tau).softmax(1)
     distributed = -(others * ((student - lowered) / tau).log_softmax(1)).sum(1).mean()
     return soft + alpha * tau**2 * distributed
@@ -108,6 +112,6 @@ def channel_wise_distillation(student: Tensor, teacher: Tensor, tau: float = 1.0
     """
     if student.shape != teacher.shape:
         raise UsageError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ")
-    said = F.log_softmax(at_least_float32(student).flatten(2) / tau, dim=2)
-    wanted = F.softmax(at_least_float32(teacher.detach()).flatten(2) / tau, dim=2)
-    return -weight * tau**2 * (wanted * said).sum() / (student.shape[0] * student.shape[1])
+    student_log_probs = F.log_softmax(at_least_float32(student).flatten(2) / tau, dim=2)
+    teacher_probs = F.softmax(at_least_float32(teacher.detach()).flatten(2) / tau, dim=2)
+    return -weight * tau**2 * (teacher_probs * student_log_probs).sum() / (student.shape[0] * student.shape[1])

@@ -119,7 +119,7 @@ class Finish(Callback):
             **self.probe.latest,
             **method.summary(),
             "advice": self.advice.lines,
-            "unreadable_images": len(self.skipped.seen),
+            "unreadable_images": len(self.skipped.reasons),
             "images_per_second": round(images / seconds, 1),
             "seconds": round(seconds, 1),
             "duration": duration(seconds),

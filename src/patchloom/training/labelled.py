@@ -170,10 +170,10 @@ class LabelledMethod(Method):
             module.training = training
         if not answers:
             raise UsageError(f"{self.test.name} holds no readable image to measure on")
-        found = torch.cat(labels)
+        targets = torch.cat(labels)
         if isinstance(self.test, Source) and self.test.class_names != self.class_names:
-            found = _renumbered(found, self.test.class_names or [], self.class_names)
-        return torch.cat(answers), found
+            targets = _renumbered(targets, self.test.class_names or [], self.class_names)
+        return torch.cat(answers), targets
 
     def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
         """Return what is measured of test images: logits (B, C)."""
@@ -236,8 +236,8 @@ class LabelledMethod(Method):
         )
         if counts:
             parts = {name: figures.get(f"accuracy_{name}") for name in ("head", "mid", "tail")}
-            said = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)
-            text += f" Classes by their number of training images: {said}."
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in parts.items() if share is not None)
+            text += f" Classes by their number of training images: {shares}."
         if "kappa" in figures:
             text += f" Quadratic kappa {figures['kappa']:.3f}, mean error {figures['mean_grade_error']:.2f} grades."
         return [Section(title="Accuracy by class", text=text, table=table)]
@@ -273,7 +273,7 @@ def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source 
     return test
 
 
-def _renumbered(labels: Tensor, names: list[str], wanted: list[str]) -> Tensor:
+def _renumbered(labels: Tensor, names: list[str], order: list[str]) -> Tensor:
     """Return class numbers in the order of other names; unknown stays -1."""
-    numbers = torch.from_numpy(np.array([wanted.index(name) for name in names], dtype=np.int64))
+    numbers = torch.from_numpy(np.array([order.index(name) for name in names], dtype=np.int64))
     return torch.where(labels >= 0, numbers[labels.clamp_min(0)], labels)

@@ -347,7 +347,7 @@ class Method(lp.LightningModule):
             layer=self.layer,
             depth=depth(self.encoder),
             decay=self.decays,
-            wanted=wanted,
+            select=wanted,
         )
         return adamw(groups, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
 

@@ -59,7 +59,7 @@ def parameter_groups(
     layer: Callable[[str], int] | None = None,
     depth: int = 0,
     decay: Callable[[str, nn.Parameter], bool] = decays,
-    wanted: Callable[[str], bool] = lambda name: True,
+    select: Callable[[str], bool] = lambda name: True,
 ) -> list[dict[str, Any]]:
     """Split a module's trainable parameters into AdamW groups.
 
@@ -69,14 +69,14 @@ def parameter_groups(
         layer: Layer of a parameter by name; needed when `layer_decay` is not 1.
         depth: Number of blocks.
         decay: Whether weight decay applies to a parameter.
-        wanted: Whether a parameter is taken at all, by its name.
+        select: Whether a parameter is taken at all, by its name.
 
     Returns:
         Groups with `params`, `names`, `lr_scale` and `decays`, the layers in descending order.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad or not wanted(name):
+        if not parameter.requires_grad or not select(name):
             continue
         number = layer(name) if layer is not None and layer_decay != 1.0 else depth + 1
         key = (number, decay(name, parameter))

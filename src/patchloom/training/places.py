@@ -56,7 +56,7 @@ def absolute(name: str, value: str) -> str:
     return value if found is None else _joined(found, Path.cwd())
 
 
-def found_again(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
+def relocated(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
     """Return the value of a setting of a saved run, with the path in it as it is now.
 
     Args:
@@ -90,7 +90,7 @@ def found_again(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
 def same_place(name: str, value: str, saved: Mapping[str, Any], run_dir: Path) -> bool:
     """Return whether a value leads to the same place as the one a run was saved with."""
     try:
-        before = found_again(name, saved, run_dir)
+        before = relocated(name, saved, run_dir)
     except UsageError:
         return False
     return _real(name, before) == _real(name, value)

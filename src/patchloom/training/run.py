@@ -50,11 +50,11 @@ from patchloom.training.finish import Finish
 from patchloom.training.health import CollapseWatch
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
-from patchloom.training.places import PLACES, found_again
+from patchloom.training.places import PLACES, relocated
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
 from patchloom.training.size import Advice, fit_to_data
-from patchloom.training.trial import settle, told_of_memory
+from patchloom.training.trial import memory_advice, settle
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def resolve(command: str, method_class: type[Method], settings: Mapping[str, Any
         values = before | {k: v for k, v in values.items() if not (k in AUTO and v == "auto")}
         for name in PLACES & values.keys():
             if values[name] is not None and values[name] == before.get(name) and name != "out":
-                values[name] = found_again(name, before, saved.parent)
+                values[name] = relocated(name, before, saved.parent)
     return config_from_mapping(method_class.config_class, values)
 
 
@@ -170,7 +170,7 @@ def _fit(
         interruption = next(c for c in callbacks if isinstance(c, Interruption))
         _tell_of_signals(trainer)
         try:
-            with stopping.through_lightning(), told_of_memory(config):
+            with stopping.through_lightning(), memory_advice(config):
                 trainer.fit(method, ckpt_path=None if checkpoint is None else str(checkpoint))
         except stopping.Stopped:
             last = run_dir / CHECKPOINTS / LAST
@@ -202,12 +202,12 @@ def _fit(
 
 def _settled(config: TrainConfig, method_class: type[Method], source: Source | StreamSource) -> TrainConfig:
     """Return the settings with numbers in place of `auto`; processes that the first one started take its own."""
-    wanted = [name for name in AUTO if isinstance(getattr(config, name), Auto)]
-    if wanted and not is_first_process() and (Path(config.out) / "config.yaml").exists():
+    undecided = [name for name in AUTO if isinstance(getattr(config, name), Auto)]
+    if undecided and not is_first_process() and (Path(config.out) / "config.yaml").exists():
         written = read_config(Path(config.out) / "config.yaml")
-        settled: dict[str, Any] = {name: int(written[name]) for name in wanted}
+        settled: dict[str, Any] = {name: int(written[name]) for name in undecided}
         return dataclasses.replace(config, **settled)
-    return settle(config, method_class, source, _precision(config)) if wanted else config
+    return settle(config, method_class, source, _precision(config)) if undecided else config
 
 
 def _tell_of_signals(trainer: lp.Trainer) -> None:

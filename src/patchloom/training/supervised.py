@@ -167,9 +167,9 @@ def as_classifier(
         encoder.reset_classifier(num_classes)
         _draw_head(encoder.get_classifier(), init_scale)
         return encoder
-    made = encoder.patchloom_args
+    creation_args = encoder.patchloom_args
     model_args = {
-        name: value for name, value in made["model_args"].items() if name not in ("num_classes", "global_pool")
+        name: value for name, value in creation_args["model_args"].items() if name not in ("num_classes", "global_pool")
     }
     mean = pool == "avg" and not isinstance(encoder, VisionTransformerDistilled)
     model_args["global_pool"] = "avg" if mean else "token"
@@ -179,14 +179,16 @@ def as_classifier(
             model_args |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     size = model_args.pop("img_size", None)
     channels = model_args.pop("in_chans", 3)
-    model = create_encoder(made["architecture"], image_size=size, in_chans=channels, drop_path=drop_path, **model_args)
+    model = create_encoder(
+        creation_args["architecture"], image_size=size, in_chans=channels, drop_path=drop_path, **model_args
+    )
     state = dict(encoder.state_dict())
     shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
     if shared is not None and isinstance(encoder, Beit):
         for number in range(len(model.blocks)):
             state[f"blocks.{number}.attn.relative_position_bias_table"] = shared.clone()
-    own = model.state_dict()
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+    state_dict = model.state_dict()
+    model.load_state_dict({name: value for name, value in state.items() if name in state_dict}, strict=False)
     model.reset_classifier(num_classes)
     made_args = {**model.patchloom_args["model_args"], "num_classes": num_classes}
     model.patchloom_args = {**model.patchloom_args, "model_args": made_args}

@@ -152,8 +152,8 @@ class Targets(nn.Module):
             "majority_share": float(shown.max() / shown.sum()),
             "per_class_accuracy": {
                 name: float(share)
-                for name, share, seen in zip(self.names, shares, present.tolist(), strict=True)
-                if seen
+                for name, share, is_present in zip(self.names, shares, present.tolist(), strict=True)
+                if is_present
             },
         }
         if self.kind == "ordinal":
@@ -174,10 +174,10 @@ class Targets(nn.Module):
             "medium": (counts <= MANY) & (counts >= FEW),
             "few": counts < FEW,
         }
-        there = {name: part & present for name, part in parts.items() if bool((part & present).any())}
-        if len(there) < 2:
+        groups = {name: part & present for name, part in parts.items() if bool((part & present).any())}
+        if len(groups) < 2:
             return {}
-        return {f"accuracy_{name}": float(shares[part].mean()) for name, part in there.items()}
+        return {f"accuracy_{name}": float(shares[part].mean()) for name, part in groups.items()}
 
     @property
     def headline(self) -> str:

@@ -46,11 +46,11 @@ class TeacherAnswers:
         UsageError: Two images have one name.
     """
 
-    def __init__(self, found: Features, name: str) -> None:
-        self.rows = found.vectors
+    def __init__(self, features: Features, name: str) -> None:
+        self.rows = features.vectors
         self.name = name
-        self.place = {key: row for row, key in enumerate(found.keys)}
-        if len(self.place) != len(found.keys):
+        self.place = {key: row for row, key in enumerate(features.keys)}
+        if len(self.place) != len(features.keys):
             raise UsageError(f"images of {name} share names, so a teacher's answers cannot be told apart")
 
     def of(self, keys: Sequence[str]) -> Tensor:
@@ -119,15 +119,15 @@ def teacher_answers(
         "how": {"answers": "logits", "view": repr(view)},
     }
     root = cache_folder(cache)
-    found = None if root is None else kept_rows(root, about, name, source.name, produce)
-    return TeacherAnswers(rows_in_memory(produce) if found is None else found, source.name)
+    features = None if root is None else kept_rows(root, about, name, source.name, produce)
+    return TeacherAnswers(rows_in_memory(produce) if features is None else features, source.name)
 
 
 class AnswersMethod(DistillMethod):
     """Learning of a teacher's answers, asked in every step or once per image."""
 
     config: AnswersConfig
-    kept: TeacherAnswers | None = None
+    cached_answers: TeacherAnswers | None = None
 
     def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
         """Ask the teacher about all images in one process, where the answers are to be found on disk by the others."""
@@ -139,7 +139,7 @@ class AnswersMethod(DistillMethod):
         """Have the teacher's answers ready, where it is asked once per image."""
         super().load_prepared(run_dir)
         if self.config.teacher_view == "fixed":
-            self.kept = self.ask()
+            self.cached_answers = self.ask()
 
     def ask(self) -> TeacherAnswers:
         """Return the teacher's answers about all images, from disk where they are kept there."""
@@ -162,7 +162,7 @@ class AnswersMethod(DistillMethod):
             batch: What the loader gave.
             images: (B, C, H, W), its images as the student sees them.
         """
-        if self.kept is None:
+        if self.cached_answers is None:
             answered: Tensor = self.teacher(self.teacher.view(images, self.encoder))
             return answered
-        return self.teacher.in_order(self.kept.of(batch["key"]).to(images.device))
+        return self.teacher.in_order(self.cached_answers.of(batch["key"]).to(images.device))

@@ -83,8 +83,8 @@ class FrozenTeacher(nn.Module):
             unknown = [name for name in class_names if name not in self.class_names]
             extra = [name for name in self.class_names if name not in class_names]
             if unknown or extra:
-                said = f"does not know {', '.join(unknown[:3])}" if unknown else f"also knows {', '.join(extra[:3])}"
-                return f"the teacher {self.name} tells other classes apart than the data's: it {said}"
+                reason = f"does not know {', '.join(unknown[:3])}" if unknown else f"also knows {', '.join(extra[:3])}"
+                return f"the teacher {self.name} tells other classes apart than the data's: it {reason}"
             order = [self.class_names.index(name) for name in class_names]
             if order != list(range(count)):
                 self.order = torch.tensor(order)
@@ -120,8 +120,10 @@ class FrozenTeacher(nn.Module):
         Returns:
             (B, C, H', W'), normalised for the teacher.
         """
-        own, taught = ({k: tuple(m.pretrained_cfg[k]) for k in ("mean", "std")} for m in (self.model, student))
-        if own != taught:
+        teacher_statistics, student_statistics = (
+            {k: tuple(m.pretrained_cfg[k]) for k in ("mean", "std")} for m in (self.model, student)
+        )
+        if teacher_statistics != student_statistics:
             images = normalize(denormalize(images, student), self.model)
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode=interpolation, antialias=antialias, align_corners=False)
@@ -201,10 +203,10 @@ class DistillMethod(SupervisedMethod):
         self.teacher, notices = open_teacher(config.teacher, size=config.teacher_image_size, channels=config.in_chans)
         for notice in notices:
             self.notice(notice)
-        size, own = self.teacher.size, self.input_size
-        if size != own:
-            stretched = "" if own[0] * size[1] == own[1] * size[0] else ", out of proportion"
-            self.notice(f"images of {said(own)} pixels are resized to {said(size)} for the teacher{stretched}")
+        size, student_size = self.teacher.size, self.input_size
+        if size != student_size:
+            stretched = "" if student_size[0] * size[1] == student_size[1] * size[0] else ", out of proportion"
+            self.notice(f"images of {said(student_size)} pixels are resized to {said(size)} for the teacher{stretched}")
 
     def notice(self, text: str) -> None:
         """Say something once, now on the error stream and later in the report."""

@@ -69,21 +69,23 @@ def settle(config: Config, method_class: type[Method], source: Source | StreamSo
     Raises:
         UsageError: Not one image fits, processes start together, or the method cannot be tried.
     """
-    wanted = [name for name in ("batch_size", "num_workers") if isinstance(getattr(config, name), Auto)]
-    if not wanted:
+    undecided = [name for name in ("batch_size", "num_workers") if isinstance(getattr(config, name), Auto)]
+    if not undecided:
         return config
     if config.nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise UsageError(f"{wanted[0]}=auto is settled by one process, and several start together here; give a number")
+        raise UsageError(
+            f"{undecided[0]}=auto is settled by one process, and several start together here; give a number"
+        )
     start, settled = time.monotonic(), dict[str, Any]()
     with contextlib.redirect_stderr(io.StringIO()):  # what the run says, it says by itself
         method = method_class(config, source)
     if method.phases():
-        raise UsageError(f"{wanted[0]}=auto tries steps of one loss, and this method has several; give a number")
+        raise UsageError(f"{undecided[0]}=auto tries steps of one loss, and this method has several; give a number")
     sample, reading = _sample(method)
-    most = _most(config, method_class.images_to_learn_from(config, source)) if "batch_size" in wanted else None
+    most = _most(config, method_class.images_to_learn_from(config, source)) if "batch_size" in undecided else None
     with _as_it_was():
         tried = trial(method, sample, precision, most=most, fixed=None if most else config.batch_size, start=start)
-    if "batch_size" in wanted:
+    if "batch_size" in undecided:
         best = choose(tried)
         settled["batch_size"] = best.batch_size
         rate = "" if config.lr_base_batch is None else ", the learning rate scaled to it"
@@ -93,7 +95,7 @@ def settle(config: Config, method_class: type[Method], source: Source | StreamSo
         )
     else:
         best = tried[-1]
-    if "num_workers" in wanted:
+    if "num_workers" in undecided:
         settled["num_workers"] = workers(reading, best.seconds / best.batch_size, _cores() // max(1, config.devices))
         notice(
             f"num_workers=auto: {settled['num_workers']} (reading an image takes {1000 * reading:.3g} ms, training on "
@@ -221,14 +223,14 @@ def repeated(sample: dict[str, Any], size: int, device: torch.device) -> dict[st
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there was not enough memory, on a GPU, in torch or in Python."""
-    said = str(error)
+    text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
 
 
 @contextlib.contextmanager
-def told_of_memory(config: TrainConfig) -> Iterator[None]:
+def memory_advice(config: TrainConfig) -> Iterator[None]:
     """Say what to change where memory runs out.
 
     Raises:

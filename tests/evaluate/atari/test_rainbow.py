@@ -153,7 +153,7 @@ def test_what_sees_can_be_rebuilt(kind):
         vision = vision_of(encoder)
     else:
         vision = make_vision(kind, frames=4)
-    again = rebuild_vision(vision.made)
+    again = rebuild_vision(vision.settings)
     again.load_state_dict(vision.state_dict())
     stacks = torch.rand(2, 4, 84, 84)
     torch.testing.assert_close(again.eval()(stacks), vision.eval()(stacks))

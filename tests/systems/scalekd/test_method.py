@@ -125,7 +125,7 @@ def test_the_teachers_answers_are_put_in_the_order_of_the_data(data, tmp_path):
     method = made(data, write_teacher(tmp_path / "t", classes=("red", "blue", "green")))
     images = batch(method)["image"]
     raw = method.teacher.model(method.teacher.view(images, method.encoder))
-    torch.testing.assert_close(method.seen(images).logits, raw[:, [1, 2, 0]])
+    torch.testing.assert_close(method.teacher_output(images).logits, raw[:, [1, 2, 0]])
 
 
 STUDENTS = {

@@ -21,7 +21,7 @@ from patchloom.evaluate.atari.replay import Replay
 from patchloom.io import write_rows, written_whole
 
 CHECKPOINT, FRAMES = "agent.ckpt", "frames.raw"
-SAID_EVERY = 15.0
+REPORT_EVERY = 15.0
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Training:
     def _run(self) -> None:
         config, game = self.config, self.game
         frame, first, gained, lives = game.reset(seed=self._game_seed()), True, 0.0, game.lives
-        self.started, self.said, self.began_at = time.monotonic(), time.monotonic(), self.step
-        seen: deque[np.ndarray] = deque([frame] * self.memory.frames, maxlen=self.memory.frames)
+        self.started, self.reported, self.began_at = time.monotonic(), time.monotonic(), self.step
+        recent: deque[np.ndarray] = deque([frame] * self.memory.frames, maxlen=self.memory.frames)
         while self.step < config.steps:
-            action = self._choose(np.stack(seen))
+            action = self._choose(np.stack(recent))
             following, reward, over = game.step(action)
             lost = over or game.lives < lives
             self.memory.add(frame, action, float(np.clip(reward, -1, 1)), lost, first)
@@ -102,9 +102,9 @@ class Training:
                 self.episodes.append((self.step, gained))
                 following, first, gained = game.reset(), True, 0.0
                 lives = game.lives
-                seen.extend([following] * self.memory.frames)
+                recent.extend([following] * self.memory.frames)
             else:
-                seen.append(following)
+                recent.append(following)
             frame = following
             self._learn()
             if self.folder is not None and self.step % config.checkpoint_every == 0:
@@ -138,17 +138,17 @@ class Training:
         for episode in range(self.config.eval_episodes):
             frame = self.game.reset(seed=1_000_000 + 1000 * self.seed + episode)
             generator = np.random.default_rng([self.seed, 2, episode])
-            seen: deque[np.ndarray] = deque([frame] * self.memory.frames, maxlen=self.memory.frames)
+            recent: deque[np.ndarray] = deque([frame] * self.memory.frames, maxlen=self.memory.frames)
             gained, over = 0.0, False
             for _ in range(self.config.eval_steps):
                 # One action in a thousand is drawn, as in the literature: a player that is stuck gets on.
                 if generator.random() < 1e-3:
                     action = int(generator.integers(self.game.num_actions))
                 else:
-                    action = self.agent.act(np.stack(seen), noisy=False)
+                    action = self.agent.act(np.stack(recent), noisy=False)
                 frame, reward, over = self.game.step(action)
                 gained += reward
-                seen.append(frame)
+                recent.append(frame)
                 self._speak(f"episode {episode + 1}/{self.config.eval_episodes} of the final score")
                 if over:
                     break
@@ -186,9 +186,9 @@ class Training:
 
     def _speak(self, doing: str | None = None) -> None:
         now = time.monotonic()
-        if now - self.said < SAID_EVERY:
+        if now - self.reported < REPORT_EVERY:
             return
-        self.said = now
+        self.reported = now
         rate = (self.step - self.began_at) / max(now - self.started, 1e-9)
         parts = [self.label, doing or f"step {self.step}/{self.config.steps}"]
         if self.episodes:

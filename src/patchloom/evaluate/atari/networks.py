@@ -33,14 +33,14 @@ class Vision(nn.Module):
         made: What rebuilds it, see `make_vision`.
     """
 
-    def __init__(self, encoder: nn.Module, width: int, frames: int, made: dict[str, Any]) -> None:
+    def __init__(self, encoder: nn.Module, width: int, frames: int, settings: dict[str, Any]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.width, self.frames, self.made = width, frames, made
+        self.width, self.frames, self.settings = width, frames, settings
 
     def forward(self, stacks: Tensor) -> Tensor:
         """Return (B, width) for (B, frames, H, W) in [0, 1]."""
-        if self.made["kind"] == "timm":
+        if self.settings["kind"] == "timm":
             stacks = normalize(stacks, self.encoder)
         features: Tensor = self.encoder(stacks)
         return features
@@ -63,8 +63,8 @@ def make_vision(kind: str, frames: int = 4, size: int = 84) -> Vision:
     for width, kernel, stride in shapes:
         layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU(inplace=True)]
         channels, side = width, (side - kernel) // stride + 1
-    made = {"kind": kind, "frames": frames, "size": size}
-    return Vision(nn.Sequential(*layers, nn.Flatten()), channels * side * side, frames, made)
+    settings = {"kind": kind, "frames": frames, "size": size}
+    return Vision(nn.Sequential(*layers, nn.Flatten()), channels * side * side, frames, settings)
 
 
 def vision_of(encoder: Encoder) -> Vision:
@@ -72,23 +72,29 @@ def vision_of(encoder: Encoder) -> Vision:
     about = made_from(encoder)
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in about["model_args"].items()}
     config = dict(encoder.pretrained_cfg)
-    made = {
+    settings = {
         "kind": "timm",
         "architecture": about["architecture"],
         "model_args": plain,
         "mean": list(config["mean"]),
         "std": list(config["std"]),
     }
-    return Vision(encoder, embed_dim(encoder), in_chans(encoder), made)
+    return Vision(encoder, embed_dim(encoder), in_chans(encoder), settings)
 
 
-def rebuild_vision(made: dict[str, Any]) -> Vision:
-    """Return a fresh network of the kind `Vision.made` describes."""
-    if made["kind"] != "timm":
-        return make_vision(made["kind"], made["frames"], made["size"])
-    arguments: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in made["model_args"].items()}
-    encoder = create_encoder(made["architecture"], image_size=arguments.pop("img_size"), **arguments)
-    encoder.pretrained_cfg = {**dict(encoder.pretrained_cfg), "mean": tuple(made["mean"]), "std": tuple(made["std"])}
+def rebuild_vision(settings: dict[str, Any]) -> Vision:
+    """Return a fresh network of the kind `Vision.settings` describes."""
+    if settings["kind"] != "timm":
+        return make_vision(settings["kind"], settings["frames"], settings["size"])
+    arguments: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings["model_args"].items()
+    }
+    encoder = create_encoder(settings["architecture"], image_size=arguments.pop("img_size"), **arguments)
+    encoder.pretrained_cfg = {
+        **dict(encoder.pretrained_cfg),
+        "mean": tuple(settings["mean"]),
+        "std": tuple(settings["std"]),
+    }
     return vision_of(encoder)
 
 

@@ -43,7 +43,7 @@ def save_agent(agent: RainbowAgent, folder: Path, game: str, size: int) -> None:
     about = {
         "game": game,
         "size": size,
-        "vision": agent.online.vision.made,
+        "vision": agent.online.vision.settings,
         "num_actions": agent.online.num_actions,
         "hidden": agent.config.hidden,
         "atoms": agent.config.atoms,

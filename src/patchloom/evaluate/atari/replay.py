@@ -107,8 +107,8 @@ class Replay:
     def stacks(self, places: np.ndarray) -> np.ndarray:
         """Return what was seen at steps, (B, frames, H, W)."""
         back = places[:, None] + np.arange(1 - self.frames, 1)
-        seen: np.ndarray = self.pixels[np.maximum(back, self.starts[places][:, None])]
-        return seen
+        stacked: np.ndarray = self.pixels[np.maximum(back, self.starts[places][:, None])]
+        return stacked
 
     def sample(self, batch: int, generator: np.random.Generator, beta: float = 0.4) -> Transitions:
         """Draw transitions with probability in proportion to their priority.

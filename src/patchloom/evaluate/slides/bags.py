@@ -127,11 +127,11 @@ def read_cohort(
     task, numbers = _task(values, kind, classes, labels)
     patients = [rows[name].get(patient_column, "").strip() or name for name in names]
     _refuse_contradictions(patients, values)
-    found = [_bag(store, name, n_tiles, choice) for name in names]
-    widths = {bag.shape[1] for bag, _ in found}
+    bags = [_bag(store, name, n_tiles, choice) for name in names]
+    widths = {bag.shape[1] for bag, _ in bags}
     if len(widths) > 1:
         raise UsageError(f"{features} holds features of widths {sorted(widths)}; one encoder makes one width")
-    return Cohort(names, [b for b, _ in found], numbers, patients, task, left_out, [places for _, places in found])
+    return Cohort(names, [b for b, _ in bags], numbers, patients, task, left_out, [places for _, places in bags])
 
 
 def _bag(store: TileStore, name: str, n_tiles: int | None, choice: Choice) -> tuple[Tensor, np.ndarray]:

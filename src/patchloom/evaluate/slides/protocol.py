@@ -114,13 +114,13 @@ class Slides:
                 found.append(TileStore(out))
         return found[0], found[1] if len(found) > 1 else None
 
-    def _cohort(self, store: TileStore, labels: str, like: Cohort | None = None) -> Cohort:
+    def _cohort(self, store: TileStore, labels: str, training_cohort: Cohort | None = None) -> Cohort:
         config = self.config
         return read_cohort(
             store.path,
             labels,
-            kind=like.task.kind if like else None if config.task == "auto" else config.task,
-            classes=like.task.classes if like and like.task.classes else None,
+            kind=training_cohort.task.kind if training_cohort else None if config.task == "auto" else config.task,
+            classes=training_cohort.task.classes if training_cohort and training_cohort.task.classes else None,
             label_column=config.label_column,
             slide_column=config.slide_column,
             patient_column=config.patient_column,
@@ -255,13 +255,15 @@ def compared(cohort: Cohort, first: np.ndarray, second: np.ndarray, labels: np.n
     return paired_bootstrap(cohort.task.score, first, second, labels, seed=seed)
 
 
-def refuse_unlike(train: TileStore, test: TileStore, seen: Cohort, unseen: Cohort) -> None:
+def refuse_unlike(train: TileStore, test: TileStore, train_cohort: Cohort, test_cohort: Cohort) -> None:
     """Refuse a test cohort that shares patients with the training cohort, or whose features were made otherwise.
 
     Raises:
         UsageError: Says which.
     """
-    shared = sorted(set(seen.patients) & set(unseen.patients) or set(seen.names) & set(unseen.names))
+    shared = sorted(
+        set(train_cohort.patients) & set(test_cohort.patients) or set(train_cohort.names) & set(test_cohort.names)
+    )
     if shared:
         raise UsageError(
             f"{len(shared)} patients or slides are in both cohorts, {shared[0]} among them; leave them out of one"
@@ -276,8 +278,10 @@ def refuse_unlike(train: TileStore, test: TileStore, seen: Cohort, unseen: Cohor
         ours, theirs = (store.about.get("tiles", {}).get(name) for store in (train, test))
         if ours is not None and theirs is not None and ours != theirs:
             raise UsageError(f"tiles in {test.path} have {name} {theirs}, those in {train.path} {ours}; cut both alike")
-    if seen.width != unseen.width:
-        raise UsageError(f"features in {test.path} are {unseen.width} wide, those in {train.path} {seen.width}")
+    if train_cohort.width != test_cohort.width:
+        raise UsageError(
+            f"features in {test.path} are {test_cohort.width} wide, those in {train.path} {train_cohort.width}"
+        )
 
 
 def write_predictions(path: Path, answers: Answers) -> None:
@@ -305,5 +309,9 @@ def _has_column(answers: Answers) -> bool:
     return answers.one_model is not None and answers.one_model.ndim == 1
 
 
-def _as_dict(found: Difference) -> dict[str, Any]:
-    return {"difference": found.value, "interval": [found.low, found.high], "p_value": found.p_value}
+def _as_dict(difference: Difference) -> dict[str, Any]:
+    return {
+        "difference": difference.value,
+        "interval": [difference.low, difference.high],
+        "p_value": difference.p_value,
+    }

@@ -84,13 +84,13 @@ class TileStore:
             raise UsageError(f"{file} is damaged ({error}); make the features again in another folder") from error
         return about
 
-    def _refuse_changes(self, there: dict[str, Any]) -> None:
-        for name in {**there, **self.about}:
+    def _refuse_changes(self, stored: dict[str, Any]) -> None:
+        for name in {**stored, **self.about}:
             # The same weights may go by another name.
-            if name != "encoder" and there.get(name) != self.about.get(name):
+            if name != "encoder" and stored.get(name) != self.about.get(name):
                 raise UsageError(
-                    f"{self.path} was made with {name} {there.get(name)}, not {self.about.get(name)}; one folder holds "
-                    f"features of one kind, choose another out"
+                    f"{self.path} was made with {name} {stored.get(name)}, not {self.about.get(name)}; one folder "
+                    "holds features of one kind, choose another out"
                 )
 
     def names(self) -> list[str]:

@@ -103,9 +103,9 @@ def tissue_mask(image: np.ndarray, threshold: float | None = None, drop_pen: boo
         counts &= (red >= green) & (blue <= 1.35 * red) & (value > 0.25)
     if threshold is None:
         # Ink and borders have no say. One level alone cannot be split in two.
-        told = saturation[counts]
-        two = told.size > 0 and np.ptp(told) > 0
-        threshold = max(float(threshold_otsu(told)), LEAST_SATURATION) if two else LEAST_SATURATION
+        counted = saturation[counts]
+        two = counted.size > 0 and np.ptp(counted) > 0
+        threshold = max(float(threshold_otsu(counted)), LEAST_SATURATION) if two else LEAST_SATURATION
     mask = counts & (saturation > threshold)
     # The median of a mask is what most of the neighbourhood says.
     return uniform_filter(mask.astype(np.float32), MEDIAN_SIDE) > 0.5

@@ -168,10 +168,10 @@ def cross_validate_mil(
     curves = []
     for point in points:
         each = []
-        for number, (seen, unseen) in enumerate(parts):
+        for number, (train_rows, test_rows) in enumerate(parts):
             ours = replace(settings, **point, seed=settings.seed + number)
-            held_out = [bags[place] for place in unseen], labels[unseen]
-            each.append(fit([bags[place] for place in seen], labels[seen], task, ours, held_out)[1])
+            held_out = [bags[place] for place in test_rows], labels[test_rows]
+            each.append(fit([bags[place] for place in train_rows], labels[train_rows], task, ours, held_out)[1])
             next(done, None)
         curves.append(_mean_curve(each))
     best = max(range(len(points)), key=lambda number: (max(curves[number]), -number))
@@ -179,9 +179,9 @@ def cross_validate_mil(
     epochs = max(index, 1) if epoch_as_published else index + 1
     chosen = replace(settings, **points[best], epochs=epochs)
     heads = []
-    for number, (seen, _) in enumerate(parts):
+    for number, (train_rows, _) in enumerate(parts):
         ours = replace(chosen, seed=settings.seed + number)
-        heads.append(fit([bags[place] for place in seen], labels[seen], task, ours)[0])
+        heads.append(fit([bags[place] for place in train_rows], labels[train_rows], task, ours)[0])
         next(done, None)
     choice = {
         "grid": [{**point, "curve": curve} for point, curve in zip(points, curves, strict=True)],
@@ -189,7 +189,7 @@ def cross_validate_mil(
         "epochs": epochs,
         "validation": curves[best][index],
     }
-    return MILEnsemble(heads, task, chosen, choice, [unseen for _, unseen in parts])
+    return MILEnsemble(heads, task, chosen, choice, [test_rows for _, test_rows in parts])
 
 
 def retrain(bags: Sequence[Tensor], labels: np.ndarray, ensemble: MILEnsemble) -> MILEnsemble:
@@ -223,13 +223,13 @@ def nested_cross_validation(
     """
     settings = settings or FitSettings()
     results = []
-    for number, (seen, unseen) in enumerate(split_patients(labels, groups, task, folds, repeats)):
+    for number, (train_rows, test_rows) in enumerate(split_patients(labels, groups, task, folds, repeats)):
         ours = replace(settings, seed=settings.seed + 1000 * (number + 1))
-        training = [bags[place] for place in seen], labels[seen]
+        training = [bags[place] for place in train_rows], labels[train_rows]
         inner = cross_validate_mil(
             training[0],
             training[1],
-            [groups[place] for place in seen],
+            [groups[place] for place in train_rows],
             task,
             ours,
             grid=grid,
@@ -239,10 +239,10 @@ def nested_cross_validation(
             progress=False,
         )
         model = retrain(*training, inner)
-        scores = model.predict([bags[place] for place in unseen])
+        scores = model.predict([bags[place] for place in test_rows])
         chosen = {"lr": model.settings.lr, "weight_decay": model.settings.weight_decay, "epochs": model.settings.epochs}
         place = {"repeat": number // folds, "fold": number % folds}
-        results.append({**place, "metric": task.metric(labels[unseen], scores), **chosen})
+        results.append({**place, "metric": task.metric(labels[test_rows], scores), **chosen})
     return results
 
 

@@ -61,11 +61,11 @@ class Slide:
 
     def _mpp(self, given: float | None) -> float:
         try:
-            said = [float(self.handle.properties[f"openslide.mpp-{axis}"]) for axis in "xy"]
+            mpp = [float(self.handle.properties[f"openslide.mpp-{axis}"]) for axis in "xy"]
         except (KeyError, ValueError):
-            said = []
-        if said and min(said) > 0:
-            return sum(said) / 2
+            mpp = []
+        if mpp and min(mpp) > 0:
+            return sum(mpp) / 2
         if given is None:
             raise UnreadableImageError(
                 self.name,

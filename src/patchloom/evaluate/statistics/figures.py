@@ -16,7 +16,7 @@ MOST_AREAS = 20
 
 
 def classification_figures(
-    said: Predictions,
+    predictions: Predictions,
     train: Features,
     test: Features,
     *,
@@ -27,8 +27,8 @@ def classification_figures(
     """Return accuracy with its interval, balanced and per-class accuracy, counts and unreadable images.
 
     Args:
-        said: Predicted classes of the n test images; with `scores` (votes, probabilities or logits by class) the mean
-            AUROC of each class against the rest is given too.
+        predictions: Predicted classes of the n test images; with `scores` (votes, probabilities or logits by class) the
+            mean AUROC of each class against the rest is given too.
         train: What was learnt from.
         test: The n features that was said of.
         draws: Bootstrap draws of each interval.
@@ -40,26 +40,26 @@ def classification_figures(
         `majority_share` is the accuracy of naming the commonest of them every time. `interval` is that of `score`, the
         accuracy.
     """
-    class_names = said.class_names
-    right, classes = torch.from_numpy(said.predicted) == test.labels, len(class_names)
+    class_names = predictions.class_names
+    right, classes = torch.from_numpy(predictions.predicted) == test.labels, len(class_names)
     drawn: dict[str, Any] = {"draws": draws, "seed": seed, "resample": resample}
     shown = test.labels.bincount(minlength=classes).double()
     shares = test.labels[right].bincount(minlength=classes) / shown
     present = shown > 0
     per_class = {name: float(shares[number]) for number, name in enumerate(class_names) if present[number]}
-    found = {score.name: said.interval(score, **drawn) for score in (accuracy, balanced_accuracy, macro_f1)}
-    if said.scores is not None and 2 <= classes <= MOST_AREAS:
-        found["auroc"] = said.interval(mean_auroc, **drawn)
-    values = {name: interval.value for name, interval in found.items()}
+    intervals = {score.name: predictions.interval(score, **drawn) for score in (accuracy, balanced_accuracy, macro_f1)}
+    if predictions.scores is not None and 2 <= classes <= MOST_AREAS:
+        intervals["auroc"] = predictions.interval(mean_auroc, **drawn)
+    values = {name: interval.value for name, interval in intervals.items()}
     return {
         "score": values.pop("accuracy"),
         "score_name": "accuracy",
-        "interval": found["accuracy"].ends,
-        "accuracy": found["accuracy"].value,
+        "interval": intervals["accuracy"].ends,
+        "accuracy": intervals["accuracy"].value,
         "balanced_accuracy": values.pop("balanced_accuracy"),
         "majority_share": float(shown.max() / shown.sum()),
         **values,
-        "intervals": {name: interval.ends for name, interval in found.items()},
+        "intervals": {name: interval.ends for name, interval in intervals.items()},
         "per_class_accuracy": per_class,
         **counts(train, test),
     }

@@ -140,10 +140,10 @@ def _mean_auroc(scores: Array, truth: Array, weights: Array) -> Array:
 def _label_macro_f1(scores: Array, truth: Array, weights: Array) -> Array:
     """Mean over the labels that occur of F1 at probability 0.5; unknown labels are left out."""
     known = ~np.isnan(truth)
-    said, there = (scores >= 0.5) & known, np.nan_to_num(truth) > 0.5
-    occur = weights @ there.astype(np.int64)
-    twice = occur + weights @ said.astype(np.int64)
-    return _mean_over(_share(2.0 * (weights @ (said & there).astype(np.int64)), twice), occur > 0)
+    predicted, present = (scores >= 0.5) & known, np.nan_to_num(truth) > 0.5
+    occur = weights @ present.astype(np.int64)
+    twice = occur + weights @ predicted.astype(np.int64)
+    return _mean_over(_share(2.0 * (weights @ (predicted & present).astype(np.int64)), twice), occur > 0)
 
 
 def exact_share(right: int, n: int, level: float) -> tuple[float, float]:
@@ -196,8 +196,8 @@ def _auroc_ends(scores: Array, truth: Array, level: float) -> tuple[float, float
         once = np.ones((1, len(truth)), dtype=np.int64)
         margin = scores[:, 1] - scores[:, 0]
         areas = [
-            float(auroc_weighted(one, there, once)[0])
-            for one, there in ((scores[:, 0], truth == 0), (scores[:, 1], truth == 1), (margin, truth == 1))
+            float(auroc_weighted(one, positive, once)[0])
+            for one, positive in ((scores[:, 0], truth == 0), (scores[:, 1], truth == 1), (margin, truth == 1))
         ]
         if not np.ptp(areas) < 1e-9:
             return None

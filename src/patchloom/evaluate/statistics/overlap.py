@@ -27,17 +27,17 @@ Array = np.ndarray
 BACKGROUND = 0
 
 
-def counted_areas(said: Tensor, truth: Tensor, num_classes: int, as_published: bool = False) -> Areas:
+def counted_areas(predicted: Tensor, truth: Tensor, num_classes: int, as_published: bool = False) -> Areas:
     """Return the areas that Dice and Jaccard are counted from.
 
     Args:
-        said: Class of each pixel.
+        predicted: Class of each pixel.
         truth: The truth, of the same shape.
         num_classes: K.
         as_published: Leave out pixels whose truth is background, as the radiology benchmark's scores do: what is
             predicted there then goes unseen.
     """
-    return areas(said, torch.where(truth == BACKGROUND, IGNORED, truth) if as_published else truth, num_classes)
+    return areas(predicted, torch.where(truth == BACKGROUND, IGNORED, truth) if as_published else truth, num_classes)
 
 
 def iou_of(sums: Array) -> Array:
@@ -72,19 +72,19 @@ FOREGROUND_SCORES = {
 
 
 def scores_with_intervals(
-    found: Areas, class_names: list[str], seed: int = 0, draws: int = 1000, counted: Areas | None = None
+    image_areas: Areas, class_names: list[str], seed: int = 0, draws: int = 1000, counted: Areas | None = None
 ) -> dict[str, Any]:
     """Return the scores of a whole set with bootstrap intervals over its images.
 
     Args:
-        found: Areas (n, K) of each image.
+        image_areas: Areas (n, K) of each image.
         class_names: K names, the background first if there is one.
         seed: Seed of the draws.
         draws: How many.
         counted: Areas that Dice and Jaccard are counted from, see `counted_areas`; default: the same.
     """
-    scores = segmentation_scores(found.total())
-    tables, of_overlap = _tables(found), _tables(counted or found)
+    scores = segmentation_scores(image_areas.total())
+    tables, of_overlap = _tables(image_areas), _tables(counted or image_areas)
     nobody = np.zeros(len(tables))  # images are drawn alike, whatever is on them
 
     def interval(score: Score, part: Array) -> list[float | None]:
@@ -95,7 +95,7 @@ def scores_with_intervals(
         return ends.ends
 
     names = dict(enumerate(class_names))
-    absent = [names[number] for number, count in enumerate(found.true.sum(0).tolist()) if not count]
+    absent = [names[number] for number, count in enumerate(image_areas.true.sum(0).tolist()) if not count]
     figures: dict[str, Any] = {
         "score": scores["miou"],
         "score_name": "miou",
@@ -133,8 +133,8 @@ def plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _tables(found: Areas) -> Array:
-    return torch.stack(list(found), dim=1).numpy().astype(np.float64)
+def _tables(image_areas: Areas) -> Array:
+    return torch.stack(list(image_areas), dim=1).numpy().astype(np.float64)
 
 
 def _drawn_areas(tables: Array, weights: Array) -> Array:

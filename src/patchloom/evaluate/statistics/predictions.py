@@ -95,8 +95,8 @@ class Predictions:
         shown = np.bincount(self.targets.astype(np.int64), minlength=len(self.class_names))
         absent = [name for name, count in zip(self.class_names, shown, strict=False) if not count]
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        said = f"no test image of {', '.join(absent[:3])}{more}: figures and intervals say nothing of them"
-        return [said] if absent else []
+        text = f"no test image of {', '.join(absent[:3])}{more}: figures and intervals say nothing of them"
+        return [text] if absent else []
 
     def ordered_like(self, other: Predictions) -> Predictions:
         """Return the predictions in the order of others of the same images.

@@ -56,17 +56,17 @@ def of_classes(predicted: Array, truth: Array, units: int) -> WhatIf:
     n, classes = len(truth), int(max(predicted.max(initial=0), truth.max(initial=0))) + 1
     shown = np.bincount(truth, minlength=classes)
     accuracy = (float((predicted == truth).sum()) + 2) / (n + 4)
-    said = np.bincount(predicted, minlength=classes) + 1.0
+    predicted_counts = np.bincount(predicted, minlength=classes) + 1.0
     occurring = np.flatnonzero(shown)
     # The answers given most often, where there are too many to think of each.
-    likely = np.sort(np.argsort(-said, kind="stable")[: max(2, MOST_KINDS // len(occurring))])
+    likely = np.sort(np.argsort(-predicted_counts, kind="stable")[: max(2, MOST_KINDS // len(occurring))])
     true, answer = (part.ravel() for part in np.meshgrid(occurring, likely, indexing="ij"))
     kept = true != answer
     true, answer = true[kept], answer[kept]
     if not len(true):  # one class, and no other to take it for
         true, answer = occurring, occurring + 1
-        said = np.append(said, 1.0)
-    share = said[answer] / np.bincount(true, weights=said[answer], minlength=classes)[true]
+        predicted_counts = np.append(predicted_counts, 1.0)
+    share = predicted_counts[answer] / np.bincount(true, weights=predicted_counts[answer], minlength=classes)[true]
     of_class, shrunk = shown[true] / n, SHRUNK * units / n
     return WhatIf(
         answer,
@@ -98,13 +98,13 @@ def of_scores(scores: Array, truth: Array, units: int) -> WhatIf:
     lowest, highest = scores.min(0) - 1, scores.max(0) + 1
     if truth.ndim == 1:
         occurring, counts = np.unique(truth, return_counts=True)
-        there = occurring[:, None] == (np.arange(scores.shape[1]) if scores.shape[1] > 1 else 1)
+        present = occurring[:, None] == (np.arange(scores.shape[1]) if scores.shape[1] > 1 else 1)
         targets, mass = occurring, WRONG * counts / len(truth)
     else:
         occurs = float((truth > 0.5).mean())
-        there = np.stack([np.ones(scores.shape[1], dtype=bool), np.zeros(scores.shape[1], dtype=bool)])
-        targets, mass = there.astype(np.float64), WRONG * np.array([occurs, 1 - occurs])
-    worst, best = np.where(there, lowest, highest), np.where(there, highest, lowest)
+        present = np.stack([np.ones(scores.shape[1], dtype=bool), np.zeros(scores.shape[1], dtype=bool)])
+        targets, mass = present.astype(np.float64), WRONG * np.array([occurs, 1 - occurs])
+    worst, best = np.where(present, lowest, highest), np.where(present, highest, lowest)
     return WhatIf(worst, best, targets, mass, np.zeros_like(mass), mass / 2)
 
 

@@ -83,7 +83,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
             raise UsageError(f"the checkpoint has no {name}, so it is no AdaptFormer model")
     if has(state, "fc_norm."):
         require(state, "fc_norm.weight", "fc_norm.bias")
-    config = SETTINGS.settle(_with_words(SETTINGS.renamed(config)), _told_by_shapes(state))
+    config = SETTINGS.settle(_with_words(SETTINGS.renamed(config)), _inferred_from_shapes(state))
     encoder = _encoder(state, config)
     ours = _our_names(state)
     pooled = {name: ours[f"fc_norm.{name}"] for name in ("weight", "bias") if f"fc_norm.{name}" in ours}
@@ -97,7 +97,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     return encoder.eval()
 
 
-def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     kernel, (hidden, width) = state["patch_embed.proj.weight"], state["blocks.0.fc1.weight"].shape
     video = kernel.ndim == 5
@@ -169,9 +169,9 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
 
 
 def _image_size(state: Mapping[str, Tensor], config: Mapping[str, Any], patch: int) -> tuple[int, int]:
-    told = config.get("image_size")
-    if told is not None:
-        return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
+    size = config.get("image_size")
+    if size is not None:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if "pos_embed" not in state:
         return 224, 224  # positions of video are computed for the clip at hand
     patches = state["pos_embed"].shape[1] - ("cls_token" in state)

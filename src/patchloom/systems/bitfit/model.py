@@ -72,8 +72,8 @@ class BitFit(Readout, Insertion):
         """Write the biases into the encoder."""
         self.check_merges()
         for name, bias in zip(self.names, self.biases, strict=True):
-            own: Tensor = encoder.get_parameter(name)
-            own.copy_(bias)
+            parameter: Tensor = encoder.get_parameter(name)
+            parameter.copy_(bias)
 
 
 def _is_bias(name: str) -> bool:

@@ -258,15 +258,15 @@ class CCViTMethod(Method):
         output = self.model(inputs, masked, targets=supervised)
         rows = {"corrupted input": corrupted, "centroid targets": centroids}
         if self.config.target != "pixel":
-            said = patches.clone()
-            said[supervised] = self.tokenizer.centroids[output.token_logits.argmax(-1)].to(said.dtype)
-            rows["predicted centroids"] = said
+            predicted = patches.clone()
+            predicted[supervised] = self.tokenizer.centroids[output.token_logits.argmax(-1)].to(predicted.dtype)
+            rows["predicted centroids"] = predicted
         if output.pixels is not None:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
-            said = patches.clone()
+            predicted = patches.clone()
             spread = (variance + 1e-6).sqrt()
-            said[supervised] = output.pixels.to(said.dtype) * spread[supervised] + mean[supervised]
-            rows["predicted pixels"] = said.clamp(0, 1)
+            predicted[supervised] = output.pixels.to(predicted.dtype) * spread[supervised] + mean[supervised]
+            rows["predicted pixels"] = predicted.clamp(0, 1)
         return {name: unpatchify(row, self.size, self.grid, self.channels) for name, row in rows.items()}
 
 

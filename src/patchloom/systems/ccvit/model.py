@@ -135,8 +135,8 @@ class CentroidMIM(nn.Module):
         Returns:
             Predictions for M = number of true entries of `targets` (or B·N), batch-major.
         """
-        wanted = targets if targets is not None else masked
-        rows = None if wanted is None or return_all_tokens else wanted.flatten(1)
+        positions = targets if targets is not None else masked
+        rows = None if positions is None or return_all_tokens else positions.flatten(1)
         main, early = self.forward_features(x, masked, rows)
         if rows is not None:
             main, early = main[rows], early[rows] if early is not None else None
@@ -251,8 +251,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets)
 
 
-def _squared_error(said: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(at_least_float32(said), at_least_float32(targets))
+def _squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(at_least_float32(predictions), at_least_float32(targets))
 
 
 def _expected(logits: Tensor, centroids: Tensor) -> Tensor:

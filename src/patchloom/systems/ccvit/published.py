@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from patchloom.errors import UsageError
 from patchloom.models.published import fill, has, require
 from patchloom.models.published_beit import SETTINGS as OF_ENCODERS
-from patchloom.models.published_beit import count, make_encoder, resize, told_by, without_indices
+from patchloom.models.published_beit import count, inferred_from, make_encoder, resize, without_indices
 from patchloom.models.published_settings import set_epsilon
 from patchloom.systems.ccvit.model import CentroidMIM
 from patchloom.systems.segmentation_heads import published_dense as dense
@@ -64,7 +64,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no CCViT encoder")
     state = without_indices(state)
-    config = SETTINGS.settle(config, _told_by_shapes(state))
+    config = SETTINGS.settle(config, _inferred_from_shapes(state))
     model = _pretrained(state, config) if has(state, "lm_head.", "mask_token") else _finetuned(state, config)
     set_epsilon(model, config.get("layer_norm_eps"))
     if (size := config.get("image_size")) is not None:
@@ -72,11 +72,11 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     return model
 
 
-def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     pretrained = has(state, "lm_head.", "mask_token")
     return {
-        **told_by(state),
+        **inferred_from(state),
         "head_layers": count(state, "cls_pt_layers") if pretrained else None,
         "vocab_size": len(state["lm_head.weight"]) if "lm_head.weight" in state else None,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else None,

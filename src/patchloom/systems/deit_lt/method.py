@@ -63,14 +63,14 @@ class DeiTLTMethod(DistillMethod):
 
     def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Let a ViT with a class token alone start a student: its distillation token begins as a copy of that."""
-        own = encoder.state_dict()
-        if "dist_token" not in own or "dist_token" in saved or "cls_token" not in saved:
+        state_dict = encoder.state_dict()
+        if "dist_token" not in state_dict or "dist_token" in saved or "cls_token" not in saved:
             return saved
         warnings.warn(
             f"{self.config.init_from} has no distillation token; it begins as a copy of the class token", stacklevel=2
         )
         saved = {**saved, "dist_token": saved["cls_token"]}
-        if saved["pos_embed"].shape[1] == own["pos_embed"].shape[1] - 1:
+        if saved["pos_embed"].shape[1] == state_dict["pos_embed"].shape[1] - 1:
             saved["pos_embed"] = torch.cat([saved["pos_embed"][:, :1], saved["pos_embed"]], dim=1)
         return saved
 
@@ -116,8 +116,10 @@ class DeiTLTMethod(DistillMethod):
         cls, dist, cosine = answers.split([len(self.class_names), len(self.class_names), 1], dim=1)
         figures = self.targets.measure((cls + dist) / 2, labels)
         for name, logits in (("cls", cls), ("dist", dist)):
-            own = self.targets.measure(logits, labels)
-            figures |= {f"{name}_{part}": own[part] for part in (*PARTS, "per_class_accuracy") if part in own}
+            of_average = self.targets.measure(logits, labels)
+            figures |= {
+                f"{name}_{part}": of_average[part] for part in (*PARTS, "per_class_accuracy") if part in of_average
+            }
         return {**figures, "test_feature_cosine": float(cosine.mean())}
 
     def summary(self) -> dict[str, Any]:
@@ -137,14 +139,14 @@ class DeiTLTMethod(DistillMethod):
         figures = self.figures or self.validate(self.device)
         if not figures:
             return []
-        own = {"cls": "cls_", "dist": "dist_", "avg": ""}
+        prefixes = {"cls": "cls_", "dist": "dist_", "avg": ""}
         table: list[dict[str, object]] = [
             {
                 "answer": text,
                 **{
-                    part.removeprefix("accuracy_").replace("_", " "): f"{figures[own[name] + part]:.1%}"
+                    part.removeprefix("accuracy_").replace("_", " "): f"{figures[prefixes[name] + part]:.1%}"
                     for part in PARTS
-                    if own[name] + part in figures
+                    if prefixes[name] + part in figures
                 },
             }
             for name, text in HEADS.items()

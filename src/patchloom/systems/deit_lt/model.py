@@ -120,7 +120,7 @@ def two_heads(model: Any, images: Tensor) -> TwoHeads:
     prefix = torch.cat([model.cls_token, model.dist_token], 1).expand(len(x), -1, -1)
     x = model.pos_drop(
         torch.cat([prefix, x], 1)
-        + resized_positions(model.pos_embed, (grid[0], grid[1]), own=model.patch_embed.grid_size)
+        + resized_positions(model.pos_embed, (grid[0], grid[1]), stored_grid=model.patch_embed.grid_size)
     )
     recompute = model.grad_checkpointing and torch.is_grad_enabled()
     x = model.norm(checkpoint_seq(model.blocks, x) if recompute else model.blocks(x))
@@ -227,7 +227,7 @@ class DistillationTokenLoss(nn.Module):
 
 
 def resized_positions(
-    positions: Tensor, grid: tuple[int, int], prefix: int = 2, own: tuple[int, int] | None = None
+    positions: Tensor, grid: tuple[int, int], prefix: int = 2, stored_grid: tuple[int, int] | None = None
 ) -> Tensor:
     """Return position embeddings for another grid, as published.
 
@@ -238,10 +238,10 @@ def resized_positions(
         positions: (1, prefix + n, D).
         grid: Rows and columns wanted.
         prefix: Entries of prefix tokens, which stay.
-        own: Rows and columns there are; default: as many of both.
+        stored_grid: Rows and columns there are; default: as many of both.
     """
     side = math.isqrt(positions.shape[1] - prefix)
-    rows, columns = own or (side, side)
+    rows, columns = stored_grid or (side, side)
     if grid == (rows, columns):
         return positions
     patches = positions[:, prefix:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)

@@ -147,8 +147,8 @@ def _cifar_resnet(state: Mapping[str, Tensor]) -> CIFARResNet:
     # By its name, so that a bundle can hold it.
     model: Any = timm.create_model(name, num_classes=classes, cosine_head=cosine)
     model.patchloom_args = {"architecture": name, "model_args": {"cosine_head": True} if cosine else {}}
-    made: CIFARResNet = model
-    return made
+    network: CIFARResNet = model
+    return network
 
 
 def _as_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -116,12 +116,12 @@ def gram_loss(
         return F.mse_loss(ours, theirs)
 
 
-def to_grid(patches: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def to_grid(patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
     """Return patch tokens (B, N, D) of one grid resampled to another: bicubic, without antialiasing, as published."""
-    if grid == wanted:
+    if grid == target_grid:
         return patches
     maps = at_least_float32(patches).transpose(1, 2).unflatten(2, grid)
-    return F.interpolate(maps, size=wanted, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return F.interpolate(maps, size=target_grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def refreshes_after(step: int, every: int, first: int = 0, most: int | None = None) -> bool:

@@ -156,7 +156,7 @@ def koleo_loss(
     """
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(at_least_float32(x), eps=eps)
-        others, own = (x, 0) if not across_processes else _group_of(gathered(x), len(x), group_size)
+        others, own_start = (x, 0) if not across_processes else _group_of(gathered(x), len(x), group_size)
         if topk < 1 or len(others) <= topk:
             raise UsageError(
                 f"KoLeo needs at least {max(topk, 1) + 1} images per process for {topk} neighbours, and has "
@@ -167,7 +167,7 @@ def koleo_loss(
         with torch.no_grad():
             similarity = x @ others.T
             rows = torch.arange(len(x), device=x.device)
-            similarity[rows, rows + own] = -1
+            similarity[rows, rows + own_start] = -1
             nearest = similarity.topk(topk, dim=1).indices
         distances = F.pairwise_distance(x[:, None].expand(-1, topk, -1), others[nearest], p=2, eps=eps)
         return -(distances + eps).log().mean()

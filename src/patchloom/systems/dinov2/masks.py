@@ -59,8 +59,8 @@ def draw_masks(
             crop = view * images + rank * batch_size + number
             hidden = int(grid[0] * grid[1] * float(shares[crop]))
             if hidden:
-                own = torch.Generator().manual_seed(draw_seed(seed, step, crop, "mask"))
-                masks[view, number] = block_mask(grid, hidden, own, min_block)
+                own_generator = torch.Generator().manual_seed(draw_seed(seed, step, crop, "mask"))
+                masks[view, number] = block_mask(grid, hidden, own_generator, min_block)
     return masks.flatten(0, 1)
 
 

@@ -137,8 +137,8 @@ class Dinov2Method(Method):
         else:
             if config.registers is not None:
                 raise UsageError(f"registers are for fresh encoders; {start} is trained already, leave them unset")
-            there = Path(start).exists()
-            encoder = start_encoder(start, **size) if there else fetch_encoder(start, create_encoder, **size)
+            is_local = Path(start).exists()
+            encoder = start_encoder(start, **size) if is_local else fetch_encoder(start, create_encoder, **size)
             _check_architecture(encoder, config)
             if (token := load_mask_token(start)) is not None:
                 # The student's starts from it; the bundle of the run holds the encoder alone.
@@ -183,14 +183,14 @@ class Dinov2Method(Method):
     @property
     def global_size(self) -> tuple[int, int]:
         """Size of the global crops as they are cut out: a frozen anchor may see more of them than the student."""
-        wanted = pair(self.config.gram_crop_size or self.input_size)
-        for side, least in zip(wanted, self.input_size, strict=True):
+        size = pair(self.config.gram_crop_size or self.input_size)
+        for side, least in zip(size, self.input_size, strict=True):
             if side < least or side % patch_size(self.encoder):
                 raise UsageError(
-                    f"gram_crop_size is {said(wanted)}; it must be at least the crops' {said(self.input_size)} pixels "
+                    f"gram_crop_size is {said(size)}; it must be at least the crops' {said(self.input_size)} pixels "
                     f"and a multiple of {patch_size(self.encoder)}"
                 )
-        return wanted
+        return size
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses of a batch of crops."""
@@ -395,9 +395,9 @@ def save_heads(model: DINOv2, path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    kept = {name: value for name, value in state.items() if _of_heads(name)}
+    heads = {name: value for name, value in state.items() if _of_heads(name)}
     with written_whole(path) as temporary:
-        save_file(kept, temporary)
+        save_file(heads, temporary)
 
 
 def load_heads(model: DINOv2, path: str) -> None:
@@ -411,12 +411,14 @@ def load_heads(model: DINOv2, path: str) -> None:
     file = Path(path) / HEADS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"there are no heads at {file}; heads_from takes the folder of a finished dinov2 run")
-    state, own = read_tensors(file), model.state_dict()
-    wanted = [name for name in own if _of_heads(name)]
-    wrong = [n for n in wanted if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
+    state, state_dict = read_tensors(file), model.state_dict()
+    names = [name for name in state_dict if _of_heads(name)]
+    wrong = [n for n in names if n not in state or state[n].shape != state_dict[n].shape] + [
+        n for n in state if n not in state_dict
+    ]
     if wrong:
         name = wrong[0]
-        found, needed = (tuple(each[name].shape) if name in each else "none" for each in (state, own))
+        found, needed = (tuple(each[name].shape) if name in each else "none" for each in (state, state_dict))
         raise UsageError(
             f"the heads in {file} do not fit: {name} is {found} there and {needed} here; use the out_dim, "
             f"head_hidden_dim, bottleneck_dim and separate_head of that run"
@@ -431,15 +433,15 @@ def load_anchor(anchor: Encoder, path: str) -> None:
         UsageError: It is of another shape.
     """
     shape: dict[str, Any] = {"image_size": image_size(anchor), "in_chans": in_chans(anchor)}
-    found = start_encoder(path, **shape) if Path(path).exists() else fetch_encoder(path, create_encoder, **shape)
-    state, own = found.state_dict(), anchor.state_dict()
-    if wrong := [name for name in own if name not in state or state[name].shape != own[name].shape]:
+    encoder = start_encoder(path, **shape) if Path(path).exists() else fetch_encoder(path, create_encoder, **shape)
+    state, state_dict = encoder.state_dict(), anchor.state_dict()
+    if wrong := [name for name in state_dict if name not in state or state[name].shape != state_dict[name].shape]:
         raise UsageError(
             f"the encoder in {path} does not fit as gram_from: {wrong[0]} is "
             f"{tuple(state[wrong[0]].shape) if wrong[0] in state else 'missing'} there, and the student's is "
-            f"{tuple(own[wrong[0]].shape)}"
+            f"{tuple(state_dict[wrong[0]].shape)}"
         )
-    anchor.load_state_dict({name: state[name] for name in own})
+    anchor.load_state_dict({name: state[name] for name in state_dict})
 
 
 def _of_heads(name: str) -> bool:
@@ -449,8 +451,8 @@ def _of_heads(name: str) -> bool:
 
 def _check_architecture(encoder: Encoder, config: Dinov2Config) -> None:
     """Refuse an encoder setting that contradicts what training continues from."""
-    found = encoder.patchloom_args["architecture"]
+    architecture = encoder.patchloom_args["architecture"]
     defaults = {Dinov2Config.encoder, *(preset["encoder"] for preset in PRESETS.values())}
-    if config.init_from is None or config.encoder in (found, *defaults):
+    if config.init_from is None or config.encoder in (architecture, *defaults):
         return
-    raise UsageError(f"init_from={config.init_from} holds a {found}, not a {config.encoder}; leave encoder out")
+    raise UsageError(f"init_from={config.init_from} holds a {architecture}, not a {config.encoder}; leave encoder out")

@@ -248,9 +248,9 @@ class DINOv2(nn.Module):
             )
         width = embed_dim(encoder)
         head = DINOHead(width, out_dim, hidden_dim, bottleneck_dim, nlayers, use_bn, mlp_bias)
-        own = None
+        ibot_head = None
         if separate_head:
-            own = DINOHead(
+            ibot_head = DINOHead(
                 width,
                 ibot_out_dim or out_dim,
                 ibot_hidden_dim or hidden_dim,
@@ -259,14 +259,14 @@ class DINOv2(nn.Module):
                 use_bn,
                 mlp_bias,
             )
-        self.student = Distilled(encoder, head, own, rule)
+        self.student = Distilled(encoder, head, ibot_head, rule)
         part = batch_drop and drop_path > LEAST_RATE and can_run_on_part(encoder)
         set_drop_path(encoder, 0.0 if part else drop_path)
         self.student.part_rate = drop_path if part else 0.0
         self.follow()
         self.centering = centering
         self.dino_centering = SoftmaxCentering(out_dim, center_momentum)
-        self.ibot_centering = SoftmaxCentering((own or head).out_dim, center_momentum)
+        self.ibot_centering = SoftmaxCentering((ibot_head or head).out_dim, center_momentum)
         self.dino_weight = dino_weight
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight
@@ -397,12 +397,12 @@ class DINOv2(nn.Module):
             patches = self.teacher.crops(global_crops, every=True).every
             assert patches is not None
             return patches
-        seen = global_crops if anchor_crops is None else anchor_crops
-        x, _ = run_blocks(self.anchor, embed_any_size(self.anchor, seen, rule=self.teacher.rule))
-        found = final_norm(self.anchor, x)[:, num_prefix_tokens(self.anchor) :]
-        sizes = [(images.shape[-2], images.shape[-1]) for images in (seen, global_crops)]
-        grid, wanted = (grid_size(self.anchor, size) for size in sizes)
-        return to_grid(found, grid, wanted)
+        crops = global_crops if anchor_crops is None else anchor_crops
+        x, _ = run_blocks(self.anchor, embed_any_size(self.anchor, crops, rule=self.teacher.rule))
+        anchor_tokens = final_norm(self.anchor, x)[:, num_prefix_tokens(self.anchor) :]
+        sizes = [(images.shape[-2], images.shape[-1]) for images in (crops, global_crops)]
+        grid, student_grid = (grid_size(self.anchor, size) for size in sizes)
+        return to_grid(anchor_tokens, grid, student_grid)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

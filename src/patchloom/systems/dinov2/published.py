@@ -163,17 +163,17 @@ def _settled(
     config: Mapping[str, Any],
     backbone: Mapping[str, Tensor] | None,
     head: DINOHead | None = None,
-    own: DINOHead | None = None,
+    ibot_head: DINOHead | None = None,
 ) -> dict[str, Any]:
     """Return the settings to obey, after all were checked against a backbone and heads; None: not there."""
-    told: dict[str, Any] = dict.fromkeys(OF_BACKBONES) if backbone is None else _told_of_backbone(backbone)
+    inferred: dict[str, Any] = dict.fromkeys(OF_BACKBONES) if backbone is None else _inferred_from_backbone(backbone)
     # Heads that are not there have settings in a configuration all the same.
     of_heads = ("in_dim", *OF_HEADS.values(), "use_bn", "mlp_bias")
     both = head is not None and backbone is not None
-    told |= dict.fromkeys((*of_heads, *(f"ibot_{name}" for name in OF_HEADS.values())))
-    told |= {} if head is None else _shape_of(head)
-    told |= {} if own is None else {f"ibot_{name}": _shape_of(own)[name] for name in OF_HEADS.values()}
-    return SETTINGS.settle(config, {**told, "separate_head": own is not None if both else None})
+    inferred |= dict.fromkeys((*of_heads, *(f"ibot_{name}" for name in OF_HEADS.values())))
+    inferred |= {} if head is None else _shape_of(head)
+    inferred |= {} if ibot_head is None else {f"ibot_{name}": _shape_of(ibot_head)[name] for name in OF_HEADS.values()}
+    return SETTINGS.settle(config, {**inferred, "separate_head": ibot_head is not None if both else None})
 
 
 def _refuse(names: Iterable[str]) -> None:
@@ -190,19 +190,21 @@ def _both(
     statistics: tuple[Any, Any],
 ) -> nn.Module:
     """Return student and teacher with their losses."""
-    made = {name: _distilled(each, config, statistics) for name, each in (("student", student), ("teacher", teacher))}
-    head, own = made["student"].dino_head, made["student"].ibot_head
-    config = _settled(config, _part(student, "backbone."), head, own)
+    networks = {
+        name: _distilled(each, config, statistics) for name, each in (("student", student), ("teacher", teacher))
+    }
+    head, ibot_head = networks["student"].dino_head, networks["student"].ibot_head
+    config = _settled(config, _part(student, "backbone."), head, ibot_head)
     model = DINOv2(
-        made["student"].encoder,
+        networks["student"].encoder,
         **_widths(head),
-        separate_head=own is not None,
-        **{f"ibot_{name}": _widths(own or head)[name] for name in OF_HEADS.values()},
-        rule=made["student"].rule,
+        separate_head=ibot_head is not None,
+        **{f"ibot_{name}": _widths(ibot_head or head)[name] for name in OF_HEADS.values()},
+        rule=networks["student"].rule,
         drop_path=float(config.get("drop_path", 0.0)),
         **{name: config[name] for name in LOSS_SETTINGS if name in config},
     )
-    ours = {f"{name}.{inner}": value for name, each in made.items() for inner, value in each.state_dict().items()}
+    ours = {f"{name}.{inner}": value for name, each in networks.items() for inner, value in each.state_dict().items()}
     rest = {n: v for n, v in state.items() if not n.startswith(("student.", "teacher."))}
     for published, name in CENTRES.items():
         if published in rest:
@@ -219,13 +221,13 @@ def _distilled(network: Mapping[str, Tensor], config: dict[str, Any], statistics
     backbone = _part(network, "backbone.")
     config = _settled(config, backbone, heads["dino_head"], heads.get("ibot_head"))
     encoder, rule = _encoder(backbone, config, None, statistics)
-    made = Distilled(encoder, heads["dino_head"], heads.get("ibot_head"), rule)
+    distilled = Distilled(encoder, heads["dino_head"], heads.get("ibot_head"), rule)
     mask_token = encoder.mask_token
     del encoder.mask_token  # it stands beside the encoder here
     ours = {f"encoder.{name}": value for name, value in encoder.state_dict().items()} | {"mask_token": mask_token}
     ours |= {name: value for name, value in network.items() if not name.startswith("backbone.")}
-    fill(made, ours, published=lambda name: name.replace("encoder.", "backbone.", 1))
-    return made
+    fill(distilled, ours, published=lambda name: name.replace("encoder.", "backbone.", 1))
+    return distilled
 
 
 def _has_layer_scale(state: Mapping[str, Tensor]) -> bool:
@@ -271,12 +273,12 @@ def _widths(head: DINOHead) -> dict[str, Any]:
 
 def _shape_of(head: DINOHead) -> dict[str, Any]:
     """Return the settings that a head tells: of a single layer nothing tells the width of hidden ones."""
-    found = _widths(head)
+    widths = _widths(head)
     layers = [module for module in head.mlp.modules() if isinstance(module, nn.Linear)]
-    return {**found, "hidden_dim": found["hidden_dim"] if len(layers) > 1 else None, "in_dim": layers[0].in_features}
+    return {**widths, "hidden_dim": widths["hidden_dim"] if len(layers) > 1 else None, "in_dim": layers[0].in_features}
 
 
-def _told_of_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings that a backbone tells, under the official names.
 
     Raises:
@@ -290,7 +292,7 @@ def _told_of_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
     require(state, f"blocks.0.mlp.{'w3' if gated else 'fc1'}.weight")
     hidden = state["blocks.0.mlp.w3.weight"].shape[1] if gated else len(state["blocks.0.mlp.fc1.weight"])
     words = ("swiglu", "swiglufused", "swiglu_fused") if gated else ("mlp",)
-    found = {
+    inferred = {
         "patch_size": patch,
         "embed_dim": width,
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
@@ -303,15 +305,15 @@ def _told_of_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "ffn_layer": OneOf(words),
         "use_swiglu_ffn": gated,
     }
-    assert set(found) == set(OF_BACKBONES)
-    return found
+    assert set(inferred) == set(OF_BACKBONES)
+    return inferred
 
 
 def _encoder(
     state: Mapping[str, Tensor], config: Mapping[str, Any], rule: PositionRule | None, statistics: tuple[Any, Any]
 ) -> tuple[Encoder, PositionRule]:
     """Return the encoder of a backbone's state dict, in eval mode, and how its positions are resampled."""
-    told = _told_of_backbone(state)
+    inferred = _inferred_from_backbone(state)
     # Sums and resampling of half-precision values would lose digits.
     state = {name: at_least_float32(value) for name, value in state.items()}
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
@@ -336,7 +338,7 @@ def _encoder(
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"the width {width} is not divisible by num_heads {heads}; give the number the model has")
-    depth, biased = told["depth"], told["qkv_bias"]
+    depth, biased = inferred["depth"], inferred["qkv_bias"]
     size = NAMES.get(width, "base")
     name = f"vit_{size}_patch16_224" if plain or patch == 16 else f"vit_{size}_patch14_dinov2"
     prefix: dict[str, Any] = {"reg_tokens": registers, "no_embed_class": True} if registers else {}
@@ -378,14 +380,14 @@ def _positions(state: dict[str, Tensor], config: Mapping[str, Any], patch: int, 
     count = state["pos_embed"].shape[1] - 1
     side = round(count**0.5)
     asked = config.get("image_size")
-    wanted = None if asked is None else ((asked, asked) if isinstance(asked, int) else (int(asked[0]), int(asked[1])))
-    if wanted is not None and (wanted[0] % patch or wanted[1] % patch):
-        raise UsageError(f"image_size {wanted} is not divisible by the patch size {patch}")
+    grid = None if asked is None else ((asked, asked) if isinstance(asked, int) else (int(asked[0]), int(asked[1])))
+    if grid is not None and (grid[0] % patch or grid[1] % patch):
+        raise UsageError(f"image_size {grid} is not divisible by the patch size {patch}")
     if side * side != count:
-        if wanted is None or wanted[0] // patch * (wanted[1] // patch) != count:
+        if grid is None or grid[0] // patch * (grid[1] // patch) != count:
             raise UsageError(f"the {count} positions are of no square grid; give the image_size (H, W) they are for")
-        return wanted[0] // patch, wanted[1] // patch
-    old, new = (side, side), (side, side) if wanted is None else (wanted[0] // patch, wanted[1] // patch)
+        return grid[0] // patch, grid[1] // patch
+    old, new = (side, side), (side, side) if grid is None else (grid[0] // patch, grid[1] // patch)
     state["pos_embed"] = resample_positions(state["pos_embed"], old, new, 1, rule)
     return new
 

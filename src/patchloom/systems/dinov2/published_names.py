@@ -51,7 +51,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Wrappers of parallel training and the grouping of blocks into chunks are taken out of the names; weight norm gets
     its newer names.
     """
-    found = {}
+    tensors = {}
     for name, value in state.items():
         plain = OF_PARTS.sub("", name).replace("module.", "")
         if CHUNK.search(plain):
@@ -59,8 +59,8 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain = CHUNK.sub(r"\1blocks.\2.", plain)
         for old, new in WEIGHT_NORM.items():
             plain = plain.replace(old, new)
-        found[plain] = value
-    return found
+        tensors[plain] = value
+    return tensors
 
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:

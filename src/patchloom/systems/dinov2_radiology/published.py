@@ -70,24 +70,24 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     config = known.settle(config, {})
     if not any(marker in name for name in state):
         return make(state, config, "")
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors_by_name: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if not name.startswith(marker):
             raise UsageError(f"unexpected: {name}; a {kind}'s tensors stand under {marker}")
         # Names of members hold no dots: those of the learning rate are written as underscores.
         member, _, rest = name.removeprefix(marker).partition(".")
-        found.setdefault(member, {})[rest] = tensor
-    wanted = config.get("name")
-    if wanted is not None:
-        wanted = str(wanted).replace(".", "_")
-        if wanted not in found:
-            raise unknown_name(kind, wanted, found)
-        found = {wanted: found[wanted]}
-    made = {name: make(tensors, config, f"{marker}{name}.") for name, tensors in found.items()}
-    if len(made) == 1:
-        return next(iter(made.values()))
-    _check_widths({name: one for name, one in made.items() if isinstance(one, LinearProbe)})
-    return container(made)
+        tensors_by_name.setdefault(member, {})[rest] = tensor
+    chosen = config.get("name")
+    if chosen is not None:
+        chosen = str(chosen).replace(".", "_")
+        if chosen not in tensors_by_name:
+            raise unknown_name(kind, chosen, tensors_by_name)
+        tensors_by_name = {chosen: tensors_by_name[chosen]}
+    modules = {name: make(tensors, config, f"{marker}{name}.") for name, tensors in tensors_by_name.items()}
+    if len(modules) == 1:
+        return next(iter(modules.values()))
+    _check_widths({name: one for name, one in modules.items() if isinstance(one, LinearProbe)})
+    return container(modules)
 
 
 def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -> LinearProbe:
@@ -103,11 +103,11 @@ def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -
     if weight.ndim != 2:
         raise UsageError(f"{title}{needed[0]} has shape {tuple(weight.shape)}; a probe's is (classes, columns)")
     classes, columns = weight.shape
-    told: dict[str, Any] = {"num_classes": classes}
+    inferred: dict[str, Any] = {"num_classes": classes}
     if (match := TOLD_BY_NAME.search(title)) is not None:
-        told |= {"blocks": int(match[1]), "avgpool": match[2] == "True"}
-    agree(config, told)
-    blocks, avgpool = (told.get(name, config.get(name)) for name in ("blocks", "avgpool"))
+        inferred |= {"blocks": int(match[1]), "avgpool": match[2] == "True"}
+    agree(config, inferred)
+    blocks, avgpool = (inferred.get(name, config.get(name)) for name in ("blocks", "avgpool"))
     if type(blocks) is not int or blocks < 1 or type(avgpool) is not bool:
         raise UsageError(
             f"blocks is {blocks!r} and avgpool {avgpool!r} for {title}{needed[0]}, whose name does not tell them; give "
@@ -120,11 +120,11 @@ def _probe(state: Mapping[str, Tensor], config: Mapping[str, Any], title: str) -
             f"share"
         )
     agree(config, {"embed_dim": width, "out_dim": columns})
-    made = LinearProbe(width, classes, blocks, avgpool, volumes=OF_VOLUMES in wrapper)
-    made.to(torch.promote_types(weight.dtype, torch.float32))
+    probe = LinearProbe(width, classes, blocks, avgpool, volumes=OF_VOLUMES in wrapper)
+    probe.to(torch.promote_types(weight.dtype, torch.float32))
     ours = {name.removeprefix(wrapper): value for name, value in state.items()}
-    fill(made, ours, published=lambda name: f"{title}{wrapper}{name}")
-    return made.eval()
+    fill(probe, ours, published=lambda name: f"{title}{wrapper}{name}")
+    return probe.eval()
 
 
 def _check_widths(probes: Mapping[str, LinearProbe]) -> None:

@@ -138,8 +138,8 @@ def _built(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Encoder:
         **gating,
     )
     if settings["untie_cls_and_patch_norms"]:
-        own = nn.LayerNorm(width, eps=1e-5)
-        model.norm = PrefixNorm(model.norm, own, model.num_prefix_tokens)
+        norm = nn.LayerNorm(width, eps=1e-5)
+        model.norm = PrefixNorm(model.norm, norm, model.num_prefix_tokens)
     return model
 
 
@@ -220,11 +220,11 @@ def _set_positions(model: Encoder, state: Mapping[str, Tensor], settings: Mappin
     """
     rope = model.rope
     rope.normalize_coords = settings.get("pos_embed_rope_normalize_coords", "separate")
-    own = rope.normalize_coords != "separate"
+    differs = rope.normalize_coords != "separate"
     if PERIODS in state:
         stored = state[PERIODS].float()
-        own = own or not torch.allclose(rope.periods, stored, rtol=1e-5)
+        differs = differs or not torch.allclose(rope.periods, stored, rtol=1e-5)
         rope.periods.copy_(stored)
     if rope.pos_embed_cached is not None:
         rope.pos_embed_cached.copy_(rope._create_embed(rope.feat_shape, no_aug=True))
-    return own
+    return differs

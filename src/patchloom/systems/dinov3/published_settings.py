@@ -117,7 +117,7 @@ SIZES = {
 }
 
 
-def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def inferred_from(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings that the tensors of a backbone tell.
 
     Raises:
@@ -147,7 +147,7 @@ def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
     for norm in ("cls_norm.", "local_cls_norm."):
         if has(state, norm):
             require(state, f"{norm}weight", f"{norm}bias")
-    told: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "embed_dim": width,
         "in_chans": channels,
         "patch_size": patch,
@@ -161,17 +161,17 @@ def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     # Words of transformers' configuration.
     hidden = f"blocks.0.mlp.{'w1' if gated else 'fc1'}.weight"
-    keys = told["qkv_bias"] and not told["mask_k_bias"]
-    told |= {
+    keys = inferred["qkv_bias"] and not inferred["mask_k_bias"]
+    inferred |= {
         "intermediate_size": len(state[hidden]),
         "use_gated_mlp": gated,
         "hidden_act": OneOf(("silu",) if gated else ("gelu",)),
-        "query_bias": told["qkv_bias"],
-        "value_bias": told["qkv_bias"],
+        "query_bias": inferred["qkv_bias"],
+        "value_bias": inferred["qkv_bias"],
         "key_bias": None if keys else False,
     }
     if has(state, "local_cls_norm."):  # of training only: an encoder computes the same without
-        told["untie_global_and_local_cls_norm"] = True
+        inferred["untie_global_and_local_cls_norm"] = True
     if PERIODS in state:
         periods = state[PERIODS]
         if periods.ndim != 1 or width % (4 * len(periods)):
@@ -179,8 +179,8 @@ def told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"of another shape: {PERIODS} {tuple(periods.shape)}; a width of {width} has heads of 4 channels for "
                 "each period"
             )
-        told["num_heads"] = width // (4 * len(periods))
-    return told
+        inferred["num_heads"] = width // (4 * len(periods))
+    return inferred
 
 
 def is_gated(state: Mapping[str, Tensor]) -> bool:
@@ -194,43 +194,45 @@ def settled(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     Raises:
         UsageError: Unknown or impossible settings, ones that contradict the tensors, or tensors that are missing.
     """
-    told = told_by(state)
+    inferred = inferred_from(state)
     renamed = SETTINGS.renamed(config)
     given = {name: value for name, value in renamed.items() if value is not None}
     for name, choices in CHOICES.items():
         if name in given and given[name] not in choices:
             raise UsageError(f"{name} is {given[name]!r}; it is {', '.join(choices[:-1])} or {choices[-1]}")
-    _check_storage_tokens(given, told, is_gated(state))
+    _check_storage_tokens(given, inferred, is_gated(state))
     for name, tensor in CALLS_FOR.items():
         if given.get(name):
             require(state, tensor)
-    given = SETTINGS.settle(config, told)
+    given = SETTINGS.settle(config, inferred)
     if "layerscale_init" in renamed:  # None is what has no layer scale
         given["layerscale_init"] = renamed["layerscale_init"]
-    told |= _told_by_arch(given, told, is_gated(state))
-    _check_layers(state, given, told["embed_dim"])
-    heads = told.get("num_heads", given.get("num_heads"))
+    inferred |= _inferred_from_architecture(given, inferred, is_gated(state))
+    _check_layers(state, given, inferred["embed_dim"])
+    heads = inferred.get("num_heads", given.get("num_heads"))
     if heads is None:
         raise UsageError(f"missing: {PERIODS}; give num_heads if the checkpoint has none")
-    if told["embed_dim"] % (4 * heads):
+    if inferred["embed_dim"] % (4 * heads):
         raise UsageError(
-            f"the width {told['embed_dim']} is not divisible by 4 x {heads} heads, as rotary positions need"
+            f"the width {inferred['embed_dim']} is not divisible by 4 x {heads} heads, as rotary positions need"
         )
-    return {**given, **told, "num_heads": heads}
+    return {**given, **inferred, "num_heads": heads}
 
 
-def _check_storage_tokens(given: Mapping[str, Any], told: Mapping[str, Any], gated: bool) -> None:
+def _check_storage_tokens(given: Mapping[str, Any], inferred: Mapping[str, Any], gated: bool) -> None:
     """Refuse a checkpoint without storage tokens where it ought to have some.
 
     No shape tells how many there are, and the published code's default is none; but a released size that has none is a
     checkpoint that lost them, unless it is said that it has none.
     """
-    released = any((told["embed_dim"], told["depth"], gated) == (a[0], a[1], a[3]) for a in ARCHITECTURES.values())
-    if not told["n_storage_tokens"] and given.get("n_storage_tokens", 4 if released else 0):
+    released = any(
+        (inferred["embed_dim"], inferred["depth"], gated) == (a[0], a[1], a[3]) for a in ARCHITECTURES.values()
+    )
+    if not inferred["n_storage_tokens"] and given.get("n_storage_tokens", 4 if released else 0):
         raise UsageError("missing: storage_tokens; give n_storage_tokens=0 if the encoder has none")
 
 
-def _told_by_arch(given: Mapping[str, Any], told: Mapping[str, Any], gated: bool) -> dict[str, Any]:
+def _inferred_from_architecture(given: Mapping[str, Any], inferred: Mapping[str, Any], gated: bool) -> dict[str, Any]:
     """Return the heads of the published size named, if one is."""
     if given.get("arch") is None:
         return {}
@@ -238,7 +240,7 @@ def _told_by_arch(given: Mapping[str, Any], told: Mapping[str, Any], gated: bool
     known = ARCHITECTURES.get(SIZES.get(name, name))
     if known is None:
         raise unknown_name("arch", name, (*ARCHITECTURES, *SIZES))
-    found = {**known._asdict(), **given, **told}
+    found = {**known._asdict(), **given, **inferred}
     for what in ("embed_dim", "depth", "num_heads"):
         if found[what] != getattr(known, what):
             raise UsageError(

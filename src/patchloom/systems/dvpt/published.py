@@ -64,7 +64,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         UsageError: Unknown setting, copies of a shared bottleneck that differ, or tensors missing or left over.
     """
     config = dict(config)
-    backbone = config.pop("backbone", None) or _told_by_names(state)
+    backbone = config.pop("backbone", None) or _kind_from_names(state)
     if backbone not in BACKBONES:
         raise unknown_name("backbone", str(backbone), BACKBONES)
     if backbone == "clip_vit":
@@ -72,7 +72,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     return (load_swin if backbone == "swin" else load_segformer)(dict(state), config)
 
 
-def _told_by_names(state: Mapping[str, Tensor]) -> str:
+def _kind_from_names(state: Mapping[str, Tensor]) -> str:
     if "encoder.conv1.weight" in state:
         return "clip_vit"
     if any(re.match(r"(encoder\.)?layers\.0\.blocks\.", name) for name in state):
@@ -138,9 +138,9 @@ def _clip(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
 
 
 def _image_size(patches: int, patch: int, config: Mapping[str, Any]) -> tuple[int, int]:
-    told = config.get("image_size")
-    if told is not None:
-        return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
+    size = config.get("image_size")
+    if size is not None:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     side = math.isqrt(patches)
     if side**2 != patches:
         raise UsageError(f"a position embedding of {patches} patches is of no square grid; give img_size=(H, W)")
@@ -157,9 +157,9 @@ def _our_names(state: Mapping[str, Tensor], share: int) -> dict[str, Tensor]:
             if part.startswith("prompt_proj."):
                 take_shared(ours, f"adapters.{NAME}.bottlenecks.{number // share}", part, value, name)
                 continue
-            for published, own in PARTS.items():
+            for published, timm_name in PARTS.items():
                 if part.startswith(published):
-                    part = own + part.removeprefix(published)
+                    part = timm_name + part.removeprefix(published)
                     break
             ours[f"blocks.{number}.{part}"] = value
         else:

@@ -224,8 +224,8 @@ def take_shared(ours: dict[str, Tensor], owner: str, part: str, value: Tensor, n
 
 
 def _added_projection(ours: dict[str, Tensor], owner: str, part: str, value: Tensor) -> None:
-    for published, own in (("prompt_key_proj_d", "down"), ("prompt_key_proj_u", "up"), ("prompt_gate", "gate")):
+    for published, timm_name in (("prompt_key_proj_d", "down"), ("prompt_key_proj_u", "up"), ("prompt_gate", "gate")):
         if part.startswith(published):
-            part = f"bottleneck.{own}{part.removeprefix(published)}"
+            part = f"bottleneck.{timm_name}{part.removeprefix(published)}"
             break
     ours[f"{owner}.{part}"] = value

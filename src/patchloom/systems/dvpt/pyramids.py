@@ -70,29 +70,29 @@ class PyramidPrompts(Insertion):
         self._owner, self._place = (encoder,), place_of(encoder)
         for stage, blocks in enumerate(self.blocks(encoder)):
             for number, block in enumerate(blocks):
-                kept: dict[str, Tensor] = {}
-                at = (stage, number, kept)
+                tokens: dict[str, Tensor] = {}
+                at = (stage, number, tokens)
                 self._undo += [
-                    block.register_forward_pre_hook(partial(self._enters, kept)),
+                    block.register_forward_pre_hook(partial(self._enters, tokens)),
                     block.drop_path1.register_forward_pre_hook(partial(self._attended, *at)),
-                    block.norm2.register_forward_pre_hook(partial(self._passes, kept)),
+                    block.norm2.register_forward_pre_hook(partial(self._passes, tokens)),
                     block.register_forward_hook(partial(self._leaves, *at)),
                 ]
         self._set(encoder, "forward_head", self._forward_head)
 
-    def _enters(self, kept: dict[str, Tensor], block: Any, args: tuple[Any, ...]) -> None:
-        kept["input"] = args[0]
+    def _enters(self, tokens: dict[str, Tensor], block: Any, args: tuple[Any, ...]) -> None:
+        tokens["input"] = args[0]
 
-    def _attended(self, stage: int, number: int, kept: dict[str, Tensor], module: Any, args: tuple[Any, ...]) -> Any:
-        return (self.written(stage, number, kept.pop("input"), args[0]),)
+    def _attended(self, stage: int, number: int, tokens: dict[str, Tensor], module: Any, args: tuple[Any, ...]) -> Any:
+        return (self.written(stage, number, tokens.pop("input"), args[0]),)
 
-    def _passes(self, kept: dict[str, Tensor], norm: Any, args: tuple[Any, ...]) -> None:
-        kept["residual"] = args[0]
+    def _passes(self, tokens: dict[str, Tensor], norm: Any, args: tuple[Any, ...]) -> None:
+        tokens["residual"] = args[0]
 
     def _leaves(
-        self, stage: int, number: int, kept: dict[str, Tensor], block: Any, args: tuple[Any, ...], output: Tensor
+        self, stage: int, number: int, tokens: dict[str, Tensor], block: Any, args: tuple[Any, ...], output: Tensor
     ) -> Tensor:
-        added = self.bottlenecks[f"{stage}_{number // self.share_every}"](kept.pop("residual"))
+        added = self.bottlenecks[f"{stage}_{number // self.share_every}"](tokens.pop("residual"))
         return output + added.reshape(output.shape)
 
     def read(self, stage: int, number: int, tokens: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ class PyramidPrompts(Insertion):
                 f"give larger images"
             )
         queries = self.prompts[f"{stage}_{number}"].expand(len(tokens), -1, -1)
-        found = attended(queries, tokens)
-        return F.pad(found, (0, 0, 0, tokens.shape[1] - self.num_prompts))
+        read = attended(queries, tokens)
+        return F.pad(read, (0, 0, 0, tokens.shape[1] - self.num_prompts))
 
 
 class DVPTSwin(PyramidPrompts):

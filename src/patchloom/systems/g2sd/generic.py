@@ -102,16 +102,16 @@ class GenericDistiller(nn.Module):
         if isinstance(student, MaskedAutoencoder):
             student = DistilledAutoencoder(student, embed_dim(teacher.encoder), teacher.hidden_dim)
         self.student = student
-        own = student.autoencoder
-        if teacher.grid != own.grid or teacher.patch_size != own.patch_size:
+        autoencoder = student.autoencoder
+        if teacher.grid != autoencoder.grid or teacher.patch_size != autoencoder.patch_size:
             raise UsageError(
-                f"the teacher sees {teacher.grid} patches of {teacher.patch_size} pixels and the student {own.grid} of "
-                f"{own.patch_size}; both need the same image and patch size"
+                f"the teacher sees {teacher.grid} patches of {teacher.patch_size} pixels and the student "
+                f"{autoencoder.grid} of {autoencoder.patch_size}; both need the same image and patch size"
             )
-        if teacher.prefix != own.prefix:
+        if teacher.prefix != autoencoder.prefix:
             raise UsageError(
                 f"the teacher has {teacher.prefix} class and register tokens and the student "
-                f"{own.prefix}; the features of all tokens are compared, so both need as many"
+                f"{autoencoder.prefix}; the features of all tokens are compared, so both need as many"
             )
         self.layer, self.target, self.beta = teacher_decoder_layer, target, beta
         self.encoder_loss_weight = encoder_loss_weight
@@ -148,25 +148,25 @@ class GenericDistiller(nn.Module):
         shown = images if teacher_images is None else teacher_images
         with torch.no_grad():
             hidden, _ = self.teacher.hidden(shown, mask_ratio, noise, self.layer)
-            wanted = _unit(hidden)
-        said, encoded, mask = self.student(images, noise, mask_ratio)
+            target = _unit(hidden)
+        prediction, encoded, mask = self.student(images, noise, mask_ratio)
         if self.target == "masked":
             rows = mask.bool()
-            said, wanted = said[:, self.teacher.prefix :][rows], wanted[:, self.teacher.prefix :][rows]
-        said = said if said.dtype == torch.float64 else said.float()
-        loss = F.smooth_l1_loss(said, wanted, beta=self.beta)
+            prediction, target = prediction[:, self.teacher.prefix :][rows], target[:, self.teacher.prefix :][rows]
+        prediction = prediction if prediction.dtype == torch.float64 else prediction.float()
+        loss = F.smooth_l1_loss(prediction, target, beta=self.beta)
         if self.encoder_loss_weight:
             loss = loss + self.encoder_loss_weight * self._encoder_loss(shown, noise, encoded)
-        return {"loss": loss, "prediction": said, "target": wanted, "mask": mask}
+        return {"loss": loss, "prediction": prediction, "target": target, "mask": mask}
 
-    def _encoder_loss(self, images: Tensor, noise: Tensor, said: Tensor) -> Tensor:
+    def _encoder_loss(self, images: Tensor, noise: Tensor, prediction: Tensor) -> Tensor:
         """Return the loss on visible tokens, against the teacher's before their norm."""
         with torch.no_grad():
-            visible = said.shape[1] - self.teacher.prefix
+            visible = prediction.shape[1] - self.teacher.prefix
             keep = noise.argsort(dim=1, stable=True)[:, :visible]
             last, _ = run_blocks(self.teacher.encoder, embed(self.teacher.encoder, images, keep=keep))
-            wanted = _unit(last)
-        return F.smooth_l1_loss(said.to(wanted.dtype), wanted, beta=self.beta)
+            target = _unit(last)
+        return F.smooth_l1_loss(prediction.to(target.dtype), target, beta=self.beta)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -196,10 +196,10 @@ class G2SDGenericMethod(Method):
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.rand(len(images), self.patches, generator=generator).to(images.device)
         student, teacher = distiller.student, distiller.teacher
-        said, _, mask = student(normalize(images, self.encoder), noise, self.config.mask_ratio)
+        prediction, _, mask = student(normalize(images, self.encoder), noise, self.config.mask_ratio)
         held, _ = teacher.hidden(normalize(images, teacher.encoder), self.config.mask_ratio, noise, distiller.layer)
         held = F.layer_norm(held.float(), held.shape[-1:], eps=1e-6)
-        both = torch.cat([held, said.float()])[:, teacher.prefix :].cpu()
+        both = torch.cat([held, prediction.float()])[:, teacher.prefix :].cpu()
         painted = F.interpolate(pca_colours(both, teacher.grid), size=images.shape[-2:], mode="nearest")
         size, channels = teacher.patch_size, teacher.in_chans
         patches = patchify(images, size)
@@ -218,13 +218,13 @@ class G2SDGenericMethod(Method):
             images: (n, C, H, W) in [0, 1].
         """
         teacher = self.model.teacher.encoder
-        own, whole = depth(self.encoder), depth(teacher)
-        pairs = [(block, max(1, round(block * whole / own))) for block in range(1, own + 1)]
+        student_depth, teacher_depth = depth(self.encoder), depth(teacher)
+        pairs = [(block, max(1, round(block * teacher_depth / student_depth))) for block in range(1, student_depth + 1)]
         student_side, teacher_side = normalize(images, self.encoder), normalize(images, teacher)
-        wanted = sorted({other for _, other in pairs})
-        mine = intermediate_layers(self.encoder.eval(), student_side, range(own), norm=False)
-        found = intermediate_layers(teacher, teacher_side, [other - 1 for other in wanted], norm=False)
-        theirs = dict(zip(wanted, found, strict=True))
+        teacher_blocks = sorted({other for _, other in pairs})
+        mine = intermediate_layers(self.encoder.eval(), student_side, range(student_depth), norm=False)
+        teacher_layers = intermediate_layers(teacher, teacher_side, [other - 1 for other in teacher_blocks], norm=False)
+        theirs = dict(zip(teacher_blocks, teacher_layers, strict=True))
         return [
             {
                 "student's block": block - 1,

@@ -63,11 +63,11 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         return dense.load(state, config)
     if not any(name.startswith(PREDICTORS) for name in state):
         raise UsageError("the checkpoint has neither decoderfeature_pred nor dist_token, so it is none of G2SD's")
-    own = (
+    own_settings = (
         *("teacher", "teacher_config", "layer_index", "supervise_all", "encoder_loss_weight"),
         *("encoder_pred_channel", "decoder_pred_channel"),
     )
-    settings = {name: value for name, value in config.items() if name not in own}
+    settings = {name: value for name, value in config.items() if name not in own_settings}
     width = len(state["decoder_embed.weight"]) if "decoder_embed.weight" in state else 0
     settings.setdefault("decoder_num_heads", DECODER_HEADS.get(width, 4))
     plain = {name: value for name, value in state.items() if not name.startswith(PREDICTORS)}
@@ -98,14 +98,14 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 def _pyramid_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     """Return the adapter of a detector's student; the detector itself is detectron2's, and left out."""
     mark = ADAPTER.removeprefix("student.")
-    own = {name.partition(mark)[2]: value for name, value in state.items() if mark in name}
-    require(own, "conv.0.weight")
-    levels, channels = 1 + max(int(name.split(".")[1]) for name in own), len(own["conv.0.weight"])
+    adapter_state = {name.partition(mark)[2]: value for name, value in state.items() if mark in name}
+    require(adapter_state, "conv.0.weight")
+    levels, channels = 1 + max(int(name.split(".")[1]) for name in adapter_state), len(adapter_state["conv.0.weight"])
     Settings().settle(config, {"levels": levels, "channels": channels})
-    if left := len(state) - len(own):
+    if left := len(state) - len(adapter_state):
         warnings.warn(f"{left} tensors of the detector are left out: only its adapter is loaded here", stacklevel=4)
     adapter = PyramidAdapter(levels, channels)
-    return fill(adapter, own, published=lambda name: f"{mark}{name}").eval()
+    return fill(adapter, adapter_state, published=lambda name: f"{mark}{name}").eval()
 
 
 def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
@@ -114,11 +114,11 @@ def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
         config.setdefault("use_distoken", not config.pop("enable_nkd"))
     if "use_distoken" in config:
         eval_head = "mean" if config.pop("use_distoken") else "cls"
-    own = {name: state.pop(name) for name in list(state) if name.startswith(("dist_token", "head"))}
+    head_state = {name: state.pop(name) for name in list(state) if name.startswith(("dist_token", "head"))}
     for name in ("head.weight", "head_dist.weight"):
-        if name not in own:
+        if name not in head_state:
             raise UsageError(f"the checkpoint lacks {name}")
-    agree(mae.SETTINGS.renamed(config), {"num_classes": len(own["head.weight"])})
+    agree(mae.SETTINGS.renamed(config), {"num_classes": len(head_state["head.weight"])})
     encoder = mae.load(state, **config)
-    model = DistilledVisionTransformer(encoder, len(own["head.weight"]), eval_head)
-    return fill(model, {**{f"encoder.{n}": v for n, v in encoder.state_dict().items()}, **own})
+    model = DistilledVisionTransformer(encoder, len(head_state["head.weight"]), eval_head)
+    return fill(model, {**{f"encoder.{n}": v for n, v in encoder.state_dict().items()}, **head_state})

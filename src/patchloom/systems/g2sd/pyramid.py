@@ -94,11 +94,14 @@ def pyramid_distillation_terms(
     """
     _check(feats_s, feats_t, obj_s, obj_t)
     features, answers = [], []
-    for ours, theirs, seen, wanted in zip(feats_s, feats_t, obj_s, obj_t, strict=True):
-        seen, wanted = at_least_float32(seen), at_least_float32(wanted.detach()).sigmoid()
-        places = wanted.amax(1, keepdim=True)
+    for ours, theirs, student_objectness, teacher_objectness in zip(feats_s, feats_t, obj_s, obj_t, strict=True):
+        student_objectness, teacher_objectness = (
+            at_least_float32(student_objectness),
+            at_least_float32(teacher_objectness.detach()).sigmoid(),
+        )
+        places = teacher_objectness.amax(1, keepdim=True)
         difference = (at_least_float32(theirs.detach()) - at_least_float32(ours)).square()
-        entropy = F.binary_cross_entropy_with_logits(seen, wanted, reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(student_objectness, teacher_objectness, reduction="none")
         features.append((difference * places).sum() / places.sum())
         answers.append((entropy * places).sum() / places.sum())
     return torch.stack(features).sum(), torch.stack(answers).sum()
@@ -111,11 +114,15 @@ def _check(
     counts = [len(each) for each in (feats_s, feats_t, obj_s, obj_t)]
     if len(set(counts)) > 1 or not counts[0]:
         raise UsageError(f"the pyramids have {', '.join(map(str, counts))} levels; give the same, at least one")
-    for level, (ours, theirs, seen, wanted) in enumerate(zip(feats_s, feats_t, obj_s, obj_t, strict=True)):
-        if ours.shape != theirs.shape or seen.shape != wanted.shape:
+    for level, (ours, theirs, student_objectness, teacher_objectness) in enumerate(
+        zip(feats_s, feats_t, obj_s, obj_t, strict=True)
+    ):
+        if ours.shape != theirs.shape or student_objectness.shape != teacher_objectness.shape:
             raise UsageError(
                 f"level {level}: student and teacher have features {tuple(ours.shape)} and {tuple(theirs.shape)}, "
-                f"objectness {tuple(seen.shape)} and {tuple(wanted.shape)}; they must agree"
+                f"objectness {tuple(student_objectness.shape)} and {tuple(teacher_objectness.shape)}; they must agree"
             )
-        if (len(ours), *ours.shape[2:]) != (len(seen), *seen.shape[2:]):
-            raise UsageError(f"level {level}: features {tuple(ours.shape)} and objectness {tuple(seen.shape)} differ")
+        if (len(ours), *ours.shape[2:]) != (len(student_objectness), *student_objectness.shape[2:]):
+            raise UsageError(
+                f"level {level}: features {tuple(ours.shape)} and objectness {tuple(student_objectness.shape)} differ"
+            )

@@ -134,26 +134,28 @@ def as_timm(model: DistilledVisionTransformer, drop_path: float = 0.0) -> Any:
     require_plain(encoder)
     if model.pool != "cls":
         raise UsageError("timm's distilled layout reads the class token; set pool to cls")
-    made = _distilled_like(encoder, drop_path)
-    made.reset_classifier(classes)
-    made.patchloom_args["model_args"]["num_classes"] = classes
-    made.pretrained_cfg = {**encoder.pretrained_cfg, "classifier": ("head", "head_dist")}
+    distilled = _distilled_like(encoder, drop_path)
+    distilled.reset_classifier(classes)
+    distilled.patchloom_args["model_args"]["num_classes"] = classes
+    distilled.pretrained_cfg = {**encoder.pretrained_cfg, "classifier": ("head", "head_dist")}
     state = {n: v for n, v in encoder.state_dict().items() if not n.startswith(("head.", "pos_embed"))}
-    state["pos_embed"], made.without_position = _with_free_token(encoder)
+    state["pos_embed"], distilled.without_position = _with_free_token(encoder)
     state["dist_token"] = model.dist_token.detach()
     scale = {"mean": (1.0, 1.0), "cls": (2.0, 0.0), "dist": (0.0, 2.0)}[model.eval_head]
     for name, head, factor in zip(("head", "head_dist"), (model.head, model.head_dist), scale, strict=True):
         state |= {f"{name}.{part}": factor * value for part, value in head.state_dict().items()}
-    own = made.state_dict()
-    wrong = sorted({*own} ^ {*state} | {n for n in own if n in state and own[n].shape != state[n].shape})
+    state_dict = distilled.state_dict()
+    wrong = sorted(
+        {*state_dict} ^ {*state} | {n for n in state_dict if n in state and state_dict[n].shape != state[n].shape}
+    )
     if wrong:
         raise UsageError(
             f"this student has parts that timm's distilled layout does not have, or lacks some ({', '.join(wrong[:3])})"
             f"; choose a plain one such as vit_small_patch16_224"
         )
-    made.load_state_dict(state)
-    _check_same(model, made)
-    return made.train(model.training)
+    distilled.load_state_dict(state)
+    _check_same(model, distilled)
+    return distilled.train(model.training)
 
 
 def require_plain(encoder: Encoder) -> None:
@@ -207,21 +209,21 @@ def _with_free_token(encoder: Encoder) -> tuple[Tensor, range]:
     Beside them the numbers of these rows.
     """
     positions = encoder.pos_embed.detach()
-    own = positions.shape[1] - grid_size(encoder)[0] * grid_size(encoder)[1]
-    zeros = positions.new_zeros(1, 2 - own, positions.shape[2])
-    return torch.cat([positions[:, :own], zeros, positions[:, own:]], dim=1), range(own, 2)
+    num_prefix = positions.shape[1] - grid_size(encoder)[0] * grid_size(encoder)[1]
+    zeros = positions.new_zeros(1, 2 - num_prefix, positions.shape[2])
+    return torch.cat([positions[:, :num_prefix], zeros, positions[:, num_prefix:]], dim=1), range(num_prefix, 2)
 
 
 @torch.no_grad()
-def _check_same(model: DistilledVisionTransformer, made: Any) -> None:
+def _check_same(model: DistilledVisionTransformer, timm_model: Any) -> None:
     """Refuse a student whose blocks compute something else than timm's plain ones, whatever their tensors' names."""
     mode = model.training
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, in_chans(made), *image_size(made), generator=generator)
-    wanted = torch.stack(model.eval().features(images), dim=1)
-    found = made.eval().forward_features(images)[:, :2]
+    images = torch.randn(1, in_chans(timm_model), *image_size(timm_model), generator=generator)
+    expected = torch.stack(model.eval().features(images), dim=1)
+    actual = timm_model.eval().forward_features(images)[:, :2]
     model.train(mode)
-    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise UsageError(
             "this student computes something else than timm's distilled layout with the same weights (another "
             "activation or norm); choose a plain one such as vit_small_patch16_224"

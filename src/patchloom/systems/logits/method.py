@@ -36,5 +36,5 @@ class LogitsMethod(AnswersMethod):
             taught = config.alpha * hard_distillation_loss(logits, answers)
         else:
             taught = kd_loss(logits, answers, config.temperature, config.alpha)
-        told = (1 - config.alpha) * self.targets.loss(logits, labels)
-        return {"loss": told + taught, "label_loss": told, "teacher_loss": taught}
+        label_loss = (1 - config.alpha) * self.targets.loss(logits, labels)
+        return {"loss": label_loss + taught, "label_loss": label_loss, "teacher_loss": taught}

@@ -170,13 +170,15 @@ class LoRA(Readout, Insertion):
             for module in modules:
                 if hasattr(module, "get_delta_weight"):
                     # peft may put a new tensor in the weight's place, where it has to be written into the old one.
-                    own = module.base_layer
-                    stand_in = nn.Linear(own.in_features, own.out_features, bias=False).to(own.weight)
-                    stand_in.weight.copy_(own.weight)
+                    base_layer = module.base_layer
+                    stand_in = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False).to(
+                        base_layer.weight
+                    )
+                    stand_in.weight.copy_(base_layer.weight)
                     module.base_layer = stand_in
                     module.merge()
-                    own.weight.copy_(stand_in.weight)
-                    module.base_layer = own
+                    base_layer.weight.copy_(stand_in.weight)
+                    module.base_layer = base_layer
 
 
 def _check_targets(targets: Sequence[str], rank: int) -> None:

@@ -114,7 +114,7 @@ class MAEMethod(Method):
         from patchloom.report import Section, image_grid
 
         rows = self.pictures(self.pixels(images).to(self.device))
-        own = (
+        note = (
             " It predicts each patch up to its brightness and contrast; these are taken from the original here."
             if self.config.norm_pix_loss
             else ""
@@ -122,8 +122,8 @@ class MAEMethod(Method):
         return [
             Section(
                 title="Masked input and reconstruction",
-                text=f"Held-out images. Of {self.patches} patches it sees {self.visible}.{own} The last row shows what "
-                f"it was shown beside what it predicts.",
+                text=f"Held-out images. Of {self.patches} patches it sees {self.visible}.{note} The last row shows "
+                "what it was shown beside what it predicts.",
                 figures=[image_grid({name: row.float().cpu() for name, row in rows.items()})],
             )
         ]
@@ -140,10 +140,10 @@ class MAEMethod(Method):
         noise = torch.rand(len(images), self.patches, generator=generator).to(images.device)
         inputs = normalize(images, self.encoder)
         hidden = (noise.argsort(1).argsort(1) >= self.visible).unsqueeze(-1)
-        said = self._denormalized(self.model.reconstruct(inputs, noise=noise)).clamp(0, 1)
+        reconstruction = self._denormalized(self.model.reconstruct(inputs, noise=noise)).clamp(0, 1)
         patches = patchify(images, size)
         shown = unpatchify(torch.where(hidden, torch.full_like(patches, 0.5), patches), size, grid, channels)
-        return {"original": images, "visible": shown, "reconstruction": said}
+        return {"original": images, "visible": shown, "reconstruction": reconstruction}
 
     def _denormalized(self, images: Tensor) -> Tensor:
         """Return normalised images in [0, 1] again."""

@@ -95,7 +95,7 @@ def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config
             raise UsageError(f"the checkpoint has no {name}, so it is no ViT of MAE")
     if config.get("global_pool") in ("avg", "token"):  # timm's words for the published switch
         config["global_pool"] = config["global_pool"] == "avg"
-    config = SETTINGS.settle(config, _told_by_shapes(state))
+    config = SETTINGS.settle(config, _inferred_from_shapes(state))
     if has(state, *DECODER):
         return _autoencoder(dict(state), {**defaults, **config})
     pooled = has(state, "fc_norm.")
@@ -113,24 +113,26 @@ def load_with(defaults: Mapping[str, Any], state: Mapping[str, Tensor], **config
 
 
 def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
-    own = {name: value for name, value in state.items() if name.startswith(DECODER)}
+    decoder_state = {name: value for name, value in state.items() if name.startswith(DECODER)}
     require(state, "decoder_embed.weight", "decoder_blocks.0.mlp.fc1.weight")
-    encoder, rest = _encoder({name: value for name, value in state.items() if name not in own}, config, "token")
+    encoder, rest = _encoder(
+        {name: value for name, value in state.items() if name not in decoder_state}, config, "token"
+    )
     model = MaskedAutoencoder(
         encoder,
-        decoder_dim=len(own["decoder_embed.weight"]),
-        decoder_depth=_count(own, "decoder_blocks"),
+        decoder_dim=len(decoder_state["decoder_embed.weight"]),
+        decoder_depth=_count(decoder_state, "decoder_blocks"),
         decoder_heads=int(config.get("decoder_num_heads", 16)),
         norm_pix_loss=bool(config["norm_pix_loss"]),
         mask_ratio=float(config["mask_ratio"]),
-        decoder_mlp_ratio=_hidden(own, "decoder_blocks").ratio,
+        decoder_mlp_ratio=_hidden(decoder_state, "decoder_blocks").ratio,
     )
     set_epsilon(model, config.get("layer_norm_eps"))
     encoder.pos_embed.requires_grad_(False)  # sines and cosines, stored but not trained
-    positions = own.get("decoder_pos_embed")
+    positions = decoder_state.get("decoder_pos_embed")
     if positions is not None and positions.shape[1] != model.decoder_pos_embed.shape[1]:
-        own["decoder_pos_embed"] = _resized(positions, model.grid)
-    tensors = {**{f"encoder.{name}": value for name, value in rest.items()}, **own}
+        decoder_state["decoder_pos_embed"] = _resized(positions, model.grid)
+    tensors = {**{f"encoder.{name}": value for name, value in rest.items()}, **decoder_state}
     return fill(model, tensors, published=lambda name: name.removeprefix("encoder.")).eval()
 
 
@@ -165,8 +167,8 @@ def _encoder(
 
 def _image_size(positions: Tensor, patch: int, config: Mapping[str, Any]) -> tuple[int, int]:
     """Return (H, W): as told, or of a square grid."""
-    if (told := config.get("image_size")) is not None:
-        return (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
+    if (size := config.get("image_size")) is not None:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     side = math.isqrt(positions.shape[1] - 1)
     if side**2 != positions.shape[1] - 1:
         raise UsageError(f"{positions.shape[1] - 1} positions are of no square grid; give image_size=(H, W)")
@@ -181,7 +183,7 @@ def _resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     return resample_abs_pos_embed(positions, grid, (side, side), num_prefix_tokens=1, antialias=False)
 
 
-def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     head = state.get("head.weight", state.get("head.1.weight"))

@@ -49,21 +49,21 @@ def is_transformers(state: Mapping[str, Tensor]) -> bool:
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a checkpoint of transformers' ViTMAE under the official names; queries, keys and values become one."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, value in state.items():
         plain = name.removeprefix("vit.")
         block = BLOCK.fullmatch(plain)
         if block is None:
-            found[OUTSIDE.get(plain, name)] = value  # what is unknown is refused by its name where it is filled in
+            tensors[OUTSIDE.get(plain, name)] = value  # what is unknown is refused by its name where it is filled in
             continue
         owner = f"{'decoder_blocks' if block[1].startswith('decoder') else 'blocks'}.{block[2]}"
         if block[3] in ATTENTION:
             parts.setdefault(f"{owner}.attn.qkv.{block[4]}", {})[ATTENTION[block[3]]] = value
         else:
             ours = INSIDE.get(block[3])
-            found[name if ours is None else f"{owner}.{ours}.{block[4]}"] = value
+            tensors[name if ours is None else f"{owner}.{ours}.{block[4]}"] = value
     for name, three in parts.items():
         if len(three) == 3:
-            found[name] = torch.cat([three[number] for number in range(3)])
-    return found
+            tensors[name] = torch.cat([three[number] for number in range(3)])
+    return tensors

@@ -95,28 +95,30 @@ def load(state: Mapping[str, Tensor], head: str | None = None, **config: Any) ->
     head = config.pop("model", head)
     if head is None and dinov2.is_dinov2(state):
         return dinov2.load(state, **config)  # the tile encoder
-    found = next((name for name, module in TELLS.items() if has(state, module)), None)
+    head_name = next((name for name, module in TELLS.items() if has(state, module)), None)
     if head is not None:
         head = SPELLINGS.get(head.lower(), head.lower())
         if head not in HEADS:
             raise unknown_name("head", head, HEADS)
-        if found is not None and head != found:
-            raise UsageError(f"the checkpoint's tensors are those of {found}, not of {head}")
-    if found is None:
+        if head_name is not None and head != head_name:
+            raise UsageError(f"the checkpoint's tensors are those of {head_name}, not of {head}")
+    if head_name is None:
         raise UsageError(f"the checkpoint has no tensor of a known head ({', '.join(HEADS)}); it has {list(state)[:4]}")
-    told = _told_by_shapes(found, state)
-    names = {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if found == "meanpool" else SHORT
-    settings = Settings(obeyed=("metadata_cols", *UNTOLD[found]), fixed=FIXED.get(found, {}), other_names=names)
+    inferred = _inferred_from_shapes(head_name, state)
+    names = (
+        {"num_classes": "out_features", "mlp_hidden": "hidden", "mlp": "hidden"} if head_name == "meanpool" else SHORT
+    )
+    settings = Settings(obeyed=("metadata_cols", *UNTOLD[head_name]), fixed=FIXED.get(head_name, {}), other_names=names)
     config = dict(config)
-    blocks = _blocks_of_transmil(state, config) if found == "transmil" else {}
-    if found == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
+    blocks = _blocks_of_transmil(state, config) if head_name == "transmil" else {}
+    if head_name == "chowder" and (extreme := config.pop("n_extreme", None)) is not None:
         config |= {"n_top": extreme, "n_bottom": extreme}
-    arguments = {"metadata_cols": 3, **told, **settings.settle(config, told), **blocks}
-    if found == "chowder":
+    arguments = {"metadata_cols": 3, **inferred, **settings.settle(config, inferred), **blocks}
+    if head_name == "chowder":
         arguments |= _extremes(arguments, state)
-    if found == "dsmil":
+    if head_name == "dsmil":
         arguments["passing_values"] = _passes_values(arguments, state)
-    return fill(HEADS[found](**arguments), state).eval()
+    return fill(HEADS[head_name](**arguments), state).eval()
 
 
 # A loader for each head by its own name.
@@ -128,7 +130,7 @@ load_transmil = partial(load, head="transmil")
 load_hiptmil = partial(load, head="hiptmil")
 
 
-def _told_by_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_shapes(head: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of a head that its tensors tell."""
     if head == "meanpool":
         widths = _mlp_widths(state)
@@ -186,13 +188,13 @@ def _blocks_of_transmil(state: Mapping[str, Tensor], config: dict[str, Any]) -> 
     names = (*OF_BLOCKS, *TOLD_OF_BLOCKS, "num_attention_heads", "heads")
     both = {SHORT.get(name, name): config.pop(name) for name in list(config) if name in names}
     first, second = (
-        {**OF_BLOCKS, **BLOCK.settle({**both, **(config.pop(group, None) or {})}, told), **told}
-        for group, told in ((group, _told_of_block(state, block)) for block, group in BLOCKS.items())
+        {**OF_BLOCKS, **BLOCK.settle({**both, **(config.pop(group, None) or {})}, inferred), **inferred}
+        for group, inferred in ((group, _inferred_from_block(state, block)) for block, group in BLOCKS.items())
     )
     return {**first, "second_block": {name: value for name, value in second.items() if first.get(name) != value}}
 
 
-def _told_of_block(state: Mapping[str, Tensor], block: str) -> dict[str, Any]:
+def _inferred_from_block(state: Mapping[str, Tensor], block: str) -> dict[str, Any]:
     """Return the settings that the tensors of one of TransMIL's blocks tell."""
     if f"{block}.attn.to_qkv.weight" not in state:
         return {"attention_type": "original", "qkv_bias": f"{block}.attn.qkv.bias" in state}

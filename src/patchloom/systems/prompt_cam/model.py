@@ -276,8 +276,8 @@ class PromptCAM(nn.Module):
         Raises:
             UsageError: No class prompts are active on the encoder.
         """
-        there = insertions(encoder).get(active(encoder) or "")
-        if not isinstance(there, ClassPrompts):
+        insertion = insertions(encoder).get(active(encoder) or "")
+        if not isinstance(insertion, ClassPrompts):
             raise UsageError("the model has no class prompts; train them with: patchloom adapt prompt_cam")
         model = cls.__new__(cls)
         nn.Module.__init__(model)
@@ -287,9 +287,9 @@ class PromptCAM(nn.Module):
     @property
     def added(self) -> ClassPrompts:
         """The class prompts on the encoder."""
-        there = insertions(self.encoder)[active(self.encoder) or NAME]
-        assert isinstance(there, ClassPrompts)
-        return there
+        insertion = insertions(self.encoder)[active(self.encoder) or NAME]
+        assert isinstance(insertion, ClassPrompts)
+        return insertion
 
     @property
     def num_classes(self) -> int:
@@ -325,13 +325,15 @@ class PromptCAM(nn.Module):
         Raises:
             UsageError: They are for other classes, another encoder or another form.
         """
-        own = self.adapter_state_dict()
-        if set(state) != set(own):
-            raise UsageError(f"the adapter holds {', '.join(sorted(state))}; this model has {', '.join(sorted(own))}")
-        told, here = state["prompts"].shape, own["prompts"].shape
-        if told[1] != here[1]:
-            raise UsageError(f"the adapter has prompts for {told[1]} classes, the model for {here[1]}")
-        for name, value in own.items():
+        own_state = self.adapter_state_dict()
+        if set(state) != set(own_state):
+            raise UsageError(
+                f"the adapter holds {', '.join(sorted(state))}; this model has {', '.join(sorted(own_state))}"
+            )
+        given, here = state["prompts"].shape, own_state["prompts"].shape
+        if given[1] != here[1]:
+            raise UsageError(f"the adapter has prompts for {given[1]} classes, the model for {here[1]}")
+        for name, value in own_state.items():
             if state[name].shape != value.shape:
                 raise UsageError(
                     f"the adapter's {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}: "

@@ -82,9 +82,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     for name in (PROMPTS, "head.weight", "patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if name not in state:
             raise UsageError(f"the checkpoint has no {name}, so it is no Prompt-CAM model")
-    told = _told_by_shapes(state, bool(config.get("vpt_layer")))
-    config = SETTINGS.settle(config, told)
-    if (pool := config.setdefault("global_pool", told["global_pool"] or "token")) not in ("avg", "token"):
+    inferred = _inferred_from_shapes(state, bool(config.get("vpt_layer")))
+    config = SETTINGS.settle(config, inferred)
+    if (pool := config.setdefault("global_pool", inferred["global_pool"] or "token")) not in ("avg", "token"):
         raise unknown_name("global_pool", str(pool), ("avg", "token"))
     encoder = _encoder(state, config)
     sets, prompts, width = state[PROMPTS].shape
@@ -94,7 +94,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         raise UsageError(
             f"{PROMPTS} is {tuple(state[PROMPTS].shape)}; expected ({blocks} or 1, classes, {encoder.embed_dim})"
         )
-    if told["train_type"] == "prompt_cam":
+    if inferred["train_type"] == "prompt_cam":
         model = PromptCAM(
             encoder, prompts, depth="deep" if sets == blocks else "shallow", prompt_dropout=dropout, force=True
         )
@@ -111,7 +111,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     return encoder.eval()
 
 
-def _told_by_shapes(state: Mapping[str, Tensor], last: bool) -> dict[str, Any]:
+def _inferred_from_shapes(state: Mapping[str, Tensor], last: bool) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     sets, prompts, _ = state[PROMPTS].shape
@@ -189,8 +189,8 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
 
 def _size(positions: int, prefix: int, patch: int, config: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
     """Return the image size (H, W), and whether prefix tokens are without position embedding."""
-    told = config.get("image_size")
-    size = None if told is None else (told, told) if isinstance(told, int) else (int(told[0]), int(told[1]))
+    given = config.get("image_size")
+    size = None if given is None else (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
     patches = None if size is None else (size[0] // patch) * (size[1] // patch)
     without = config.get("no_embed_class")
     if without is None:  # only one of the two gives a whole grid, as a rule
@@ -207,7 +207,7 @@ def _size(positions: int, prefix: int, patch: int, config: Mapping[str, Any]) ->
         size = (side * patch, side * patch)
     elif patches != count:
         raise UsageError(
-            f"img_size={told} has {patches} patches of {patch} pixels, but the position embedding has {count}"
+            f"img_size={given} has {patches} patches of {patch} pixels, but the position embedding has {count}"
         )
     assert size is not None
     return size, bool(without)

@@ -64,30 +64,33 @@ class ScaleKDMethod(DistillMethod):
         if taps.substituted:
             levels = " and ".join(f"1/{reduction}" for reduction in taps.reductions)
             self.notice(f"the student has no maps at a 16th and a 32nd of the image; those at {levels} are taken")
-        own = self.model.student_grid
-        if own != (height, width):
+        student_grid = self.model.student_grid
+        if student_grid != (height, width):
             how = "cross-attention" if self.config.cap else "bilinear resampling"
-            self.notice(f"the student's last map of {own[0]}x{own[1]} meets the teacher's of {height}x{width} by {how}")
+            self.notice(
+                f"the student's last map of {student_grid[0]}x{student_grid[1]} meets the teacher's of "
+                f"{height}x{width} by {how}"
+            )
 
     def label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss against labels (B,) or shares (B, C)."""
         if self.config.loss == "ce":
             return self.targets.loss(logits, labels)
-        wanted = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
-        return F.binary_cross_entropy_with_logits(logits.float(), wanted.float(), reduction="sum") / len(logits)
+        targets = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
+        return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="sum") / len(logits)
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the loss and those parts of it that are in force, see `ScaleKD`."""
         images, labels = self.mixed(batch)
         third, fourth, logits = self.model.student(images)
-        losses = self.model.losses_from_features(third, fourth, logits, self.seen(images), labels)
+        losses = self.model.losses_from_features(third, fourth, logits, self.teacher_output(images), labels)
         del losses["logits"]
         return losses
 
-    def seen(self, images: Tensor) -> Any:
+    def teacher_output(self, images: Tensor) -> Any:
         """Return what the teacher makes of images normalised for the student."""
-        seen = self.model.teacher(self.teacher.view(images, self.encoder))
-        return seen if seen.logits is None else replace(seen, logits=self.teacher.in_order(seen.logits))
+        output = self.model.teacher(self.teacher.view(images, self.encoder))
+        return output if output.logits is None else replace(output, logits=self.teacher.in_order(output.logits))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -98,8 +101,8 @@ class ScaleKDMethod(DistillMethod):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["state_dict"]
-        for prefix, own in zip(SHARED, ("encoder.", "teacher.model."), strict=True):
-            state |= {prefix + name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
+        for prefix, ours in zip(SHARED, ("encoder.", "teacher.model."), strict=True):
+            state |= {prefix + name.removeprefix(ours): value for name, value in state.items() if name.startswith(ours)}
 
     def summary(self) -> dict[str, Any]:
         """Return what the run learnt from, how both compare, and how near the projected features came."""
@@ -123,11 +126,13 @@ class ScaleKDMethod(DistillMethod):
         """Return (B, 2), see `distances`, of images in [0, 1]."""
         tokens, target = self.projected(normalize(images, self.encoder))
         rows = []
-        for without_mean, said in ((False, tokens[0]), (True, tokens[-1])):
-            held, told = (part.float() for part in (target, said.transpose(1, 2).unflatten(2, target.shape[-2:])))
+        for without_mean, predicted in ((False, tokens[0]), (True, tokens[-1])):
+            held, projected = (
+                part.float() for part in (target, predicted.transpose(1, 2).unflatten(2, target.shape[-2:]))
+            )
             if without_mean:
-                held, told = (part - part.mean((2, 3), keepdim=True) for part in (held, told))
-            rows.append((F.normalize(told, dim=1) - F.normalize(held, dim=1)).square().sum(1).mean((1, 2)))
+                held, projected = (part - part.mean((2, 3), keepdim=True) for part in (held, projected))
+            rows.append((F.normalize(projected, dim=1) - F.normalize(held, dim=1)).square().sum(1).mean((1, 2)))
         return torch.stack(rows, 1)
 
     def projected(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -140,8 +145,8 @@ class ScaleKDMethod(DistillMethod):
             Tokens (B, h·w, Ct), and (B, Ct, h, w).
         """
         third, fourth, _ = self.model.student(images)
-        seen = self.seen(images)
-        return self.model.project(third, fourth, seen).last, seen.features
+        teacher_output = self.teacher_output(images)
+        return self.model.project(third, fourth, teacher_output).last, teacher_output.features
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> dict[str, Tensor]:

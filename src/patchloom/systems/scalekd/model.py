@@ -24,7 +24,7 @@ from patchloom.systems.scalekd.projector import (
     mimic_alternative,
     mimic_spatial,
 )
-from patchloom.systems.scalekd.split_teacher import Seen, Teacher
+from patchloom.systems.scalekd.split_teacher import Teacher, TeacherOutput
 from patchloom.training.distillation import kd_loss
 
 
@@ -189,12 +189,12 @@ class ScaleKD(nn.Module):
         scale3, scale4 = softmax_scale if isinstance(softmax_scale, tuple) else (softmax_scale, softmax_scale)
         views = 2 if dfm else 1
 
-        def projectors(x: Tensor, dim: int, grid: Any, heads: int, own: bool, sharp: float) -> nn.ModuleList:
+        def projectors(x: Tensor, dim: int, grid: Any, heads: int, self_query: bool, sharp: float) -> nn.ModuleList:
             if not cap:
                 return nn.ModuleList(nn.Conv2d(x.shape[1], dim, 1) for _ in range(views))
             shape = (int(x.shape[-2]), int(x.shape[-1]))
             return nn.ModuleList(
-                CrossAttentionProjector(x.shape[1], dim, shape, grid, heads, own, sharp, norm)  # type: ignore[arg-type]
+                CrossAttentionProjector(x.shape[1], dim, shape, grid, heads, self_query, sharp, norm)  # type: ignore[arg-type]
                 for _ in range(views)
             )
 
@@ -214,42 +214,42 @@ class ScaleKD(nn.Module):
             `loss_s4_alt`), and the student's `logits`.
         """
         third, fourth, logits = self.student(images)
-        seen = self.teacher(images if teacher_images is None else teacher_images)
-        return self.losses_from_features(third, fourth, logits, seen, labels)
+        teacher_output = self.teacher(images if teacher_images is None else teacher_images)
+        return self.losses_from_features(third, fourth, logits, teacher_output, labels)
 
     def losses_from_features(
-        self, third: Tensor, fourth: Tensor, logits: Tensor, seen: Seen, labels: Tensor
+        self, third: Tensor, fourth: Tensor, logits: Tensor, teacher_output: TeacherOutput, labels: Tensor
     ) -> dict[str, Tensor]:
         """Return the losses for given features, see `forward`."""
-        target = seen.features
+        target = teacher_output.features
         parts: dict[str, Tensor] = {}
-        for stage, projections in zip(("s3", "s4"), self.project(third, fourth, seen), strict=True):
+        for stage, projections in zip(("s3", "s4"), self.project(third, fourth, teacher_output), strict=True):
             for view, tokens in enumerate(projections):
                 parts[f"loss_{stage}_alt" if view else f"loss_{stage}"] = self._mimic(view, tokens, target)
         weight = self.kd_weight if self.kd else 0.0
         parts["ori_loss"] = (1 - weight) * self.criterion(logits.float(), labels)
         if self.kd:
-            if seen.logits is None:
+            if teacher_output.logits is None:
                 raise UsageError("the teacher gave no answers to learn from; set kd=false")
-            parts["loss_kd"] = kd_loss(logits, seen.logits, self.temperature, weight)
+            parts["loss_kd"] = kd_loss(logits, teacher_output.logits, self.temperature, weight)
         return {"loss": torch.stack(list(parts.values())).sum(), **parts, "logits": logits}
 
-    def project(self, third: Tensor, fourth: Tensor, seen: Seen) -> Projected:
+    def project(self, third: Tensor, fourth: Tensor, teacher_output: TeacherOutput) -> Projected:
         """Return both maps of the student in the teacher's space."""
-        perceived = [self._tail(projector(third), seen) for projector in self.stage3]
+        perceived = [self._tail(projector(third), teacher_output) for projector in self.stage3]
         # Not detached: the last stage trains the earlier one too.
         queries: Sequence[Tensor | None] = perceived or [None] * len(self.stage4)
         last = [
-            projector(fourth, query) if self.cap else _resized(projector(fourth), seen.features)
+            projector(fourth, query) if self.cap else _resized(projector(fourth), teacher_output.features)
             for projector, query in zip(self.stage4, queries, strict=True)
         ]
         return Projected(perceived, last)
 
-    def _tail(self, tokens: Tensor, seen: Seen) -> Tensor:
+    def _tail(self, tokens: Tensor, teacher_output: TeacherOutput) -> Tensor:
         if self.recompute_tail and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(self.teacher.tail, tokens, seen, use_reentrant=False)
+            recomputed: Tensor = checkpoint(self.teacher.tail, tokens, teacher_output, use_reentrant=False)
             return recomputed
-        return self.teacher.tail(tokens, seen)
+        return self.teacher.tail(tokens, teacher_output)
 
     def _mimic(self, view: int, tokens: Tensor, target: Tensor) -> Tensor:
         compare = mimic_alternative if view else mimic_spatial

@@ -124,8 +124,8 @@ class CrossAttentionProjector(nn.Module):
 
 def default_heads(teacher_dim: int) -> int:
     """Return heads of about 64 channels each that divide the width, about what the published settings have."""
-    wanted = max(1, teacher_dim // 64)
-    return next(heads for heads in range(wanted, 0, -1) if teacher_dim % heads == 0)
+    most = max(1, teacher_dim // 64)
+    return next(heads for heads in range(most, 0, -1) if teacher_dim % heads == 0)
 
 
 def mimic_spatial(tokens: Tensor, teacher_map: Tensor, weight: float = 0.08, scale: Scale = "sum") -> Tensor:

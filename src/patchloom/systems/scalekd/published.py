@@ -114,8 +114,8 @@ def _projector(
     _, student_dim, height, width = ours["pos_embed"].shape
     dim = ours["q.weight"].shape[0]
     learned = "query.weight" in ours
-    told = {"student_dims": student_dim, "teacher_dims": dim, "pos_grid": (height, width), "self_query": learned}
-    agree({name: value if name == "pos_grid" else _of_stage(value, stage) for name, value in given.items()}, told)
+    inferred = {"student_dims": student_dim, "teacher_dims": dim, "pos_grid": (height, width), "self_query": learned}
+    agree({name: value if name == "pos_grid" else _of_stage(value, stage) for name, value in given.items()}, inferred)
     grid = config.get("query_grid")
     if learned and (grid is None or grid[0] * grid[1] != len(ours["query.weight"])):
         side = round(len(ours["query.weight"]) ** 0.5)
@@ -166,9 +166,11 @@ def _model(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     else:
         ours = {key.replace("head.fc.", "fc."): value for key, value in state.items()}
     model = timm.create_model(name, num_classes=classes, **extra)
-    own = model.state_dict()
-    buffers = [key for key in own if key.endswith(("relative_position_index", "attn_mask", "num_batches_tracked"))]
-    return fill(model, {k: v for k, v in ours.items() if k in own or k not in buffers}, may_lack=buffers)
+    state_dict = model.state_dict()
+    buffers = [
+        key for key in state_dict if key.endswith(("relative_position_index", "attn_mask", "num_batches_tracked"))
+    ]
+    return fill(model, {k: v for k, v in ours.items() if k in state_dict or k not in buffers}, may_lack=buffers)
 
 
 def vit_from_mmcls(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from patchloom.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Seen:
+class TeacherOutput:
     """What a teacher makes of a batch."""
 
     features: Tensor
@@ -94,14 +94,14 @@ class Teacher(nn.Module):
         return (size[0] // fine, size[1] // fine), (size[0] // coarse, size[1] // coarse)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Seen:
+    def forward(self, images: Tensor) -> TeacherOutput:
         """Return features and answers for (B, C, H, W) normalised images, without gradient."""
         if self.is_swin:
             x = self.model.patch_embed(images)
             for layer in self.model.layers[:-1]:
                 x = layer(x)
             last = self.model.norm(self.model.layers[-1](x))
-            return Seen(last.permute(0, 3, 1, 2), x.flatten(1, 2), self._logits(last))
+            return TeacherOutput(last.permute(0, 3, 1, 2), x.flatten(1, 2), self._logits(last))
         embedded = embed(self.model, images)
         cut, prefix = depth(self.model) - self.tail_blocks, num_prefix_tokens(self.model)
         entering, _ = run_blocks(self.model, embedded, stop=cut)
@@ -111,32 +111,32 @@ class Teacher(nn.Module):
             normed[:, prefix:].transpose(1, 2).unflatten(2, grid_size(self.model, (images.shape[-2], images.shape[-1])))
         )
         logits = self._logits(self.model.norm(x))
-        return Seen(features, entering[:, prefix:], logits, entering[:, :prefix], embedded)
+        return TeacherOutput(features, entering[:, prefix:], logits, entering[:, :prefix], embedded)
 
-    def tail(self, tokens: Tensor, seen: Seen) -> Tensor:
+    def tail(self, tokens: Tensor, output: TeacherOutput) -> Tensor:
         """Return what the teacher's last part makes of tokens; the gradient passes through it to them.
 
         Args:
             tokens: (B, n, Ct3), in place of the teacher's own.
-            seen: What the teacher made of the same images: its prefix tokens and positions go along.
+            output: What the teacher made of the same images: its prefix tokens and positions go along.
 
         Returns:
             (B, h·w, Ct), after the final norm.
         """
         if self.is_swin:
-            side = self.grids_of(tokens.shape[1], seen)
+            side = self.grids_of(tokens.shape[1], output)
             return self.model.norm(self.model.layers[-1](tokens.unflatten(1, side))).flatten(1, 2)
-        assert seen.prefix is not None
-        assert seen.embedded is not None
-        x = torch.cat([seen.prefix, tokens], 1)
+        assert output.prefix is not None
+        assert output.embedded is not None
+        x = torch.cat([output.prefix, tokens], 1)
         cut = depth(self.model) - self.tail_blocks
-        x, _ = run_blocks(self.model, replace(seen.embedded, x=x), start=cut)
-        return self._norm(x)[:, seen.prefix.shape[1] :]
+        x, _ = run_blocks(self.model, replace(output.embedded, x=x), start=cut)
+        return self._norm(x)[:, output.prefix.shape[1] :]
 
     @staticmethod
-    def grids_of(count: int, seen: Seen) -> tuple[int, int]:
+    def grids_of(count: int, output: TeacherOutput) -> tuple[int, int]:
         """Return the grid of tokens that enter Swin's tail: twice that of the last map."""
-        height, width = seen.features.shape[-2] * 2, seen.features.shape[-1] * 2
+        height, width = output.features.shape[-2] * 2, output.features.shape[-1] * 2
         if height * width != count:
             raise UsageError(f"{count} tokens do not fill the {height}x{width} grid of the teacher's tail")
         return height, width

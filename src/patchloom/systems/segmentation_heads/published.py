@@ -89,15 +89,15 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         if len(parts) > 1:
             raise UsageError("the checkpoint has a neck and an auxiliary head and no decode_head")
         (name,) = parts
-        return _made(name, parts, state, {k.removeprefix(PARTS[name]): v for k, v in config.items()}).eval()
+        return _build(name, parts, state, {k.removeprefix(PARTS[name]): v for k, v in config.items()}).eval()
     settings: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
     for key, value in config.items():
         name = next((name for name, start in PARTS.items() if start and key.startswith(start)), "decode_head")
         if name not in parts:
             raise UsageError(f"{key} is given and the checkpoint has no {name}")
         settings[name][key.removeprefix(PARTS[name])] = value
-    made = {name: _made(name, parts, state, settings[name]) for name in parts}
-    return Decoder(made["decode_head"], made.get("auxiliary_head"), made.get("neck")).eval()
+    modules = {name: _build(name, parts, state, settings[name]) for name in parts}
+    return Decoder(modules["decode_head"], modules.get("auxiliary_head"), modules.get("neck")).eval()
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _taken_apart(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]]
     return parts, bare, left
 
 
-def _made(
+def _build(
     name: str, parts: Mapping[str, Mapping[str, str]], state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> nn.Module:
     """Return a part; several auxiliary heads as an `nn.ModuleList`."""
@@ -147,8 +147,8 @@ def _made(
         return load_part(inside, config, prefix)
     heads: dict[int, dict[str, Tensor]] = {}
     for rest, tensor in inside.items():
-        number, _, own = rest.partition(".")
-        heads.setdefault(int(number), {})[own] = tensor
+        number, _, inner = rest.partition(".")
+        heads.setdefault(int(number), {})[inner] = tensor
     if missing := sorted(set(range(max(heads))) - set(heads)):
         raise UsageError(f"missing: {prefix}{missing[0]}.*")
     for key, value in config.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchloom.errors import UsageError, unknown_name
 from patchloom.models.published import fill, has, require
 from patchloom.models.published_beit import SETTINGS as OF_ENCODERS
-from patchloom.models.published_beit import make_encoder, resize, told_by, without_indices
+from patchloom.models.published_beit import inferred_from, make_encoder, resize, without_indices
 from patchloom.models.published_settings import set_epsilon
 from patchloom.segment.pyramid_backbone import PyramidBackbone, SegmentationModel
 from patchloom.systems.segmentation_heads import published as segmentation_heads
@@ -64,7 +64,7 @@ def load(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     heads = {name: value for name, value in state.items() if name.startswith(HEADS)}
     rest = {name.removeprefix("backbone."): value for name, value in state.items() if name not in heads}
     require(rest, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "fpn1.0.weight")
-    of_backbone, of_heads = _parted(config, told_by(rest))
+    of_backbone, of_heads = _parted(config, inferred_from(rest))
     if of_heads and not heads:
         raise UsageError(f"{next(iter(of_heads))} is given, and the checkpoint has no head it could be for")
     backbone = _backbone(rest, of_backbone)
@@ -87,15 +87,15 @@ def _part(state: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
     if chosen not in found:
         raise UsageError(f"part={chosen}, and the checkpoint holds its {' and '.join(found)} only")
     # Outputs the distillation's hooks left among the tensors: student_decode_head_conv_seg and its teacher's.
-    kept = tuple(f"{each}{mark}" for each in PARTS for mark in "._")
-    if left := [name for name in state if not name.startswith(kept)]:
+    prefixes = tuple(f"{each}{mark}" for each in PARTS for mark in "._")
+    if left := [name for name in state if not name.startswith(prefixes)]:
         raise UsageError(f"unexpected: {', '.join(left[:6])}; beside {chosen}. stand a teacher and kept outputs")
     return {name.removeprefix(f"{chosen}."): v for name, v in state.items() if name.startswith(f"{chosen}.")}
 
 
-def _parted(config: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parted(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of the backbone, known or told by its tensors, and those of the heads."""
-    known = {*SETTINGS.obeyed, *SETTINGS.idle, *SETTINGS.fixed, *SETTINGS.other_names, *told}
+    known = {*SETTINGS.obeyed, *SETTINGS.idle, *SETTINGS.fixed, *SETTINGS.other_names, *inferred}
     backbone: dict[str, Any] = dict(config.get("backbone") or {})
     heads: dict[str, Any] = {}
     for name, value in config.items():
@@ -111,20 +111,20 @@ def _parted(config: Mapping[str, Any], told: Mapping[str, Any]) -> tuple[dict[st
 
 def _backbone(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> PyramidBackbone:
     state = without_indices(state)
-    settings = SETTINGS.settle(config, told_by(state))
+    settings = SETTINGS.settle(config, inferred_from(state))
     neck = {name: value for name, value in state.items() if name.startswith(NECK)}
-    own = _with_split_biases({name: value for name, value in state.items() if name not in neck})
+    backbone_state = _with_split_biases({name: value for name, value in state.items() if name not in neck})
     # Without a norm per token; the one behind pooling, which a classifier would train, is fresh and takes no part.
-    encoder = make_encoder(own, settings, global_pool="avg", use_fc_norm=True)
+    encoder = make_encoder(backbone_state, settings, global_pool="avg", use_fc_norm=True)
     encoder.fc_norm.requires_grad_(False)
     depth = len(encoder.blocks)
     indices = settings.get("out_indices") or OUT_INDICES.get(depth)
     if indices is None:
         raise UsageError(f"no published model has {depth} blocks; give out_indices, the four whose maps are taken")
-    keys = {name: own.pop(name) for name in list(own) if name.endswith(".attn.k_bias")}
+    keys = {name: backbone_state.pop(name) for name in list(backbone_state) if name.endswith(".attn.k_bias")}
     model = PyramidBackbone(encoder, tuple(int(index) for index in indices))
     fresh = [name for name in model.state_dict() if ".fc_norm." in name or name.endswith("num_batches_tracked")]
-    ours = {f"backbone.encoder.{name}": value for name, value in own.items()}
+    ours = {f"backbone.encoder.{name}": value for name, value in backbone_state.items()}
     ours |= {f"neck.{name}": value for name, value in neck.items()}
     fill(
         model, ours, may_lack=fresh, published=lambda name: name.removeprefix("backbone.encoder.").removeprefix("neck.")
@@ -140,11 +140,11 @@ def _backbone(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Pyramid
 
 def _with_split_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with one bias of queries, keys and values, as MAE's code has it, in timm's three."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.endswith(".attn.qkv.bias"):
             owner = name.removesuffix("qkv.bias")
-            found |= dict(zip((f"{owner}q_bias", f"{owner}k_bias", f"{owner}v_bias"), value.chunk(3), strict=True))
+            tensors |= dict(zip((f"{owner}q_bias", f"{owner}k_bias", f"{owner}v_bias"), value.chunk(3), strict=True))
         else:
-            found[name] = value
-    return found
+            tensors[name] = value
+    return tensors

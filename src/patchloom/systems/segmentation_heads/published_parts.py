@@ -131,11 +131,11 @@ def load_part(
     if kind is None:
         found = ", ".join(prefix + name for name in list(state)[:4])
         raise UsageError(f"the checkpoint has no tensor of a known decoder; it has {found}")
-    told = _told(kind, part)
-    given = _given(kind, config, told)
+    inferred = _inferred(kind, part)
+    given = _given(kind, config, inferred)
     if in_index is not None and kind in ("fcn", "setr_pup"):
         given.setdefault("in_index", in_index)
-    module = _made(kind, {**told, **given}, part)
+    module = _build(kind, {**inferred, **given}, part)
     counters = [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
     return fill(module, part.state, may_lack=counters, published=part.published).eval()
 
@@ -150,7 +150,7 @@ def _replaced(name: str, spellings: Mapping[str, str]) -> str:
     return name
 
 
-def _given(kind: str, config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def _given(kind: str, config: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings under our names, checked against what the tensors tell and what the heads here do."""
     given = {OTHER_NAMES.get(name, name): value for name, value in config.items()}
     # Of the norm over all maps only their sum is known.
@@ -158,35 +158,35 @@ def _given(kind: str, config: Mapping[str, Any], told: Mapping[str, Any]) -> dic
         given["in_channels"] = sum(widths)
     fixed: dict[str, tuple[Any, ...]] = {"align_corners": (False,), "dilation": (1,)} if kind in JOINED else {}
     obeyed = (*UNTOLD[kind], *(("input_transform",) if kind in JOINED else ()))
-    settings = Settings(obeyed=obeyed, idle=IDLE, fixed=fixed, other_names=OTHER_NAMES).settle(given, told)
+    settings = Settings(obeyed=obeyed, idle=IDLE, fixed=fixed, other_names=OTHER_NAMES).settle(given, inferred)
     # None is a choice here: all maps, or one as it is.
     chosen_none = {name: None for name in obeyed if name in given and given[name] is None}
-    given = {name: value for name, value in given.items() if name in told} | settings | chosen_none
+    given = {name: value for name, value in given.items() if name in inferred} | settings | chosen_none
     if "input_transform" in given and (joined := given.pop("input_transform")) not in JOINED[kind]:
         known = " or ".join(map(str, JOINED[kind]))
         raise UsageError(f"input_transform={joined!r} does not go with this head; it is {known}")
     if kind == "setr_pup" and not isinstance(given.get("in_index", -1), int):
         raise UsageError(f"SETR's head takes one map; in_index is {given['in_index']}")
     if kind == "upernet" and given.get("in_index") is not None:
-        chosen, levels = given["in_index"], len(told["in_channels"])
+        chosen, levels = given["in_index"], len(inferred["in_channels"])
         if isinstance(chosen, int) or len(chosen) != levels:
             raise UsageError(f"UPerNet takes {levels} maps here; in_index is {chosen}")
     return given
 
 
-def _told(kind: str, part: Part) -> dict[str, Any]:
+def _inferred(kind: str, part: Part) -> dict[str, Any]:
     """Return the arguments that tensors tell."""
     if kind in ("multi_level_neck", "simple_fpn", "beit_neck"):
-        return _told_of_neck(kind, part)
+        return _inferred_for_neck(kind, part)
     classes, channels, *_ = part.kernel("conv_seg.weight")
-    told: dict[str, Any] = {"num_classes": classes, "channels": channels}
+    inferred: dict[str, Any] = {"num_classes": classes, "channels": channels}
     if kind == "upernet":
         levels = part.count("lateral_convs", "fpn_convs")
         widths = [part.kernel(f"lateral_convs.{level}.conv.weight")[1] for level in range(levels)]
-        return told | {"in_channels": [*widths, part.kernel("psp_modules.0.1.conv.weight")[1]]}
+        return inferred | {"in_channels": [*widths, part.kernel("psp_modules.0.1.conv.weight")[1]]}
     if kind == "setr_pup":
         _, width, side, _ = part.kernel("up_convs.0.0.conv.weight")
-        return told | {"in_channels": width, "kernel_size": side, "num_convs": part.count("up_convs")}
+        return inferred | {"in_channels": width, "kernel_size": side, "num_convs": part.count("up_convs")}
     if kind == "fcn":
         concat = has(part.state, "conv_cat.")
         if not (convs := part.count("convs")):
@@ -195,11 +195,11 @@ def _told(kind: str, part: Part) -> dict[str, Any]:
             width = joined - channels
         else:
             _, width, side, _ = part.kernel("convs.0.conv.weight")
-        return told | {"in_channels": width, "kernel_size": side, "num_convs": convs, "concat_input": concat}
-    return told | {"in_channels": channels}
+        return inferred | {"in_channels": width, "kernel_size": side, "num_convs": convs, "concat_input": concat}
+    return inferred | {"in_channels": channels}
 
 
-def _told_of_neck(kind: str, part: Part) -> dict[str, Any]:
+def _inferred_for_neck(kind: str, part: Part) -> dict[str, Any]:
     if kind == "simple_fpn":
         return {"embed_dim": part.kernel("simfp_2.0.weight")[0], "out_channels": part.kernel("simfp_4.0.weight")[0]}
     if kind == "beit_neck":
@@ -211,7 +211,7 @@ def _told_of_neck(kind: str, part: Part) -> dict[str, Any]:
     return {"in_channels": [width for _, width, *_ in kernels], "out_channels": kernels[0][0]}
 
 
-def _made(kind: str, arguments: dict[str, Any], part: Part) -> nn.Module:
+def _build(kind: str, arguments: dict[str, Any], part: Part) -> nn.Module:
     """Return the decoder, untrained."""
     if kind == "upernet":
         scales = arguments.setdefault("pool_scales", (1, 2, 3, 6))

@@ -49,8 +49,10 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 def _encoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of the CNN in a file that holds more."""
     if any(name.startswith(QUERY_ENCODER) for name in state):
-        own = {name.removeprefix(QUERY_ENCODER): v for name, v in state.items() if not name.startswith(OTHERS)}
-        return {name: value for name, value in own.items() if not name.startswith(("fc.", "classifier."))}
+        encoder_state = {
+            name.removeprefix(QUERY_ENCODER): v for name, v in state.items() if not name.startswith(OTHERS)
+        }
+        return {name: value for name, value in encoder_state.items() if not name.startswith(("fc.", "classifier."))}
     for prefix in ("model.encoder.", "encoder."):
         if any(name.startswith(prefix) for name in state):
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -125,7 +125,7 @@ class TOVVICRegMethod(Method):
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         views = self.transform()
-        said: dict[str, list[Tensor]] = {"shown": [], "plain": []}
+        logits: dict[str, list[Tensor]] = {"shown": [], "plain": []}
         count = len(self.held_out)
         places = range(0, count, max(1, count // HELD_OUT))
         for start in range(0, len(places), 32):
@@ -134,10 +134,10 @@ class TOVVICRegMethod(Method):
             shown = [torch.stack([s[name] for s in samples]) for name in ("view1", "previous", "next")]
             plain = self._sized(torch.stack([image for _, image in triplets])).split(self.config.frames, dim=1)
             for name, parts in (("shown", shown), ("plain", plain)):
-                said[name].append(self._order_logits([self.pixels(part).to(device) for part in parts]).cpu())
+                logits[name].append(self._order_logits([self.pixels(part).to(device) for part in parts]).cpu())
         for module, training in modes:
             module.training = training
-        shown_logits, plain_logits = torch.cat(said["shown"]), torch.cat(said["plain"])
+        shown_logits, plain_logits = torch.cat(logits["shown"]), torch.cat(logits["plain"])
         targets = (torch.arange(6) != 0).float().expand_as(shown_logits)
         return {
             "held_out_order_loss": float(F.binary_cross_entropy_with_logits(shown_logits, targets)),

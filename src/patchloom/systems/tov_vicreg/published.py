@@ -64,21 +64,23 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         UsageError: Unknown setting, or tensors missing or left over.
     """
     whole = any(name.startswith("backbone.") for name in state) and any(name.startswith(HEADS) for name in state)
-    own = _encoder_tensors(state, whole)
+    encoder_state = _encoder_tensors(state, whole)
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
-        if name not in own:
+        if name not in encoder_state:
             raise UsageError(f"the checkpoint has no {name}, so it is no TOV-VICReg encoder")
-    told = _told_by_shapes(own)
+    inferred = _inferred_from_shapes(encoder_state)
     given = SETTINGS.renamed(config)
-    config = SETTINGS.settle(config, {**told, "projector": None})
-    encoder = _encoder(own, told, config)
+    config = SETTINGS.settle(config, {**inferred, "projector": None})
+    encoder = _encoder(encoder_state, inferred, config)
     set_epsilon(encoder, config.get("layer_norm_eps"))
     grid = encoder.patch_embed.grid_size
-    own["pos_embed"] = resampled_positions(own["pos_embed"], (int(grid[0]), int(grid[1])), _size(config))
+    encoder_state["pos_embed"] = resampled_positions(
+        encoder_state["pos_embed"], (int(grid[0]), int(grid[1])), _size(config)
+    )
     if not whole:
-        return fill(encoder, own).eval()
+        return fill(encoder, encoder_state).eval()
     heads = {name: value for name, value in state.items() if name.startswith(HEADS)}
-    return _training_module(encoder, own, heads, config, given.get("projector"))
+    return _training_module(encoder, encoder_state, heads, config, given.get("projector"))
 
 
 def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -99,13 +101,13 @@ def resampled_positions(positions: Tensor, grid: tuple[int, int], size: tuple[in
         UsageError: The positions are of no square grid.
     """
     positions = at_least_float32(positions)  # resampled half-precision values would lose digits
-    own = positions[:, 1:]
-    side = math.isqrt(own.shape[1])
-    if side**2 != own.shape[1]:
-        raise UsageError(f"pos_embed holds {own.shape[1]} positions besides the class token's, which is no square")
+    patches = positions[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+        raise UsageError(f"pos_embed holds {patches.shape[1]} positions besides the class token's, which is no square")
     if side**2 == grid[0] * grid[1] and size[0] == size[1]:
         return positions
-    maps = own.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    maps = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     maps = F.interpolate(maps, scale_factor=scale, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)
@@ -123,7 +125,7 @@ def _encoder_tensors(state: Mapping[str, Tensor], whole: bool) -> dict[str, Tens
     return {name: value for name, value in stripped.items() if not name.startswith("head.")}
 
 
-def _told_by_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the published settings that the tensors themselves tell."""
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     return {
@@ -142,22 +144,22 @@ def _size(config: Mapping[str, Any]) -> tuple[int, int]:
     return (given, given) if isinstance(given, int) else (int(given[0]), int(given[1]))
 
 
-def _encoder(state: Mapping[str, Tensor], told: Mapping[str, Any], config: Mapping[str, Any]) -> Encoder:
+def _encoder(state: Mapping[str, Tensor], inferred: Mapping[str, Any], config: Mapping[str, Any]) -> Encoder:
     """Return a fresh encoder of the shapes in the state dict, for frames of the wanted size.
 
     A side may have a remainder: the published patches leave it out, and so do timm's.
     """
-    shape = {name: told[name] for name in ("embed_dim", "depth", "qkv_bias", "patch_size")}
-    shape["mlp_ratio"] = told["mlp_ratio"].ratio
-    heads = config.get("num_heads") or max(1, told["embed_dim"] // 64)
+    shape = {name: inferred[name] for name in ("embed_dim", "depth", "qkv_bias", "patch_size")}
+    shape["mlp_ratio"] = inferred["mlp_ratio"].ratio
+    heads = config.get("num_heads") or max(1, inferred["embed_dim"] // 64)
     return create_encoder(
-        "vit_tiny_patch8_84", image_size=_size(config), in_chans=told["in_chans"], num_heads=int(heads), **shape
+        "vit_tiny_patch8_84", image_size=_size(config), in_chans=inferred["in_chans"], num_heads=int(heads), **shape
     )
 
 
 def _training_module(
     encoder: Encoder,
-    own: Mapping[str, Tensor],
+    encoder_state: Mapping[str, Tensor],
     heads: Mapping[str, Tensor],
     config: Mapping[str, Any],
     projector: str | None,
@@ -171,7 +173,7 @@ def _training_module(
         agree({"projector": projector}, {"projector": widths})
     weights = {name: config[name] for name in OF_LOSS if name in config}
     model = TOVVICReg(encoder, projector=widths, **weights)
-    tensors = {f"encoder.{name}": value for name, value in own.items()}
+    tensors = {f"encoder.{name}": value for name, value in encoder_state.items()}
     tensors |= {
         name.replace("temporal_order_predictor.0.", "order_head.linear."): value for name, value in heads.items()
     }
