@@ -64,8 +64,8 @@ def test_encoders_are_compared_in_pairs_on_the_same_images(tmp_path):
     assert float(row["difference"]) == pytest.approx(direct["random"]["accuracy"] - direct["pixels"]["accuracy"])
     assert float(row["low"]) < float(row["difference"]) < float(row["high"]) < 0  # untrained is far below pixels
     assert float(row["p, Holm"]) == float(row["p"]) < 0.01  # a single comparison needs no correction
-    assert "second less first" in text
-    assert "second less first" in (tmp_path / "out" / "report.html").read_text()
+    assert "difference (second - first)" in text
+    assert "difference (second - first)" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_cells_carry_the_settings_of_all_their_parts():

@@ -218,7 +218,7 @@ def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
         title="Feature health",
         subtitle=f"{figures['n']} images of {config.data}",
         facts={**plain, "width": figures["dim"]},
-        sections=[Section(title="Layer by layer", figures=drawn)],
+        sections=[Section(title="Features by layer", figures=drawn)],
         command=f"patchloom evaluate health --encoder {config.encoder} --data {config.data}",
         verdict=figures["verdict"],
     )

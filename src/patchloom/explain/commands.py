@@ -56,7 +56,7 @@ class AttentionGallery:
             panels.append(("mean of heads", heads[number].mean(0)))
             panels += [(f"head {head}", heads[number, head]) for head in range(min(heads.shape[1], MOST_HEADS))]
             text = "" if target is None else f"Gradients are those of {subject.name_of(int(target[number]))}."
-            sections.append(Section(key, text, [_strip(image, panels, f"Where the encoder looks in {key}")]))
+            sections.append(Section(key, text, [_strip(image, panels, f"Attention maps of {key}")]))
         return write_gallery(
             config.out,
             title="Attention",
@@ -145,7 +145,7 @@ class TraitsGallery:
         sections.append(_pruning(fallen, probabilities.gather(1, target[:, None])))
         return write_gallery(
             config.out,
-            title="Traits",
+            title="Prompt-CAM attention by class",
             subtitle=f"{config.model} on {config.images}",
             facts=facts,
             sections=sections,
@@ -329,10 +329,10 @@ def _pruning(fallen: Tensor, start: Tensor) -> Section:
         {"mean over images": (count, whole.mean(0).tolist())},
         x_label="heads blurred, least important first",
         y_label="probability of the class",
-        title="What the decision owes to its heads",
+        title="Class probability as attention heads are pruned",
         bands={"mean over images": (whole.quantile(0.25, 0).tolist(), whole.quantile(0.75, 0).tolist())},
     )
-    return Section("Pruning of heads", "The band holds the middle half of the images.", [chart])
+    return Section("Attention head pruning", "The band holds the middle half of the images.", [chart])
 
 
 def _about(config: ExplainConfig, subject: Subject, target: Tensor | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def triplet_section(samples: Sequence[tuple[Tensor, dict[str, Tensor]]], frames:
     for name, label in (("view1", "first view"), ("view2", "second view"), ("previous", "before, as seen")):
         rows[label] = torch.stack([views[name] for _, views in samples]).float() / 255
     return Section(
-        title="Triplets",
+        title="Frame triplets",
         text=f"Observations of {frames} frames with the ones before and after. Three frames are drawn as red, green "
         f"and blue, so what moves has coloured edges and what stands still is grey. The network is shown two views of "
         f"each and its neighbours in other colours.",
@@ -60,12 +60,12 @@ def order_section(rows: Sequence[Row], *, balanced: bool, chronological: bool) -
     }
     if scores:
         scores["always the same answer"] = (list(reach), [share, share])
-        figures.append(curves(scores, x_label="step", y_label="share", title="Order told rightly"))
+        figures.append(curves(scores, x_label="step", y_label="share", title="Order prediction accuracy"))
     agreed = "(t - 1, t, t + 1)" if chronological else "(t, t - 1, t + 1)"
     last = losses.get("held_out_order_loss", losses.get("order_loss", ([], [float("nan")])))[1][-1]
     word = "below" if last < floor else "not below"
     return Section(
-        title="Order verification",
+        title="Temporal order verification",
         text=f"A linear head says whether three observations stand in the agreed order {agreed} or were shuffled; "
         f"{share:.0%} of them were. Its loss ends at {last:.3f}, {word} the {floor:.3f} of a head that always gives "
         f"the same answer. Held-out triplets come in all six orders, as in training and (plain) without augmentation: "

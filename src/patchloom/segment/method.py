@@ -211,7 +211,7 @@ class SegmentMethod(Method):
             {"class": name, "IoU": f"{value:.1%}"} for name, value in self.figures.get("per_class_iou", {}).items()
         ]
         text = f"{which}, their masks, and what the decoder says of every pixel. {source.said()}"
-        return [Section(title="Masks", text=text, figures=[figure], table=table)]
+        return [Section(title="Segmentation masks and predictions", text=text, figures=[figure], table=table)]
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say: the decoder's parameters train, the encoder's where asked for."""

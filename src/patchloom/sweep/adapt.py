@@ -245,7 +245,7 @@ def _write(
         sections.append(Section(title="Failures", table=failures))
     write_report(
         folder / "report.html",
-        title="Ways to adapt an encoder, compared",
+        title="Comparison of adaptation methods",
         subtitle=f"{plan['encoder']} on {plan['data']}",
         facts={"methods": len(plan["methods"]), "runs": len(outcomes), "failed": len(failures)},
         sections=sections,

@@ -205,7 +205,7 @@ def _write(
         sections.append(Section(title="Failures", table=failures))
     write_report(
         folder / "report.html",
-        title="Ways to train an encoder, compared",
+        title="Comparison of pre-training methods",
         subtitle=f"{budget}; {plan['encoder']} on {plan['data']}",
         facts={"methods": len(rows), "runs": len(outcomes), "failed": len(failures)},
         sections=sections,

@@ -223,7 +223,7 @@ def _write_report(folder: Path, rows: list[dict[str, Any]], outcomes: list[Outco
     sections.append(Section(title="All figures", table=[_readable(row) for row in rows]))
     write_report(
         folder / "report.html",
-        title="What more model, pixels and labels are worth",
+        title="Scaling with model size, resolution and labels",
         facts={
             "encoders": len({row["encoder"] for row in rows}),
             "resolutions": len({row["image size"] for row in rows}),

@@ -180,7 +180,7 @@ def _readable_difference(row: Mapping[str, Any]) -> dict[str, Any]:
     interval = "" if row["low"] is None else f"{row['low']:+.3f} – {row['high']:+.3f}"
     return {
         **words,
-        "second less first": f"{row['difference']:+.3f}",
+        "difference (second - first)": f"{row['difference']:+.3f}",
         "95 % interval": interval,
         **{name: f"{row[name]:.3f}" for name in ("p", "p, Holm")},
     }
@@ -229,7 +229,7 @@ def _write_report(
             )
     write_report(
         folder / "report.html",
-        title="Encoders, measured",
+        title="Encoder evaluation",
         subtitle="Scores with their 95 % intervals",
         facts={
             "encoders": len({row["encoder"] for row in rows}),

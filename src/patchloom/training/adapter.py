@@ -187,4 +187,4 @@ class AdapterMethod(LabelledMethod):
             f"{about['trained_parameters']:,} parameters train beside {about['parameters']:,} frozen ones "
             f"({share:.2%}); {more['adapter_bytes'] / 1e6:.2f} MB are stored for this task."
         )
-        return [Section(title="The adapter", text=text), *super().report_sections(images)]
+        return [Section(title="Adapter", text=text), *super().report_sections(images)]

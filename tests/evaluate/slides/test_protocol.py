@@ -82,7 +82,7 @@ def test_a_test_cohort(cohorts, tmp_path):
     saved = json.loads((out / "summary.json").read_text())
     assert saved == json.loads(json.dumps(figures))
     page = (out / "report.html").read_text()
-    assert all(word in page for word in ("AUROC", "Where the models look", "one retrained model", "Predictions"))
+    assert all(word in page for word in ("AUROC", "Attention maps", "one retrained model", "Predictions"))
     with pytest.raises(UsageError, match="exists; choose another out"):
         pl.evaluate("slides", **settings(cohorts, out=str(out)))
 

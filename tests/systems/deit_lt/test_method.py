@@ -201,7 +201,7 @@ def test_a_run_resumes_to_the_bit_and_timm_opens_what_it_ships(folder, teacher, 
     assert (summary["second_stage_step"], summary["global_batch"]) == (4, 12)
     assert 0 <= summary["teacher_accuracy"] <= 1
     assert list(summary["class_counts"].values()) == [36, 19, 10, 6]
-    assert "Two heads" in run.report.read_text()
+    assert "Class and distillation heads" in run.report.read_text()
     assert len(series(read_metrics(run.path / "metrics.csv"), "feature_cosine")[1]) == 8
     model = timm.create_model(f"local-dir:{run.model}", pretrained=True).eval()
     images = torch.rand(3, 3, 16, 16)

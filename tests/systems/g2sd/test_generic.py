@@ -113,8 +113,8 @@ def test_a_run_learns_and_its_student_is_the_next_teacher(teacher, tmp_path):
     assert 0 < run.summary["hidden_cosine"] <= 1
     assert 0 < run.summary["visible_cosine"] <= 1
     report = run.report.read_text(encoding="utf-8")
-    assert "What the teacher holds, what the student says" in report
-    assert "Alike, layer by layer" in report
+    assert "Teacher features and student predictions" in report
+    assert "Feature similarity (CKA) by layer" in report
     assert not any("teacher" in name for name in load_file(run.model / "model.safetensors"))
     checkpoint = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any("teacher" in name for name in checkpoint["state_dict"])  # it lies elsewhere

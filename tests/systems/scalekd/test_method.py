@@ -155,7 +155,7 @@ def test_students_of_every_kind_learn_and_are_shipped_alone(data, teacher, tmp_p
     assert {"spatial_distance", "frequency_distance", "teacher_accuracy", "agreement"} <= set(run.summary)
     assert run.summary["kd"]
     page = run.report.read_text()
-    assert "Features of both" in page
+    assert "Student and teacher features" in page
     assert "Teacher and student" in page
     projector = run.path / "checkpoints" / "last.ckpt"
     state = torch.load(projector, weights_only=True)["state_dict"]

@@ -71,7 +71,12 @@ def test_a_run_leaves_a_model_figures_and_a_report(run, frames, tmp_path):
     assert {"held_out_order_loss", "held_out_order_accuracy", "held_out_order_auroc_plain"} <= summary.keys()
     assert summary["triplets"] == 76
     report = (run.path / "report.html").read_text()
-    for title in ("Triplets", "Order verification", "Invariance, variance, covariance", "Representation"):
+    for title in (
+        "Frame triplets",
+        "Temporal order verification",
+        "Invariance, variance, covariance",
+        "Representation",
+    ):
         assert title in report
     model = pl.load(run.model)
     source = open_source(f"frames:{frames}")

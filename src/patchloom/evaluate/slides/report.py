@@ -50,7 +50,7 @@ def write_store_report(
     encoder = store.about.get("encoder")
     return write_report(
         store.path / "report.html",
-        title="Tiles of slides",
+        title="Slide tiles",
         subtitle=f"features of {encoder}" if encoder else "places only; patchloom slides embed makes their features",
         facts={
             "slides": len(slides),

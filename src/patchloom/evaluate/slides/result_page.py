@@ -64,7 +64,7 @@ def write_result_page(
         sections.append(Section("Left out", table=rows))
     return write_report(
         path,
-        title="Slides, measured",
+        title="Slide-level evaluation",
         subtitle=f"{config.train} → {config.test or 'unseen folds'}, {figures['measured_on']}",
         facts=facts,
         sections=sections,
@@ -99,7 +99,7 @@ def heat_map_sections(ensemble: MILEnsemble, answers: Answers, store: TileStore)
     if not figures:
         return []
     text = "The slides with the highest scores and the one with the lowest: how much each tile counts, and the tiles "
-    return [Section("Where the models look", text + "that count most. Colours are ranks within a slide.", figures)]
+    return [Section("Attention maps", text + "that count most. Colours are ranks within a slide.", figures)]
 
 
 @torch.inference_mode()

@@ -156,11 +156,18 @@ class DeiTLTMethod(DistillMethod):
         steps, cosines = series(rows, "feature_cosine")
         if len(steps) > 1:
             named = {"cosine of the two features": (steps, cosines)}
-            drawn.append(curves(named, x_label="step", y_label="cosine", title="How alike the two tokens are"))
+            drawn.append(
+                curves(
+                    named, x_label="step", y_label="cosine", title="Cosine similarity of class and distillation tokens"
+                )
+            )
         step = self.summary()["second_stage_step"]
         text = (
             f"The class token learns from labels, the distillation token from the teacher; the mean of their logits is "
             f"the answer. Class weights count from step {step} of {self.total_steps} on. On the images measured on, "
             f"the features have a cosine of {figures['test_feature_cosine']:.3f}."
         )
-        return [Section(title="Two heads", text=text, table=table, figures=drawn), *super().report_sections(images)]
+        return [
+            Section(title="Class and distillation heads", text=text, table=table, figures=drawn),
+            *super().report_sections(images),
+        ]

@@ -66,7 +66,7 @@ def teacher_section(method: Dinov2Method) -> list[Section]:
         "Of the mean: near 1 the images of a batch are spread over all prototypes, towards 0 they gather on one. Of "
         "single images: near 1 the teacher says nothing of any. Self-distillation collapses either way."
     )
-    return [Section(title="Teacher", text=text, figures=figures)] if figures else []
+    return [Section(title="Teacher entropy, temperature and momentum", text=text, figures=figures)] if figures else []
 
 
 def prototype_section(method: Dinov2Method, images: Tensor) -> Section:

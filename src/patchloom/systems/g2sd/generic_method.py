@@ -172,12 +172,12 @@ class G2SDGenericMethod(Method):
         )
         return [
             Section(
-                title="What the teacher holds, what the student says",
+                title="Teacher features and student predictions",
                 text=text,
                 figures=[image_grid({name: row.float().cpu() for name, row in self.pictures(images).items()})],
             ),
             Section(
-                title="Alike, layer by layer",
+                title="Feature similarity (CKA) by layer",
                 text="Linear centred kernel alignment of patch tokens on whole images, with the teacher's block at the "
                 "same relative depth: 1 is the same up to rotation and scale.",
                 table=table,

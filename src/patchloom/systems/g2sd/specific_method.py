@@ -103,9 +103,9 @@ class G2SDSpecificMethod(AnswersMethod):
                 "balanced accuracy": f"{found[f'{which}balanced_accuracy']:.1%}",
             }
             for name, which in (
-                ("of the labels (class token)", "label_head_"),
-                ("of the teacher's choices (distillation token)", "teacher_head_"),
-                ("mean of both, which is shipped", ""),
+                ("class head (labels)", "label_head_"),
+                ("distillation head (teacher's predictions)", "teacher_head_"),
+                ("mean of both heads, which is shipped", ""),
                 ("teacher", "teacher_"),
             )
         ]
@@ -113,4 +113,4 @@ class G2SDSpecificMethod(AnswersMethod):
             "The two classifiers read two tokens of one encoder; what is shipped averages their outputs. Naming the "
             f"commonest class every time gives {figures['majority_share']:.1%}."
         )
-        return [Section(title="Two classifiers", text=text, table=rows), *sections]
+        return [Section(title="Class and distillation heads", text=text, table=rows), *sections]

@@ -183,7 +183,7 @@ class ScaleKDMethod(DistillMethod):
         for name, value in self.distances().items():
             text += f" {name.replace('_', ' ').capitalize()} on the test images: {value:.3f} (0 to 4)."
         figure = image_grid(self.pictures(images))
-        return [first, Section(title="Features of both", text=text, figures=[figure]), *rest]
+        return [first, Section(title="Student and teacher features", text=text, figures=[figure]), *rest]
 
 
 # Where modules stand a second time within the method.
