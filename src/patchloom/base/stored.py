@@ -60,9 +60,9 @@ def read_pickle(
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UnpicklingError as error:
         # torch's own advice is to read it all the same; a file from elsewhere can do anything then.
-        if found := OBJECT.search(str(error)):
+        if match := OBJECT.search(str(error)):
             raise UsageError(
-                f"{path} cannot be read as plain tensors: it holds the object {found[1]}, and objects could run code; "
+                f"{path} cannot be read as plain tensors: it holds the object {match[1]}, and objects could run code; "
                 f"where you trust it, save its state dict alone with torch.save"
             ) from error
         raise DamagedFileError(f"{path} cannot be read as plain tensors: it is damaged or no file of torch") from error

@@ -29,8 +29,8 @@ def read_groups(path: str, keys: Sequence[str]) -> np.ndarray:
         if not {"key", "group"} <= set(rows.fieldnames or ()):
             raise UsageError(f"{path} has the columns {rows.fieldnames}; it needs key (name of the image) and group")
         # Images are known by their printable names; a table may hold those or the names themselves.
-        found = {printable(raw_name(row["key"] or "")): (row["group"] or "").strip() for row in rows}
-    missing = [key for key in keys if not found.get(key)]
+        group_of_key = {printable(raw_name(row["key"] or "")): (row["group"] or "").strip() for row in rows}
+    missing = [key for key in keys if not group_of_key.get(key)]
     if missing:
         raise UsageError(f"{path} names no group for {len(missing)} of {len(keys)} images, such as {missing[0]}")
-    return np.unique([found[key] for key in keys], return_inverse=True)[1]
+    return np.unique([group_of_key[key] for key in keys], return_inverse=True)[1]

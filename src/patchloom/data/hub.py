@@ -134,8 +134,8 @@ class HuggingFaceSource(Source):
         self.in_chans = in_chans
         try:
             if (Path(dataset) / "dataset_info.json").exists() or (Path(dataset) / "dataset_dict.json").exists():
-                found = datasets.load_from_disk(dataset)
-                table = found[split] if isinstance(found, datasets.DatasetDict) else found
+                loaded = datasets.load_from_disk(dataset)
+                table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
                 with fetching():
                     table = datasets.load_dataset(dataset, split=split)

@@ -108,24 +108,24 @@ def located(name: str, root: Path, files: Sequence[str], what: str = "images") -
     """
     if not root.is_dir():
         raise UsageError(f"{name}: there is no folder {root}")
-    found: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int, int]] = {}
     by_name: dict[str, str] = {}
     several: set[str] = set()
     for path, size, changed in walk_images(root):
-        found[path] = size, changed
+        places[path] = size, changed
         short = path.rpartition("/")[2]
         several |= {short} if short in by_name else set()
         by_name[short] = path
     # A list may name a file as we write it where its name is not UTF-8.
-    files = [file if file in found or file in by_name else raw_name(file) for file in files]
+    files = [file if file in places or file in by_name else raw_name(file) for file in files]
     # Only a bare name is looked for elsewhere: in another folder the same name may be another patient.
-    paths = [file if file in found else by_name.get(file, "") for file in files]
+    paths = [file if file in places else by_name.get(file, "") for file in files]
     if missing := [file for file, path in zip(files, paths, strict=True) if not path]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise UsageError(
             f"{name}: {len(missing)} of {len(files)} {what} listed are not below {root}: "
             f"{', '.join(map(printable, missing[:SHOWN]))}{more}"
         )
-    if unclear := [file for file in files if file not in found and file in several]:
+    if unclear := [file for file in files if file not in places and file in several]:
         raise UsageError(f"{name}: several folders below {root} hold a {printable(unclear[0])}; list it by its path")
-    return paths, np.array([found[path] for path in paths], dtype=np.int64).reshape(-1, 2)
+    return paths, np.array([places[path] for path in paths], dtype=np.int64).reshape(-1, 2)

@@ -43,10 +43,10 @@ def list_images(folder: Path, include: str | None = None, exclude: str | None = 
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
-    found = chosen_images(folder, include, exclude)
-    if not found:
+    files = chosen_images(folder, include, exclude)
+    if not files:
         raise UsageError(f"no image in {folder} or below")
-    return found
+    return files
 
 
 def paired(
@@ -95,27 +95,27 @@ def paired(
 
 def _by_folder(images: dict[str, str], masks: Sequence[ListedFile]) -> list[MaskedImage] | None:
     """Return masks in a sub-folder per class, None where that is not how they lie."""
-    found: dict[str, list[Part]] = {stem: [] for stem in images}
+    parts: dict[str, list[Part]] = {stem: [] for stem in images}
     for name, _, _ in masks:
         folder, _, rest = name.partition("/")
         stem = _stem(rest)
         if stem not in images:
             return None
-        found[stem].append(Part(name, folder))
-    return _complete(images, found)
+        parts[stem].append(Part(name, folder))
+    return _complete(images, parts)
 
 
 def _by_ending(images: dict[str, str], masks: Sequence[ListedFile]) -> list[MaskedImage] | None:
     """Return masks that end in their class, None where that is not how they are named."""
-    found: dict[str, list[Part]] = {stem: [] for stem in images}
+    parts: dict[str, list[Part]] = {stem: [] for stem in images}
     for name, _, _ in masks:
         whole = name.rpartition(".")[0]
         cuts = [place for place in range(len(whole) - 1, 0, -1) if whole[place] in "_-. "]
         cut = next((place for place in cuts if whole[:place] in images), None)
         if cut is None:
             return None
-        found[whole[:cut]].append(Part(name, whole[cut + 1 :]))
-    return _complete(images, found)
+        parts[whole[:cut]].append(Part(name, whole[cut + 1 :]))
+    return _complete(images, parts)
 
 
 def _complete(images: dict[str, str], found: dict[str, list[Part]]) -> list[MaskedImage] | None:
@@ -139,12 +139,12 @@ def _stem(name: str) -> str:
 
 
 def _by_stem(files: Sequence[ListedFile], folder: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+    by_stem: dict[str, str] = {}
     for name, _, _ in files:
         stem = _stem(name)
-        if stem in found:
+        if stem in by_stem:
             raise UsageError(
-                f"{folder} holds two files for {printable(stem)}: {printable(found[stem])} and {printable(name)}"
+                f"{folder} holds two files for {printable(stem)}: {printable(by_stem[stem])} and {printable(name)}"
             )
-        found[stem] = name
-    return found
+        by_stem[stem] = name
+    return by_stem

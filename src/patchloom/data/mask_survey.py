@@ -211,8 +211,8 @@ def counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values that occur in (n,) and how often."""
     if values.dtype in (np.uint8, np.bool_):
         counts = np.bincount(values.astype(np.uint8, copy=False), minlength=2)
-        found = np.flatnonzero(counts)
-        return found, counts[found]
+        present = np.flatnonzero(counts)
+        return present, counts[present]
     return np.unique(values, return_counts=True)
 
 

@@ -58,8 +58,8 @@ def parse_span(text: str, option: str) -> Span:
         return Span(float("nan"), float("nan"), text)
     if text == "transparent":
         return Span(-1.0, -1.0, text, True)
-    if text.startswith("#") and (found := _COLOUR.fullmatch(text)):
-        code = float(int(found[1], 16))
+    if text.startswith("#") and (match := _COLOUR.fullmatch(text)):
+        code = float(int(match[1], 16))
         return Span(code, code, text.lower(), True)
     if re.fullmatch(_NUMBER, text):
         return Span(float(text), float(text), text)
@@ -125,12 +125,12 @@ def shown(value: float, colour: bool = False) -> str:
 
 def _from_json(text: str, where: str) -> list[Entry]:
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{where} is not JSON: {error}") from error
-    if isinstance(found, dict):
-        return _joined([Entry((parse_span(str(key), where),), str(name)) for key, name in found.items()])
-    return [Entry((parse_span(str(key), where),), None) for key in found]
+    if isinstance(content, dict):
+        return _joined([Entry((parse_span(str(key), where),), str(name)) for key, name in content.items()])
+    return [Entry((parse_span(str(key), where),), None) for key in content]
 
 
 def _from_line(line: str) -> Entry | None:
@@ -160,8 +160,8 @@ def _from_line(line: str) -> Entry | None:
 
 def _joined(entries: list[Entry]) -> list[Entry]:
     """Return entries with those of one name put together, in order of their first."""
-    found: dict[str, Entry] = {}
+    by_name: dict[str, Entry] = {}
     for number, entry in enumerate(entries):
         name = entry.name if entry.name is not None else f"\0{number}"
-        found[name] = Entry((found[name].spans if name in found else ()) + entry.spans, entry.name)
-    return list(found.values())
+        by_name[name] = Entry((by_name[name].spans if name in by_name else ()) + entry.spans, entry.name)
+    return list(by_name.values())

@@ -107,15 +107,15 @@ class TrainCrop:
                 int(torch.randint(side - part + 1, (), generator=generator))
                 for side, part in zip(sides, window, strict=True)
             ]
-            found = [F.crop(x, *places, *window) for x in both]
-            counts = found[1].flatten().long().bincount(minlength=IGNORED + 1)[:IGNORED]
+            cropped = [F.crop(x, *places, *window) for x in both]
+            counts = cropped[1].flatten().long().bincount(minlength=IGNORED + 1)[:IGNORED]
             # mmsegmentation asks for two classes at least, too.
             if int((counts > 0).sum()) > 1 and float(counts.max() / counts.sum()) < self.max_share:
                 break
         right, below = self.crop[1] - window[1], self.crop[0] - window[0]
         if not (right or below):
-            return found
-        return [F.pad(x, [0, 0, right, below], fill=fill) for x, fill in zip(found, (0, IGNORED), strict=True)]
+            return cropped
+        return [F.pad(x, [0, 0, right, below], fill=fill) for x, fill in zip(cropped, (0, IGNORED), strict=True)]
 
     def _rotated(self, both: list[Tensor], degrees: float) -> list[Tensor]:
         kinds = (InterpolationMode.BILINEAR, InterpolationMode.NEAREST)
@@ -197,7 +197,7 @@ def _size(size: Size, short_side: int | None, resize: Size | None, factor: float
 def _resized(pixels: Tensor, size: Size, bicubic: bool, minmax: bool) -> Tensor:
     """Return an image at its size, then stretched: out of proportion bicubically, as the radiology benchmark does."""
     kind = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
-    found: Tensor = F.resize(pixels, list(size), interpolation=kind, antialias=True)
-    if found.is_floating_point():
-        found = found.clamp(0, 1)
-    return stretched(found) if minmax else found
+    resized: Tensor = F.resize(pixels, list(size), interpolation=kind, antialias=True)
+    if resized.is_floating_point():
+        resized = resized.clamp(0, 1)
+    return stretched(resized) if minmax else resized

@@ -89,15 +89,15 @@ class MaskCoding:
         """
         values = self.raw(mask) if isinstance(mask, Image.Image) else np.asarray(mask)
         if values.dtype in (np.uint8, np.bool_):
-            found = _byte_table(self)[values.astype(np.uint8, copy=False)]
+            classes = _byte_table(self)[values.astype(np.uint8, copy=False)]
         elif self.form == "colours":
             codes, inverse = np.unique(values, return_inverse=True)
-            found = _classes(self, codes)[inverse].reshape(values.shape)
+            classes = _classes(self, codes)[inverse].reshape(values.shape)
         else:
-            found = _classes(self, values)
-        if (missed := found < 0).any():
+            classes = _classes(self, values)
+        if (missed := classes < 0).any():
             raise UnknownValueError(float(values[missed][0]))
-        return found
+        return classes
 
     def raw(self, mask: Image.Image) -> np.ndarray:
         """Return (H, W) values, or colours as 0xRRGGBB, of a mask; what `decode` takes.
@@ -131,10 +131,10 @@ class MaskCoding:
             form = "shades"
         counts, sums = counts_of(survey, form), np.zeros(256, np.int64)
         values = np.array(list(counts), np.float64)
-        found = _classes(self, values) if len(values) else np.zeros(0, np.int64)
-        if (missed := found < 0).any():
+        classes = _classes(self, values) if len(values) else np.zeros(0, np.int64)
+        if (missed := classes < 0).any():
             raise UnknownValueError(float(values[missed][0]))
-        np.add.at(sums, found, np.array(list(counts.values()), np.int64))
+        np.add.at(sums, classes, np.array(list(counts.values()), np.int64))
         return shares_of_counts(sums[: len(self.names)], int(sums[IGNORED]), self.names, survey.masks)
 
     def _white_bits(self) -> bool:
@@ -148,12 +148,12 @@ class MaskCoding:
             classes: Decoded masks (H, W), by class; those without a file are nowhere.
         """
         first = next(iter(classes.values()))
-        found = np.full(first.shape, IGNORED if self.rest_ignored else 0, np.int64)
+        numbers = np.full(first.shape, IGNORED if self.rest_ignored else 0, np.int64)
         for name in self.per_class:
             if (mask := classes.get(name)) is None:
                 continue
-            found = np.where(mask == 1, self.names.index(name), np.where(mask == IGNORED, IGNORED, found))
-        return found
+            numbers = np.where(mask == 1, self.names.index(name), np.where(mask == IGNORED, IGNORED, numbers))
+        return numbers
 
     def palette_clash(self, survey: Survey) -> str | None:
         """Return in words where indexed masks have the colours of these classes at other indices."""
@@ -331,13 +331,13 @@ def _classes(coding: MaskCoding, values: np.ndarray) -> np.ndarray:
     wide = values.astype(np.float64)
     place = np.searchsorted(lows.astype(np.float64), wide, side="right") - 1
     inside = (place >= 0) & (wide <= highs.astype(np.float64)[place])
-    found = np.where(inside, numbers.astype(np.int64)[place], -1 if coding.rest is None else coding.rest)
-    if coding.nearest and (missed := found < 0).any():
+    classes = np.where(inside, numbers.astype(np.int64)[place], -1 if coding.rest is None else coding.rest)
+    if coding.nearest and (missed := classes < 0).any():
         colours = np.array([rgb_of(int(low)) for low in lows], np.int64)
         codes = wide[missed].astype(np.int64)
         asked = np.stack([codes >> 16 & 255, codes >> 8 & 255, codes & 255], -1)
-        found[missed] = numbers[((asked[:, None] - colours) ** 2).sum(-1).argmin(1)]
-    return found
+        classes[missed] = numbers[((asked[:, None] - colours) ** 2).sum(-1).argmin(1)]
+    return classes
 
 
 @lru_cache(maxsize=64)

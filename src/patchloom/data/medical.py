@@ -102,10 +102,10 @@ class ChestXray14Source(ListedSource):
             raise UsageError(f"the list names images only, and {folder} has no Data_Entry_2017*.csv to tell findings")
         known = {}
         for row in _table(table, ("Image Index", "Finding Labels")):
-            found = {finding.strip().replace("_", " ") for finding in row["Finding Labels"].split("|")}
-            if strange := sorted(found - {*CHESTXRAY14, "No Finding"}):
+            findings = {finding.strip().replace("_", " ") for finding in row["Finding Labels"].split("|")}
+            if strange := sorted(findings - {*CHESTXRAY14, "No Finding"}):
                 raise unknown_name(f"finding of {row['Image Index']} in {table}", strange[0], CHESTXRAY14)
-            known[row["Image Index"]] = [float(name in found) for name in CHESTXRAY14]
+            known[row["Image Index"]] = [float(name in findings) for name in CHESTXRAY14]
         _refuse_missing(str(table), [file for file in files if file not in known])
         return np.array([known[file] for file in files], dtype=np.float32)
 
@@ -259,8 +259,8 @@ class COVIDxSource(ListedSource):
         folder = _folder(f"covidx:{root}", root)
         lists = sorted({*folder.glob(f"{split}*.txt"), *folder.glob(f"labels/{split}*.txt")})
         if len(lists) != 1:
-            found = ", ".join(path.name for path in lists) or "none"
-            raise UsageError(f"{folder} has to hold one list {split}*.txt; found: {found}")
+            list_names = ", ".join(path.name for path in lists) or "none"
+            raise UsageError(f"{folder} has to hold one list {split}*.txt; found: {list_names}")
         numbers = {name: number for number, name in enumerate(COVIDX)} | {"positive": COVIDX.index("COVID-19")}
         files, labels = [], []
         for number, line in enumerate(lists[0].read_text(encoding="utf-8").splitlines(), 1):

@@ -106,8 +106,8 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic")
     if interpolation == "lanczos":
         return _pil_resize(image, size)
     if image.dtype != torch.uint8:
-        found = F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
-        return found.clamp_(0, 1).contiguous()
+        resized = F.resize(image, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
+        return resized.clamp_(0, 1).contiguous()
     if image.shape[0] == 3:
         # Pixels interleaved are what torch's fast path takes; decoders hand them out that way, and a crop of
         # them is half the work once it lies in one piece.

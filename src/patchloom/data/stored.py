@@ -82,8 +82,8 @@ def read_stored(encoded: bytes, key: str, in_chans: int, *, stacked: bool = Fals
         return _tiff(encoded, plain)
     if is_array(encoded, key):
         return Stored(_channels_first(_array(encoded), in_chans))
-    if (found := _PNM.match(encoded)) and int(found[4]) > 255:
-        return _pnm(encoded, found)
+    if (match := _PNM.match(encoded)) and int(match[4]) > 255:
+        return _pnm(encoded, match)
     if is_jpeg_xl(encoded):
         return _by_imagecodecs("jpegxl_decode", encoded, "JPEG XL")
     if (depth := jpeg_2000_depth(encoded)) > 8:
@@ -96,12 +96,12 @@ def _png(encoded: bytes) -> Stored:
     return Stored(pixels.numpy(), "straight" if pixels.shape[0] in (2, 4) else "")
 
 
-def _pnm(encoded: bytes, found: re.Match[bytes]) -> Stored:
-    channels, width, height = (3 if found[1] == b"6" else 1), int(found[2]), int(found[3])
+def _pnm(encoded: bytes, match: re.Match[bytes]) -> Stored:
+    channels, width, height = (3 if match[1] == b"6" else 1), int(match[2]), int(match[3])
     _check_size(width, height)
-    values = np.frombuffer(encoded, ">u2", width * height * channels, found.end())
+    values = np.frombuffer(encoded, ">u2", width * height * channels, match.end())
     pixels = values.astype(np.uint16).reshape(height, width, channels)
-    return Stored(pixels.transpose(2, 0, 1), top=float(found[4]))
+    return Stored(pixels.transpose(2, 0, 1), top=float(match[4]))
 
 
 def _by_imagecodecs(function: str, encoded: bytes, what: str, top: float | None = None) -> Stored:
@@ -122,8 +122,8 @@ def _array(encoded: bytes) -> np.ndarray:
     name = names[0] if len(names) == 1 else "image"
     if name not in names:
         raise ValueError(f"it holds the arrays {', '.join(names)}; name the image's array image, or keep one alone")
-    found: np.ndarray = loaded[name]
-    return found
+    pixels: np.ndarray = loaded[name]
+    return pixels
 
 
 def _channels_first(array: np.ndarray, in_chans: int) -> np.ndarray:

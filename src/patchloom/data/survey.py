@@ -209,13 +209,13 @@ class Survey:
         encoded = data if isinstance(data, bytes) else data.read_bytes()
         if is_dicom(encoded, key):
             return None
-        found = read_stored(encoded, key, in_chans, stacked=stacked)
-        if found is None and not is_tiff(head):
-            found = _plain(data, key)
-        if found is None or found.pixels.dtype in (np.uint8, np.bool_):
+        stored = read_stored(encoded, key, in_chans, stacked=stacked)
+        if stored is None and not is_tiff(head):
+            stored = _plain(data, key)
+        if stored is None or stored.pixels.dtype in (np.uint8, np.bool_):
             self.plain += 1
             return None
-        return found
+        return stored
 
     def worth_decoding(self, data: Path | bytes, key: str, first_page: bool) -> bool:
         """Look at the header of a TIFF: count its pages, and tell whether its values are deep."""

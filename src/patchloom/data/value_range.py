@@ -72,8 +72,8 @@ class ValueRange:
         rest = " ".join(words).lower()
         if rest in ("", "auto"):
             return cls(no_data=no_data)
-        if found := re.fullmatch(r"(?:bits?\s*[:= ]?\s*(\d+)|(\d+)\s*[- ]?\s*bits?)", rest):
-            return cls(_of_bits(int(found[1] or found[2])), given=f"bits:{found[1] or found[2]}", no_data=no_data)
+        if match := re.fullmatch(r"(?:bits?\s*[:= ]?\s*(\d+)|(\d+)\s*[- ]?\s*bits?)", rest):
+            return cls(_of_bits(int(match[1] or match[2])), given=f"bits:{match[1] or match[2]}", no_data=no_data)
         if rest.startswith("percentile"):
             return cls(percentiles=_percentiles(rest.removeprefix("percentile").removeprefix("s").lstrip(": =")),
                        no_data=no_data)  # fmt: skip

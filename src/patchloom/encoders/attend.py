@@ -130,7 +130,7 @@ def _heads(
     attention: Any, normed: Tensor, which: tuple[int, ...], rope: tuple[Tensor, int] | None
 ) -> tuple[Tensor, ...]:
     """Return queries, keys or values, each (B, H, n, d), normed per head and rotated where they have a place."""
-    found = []
+    heads = []
     for part, flat in zip(which, _projected(attention, normed, which), strict=True):
         value = flat.unflatten(-1, (-1, _head_dim(attention))).transpose(1, 2)
         if part != VALUE:
@@ -143,8 +143,8 @@ def _heads(
                 value = torch.cat([value[:, :, :plain], turned], dim=2).to(value.dtype)
         if part != QUERY and (groups := getattr(attention, "num_kv_groups", 1)) > 1:
             value = value.repeat_interleave(groups, dim=1)
-        found.append(value)
-    return tuple(found)
+        heads.append(value)
+    return tuple(heads)
 
 
 def _projected(attention: Any, x: Tensor, which: tuple[int, ...]) -> list[Tensor]:

@@ -136,8 +136,8 @@ class CIFARResNet(nn.Module):
             raise UsageError(f"output_fmt is {output_fmt}; a CIFAR ResNet gives NCHW")
         taken, _ = feature_take_indices(3, indices)
         maps = self._stages(x)
-        found = [maps[number] for number in taken]
-        return found if intermediates_only else (maps[-1], found)
+        intermediates = [maps[number] for number in taken]
+        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last map, (B, 64, H / 4, W / 4)."""

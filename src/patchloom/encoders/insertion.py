@@ -335,8 +335,10 @@ def remove(encoder: Encoder, name: str | None = None) -> None:
 def insertions(encoder: Encoder) -> dict[str, Insertion]:
     """Return the insertions on an encoder by name, active or not."""
     attached: Any = getattr(encoder, "adapters", None)
-    found: dict[str, Insertion] = dict(cast(Any, attached).items()) if isinstance(attached, nn.ModuleDict) else {}
-    return found
+    insertions_by_name: dict[str, Insertion] = (
+        dict(cast(Any, attached).items()) if isinstance(attached, nn.ModuleDict) else {}
+    )
+    return insertions_by_name
 
 
 def active(encoder: Encoder) -> str | None:

@@ -109,8 +109,10 @@ def paired_differences(
     Raises:
         UsageError: Two of a pair are of different images, or of different scores.
     """
-    found = [compare_predictions(one, other, draws=draws, seed=seed, resample=resample) for _, _, one, other in pairs]
-    corrected = holm([difference.p_value for difference in found])
+    differences = [
+        compare_predictions(one, other, draws=draws, seed=seed, resample=resample) for _, _, one, other in pairs
+    ]
+    corrected = holm([difference.p_value for difference in differences])
     return [
         {
             "first": first,
@@ -120,7 +122,7 @@ def paired_differences(
             "p_value": difference.p_value,
             "p_holm": p_holm,
         }
-        for (first, second, _, _), difference, p_holm in zip(pairs, found, corrected, strict=True)
+        for (first, second, _, _), difference, p_holm in zip(pairs, differences, corrected, strict=True)
     ]
 
 
@@ -163,8 +165,8 @@ def _beside(predictions: Predictions) -> dict[str, float]:
     """Return what an accuracy is read beside."""
     if predictions.score_name != "accuracy":
         return {}
-    found = class_scores(torch.from_numpy(predictions.predicted), torch.from_numpy(predictions.targets))
-    return {"balanced_accuracy": found.balanced_accuracy, "majority_share": found.majority_share}
+    scores = class_scores(torch.from_numpy(predictions.predicted), torch.from_numpy(predictions.targets))
+    return {"balanced_accuracy": scores.balanced_accuracy, "majority_share": scores.majority_share}
 
 
 def _is_one_finding(predictions: Predictions) -> bool:

@@ -133,12 +133,14 @@ class Health:
             images = normalize(unit(batch["image"].to(device)), encoder)
             labels.append(batch["label"])
             room = PATCH_IMAGES - sum(len(part) for part in patches[0])
-            for number, found in enumerate(intermediate_layers(encoder, images, list(layers))):
-                vector = found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)
+            for number, tokens_of_layer in enumerate(intermediate_layers(encoder, images, list(layers))):
+                vector = (
+                    tokens_of_layer.prefix[:, 0] if tokens_of_layer.prefix.shape[1] else tokens_of_layer.patches.mean(1)
+                )
                 pooled[number].append(vector.float().cpu())
-                norms[number].append(found.patches.float().norm(dim=-1).cpu())
+                norms[number].append(tokens_of_layer.patches.float().norm(dim=-1).cpu())
                 if room > 0:
-                    patches[number].append(found.patches[:room].float().cpu())
+                    patches[number].append(tokens_of_layer.patches[:room].float().cpu())
                     shares = attention_entropy(class_attention(encoder, images[:room], number))
                     entropy[number].append(shares.mean(0).cpu())
         if not labels:
@@ -157,8 +159,8 @@ class Health:
         parts = []
         for batch in self._batches(source, transform):
             images = normalize(unit(batch[which].to(device)), encoder)
-            found = intermediate_layers(encoder, images, [-1])[0]
-            parts.append((found.prefix[:, 0] if found.prefix.shape[1] else found.patches.mean(1)).float().cpu())
+            tokens = intermediate_layers(encoder, images, [-1])[0]
+            parts.append((tokens.prefix[:, 0] if tokens.prefix.shape[1] else tokens.patches.mean(1)).float().cpu())
         return torch.cat(parts)
 
     def _layer_scores(self, pooled: list[Tensor], labels: Tensor) -> list[ClassScores] | None:

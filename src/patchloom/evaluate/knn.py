@@ -35,12 +35,14 @@ class KNN(Evaluation):
             device=torch_device(config.device),
         )
         k = min(config.k, max(votes))
-        predictions = {number: found.cpu() for number, found in votes.items()}
+        predictions = {number: scores.cpu() for number, scores in votes.items()}
         figures = self.classified(predictions[k], train, test, class_names)
         used: dict[str, Any] = {"k": k, "temperature": config.temperature, "leave_one_out": leave_one_out}
         used |= config.drawn()
         if config.ks:
-            shares = {str(number): class_scores(found.argmax(1), test.labels) for number, found in predictions.items()}
+            shares = {
+                str(number): class_scores(scores.argmax(1), test.labels) for number, scores in predictions.items()
+            }
             used["accuracy_by_k"] = {number: one.accuracy for number, one in shares.items()}
             used["balanced_accuracy_by_k"] = {number: one.balanced_accuracy for number, one in shares.items()}
         if leave_one_out and (alone := _alone(train.labels, class_names)):

@@ -109,10 +109,10 @@ def fit_logistic(
 
     optimizer.step(closure)
     steps = int(optimizer.state[parameter]["n_iter"])
-    found = parameter.detach()
-    weight = _to_weight(found[:, :-1], factor)
+    weights = parameter.detach()
+    weight = _to_weight(weights[:, :-1], factor)
     weight = weight if span is None else weight @ span.T
-    return LogisticModel(weight, found[:, -1], mean, scale, steps, steps < max_iter)
+    return LogisticModel(weight, weights[:, -1], mean, scale, steps, steps < max_iter)
 
 
 def _curvature_factor(x: Tensor, num_classes: int, penalty: float) -> Tensor | None:

@@ -113,7 +113,7 @@ class Segmentation:
             num_workers=config.num_workers,
         )
         example_indices = {round(place * (len(test) - 1) / max(1, examples - 1)) for place in range(examples)}
-        found, counted, keys, skipped, shown = [], [], [], [], []
+        image_areas, counted, keys, skipped, shown = [], [], [], [], []
         classes = len(test.class_names)
         for batch in track(loader, "segmenting", total=len(test)):
             skipped += batch["skipped"]
@@ -124,14 +124,14 @@ class Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                 logits = segmenter(normalize(images, encoder), target.shape)
             predicted = logits[0].argmax(0).cpu()
-            found.append(areas(predicted, target, classes))
+            image_areas.append(areas(predicted, target, classes))
             counted.append(counted_areas(predicted, target, classes, config.as_published))
             keys += batch["key"]
             if int(batch["index"][0]) in example_indices:
                 shown.append((images[0].cpu(), target, predicted))
-        if not found:
+        if not image_areas:
             raise UsageError(f"{test.name} holds no readable image")
-        total, of_overlap = (Areas(*map(torch.stack, zip(*rows, strict=True))) for rows in (found, counted))
+        total, of_overlap = (Areas(*map(torch.stack, zip(*rows, strict=True))) for rows in (image_areas, counted))
         if not int(total.true.sum()):
             raise UsageError(f"the masks of {test.name} hold no pixel whose class is known")
         if (

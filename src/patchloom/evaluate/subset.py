@@ -95,8 +95,8 @@ def few_shot_subset(
             chosen.append(members[torch.randperm(len(members), generator=draw)[:count]])
     if not chosen:
         raise UsageError("no image can be chosen: none is labelled, or no patient's images share a label")
-    found = torch.cat(chosen)
-    return found.unique() if protocol == "dinov3" else found
+    indices = torch.cat(chosen)
+    return indices.unique() if protocol == "dinov3" else indices
 
 
 def shot_neighbours(ks: Sequence[int], shots: float | None, protocol: str) -> list[int]:

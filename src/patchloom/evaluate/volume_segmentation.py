@@ -146,13 +146,13 @@ def segment_volume(trained: Trained, volume: Volume, config: VolumeSegmentationC
     if size != tuple(images.shape[-2:]):
         kind = "bilinear" if trained.resize is None else "bicubic"
         images = torch.stack([resize_image(image, size, kind) for image in images])
-    found = []
+    predicted = []
     for part in images.split(max(1, config.batch_size)):
         pixels = part.to(device).float().div(255).expand(-1, in_chans(encoder), -1, -1)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             logits = segmenter(normalize(pixels, encoder))
-        found.append(resize(logits.float(), volume.slices.shape[1:]).argmax(1).to(torch.uint8).cpu())
-    return torch.cat(found)
+        predicted.append(resize(logits.float(), volume.slices.shape[1:]).argmax(1).to(torch.uint8).cpu())
+    return torch.cat(predicted)
 
 
 def case_scores(cases: list[Case], class_names: list[str], seed: int = 0) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def slice_encode(
     if len(counts) != len(volumes) or any(not 1 <= n <= volumes.shape[1] for n in counts):
         raise UsageError(f"lengths {counts} do not fit {len(volumes)} volumes of up to {volumes.shape[1]} slices")
     flat = torch.cat([volume[:count] for volume, count in zip(volumes, counts, strict=True)])
-    found = torch.cat([pooled(encoder, part, pool) for part in flat.split(batch_size)])
-    return list(found.split(counts))
+    encoded = torch.cat([pooled(encoder, part, pool) for part in flat.split(batch_size)])
+    return list(encoded.split(counts))
 
 
 def pool_slices(features: Tensor, how: str) -> Tensor:
@@ -191,13 +191,13 @@ def slice_features(encoder: Encoder, source: VolumeSource, config: VolumesConfig
             images = encoder_images(volume, config.window, image_size(encoder), in_chans(encoder), config.slices)
             normalised = normalize(images.to(device), encoder)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-                found = slice_encode(encoder, normalised[None], pool=config.pool, batch_size=config.batch_size)[0]
-            if not bool(torch.isfinite(found).all()):
+                encoded = slice_encode(encoder, normalised[None], pool=config.pool, batch_size=config.batch_size)[0]
+            if not bool(torch.isfinite(encoded).all()):
                 raise UsageError(
                     f"the features of {volume.key} are not finite; the encoder was saved from a diverged run"
                 )
             # The label of a slice is its volume's number: what class that is may be renamed without computing anew.
-            take(found.float().cpu(), torch.full((len(found),), index), [volume.key] * len(found))
+            take(encoded.float().cpu(), torch.full((len(encoded),), index), [volume.key] * len(encoded))
         if len(skipped) == len(source):
             raise UsageError(f"no volume of {source.name} is readable; the first is {skipped[0][0]!r}: {skipped[0][1]}")
         return skipped
@@ -210,8 +210,8 @@ def slice_features(encoder: Encoder, source: VolumeSource, config: VolumesConfig
         "how": {**how, "plane": source.plane, "channel": source.channel, "side": list(image_size(encoder))},
     }
     root = cache_folder(config.cache)
-    found = None if root is None else kept_rows(root, about, encoder_name(config), source.name, produce)
-    return _bags(rows_in_memory(produce) if found is None else found, source)
+    rows = None if root is None else kept_rows(root, about, encoder_name(config), source.name, produce)
+    return _bags(rows_in_memory(produce) if rows is None else rows, source)
 
 
 def _bags(rows: Features, source: VolumeSource) -> Bags:

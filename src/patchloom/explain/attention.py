@@ -64,10 +64,10 @@ def attention_probabilities(model: nn.Module, images: Tensor, layers: Sequence[i
         x = embedded.x
         for number in range(max(numbers, default=-1) + 1):
             with ExitStack() as opened:
-                found = opened.enter_context(explicit_attention(encoder, number)) if number in numbers else []
+                recorded = opened.enter_context(explicit_attention(encoder, number)) if number in numbers else []
                 x, _ = run_blocks(encoder, replace(embedded, x=x), start=number, stop=number + 1)
-            if found:
-                rows = found[-1][:, :, -num_tokens:, -num_tokens:]
+            if recorded:
+                rows = recorded[-1][:, :, -num_tokens:, -num_tokens:]
                 probabilities[number] = rows / rows.sum(-1, keepdim=True).clamp(min=1e-12)
     return [probabilities[number] for number in numbers]
 
@@ -183,11 +183,11 @@ def gradient_attention(model: nn.Module, images: Tensor, target: Tensor) -> Tens
         if isinstance(prompts, ClassPrompts):
             with torch.no_grad():
                 before = prompts.before_last(images)
-            logits, found = prompts.last(before._replace(x=before.x.detach().requires_grad_()), explicit=True)
-            assert found is not None
-            (gradient,) = torch.autograd.grad(_chosen(logits, target), found)
+            logits, attention = prompts.last(before._replace(x=before.x.detach().requires_grad_()), explicit=True)
+            assert attention is not None
+            (gradient,) = torch.autograd.grad(_chosen(logits, target), attention)
             rows = torch.arange(len(images), device=images.device)
-            weighted = (gradient * found.detach()).relu()[rows, :, target]
+            weighted = (gradient * attention.detach()).relu()[rows, :, target]
         else:
             entering = entering_last(encoder, images)
             with explicit_attention(encoder, depth(encoder) - 1) as recorded:

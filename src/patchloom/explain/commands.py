@@ -225,7 +225,7 @@ class CompareGallery:
         subject = open_subject(config, needs_classes=True)
         names = explainers_for(subject.model, config.methods)
         target, probabilities = _targets(config, subject)
-        found = compare(
+        maps = compare(
             subject.model,
             subject.inputs,
             _on(subject, target),
@@ -234,14 +234,14 @@ class CompareGallery:
             batch_size=config.batch_size,
         )
         table: list[dict[str, object]] = []
-        for name, one in found.items():
+        for name, one in maps.items():
             insertion, deletion = float(one.scores.insertion.mean()), float(one.scores.deletion.mean())
             row = {"insertion ↑": insertion, "deletion ↓": deletion, "difference ↑": insertion - deletion}
             table.append({"explanation": TITLES[name], **{key: f"{value:.3f}" for key, value in row.items()}})
-        fraction = next(iter(found.values())).scores.curves.fraction.tolist()
+        fraction = next(iter(maps.values())).scores.curves.fraction.tolist()
         charts = [
             curves(
-                {TITLES[n]: (fraction, getattr(one.scores.curves, kind).mean(0).tolist()) for n, one in found.items()},
+                {TITLES[n]: (fraction, getattr(one.scores.curves, kind).mean(0).tolist()) for n, one in maps.items()},
                 x_label=label,
                 y_label="probability of the class",
                 title=kind.capitalize(),
@@ -256,23 +256,21 @@ class CompareGallery:
                     f"{float(one.scores.insertion[number] - one.scores.deletion[number]):+.2f} {SHORT[n]}",
                     one.maps[number],
                 )
-                for n, one in found.items()
+                for n, one in maps.items()
             ]
             name, share = subject.name_of(int(target[number])), float(probabilities[number, target[number]])
             text = f"{name}, probability {share:.2f}. Above each map: insertion less deletion."
             key = subject.keys[number]
             sections.append(Section(key, text, [_strip(subject.shown[number], panels, f"Explanations of {key}")]))
-        best = max(found, key=lambda n: float((found[n].scores.insertion - found[n].scores.deletion).mean()))
-        scores = {
-            n: {k: getattr(one.scores, k).tolist() for k in ("insertion", "deletion")} for n, one in found.items()
-        }
+        best = max(maps, key=lambda n: float((maps[n].scores.insertion - maps[n].scores.deletion).mean()))
+        scores = {n: {k: getattr(one.scores, k).tolist() for k in ("insertion", "deletion")} for n, one in maps.items()}
         return write_gallery(
             config.out,
             title="Explanations compared",
             subtitle=f"{config.model} on {config.images}",
             facts={"images": len(subject.keys), "steps": config.steps, "most faithful": TITLES[best]},
             sections=sections,
-            maps={n: one.maps for n, one in found.items()},
+            maps={n: one.maps for n, one in maps.items()},
             figures={"command": "explain compare", **_about(config, subject, target), "scores": scores, "table": table},
             command=_command("compare", config),
             overwrite=config.overwrite,

@@ -122,10 +122,10 @@ def compare(
         UsageError: An explanation or a class that the model does not have.
     """
     check_target(model, images, target)
-    found = {}
+    by_method = {}
     for name in explainers_for(model, names):
         parts = zip(images.split(batch_size), target.split(batch_size), strict=True)
         maps = torch.cat([EXPLAINERS[name](model, part, classes) for part, classes in parts])
         scores = insertion_deletion(judge or model, images, maps, target, steps, batch_size=batch_size)
-        found[name] = Compared(maps.detach(), scores)
-    return found
+        by_method[name] = Compared(maps.detach(), scores)
+    return by_method

@@ -107,8 +107,8 @@ def cached_features(
     def produce(take: Take) -> list[tuple[str, str]]:
         return extract_into(take, encoder, source, **options)
 
-    found = kept_rows(root, about, name, source.name, produce)
-    return _extracted(encoder, source, options) if found is None else found
+    rows = kept_rows(root, about, name, source.name, produce)
+    return _extracted(encoder, source, options) if rows is None else rows
 
 
 def kept_rows(
@@ -134,9 +134,9 @@ def kept_rows(
     # Entries of one model by name, one source and one way to make rows lie side by side.
     about_pair = [model_name or key, place_of_source(source_name), about["how"]]
     entry = root / digest(json.dumps(about_pair, sort_keys=True).encode())[:16] / key
-    found = _read(entry)
-    if found is not None:
-        return found
+    stored = _read(entry)
+    if stored is not None:
+        return stored
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,7 +17,7 @@ def show_cache(cache: str = "auto", clear: bool = False) -> dict[str, Any]:
     root = kept.cache_folder(cache)
     entries = kept.list_entries(cache)
     total = round(sum(entry["megabytes"] for entry in entries), 1)
-    found: dict[str, Any] = {"folder": str(root), "megabytes": total, "limit_gigabytes": kept.limit_in_bytes() / 1e9}
+    figures: dict[str, Any] = {"folder": str(root), "megabytes": total, "limit_gigabytes": kept.limit_in_bytes() / 1e9}
     if clear:
-        return {**found, "deleted": kept.clear(cache)}
-    return {**found, "entries": entries}
+        return {**figures, "deleted": kept.clear(cache)}
+    return {**figures, "entries": entries}

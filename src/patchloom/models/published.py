@@ -46,9 +46,9 @@ def wrapper_of(names: Iterable[str], meant: Collection[str] = ()) -> str:
     names, prefix = list(names), ""
     known = [each for each in PREFIXES if each not in meant]
     while names and (
-        found := next((each for each in known if all(name.startswith(prefix + each) for name in names)), "")
+        wrapper := next((each for each in known if all(name.startswith(prefix + each) for name in names)), "")
     ):
-        prefix += found
+        prefix += wrapper
     return prefix
 
 
@@ -59,10 +59,10 @@ def bare(name: str) -> str:
 
 def _read(path: Path) -> Mapping[str, Any]:
     if path.is_dir():  # what DeepSpeed writes: one file of states for each rank of the model
-        found = sorted(path.glob("*model_states.pt"))
-        if len(found) != 1:
-            raise UsageError(f"{path} is a folder with {len(found)} files *model_states.pt; give the checkpoint's file")
-        path = found[0]
+        files = sorted(path.glob("*model_states.pt"))
+        if len(files) != 1:
+            raise UsageError(f"{path} is a folder with {len(files)} files *model_states.pt; give the checkpoint's file")
+        path = files[0]
     if not path.is_file():
         raise UsageError(f"there is no checkpoint file {path}")
     if path.suffix == ".safetensors":

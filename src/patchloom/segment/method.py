@@ -180,8 +180,8 @@ class SegmentMethod(Method):
         """Return how masks are read and what they hold."""
         shares = {"train": self.source.shares} | ({"test": self.test.shares} if self.test is not None else {})
         about = self.source.coding.describe()
-        for role, found in shares.items():
-            about[role] = {"class_shares": found.classes, "ignored_share": found.ignored}
+        for role, share in shares.items():
+            about[role] = {"class_shares": share.classes, "ignored_share": share.ignored}
         return {"head": self.head_name, "masks": about}
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:

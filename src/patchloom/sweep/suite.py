@@ -163,15 +163,15 @@ def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, An
         {
             "data": data,
             "protocol": protocol,
-            "first": found["first"],
-            "second": found["second"],
-            "difference": found["difference"],
-            "low": found["interval"][0],
-            "high": found["interval"][1],
-            "p": found["p_value"],
-            "p, Holm": found["p_holm"],
+            "first": difference["first"],
+            "second": difference["second"],
+            "difference": difference["difference"],
+            "low": difference["interval"][0],
+            "high": difference["interval"][1],
+            "p": difference["p_value"],
+            "p, Holm": difference["p_holm"],
         }
-        for (data, protocol), found in zip(places, paired_differences(pairs), strict=True)
+        for (data, protocol), difference in zip(places, paired_differences(pairs), strict=True)
     ]
 
 

@@ -99,8 +99,8 @@ class CentroidTokenizer(nn.Module):
         """
         self._check_images(images)
         h, w = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
-        found = [self.nearest(patches.flatten(0, 1)).view(-1, h, w) for patches in self._patches(images)]
-        return torch.cat(found) if found else torch.empty(0, h, w, dtype=torch.int64, device=self.centroids.device)
+        ids = [self.nearest(patches.flatten(0, 1)).view(-1, h, w) for patches in self._patches(images)]
+        return torch.cat(ids) if ids else torch.empty(0, h, w, dtype=torch.int64, device=self.centroids.device)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Return the image made of these tokens' centroids.

@@ -185,8 +185,8 @@ def _faiss_kmeans(points: Points, k: int, iters: int, seed: int, init: Any) -> K
     check_finite(matrix, 0)
     clustering = faiss.Kmeans(d, k, niter=iters, seed=seed, max_points_per_centroid=10**7, min_points_per_centroid=1)
     clustering.train(matrix.numpy(), init_centroids=init.numpy() if isinstance(init, Tensor) else None)
-    found = clustering.index.search(matrix.numpy(), 1)[1][:, 0]
-    counts = torch.from_numpy(np.bincount(found, minlength=k))
+    assignment = clustering.index.search(matrix.numpy(), 1)[1][:, 0]
+    counts = torch.from_numpy(np.bincount(assignment, minlength=k))
     centroids = torch.from_numpy(np.array(clustering.centroids, dtype=np.float32))
     return KMeansResult(centroids, [float(value) for value in np.asarray(clustering.obj)], counts, 0)
 

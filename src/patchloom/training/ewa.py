@@ -205,13 +205,13 @@ def experts_of(module: nn.Module) -> list[RandomPartitionExperts]:
 
 def average_ffn(encoder: Encoder) -> Encoder:
     """Turn every mixture of an encoder back into a feed-forward, in place; names are those of the plain model."""
-    found = 0
+    averaged = 0
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, RandomPartitionExperts):
                 setattr(parent, name, child.average().train(child.training))
-                found += 1
-    if not found:
+                averaged += 1
+    if not averaged:
         warnings.warn("there are no experts to average; the model is returned as it is", stacklevel=2)
     return encoder
 

@@ -101,9 +101,9 @@ class CollapseWatch(Callback):
         if self.images is None:
             transform, generator = EvalTransform(image_size(method.encoder)), torch.Generator()
             samples = (self._read(index) for index in range(0, len(self.source), self._stride()))
-            found = list(islice((sample for sample in samples if sample is not None), MOST_IMAGES))
+            images = list(islice((sample for sample in samples if sample is not None), MOST_IMAGES))
             resized = [
-                Sample(transform(sample.image, generator)["image"], sample.label, sample.key) for sample in found
+                Sample(transform(sample.image, generator)["image"], sample.label, sample.key) for sample in images
             ]
             self.images = MemorySource(self.source.name, resized)
         return self.images

@@ -52,8 +52,8 @@ def absolute(name: str, value: str) -> str:
     """
     if name in MADE:
         return value if name == "cache" and value.lower() in NO_CACHE else str(Path.cwd() / value)
-    found = _parted(name, value, Path.cwd())
-    return value if found is None else _joined(found, Path.cwd())
+    place = _parted(name, value, Path.cwd())
+    return value if place is None else _joined(place, Path.cwd())
 
 
 def relocated(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
@@ -72,8 +72,8 @@ def relocated(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
         return value
     tried = []
     for base, path in _candidates(name, value, saved, run_dir):
-        if (found := _parted(name, path, base)) is not None:
-            return _joined(found, base)
+        if (parts := _parted(name, path, base)) is not None:
+            return _joined(parts, base)
         tried.append(_joined(_split(name, path), base))
     if name in COPIED and (run_dir / COPIED[name]).exists():
         return str(Path(os.path.abspath(run_dir)) / COPIED[name])  # noqa: PTH100 - may be a link
@@ -106,11 +106,11 @@ def _candidates(name: str, value: str, saved: Mapping[str, Any], run_dir: Path) 
         if not was.is_absolute() and ".." not in parts and list(now.parts[len(now.parts) - len(parts) :]) == parts:
             bases.append(Path(*now.parts[: len(now.parts) - len(parts)]))
         return [(base, value) for base in (*bases, now)]
-    found = [(now, value)]
+    candidates = [(now, value)]
     if was.is_absolute() and was != now:
         moved = (now, f"{head}{os.path.relpath(path, was)}{tail}")
-        found = [moved, *found] if Path(path).is_relative_to(was) else [*found, moved]
-    return found
+        candidates = [moved, *candidates] if Path(path).is_relative_to(was) else [*candidates, moved]
+    return candidates
 
 
 def _parted(name: str, value: str, base: Path) -> tuple[str, str, str] | None:
@@ -154,5 +154,5 @@ def _is_there(path: Path) -> bool:
 
 
 def _real(name: str, value: str) -> tuple[str, str, str] | str:
-    found = _parted(name, value, Path.cwd())
-    return value if found is None else (found[0], os.path.realpath(existing(found[1])), found[2])
+    place = _parted(name, value, Path.cwd())
+    return value if place is None else (place[0], os.path.realpath(existing(place[1])), place[2])

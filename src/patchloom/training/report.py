@@ -193,11 +193,11 @@ def neighbour_section(encoder: torch.nn.Module, images: Tensor, method: Method) 
     queries = torch.arange(0, len(images), max(1, len(images) // 6))[:6]
     similarity = vectors[queries] @ vectors.T
     similarity[torch.arange(len(queries)), queries] = -1.0  # an image is not its own neighbour
-    values, found = similarity.topk(min(6, len(images) - 1), dim=1)
+    values, neighbours = similarity.topk(min(6, len(images) - 1), dim=1)
     return Section(
         title="Nearest neighbours",
         text=f"Left, a held-out image; right, the nearest of {len(images) - 1} others by cosine similarity.",
-        figures=[nearest_neighbours(unit(images[queries]), unit(images[found]), values)],
+        figures=[nearest_neighbours(unit(images[queries]), unit(images[neighbours]), values)],
     )
 
 

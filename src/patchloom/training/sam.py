@@ -66,7 +66,7 @@ class SharpnessAware(Attachment):
         return partial(self._twice, method, closure, optimizer, radius) if radius else closure
 
     def _twice(self, method: Method, first: Callable[[], Any], optimizer: Any, radius: float) -> Any:
-        loss, strategy, found = first(), method.trainer.strategy, []
+        loss, strategy, nearby_losses = first(), method.trainer.strategy, []
         unsynchronised = getattr(strategy, "block_backward_sync", nullcontext)
         with method.further_passes(), perturbed(method.parameters(), radius), steady_statistics(method):
             optimizer.zero_grad()
@@ -76,10 +76,10 @@ class SharpnessAware(Attachment):
                     nearby: Any = strategy.training_step(batch, batch_idx)
                     nearby = nearby / len(self._batches)
                     strategy.backward(nearby, optimizer)
-                found.append(nearby.detach())
+                nearby_losses.append(nearby.detach())
         self._batches.clear()
         if method.logs_now():
-            method.record({"nearby_loss": torch.stack(found).sum()})
+            method.record({"nearby_loss": torch.stack(nearby_losses).sum()})
         return loss
 
 

@@ -23,10 +23,10 @@ def command_of(run_dir: Path) -> str | None:
     """Return the words that name the method of a run (`pretrain ccvit`), where its folder says so."""
     try:
         with (run_dir / CONFIG).open(encoding="utf-8") as file:
-            found = re.match(r"# patchloom (.+?) --config", file.readline())
+            match = re.match(r"# patchloom (.+?) --config", file.readline())
     except (OSError, UnicodeDecodeError):
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def saved_settings(run_dir: Path, command: str) -> dict[str, Any]:
@@ -74,11 +74,11 @@ def _from_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     for name in (LAST, PREVIOUS):
         path = run_dir / CHECKPOINTS / name
         try:
-            found = read_pickle(path, mmap=True).get("settings") if path.exists() else None
+            settings = read_pickle(path, mmap=True).get("settings") if path.exists() else None
         except UsageError:
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(settings, dict):
+            return settings
     return None
 
 

@@ -110,21 +110,23 @@ class Advice(Callback):
 def advice(method: Method) -> list[str]:
     """Return what a run cannot do with what there is, in plain sentences; none where all is well."""
     config, source = method.config, method.source
-    found = []
+    advices = []
     images = len(source) if isinstance(source, Source) else None
     if method.total_steps < TOO_FEW_STEPS:
-        found.append(f"{_counted(method.total_steps, 'step')} in all: too few to learn; try {_longer(config, images)}.")
+        advices.append(
+            f"{_counted(method.total_steps, 'step')} in all: too few to learn; try {_longer(config, images)}."
+        )
     if images == 1:
-        found.append("One image is all there is: what is learnt holds for nothing else.")
+        advices.append("One image is all there is: what is learnt holds for nothing else.")
     elif images is not None and images < FEW_IMAGES:
-        found.append(f"{images} images are all there is: too few to learn anything that holds for others.")
+        advices.append(f"{images} images are all there is: too few to learn anything that holds for others.")
     side = _usual_side(source)
     if side is not None and side * BLOWN_UP <= max(method.input_size):
-        found.append(
+        advices.append(
             f"The images are about {side} pixels wide or high and are blown up to {said(method.input_size)}: most of "
             f"what the encoder sees was made up by the enlargement; a smaller --image_size fits them."
         )
-    return found
+    return advices
 
 
 def _longer(config: TrainConfig, images: int | None) -> str:

@@ -225,10 +225,10 @@ class DistillMethod(SupervisedMethod):
     def lineage(self) -> dict[str, Any]:
         """Return who taught the model."""
         name = self.config.teacher
-        found: dict[str, Any] = {}
+        lineage: dict[str, Any] = {}
         with suppress(UsageError):  # a timm name, or an adapter, which keeps no lineage in timm's layout
-            found = read_lineage(name)
-        return {"teacher": {"path": name, "lineage": found}}
+            lineage = read_lineage(name)
+        return {"teacher": {"path": name, "lineage": lineage}}
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say about the model, and the teacher's size."""
@@ -272,13 +272,13 @@ class DistillMethod(SupervisedMethod):
         """Return how teacher and student compare, and the figures of each class."""
         from patchloom.report import Section
 
-        about, found = self.describe(), self.compared()
+        about, compared = self.describe(), self.compared()
         share = about["parameters"] / about["teacher_parameters"]
         text = [f"The student has {about['parameters']:,} parameters, {share:.1%} of its teacher's."]
-        if found:
+        if compared:
             text.append(
-                f"On the same images the teacher is right for {found['teacher_accuracy']:.1%} (balanced accuracy "
-                f"{found['teacher_balanced_accuracy']:.1%}), and both say the same for {found['agreement']:.1%}."
+                f"On the same images the teacher is right for {compared['teacher_accuracy']:.1%} (balanced accuracy "
+                f"{compared['teacher_balanced_accuracy']:.1%}), and both say the same for {compared['agreement']:.1%}."
             )
         text += [f"{notice[0].upper()}{notice[1:]}." for notice in self.notices]
         return [Section(title="Teacher and student", text=" ".join(text)), *super().report_sections(images)]

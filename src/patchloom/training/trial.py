@@ -320,8 +320,8 @@ def _reset_peak(device: torch.device) -> int:
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if found := _status("VmHWM"):
-        return found
+    if peak := _status("VmHWM"):
+        return peak
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

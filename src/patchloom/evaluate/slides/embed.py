@@ -104,9 +104,9 @@ def _for_each_slide(
     config: TileConfig | EmbedConfig, about: dict[str, Any], features_of: Callable[[Slide, Tiles], np.ndarray]
 ) -> dict[str, Any]:
     need_openslide()
-    found = find_slides(config.slides)
+    slides = find_slides(config.slides)
     store = TileStore(config.out, about)
-    waiting = {name: path for name, path in found.items() if name not in store}
+    waiting = {name: path for name, path in slides.items() if name not in store}
     skipped: list[dict[str, str]] = []
     for name, path in track(waiting.items(), "slides", unit="slide"):
         try:
@@ -118,10 +118,10 @@ def _for_each_slide(
             skipped.append({"slide": name, "reason": error.reason})
             tqdm.write(f"left out {name}: {error.reason}", file=sys.stderr)
     write_json(store.path / SKIPPED, {"skipped": skipped})
-    here = [name for name in found if name in store]
+    here = [name for name in slides if name in store]
     if not here:
         first = f"{skipped[0]['slide']}: {skipped[0]['reason']}"
-        raise UsageError(f"none of the {len(found)} slides in {config.slides} can be used; {first}")
+        raise UsageError(f"none of the {len(slides)} slides in {config.slides} can be used; {first}")
     report = write_store_report(store, here, skipped, _command(config))
     return {
         "slides": len(here),
@@ -169,7 +169,7 @@ def _prepared(config: EmbedConfig) -> Encoder:
 @torch.inference_mode()
 def _features(encoder: Encoder, slide: Slide, tiles: Tiles, config: EmbedConfig, device: torch.device) -> np.ndarray:
     """Return the features of the tiles of a slide, (n, D)."""
-    size, found = image_size(encoder), []
+    size, features = image_size(encoder), []
     with closing(_batches(slide, tiles, config.batch_size, config.num_workers)) as batches:
         for batch in batches:
             images = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float().div_(255)
@@ -177,8 +177,8 @@ def _features(encoder: Encoder, slide: Slide, tiles: Tiles, config: EmbedConfig,
                 images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
             with torch.autocast(device.type, dtype=TYPES[config.precision], enabled=config.precision != "32"):
                 vectors: Tensor = pooled(encoder, normalize(images, encoder), config.pool)
-            found.append(vectors.float().cpu().numpy())
-    return np.concatenate(found).astype(config.dtype)
+            features.append(vectors.float().cpu().numpy())
+    return np.concatenate(features).astype(config.dtype)
 
 
 def _batches(slide: Slide, tiles: Tiles, batch_size: int, num_workers: int) -> Generator[np.ndarray]:

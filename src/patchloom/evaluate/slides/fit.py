@@ -94,12 +94,12 @@ def predict_logits(head: MILHead, bags: Sequence[Tensor], device: str = "cpu", b
     was_training = head.training
     head.eval()
     order = sorted(range(len(bags)), key=lambda number: len(bags[number]))
-    found = np.zeros((len(bags), head.out_features))
+    logits = np.zeros((len(bags), head.out_features))
     for start in range(0, len(bags), batch_size):
         batch = order[start : start + batch_size]
-        found[batch] = forward(head, [bags[number] for number in batch], device).double().cpu().numpy()
+        logits[batch] = forward(head, [bags[number] for number in batch], device).double().cpu().numpy()
     head.train(was_training)
-    return found
+    return logits
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:

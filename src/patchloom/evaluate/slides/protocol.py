@@ -96,7 +96,7 @@ class Slides:
             "batch_size",
         ):  # a batch is of slides here, of tiles there
             shared.pop(name)
-        found = []
+        stores = []
         for slides in (config.train, config.test):
             if slides is not None:
                 key = f"{slides} {_identity(config.encoder)} {sorted(shared.items(), key=str)}"
@@ -111,8 +111,8 @@ class Slides:
                         **shared,
                     )
                 )
-                found.append(TileStore(out))
-        return found[0], found[1] if len(found) > 1 else None
+                stores.append(TileStore(out))
+        return stores[0], stores[1] if len(stores) > 1 else None
 
     def _cohort(self, store: TileStore, labels: str, training_cohort: Cohort | None = None) -> Cohort:
         config = self.config
@@ -153,7 +153,7 @@ class Slides:
     def _figures(self, ensemble: MILEnsemble, answers: Answers, train: Cohort) -> dict[str, Any]:
         cohort, task = answers.cohort, answers.cohort.task
         patients, labels, scores = cohort.per_patient(answers.scores)
-        found = bootstrap_interval(
+        interval = bootstrap_interval(
             task.score,
             scores,
             labels,
@@ -162,8 +162,8 @@ class Slides:
         )
         chosen = ensemble.settings
         figures = {
-            "score": found.value,
-            "interval": found.ends,
+            "score": interval.value,
+            "interval": interval.ends,
             "score_name": task.metric_name,
             "measured_on": "the test cohort"
             if answers.members is not None
@@ -233,8 +233,8 @@ class Slides:
         other = self._answers(other_train, other_test)[1]
         _, labels, ours = answers.cohort.per_patient(answers.scores)
         theirs = other.cohort.per_patient(other.scores)[2]
-        found = compared(answers.cohort, theirs, ours, labels, config.seed)
-        return {"other": config.compare, "other_score": train.task.metric(labels, theirs), **_as_dict(found)}
+        difference = compared(answers.cohort, theirs, ours, labels, config.seed)
+        return {"other": config.compare, "other_score": train.task.metric(labels, theirs), **_as_dict(difference)}
 
     def _write(
         self, out: Path, ensemble: MILEnsemble, answers: Answers, figures: dict[str, Any], store: TileStore

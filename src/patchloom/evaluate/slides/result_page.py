@@ -111,8 +111,8 @@ def mean_tile_scores(ensemble: MILEnsemble, bag: torch.Tensor) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = [head.tile_scores(bag[None].float().to(ensemble.settings.device))[0] for head in ensemble.heads]
-    return torch.stack(found).mean(0).double().cpu().numpy()
+        scores = [head.tile_scores(bag[None].float().to(ensemble.settings.device))[0] for head in ensemble.heads]
+    return torch.stack(scores).mean(0).double().cpu().numpy()
 
 
 def _top_tiles(
@@ -187,14 +187,14 @@ def _differences(figures: dict[str, Any]) -> list[dict[str, object]] | None:
         ("comparison", "this encoder less the other"),
     ):
         if key in figures:
-            found = figures[key]
-            low, high = found["interval"]
+            difference = figures[key]
+            low, high = difference["interval"]
             rows.append(
                 {
                     "difference": words,
-                    "value": f"{found['difference']:+.3f}",
+                    "value": f"{difference['difference']:+.3f}",
                     "95 % interval": f"{low:+.3f} – {high:+.3f}",
-                    "p": f"{found['p_value']:.3g}",
+                    "p": f"{difference['p_value']:.3g}",
                 }
             )
     return rows or None

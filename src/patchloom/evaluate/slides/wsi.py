@@ -106,13 +106,13 @@ class Slide:
             UnreadableImageError: The file is damaged there.
         """
         try:
-            found = np.asarray(self._pyramid(size).get_tile(level, (column, row)).convert("RGB"))
+            pixels = np.asarray(self._pyramid(size).get_tile(level, (column, row)).convert("RGB"))
         except Exception as error:
             raise UnreadableImageError(self.name, f"tile {level}/{column}/{row}: {_short(error)}") from error
-        height, width = found.shape[:2]
+        height, width = pixels.shape[:2]
         if (height, width) == (size, size):
-            return found
-        return np.pad(found, ((0, size - height), (0, size - width), (0, 0)))
+            return pixels
+        return np.pad(pixels, ((0, size - height), (0, size - width), (0, 0)))
 
     def thumbnail(self, mpp: float) -> np.ndarray:
         """Return the whole slide with pixels of about `mpp` micrometres, (H, W, 3) uint8.
@@ -123,10 +123,10 @@ class Slide:
         width, height = (max(1, round(side * self.mpp / mpp)) for side in self.size)
         try:
             # Pillow's thumbnail keeps the aspect ratio by rounding; asked for one pixel more, it fills the size.
-            found = self.handle.get_thumbnail((width + 1, height + 1)).convert("RGB")
+            picture = self.handle.get_thumbnail((width + 1, height + 1)).convert("RGB")
         except Exception as error:
             raise UnreadableImageError(self.name, _short(error)) from error
-        return np.asarray(found if found.size == (width, height) else found.resize((width, height)))
+        return np.asarray(picture if picture.size == (width, height) else picture.resize((width, height)))
 
     def close(self) -> None:
         """Close the file."""
@@ -169,13 +169,13 @@ def find_slides(slides: str | Path) -> dict[str, Path]:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SLIDE_SUFFIXES and file.is_file())
     if not files:
         raise UsageError(f"{slides} holds no slide (looked for {', '.join(sorted(SLIDE_SUFFIXES))})")
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for file in files:
         name = printable(file.stem)
-        if name in found:
-            raise UsageError(f"{found[name]} and {file} have the same name; slides are told apart by it, rename one")
-        found[name] = file
-    return found
+        if name in by_name:
+            raise UsageError(f"{by_name[name]} and {file} have the same name; slides are told apart by it, rename one")
+        by_name[name] = file
+    return by_name
 
 
 def need_openslide() -> Any:

@@ -116,17 +116,17 @@ def bootstrap_interval(
     nothing = Interval(value, float("nan"), float("nan"))
     if isnan(value):
         return nothing
-    found = _closed(score, predictions, targets, level) if kind == "auto" else None
-    if found is not None and strata is None and groups is None:
-        return Interval(value, *found)
+    closed = _closed(score, predictions, targets, level) if kind == "auto" else None
+    if closed is not None and strata is None and groups is None:
+        return Interval(value, *closed)
     sample = _sample([(score, predictions)], targets, strata, groups, kind)
     if sample.units < 2:
         return nothing
     drawn, redrawn = sample.drawn(draws, seed)
     low, high = _ends(drawn[0], value, level, kind, sample.units)
-    if found is not None and (groups is not None or getattr(score, "closed_by_class", False)):
+    if closed is not None and (groups is not None or getattr(score, "closed_by_class", False)):
         # Never surer than were all images independent: draws see little of what few images of a class leave open.
-        low, high = min(low, found[0]), max(high, found[1])
+        low, high = min(low, closed[0]), max(high, closed[1])
     return Interval(value, low, high, redrawn)
 
 
@@ -260,12 +260,12 @@ class Sample(NamedTuple):
 
     def weights(self, draws: int, rng: np.random.Generator) -> Array:
         """Return how often each image is drawn, (draws, n + q); splitting draws over calls changes nothing."""
-        found = np.zeros((draws, self.units + len(self.chances)), dtype=np.int64)
+        weights = np.zeros((draws, self.units + len(self.chances)), dtype=np.int64)
         sizes = [int((layer < self.units).sum()) for layer in self.layers]
         beyond = [
             np.cumsum(self.chances[layer[size:] - self.units]) for layer, size in zip(self.layers, sizes, strict=True)
         ]
-        for row in found:
+        for row in weights:
             for layer, size, ends in zip(self.layers, sizes, beyond, strict=True):
                 # Each unit seen takes up 1, what was not seen its chance.
                 places = rng.random(size) * (size + (ends[-1] if len(ends) else 0.0))
@@ -275,10 +275,10 @@ class Sample(NamedTuple):
                     chosen[unseen] = size + np.searchsorted(ends[:-1], places[unseen] - size, side="right")
                 row[layer] = np.bincount(chosen, minlength=len(layer))
         if self.members is None:
-            return found
+            return weights
         # An image that was not seen stands for a group of the usual size.
-        standing = found[:, self.units :] * (len(self.members) / self.units)
-        return np.concatenate([found[:, self.members], standing], axis=1)
+        standing = weights[:, self.units :] * (len(self.members) / self.units)
+        return np.concatenate([weights[:, self.members], standing], axis=1)
 
 
 def _check(kind: Kind, level: float, draws: int, targets: Array, predicted: Sequence[Array]) -> None:
@@ -330,16 +330,16 @@ def _with_unseen(
     """Return the pairs with predictions of images that were not seen, and these images' targets and chances."""
     score: Any = scored[0][0]
     if len(scored) == 1:
-        found = other = score.what_if(scored[0][1], targets, units)
-        chances = np.concatenate([found.wrong, found.right])
+        first = other = score.what_if(scored[0][1], targets, units)
+        chances = np.concatenate([first.wrong, first.right])
     else:
-        found, other = score.what_if_pair(scored[0][1], scored[1][1], targets, units)
-        chances = np.concatenate([found.differs, found.differs])
-    parts = [[found.worst, found.best], [other.best, other.worst]]
+        first, other = score.what_if_pair(scored[0][1], scored[1][1], targets, units)
+        chances = np.concatenate([first.differs, first.differs])
+    parts = [[first.worst, first.best], [other.best, other.worst]]
     extended = [
         (one, np.concatenate([predictions, *unseen])) for (one, predictions), unseen in zip(scored, parts, strict=False)
     ]
-    return extended, np.concatenate([found.targets, found.targets]), chances
+    return extended, np.concatenate([first.targets, first.targets]), chances
 
 
 def _scores_of(score: ScoreFunction, predictions: Array, targets: Array, weights: Array) -> Array:

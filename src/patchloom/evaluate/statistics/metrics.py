@@ -154,8 +154,8 @@ def exact_share(right: int, n: int, level: float) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
-    found = binomtest(right, n).proportion_ci(level, method="exact")
-    return float(found.low), float(found.high)
+    interval = binomtest(right, n).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def _accuracy_ends(predicted: Array, truth: Array, level: float) -> tuple[float, float]:
@@ -205,8 +205,8 @@ def _auroc_ends(scores: Array, truth: Array, level: float) -> tuple[float, float
     truth = truth.reshape(-1)
     if scores.shape[1] != 1 or len(np.unique(truth[~np.isnan(truth.astype(np.float64))])) != 2:
         return None
-    found = delong_interval(scores[:, 0], truth, level=level)
-    return found.low, found.high
+    interval = delong_interval(scores[:, 0], truth, level=level)
+    return interval.low, interval.high
 
 
 def _mean_value(values: Array, truth: Array, weights: Array) -> Array:

@@ -124,13 +124,13 @@ def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _with_words(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in which the published scripts' switches and timm's words say the same."""
-    found = dict(given)
-    if found.get("global_pool") in ("avg", "token"):
-        found["global_pool"] = found["global_pool"] == "avg"
-    if found.get("cls_token") is not None:  # the switch that turns mean pooling off
-        found.setdefault("global_pool", not found["cls_token"])
-    found.pop("cls_token", None)
-    return found
+    settings = dict(given)
+    if settings.get("global_pool") in ("avg", "token"):
+        settings["global_pool"] = settings["global_pool"] == "avg"
+    if settings.get("cls_token") is not None:  # the switch that turns mean pooling off
+        settings.setdefault("global_pool", not settings["cls_token"])
+    settings.pop("cls_token", None)
+    return settings
 
 
 def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:

@@ -418,9 +418,9 @@ def load_heads(model: DINOv2, path: str) -> None:
     ]
     if wrong:
         name = wrong[0]
-        found, needed = (tuple(each[name].shape) if name in each else "none" for each in (state, state_dict))
+        shape, needed = (tuple(each[name].shape) if name in each else "none" for each in (state, state_dict))
         raise UsageError(
-            f"the heads in {file} do not fit: {name} is {found} there and {needed} here; use the out_dim, "
+            f"the heads in {file} do not fit: {name} is {shape} there and {needed} here; use the out_dim, "
             f"head_hidden_dim, bottleneck_dim and separate_head of that run"
         )
     model.load_state_dict(state, strict=False)

@@ -77,14 +77,14 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = whole.removesuffix("embeddings.patch_embeddings.projection.weight")
     inner = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     left = {name: value for name, value in state.items() if not name.startswith((prefix, "classifier."))}
-    found = left if prefix else {}
-    found |= {OUTSIDE[name]: inner.pop(name) for name in list(inner) if name in OUTSIDE}
+    tensors = left if prefix else {}
+    tensors |= {OUTSIDE[name]: inner.pop(name) for name in list(inner) if name in OUTSIDE}
     for name in list(inner):
         if name not in inner:
             continue  # taken with another
         layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name)
         if layer is None:
-            found[name] = inner.pop(name)  # left over; refused by name where it is filled in
+            tensors[name] = inner.pop(name)  # left over; refused by name where it is filled in
             continue
         block, rest = f"blocks.{layer[1]}.", layer[2]
         for ours, kinds in JOINED.items():
@@ -92,9 +92,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 stem, _, leaf = rest.rpartition(".")
                 names = [f"encoder.layer.{layer[1]}.{part}.{leaf}" for part in parts]
                 if stem in parts and all(each in inner for each in names):
-                    found[f"{block}{ours}.{leaf}"] = torch.cat([inner.pop(each) for each in names])
+                    tensors[f"{block}{ours}.{leaf}"] = torch.cat([inner.pop(each) for each in names])
         if name in inner:
             for old, new in INSIDE.items():
                 rest = rest.replace(old, new)
-            found[block + rest] = inner.pop(name)
-    return found
+            tensors[block + rest] = inner.pop(name)
+    return tensors

@@ -100,11 +100,11 @@ def prototype_section(method: Dinov2Method, images: Tensor) -> Section:
 @torch.no_grad()
 def class_logits(method: Dinov2Method, images: Tensor) -> Tensor:
     """Return the teacher's centred logits (n, K) of (n, C, H, W) uint8 images, on the CPU."""
-    teacher, found = method.model.teacher, []
+    teacher, batches = method.model.teacher, []
     for chunk in images.split(32):
         inputs = normalize(method.pixels(chunk.to(method.device)), method.encoder)
         logits = teacher.dino_head(teacher.crops(inputs).classes).float()
         if method.config.centering == "centering":
             logits = logits - method.model.dino_centering.center
-        found.append(logits.cpu())
-    return torch.cat(found)
+        batches.append(logits.cpu())
+    return torch.cat(batches)

@@ -240,11 +240,11 @@ def _inferred_from_architecture(given: Mapping[str, Any], inferred: Mapping[str,
     known = ARCHITECTURES.get(SIZES.get(name, name))
     if known is None:
         raise unknown_name("arch", name, (*ARCHITECTURES, *SIZES))
-    found = {**known._asdict(), **given, **inferred}
+    settings = {**known._asdict(), **given, **inferred}
     for what in ("embed_dim", "depth", "num_heads"):
-        if found[what] != getattr(known, what):
+        if settings[what] != getattr(known, what):
             raise UsageError(
-                f"arch={given['arch']} has {what} {getattr(known, what)}, and the checkpoint {found[what]}"
+                f"arch={given['arch']} has {what} {getattr(known, what)}, and the checkpoint {settings[what]}"
             )
     if name not in SIZES and known.gated != gated:
         raise UsageError(f"arch={name} has feed-forward layers of another kind than the checkpoint")

@@ -95,12 +95,12 @@ class G2SDSpecificMethod(AnswersMethod):
         figures, sections = self.figures or self.validate(self.device), super().report_sections(images)
         if "label_head_accuracy" not in figures:
             return sections
-        found = {**figures, **self.compared()}
+        measured = {**figures, **self.compared()}
         rows: list[dict[str, object]] = [
             {
                 "classifier": name,
-                "accuracy": f"{found[f'{which}accuracy']:.1%}",
-                "balanced accuracy": f"{found[f'{which}balanced_accuracy']:.1%}",
+                "accuracy": f"{measured[f'{which}accuracy']:.1%}",
+                "balanced accuracy": f"{measured[f'{which}balanced_accuracy']:.1%}",
             }
             for name, which in (
                 ("class head (labels)", "label_head_"),

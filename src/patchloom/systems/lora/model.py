@@ -195,7 +195,7 @@ def _check_targets(targets: Sequence[str], rank: int) -> None:
 
 def _holders(encoder: Encoder, targets: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return (module that holds it, its name, parts of it) for every layer to update."""
-    found: list[tuple[str, str, tuple[str, ...]]] = []
+    holders: list[tuple[str, str, tuple[str, ...]]] = []
     parts = tuple(target for target in ("q", "k", "v") if target in targets)
     meant = {spelling for target in targets for spelling in SPELLINGS.get(target, (target,))}
     for path, module in encoder.named_modules():
@@ -206,12 +206,12 @@ def _holders(encoder: Encoder, targets: Sequence[str]) -> list[tuple[str, str, t
                 continue
             if name == "qkv":
                 if "qkv" in targets or parts:
-                    found.append((path, name, () if "qkv" in targets else parts))
+                    holders.append((path, name, () if "qkv" in targets else parts))
             elif name in meant:
-                found.append((path, name, ()))
-    if not found:
+                holders.append((path, name, ()))
+    if not holders:
         raise UsageError(f"the encoder's blocks have none of the layers {', '.join(targets)}; nothing would be trained")
-    return found
+    return holders
 
 
 def _wrapped(original: nn.Linear, parts: tuple[str, ...], arguments: dict[str, Any]) -> nn.Module:

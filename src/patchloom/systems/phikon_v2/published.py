@@ -238,7 +238,7 @@ def _passes_values(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) ->
 
 def _mlp_widths(state: Mapping[str, Tensor]) -> list[int]:
     """Return the widths from the input to the output of `mlp`."""
-    last = max((int(found[1]) for name in state if (found := re.match(r"mlp\.(\d+)\.", name))), default=0)
+    last = max((int(match[1]) for name in state if (match := re.match(r"mlp\.(\d+)\.", name))), default=0)
     names = [f"mlp.{number}.0.weight" for number in range(last)] + [f"mlp.{last}.weight"]
     return _widths([_tensor(state, name) for name in names])
 
@@ -247,7 +247,7 @@ def _tile_widths(state: Mapping[str, Tensor], name: str) -> list[int]:
     """Return the widths from the input to the output of a network on tiles, whose activations count as layers."""
     prefix = f"{name}.hidden_layers."
     layer = re.compile(rf"{re.escape(prefix)}(\d+)\.")
-    numbers = sorted({int(found[1]) for key in state if (found := layer.match(key))})
+    numbers = sorted({int(match[1]) for key in state if (match := layer.match(key))})
     return _widths([_tensor(state, f"{prefix}{number}.weight") for number in numbers or [0]])
 
 

@@ -117,9 +117,9 @@ class ScaleKDMethod(DistillMethod):
         if self.test is None:
             return {}
         if not hasattr(self, "_distances"):
-            found, _ = self.outputs(self._distances_of, self.device, self.model)
+            distances, _ = self.outputs(self._distances_of, self.device, self.model)
             names = ("spatial_distance", "frequency_distance")
-            self._distances = dict(zip(names, found.mean(0).tolist(), strict=True))
+            self._distances = dict(zip(names, distances.mean(0).tolist(), strict=True))
         return self._distances
 
     def _distances_of(self, images: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         return _projector(state, config, 0, of_projectors)
     stages: dict[int, dict[int, dict[str, Tensor]]] = {3: {}, 4: {}}
     for name, value in state.items():
-        if found := STAGE.fullmatch(name):
-            stages[int(found["stage"])].setdefault(int(found["view"]), {})[found["rest"]] = value
+        if match := STAGE.fullmatch(name):
+            stages[int(match["stage"])].setdefault(int(match["view"]), {})[match["rest"]] = value
     if not any(stages.values()):
         raise UsageError("there is no projector in this checkpoint; for a student or teacher give model, a timm name")
     built = {

@@ -102,16 +102,16 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings taken out of the groups of a model's configuration; those of the encoder are left out."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in PARTS and isinstance(value, Mapping):
-            found |= {PARTS[key] + name: content for name, content in value.items()}
+            flat |= {PARTS[key] + name: content for name, content in value.items()}
         elif key == "auxiliary_head" and isinstance(value, Sequence):
             names = dict.fromkeys(name for head in value for name in head)
-            found |= {PARTS[key] + name: [head.get(name) for head in value] for name in names}
+            flat |= {PARTS[key] + name: [head.get(name) for head in value] for name in names}
         elif key not in (*PARTS, "backbone", "pretrained", "type", "train_cfg", "test_cfg", "data_preprocessor"):
-            found[key] = value
-    return found
+            flat[key] = value
+    return flat
 
 
 def _taken_apart(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:

@@ -78,14 +78,14 @@ def _part(state: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
     """Return the tensors of one model of a distillation, or all where there is one."""
     if part not in (None, *PARTS):
         raise unknown_name("part", str(part), PARTS)
-    found = [each for each in PARTS if has(state, f"{each}.")]
-    if not found:
+    parts = [each for each in PARTS if has(state, f"{each}.")]
+    if not parts:
         if part is not None:
             raise UsageError(f"part={part}, and the checkpoint holds one model; leave it out")
         return dict(state)
-    chosen = part or found[0]
-    if chosen not in found:
-        raise UsageError(f"part={chosen}, and the checkpoint holds its {' and '.join(found)} only")
+    chosen = part or parts[0]
+    if chosen not in parts:
+        raise UsageError(f"part={chosen}, and the checkpoint holds its {' and '.join(parts)} only")
     # Outputs the distillation's hooks left among the tensors: student_decode_head_conv_seg and its teacher's.
     prefixes = tuple(f"{each}{mark}" for each in PARTS for mark in "._")
     if left := [name for name in state if not name.startswith(prefixes)]:

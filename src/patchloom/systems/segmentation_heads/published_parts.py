@@ -129,8 +129,8 @@ def load_part(
     part = Part(state, prefix)
     kind = next((kind for kind, tells in TELLS.items() if has(part.state, *tells)), None)
     if kind is None:
-        found = ", ".join(prefix + name for name in list(state)[:4])
-        raise UsageError(f"the checkpoint has no tensor of a known decoder; it has {found}")
+        names = ", ".join(prefix + name for name in list(state)[:4])
+        raise UsageError(f"the checkpoint has no tensor of a known decoder; it has {names}")
     inferred = _inferred(kind, part)
     given = _given(kind, config, inferred)
     if in_index is not None and kind in ("fcn", "setr_pup"):

@@ -164,9 +164,9 @@ def _training_module(
     config: Mapping[str, Any],
     projector: str | None,
 ) -> nn.Module:
-    linear = {int(found[1]): v for n, v in heads.items() if (found := PROJECTOR.fullmatch(n)) and v.ndim == 2}
+    linear = {int(match[1]): v for n, v in heads.items() if (match := PROJECTOR.fullmatch(n)) and v.ndim == 2}
     places = sorted(linear)
-    norms = [int(found[1]) for name in heads if (found := NORM.fullmatch(name))]
+    norms = [int(match[1]) for name in heads if (match := NORM.fullmatch(name))]
     require(heads, *(f"projector.{norm + 2}.weight" for norm in norms))  # a linear layer follows
     widths = "-".join(str(len(linear[place])) for place in places)
     if projector is not None:

@@ -77,8 +77,8 @@ class Chowder(MILHead):
                 f"a bag of {x.shape[1]} tiles has no {self.min_tiles} extreme ones; pad it (pad_bags with min_tiles), "
                 f"or set n_top and n_bottom lower"
             )
-        found = self._extremes(self.score_model(x, mask), mask)
-        return self.mlp(found.transpose(1, 2)).squeeze(2)
+        extremes = self._extremes(self.score_model(x, mask), mask)
+        return self.mlp(extremes.transpose(1, 2)).squeeze(2)
 
     def tile_scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the score of the last class, (B, N), turned so that higher ones raise the logit."""
@@ -92,12 +92,12 @@ class Chowder(MILHead):
 
     def _extremes(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """Return the highest and the lowest scores, (B, n_top + n_bottom, classes)."""
-        found = []
+        extremes = []
         if self.n_top:
-            found.append(self._extreme(scores, mask, self.n_top, largest=True))
+            extremes.append(self._extreme(scores, mask, self.n_top, largest=True))
         if self.n_bottom:
-            found.append(self._extreme(scores, mask, self.n_bottom, largest=False))
-        return torch.cat(found, 1)
+            extremes.append(self._extreme(scores, mask, self.n_bottom, largest=False))
+        return torch.cat(extremes, 1)
 
     @staticmethod
     def _extreme(scores: Tensor, mask: Tensor | None, count: int, largest: bool) -> Tensor:
@@ -105,11 +105,11 @@ class Chowder(MILHead):
         if mask is None:
             return scores.topk(count, dim=1, largest=largest).values
         worst = -torch.inf if largest else torch.inf
-        found = scores.masked_fill(mask, worst).topk(count, dim=1, largest=largest).values
-        padded = found == worst
+        extreme = scores.masked_fill(mask, worst).topk(count, dim=1, largest=largest).values
+        padded = extreme == worst
         if bool(padded.any()):
             warnings.warn(f"a bag has fewer than {count} tiles; zeros stand for the missing scores", stacklevel=3)
-        return found.masked_fill(padded, 0)
+        return extreme.masked_fill(padded, 0)
 
 
 class DSMIL(MILHead):

@@ -125,8 +125,8 @@ class GatedAttention(nn.Module):
 
     def logits(self, tiles: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (B, N, 1), minus infinity where padded."""
-        found = self.w(torch.tanh(self.att(tiles)) * torch.sigmoid(self.gate(tiles)))
-        return (found if mask is None else found.masked_fill(mask, -torch.inf)) / self.temperature
+        logits = self.w(torch.tanh(self.att(tiles)) * torch.sigmoid(self.gate(tiles)))
+        return (logits if mask is None else logits.masked_fill(mask, -torch.inf)) / self.temperature
 
     def forward(self, tiles: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the tiles (B, d_model) and the weights (B, N, 1), which sum to one.

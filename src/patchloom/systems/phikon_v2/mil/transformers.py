@@ -169,8 +169,8 @@ class SelfAttention(nn.Module):
         """Return (B, N, width)."""
         q, k, v = self._heads(x)
         rate = self.attn_dropout if self.training else 0.0
-        found = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate)
-        return self.proj_drop(self.proj(found.transpose(1, 2).flatten(2)))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention (B, heads, N, N)."""
@@ -233,11 +233,11 @@ class HIPTMIL(MILHead):
     def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the weight of each tile, (B, N), zero where padded."""
         x, mask = self.checked(x, mask)
-        found = x.new_zeros(x.shape[:2])
+        attention = x.new_zeros(x.shape[:2])
         for number, (_, weights) in enumerate(self._attended(x, mask)):
             kept = slice(None) if mask is None else ~mask[number, :, 0]
-            found[number, kept] = weights.squeeze(-1)
-        return found
+            attention[number, kept] = weights.squeeze(-1)
+        return attention
 
     def tile_scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the attention, (B, N)."""
@@ -245,12 +245,12 @@ class HIPTMIL(MILHead):
 
     def _attended(self, x: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Return for each bag its tiles (n, width) and their weights (n, 1)."""
-        found = []
+        attended = []
         for number, bag in enumerate(x):
             tiles = self.phi(bag if mask is None else bag[~mask[number, :, 0]])
             tiles = self.transformer(tiles[None])[0]
-            found.append((tiles, self.gat(tiles).softmax(0)))
-        return found
+            attended.append((tiles, self.gat(tiles).softmax(0)))
+        return attended
 
 
 class HIPTAttention(nn.Module):
