@@ -87,7 +87,9 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     source_options = {option: value for option, value in options.items() if option not in READING}
-    source = reading.given_to(_open(name, labels, in_chans, seed, reading.channel_files, source_options), options, quiet=quiet)
+    source = reading.given_to(
+        _open(name, labels, in_chans, seed, reading.channel_files, source_options), options, quiet=quiet
+    )
     return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
 
