@@ -22,6 +22,7 @@ Hint = Literal["mosaic", "empty", "blur"]
 Scope = Literal["image", "batch"]
 CELLS = (4, 8, 16, 32)
 QUANTILE = 0.85
+RANDOM_CELLS, RANDOM_SETS = (2, 4, 8, 16), 3
 FLAT = 1e-6
 """A map whose greatest and least value are nearer than this says nothing."""
 
@@ -51,7 +52,7 @@ def excise(
     Raises:
         UsageError: A value outside its range, two rules at once, or shapes that do not belong together.
     """
-    if saliency.shape != (len(images), 1, *images.shape[-2:]):
+    if saliency.shape != (images.shape[0], 1, *images.shape[-2:]):
         raise UsageError(
             f"saliency of shape {tuple(saliency.shape)} does not belong to images of shape {tuple(images.shape)}; it "
             f"is (B, 1, H, W)"
@@ -141,6 +142,24 @@ def apply_hint(images: Tensor, mask: Tensor, hint: Hint = "mosaic", cell: int = 
     if hint == "empty":
         return kept
     return kept + mask * (mosaic(images, cell) if hint == "mosaic" else blurred(images, cell / 2))
+
+
+def random_sets(size: tuple[int, int], cell: int, sets: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return masks of cells that fall into disjoint sets at random, (sets, 1, H, W): the random-mask baseline's.
+
+    Each cell is in one set, and the sets have as many cells as one another, or one more.
+
+    Args:
+        size: (H, W).
+        cell: Side of a cell in pixels.
+        sets: How many sets.
+        generator: Draws them.
+    """
+    high, wide = (math.ceil(side / cell) for side in size)
+    numbers = torch.randperm(high * wide, generator=generator) % sets
+    own = (numbers.view(1, high, wide) == torch.arange(sets).view(-1, 1, 1)).float()
+    pixels = own.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    return pixels[:, None, : size[0], : size[1]]
 
 
 def detail_lost(images: Tensor, mask: Tensor, cell: int) -> float:

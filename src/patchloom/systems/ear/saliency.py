@@ -82,6 +82,7 @@ class AttentionSaliency(nn.Module):
         if kind == "cls_attention" and not num_prefix_tokens(encoder):
             raise UsageError("saliency=cls_attention needs a class token, and the encoder has none; take pca")
         self.encoder, self.kind, self.head_fusion, self.cell = encoder, kind, head_fusion, cell
+        self.own = (0, 0) if encoder is None else image_size(encoder)
 
     def train(self, mode: bool = True) -> AttentionSaliency:
         """Set the mode; the encoder stays in eval mode."""
@@ -107,8 +108,7 @@ class AttentionSaliency(nn.Module):
         """Return the map over patches or cells, (B, 1, h, w), as it is."""
         if self.encoder is None:
             return gradient_energy(images, self.cell)
-        size = self._size((images.shape[-2], images.shape[-1]))
-        inputs = normalize(resized(images, size), self.encoder)
+        inputs = shown_to(self.encoder, images, self.own)
         if self.kind == "cls_attention":
             heads = class_attention(self.encoder, inputs)
             fused = {"mean": heads.mean, "max": heads.amax, "min": heads.amin}[self.head_fusion](1)
@@ -116,15 +116,26 @@ class AttentionSaliency(nn.Module):
             fused = attention_norms(self.encoder, inputs)
         else:
             fused = first_component(feature_map(self.encoder, inputs).flatten(2).transpose(1, 2))
-        return fused.unflatten(-1, grid_size(self.encoder, size))[:, None].to(images.dtype)
+        return fused.unflatten(-1, grid_size(self.encoder, (inputs.shape[-2], inputs.shape[-1])))[:, None].to(
+            images.dtype
+        )
 
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the size in which the encoder sees images of a size, and set it up for that."""
-        own = image_size(self.encoder)
-        wanted = encoder_size(size, own, patch_size(self.encoder))
-        if wanted != own:
-            set_image_size(self.encoder, wanted)
-        return wanted
+
+def shown_to(encoder: Encoder, images: Tensor, own: tuple[int, int]) -> Tensor:
+    """Return what an encoder is shown of images (B, C, H, W) in [0, 1], and set it up for that size.
+
+    Args:
+        encoder: A ViT of timm.
+        images: The images.
+        own: Size the encoder was made for.
+
+    Raises:
+        UsageError: It cannot take images of this shape.
+    """
+    wanted = encoder_size((images.shape[-2], images.shape[-1]), own, patch_size(encoder))
+    if wanted != image_size(encoder):
+        set_image_size(encoder, wanted)
+    return normalize(resized(images, wanted), encoder)
 
 
 def encoder_size(size: tuple[int, int], own: tuple[int, int], patch: int) -> tuple[int, int]:
