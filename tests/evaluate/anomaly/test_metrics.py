@@ -143,7 +143,7 @@ def test_draws_of_images_that_are_all_alike_do_not_spread():
 
 
 def test_without_defects_or_without_good_pixels_nothing_is_known():
-    maps, masks = maps_and_masks()
+    maps, _ = maps_and_masks()
     for pair in (([maps[2]], [None]), ([maps[0]], [np.ones((24, 30), bool)])):
         assert all(
             math.isnan(value) for interval in PixelFigures(*pair).intervals(0.5).values() for value in interval[:3]

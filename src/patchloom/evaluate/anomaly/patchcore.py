@@ -60,7 +60,7 @@ class PatchFeatures(nn.Module):
             taken = intermediate_layers(self.encoder, inputs, layers)
             grid = grid_size(self.encoder, (inputs.shape[-2], inputs.shape[-1]))
             found = torch.cat([layer.patches for layer in taken], dim=2).transpose(1, 2).unflatten(2, grid)
-        return F.avg_pool2d(found, 3, 1, 1, count_include_pad=False)
+        return F.avg_pool2d(found, 3, 1, 1)
 
 
 class PatchCore(nn.Module):
