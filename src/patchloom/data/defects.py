@@ -1,0 +1,489 @@
+"""Images of good parts to learn from, and of good and defect ones to measure on, with masks of the defects.
+
+Folders as data sets of this kind have them: MVTec AD and BTech (`train/good`, `test/KIND`, `ground_truth/KIND`), VisA
+(a table of splits), a folder per kind of defect beside one of good parts, or nothing but good parts.
+
+>>> sets = open_defects("data/bottle")  # doctest: +SKIP
+>>> len(sets.good), sets.test.kinds[:2]  # doctest: +SKIP
+(209, ['broken_large', 'broken_large'])
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from patchloom.base.source_options import words
+from patchloom.data import open_source
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.folder import walk_images
+from patchloom.data.mask_pairs import ENDINGS
+from patchloom.data.mask_survey import open_mask
+from patchloom.data.reading import reading_options
+from patchloom.data.sample import Sample
+from patchloom.data.subset import SubsetSource
+from patchloom.data.survey import notice
+from patchloom.errors import UsageError
+from patchloom.io import existing, printable
+
+GOOD = "good,ok,normal"
+GOOD_CLASS, DEFECT_CLASS = 0, 1
+FEW_VALUES = 16
+"""A mask of more values is soft: its defects are what is at least half as bright as its brightest pixel."""
+MOST_LOOKED_AT = 500
+SAME_FOLDER_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class DefectSource(Source):
+    """Images that are good or have a defect, and where it is.
+
+    A sample has `mask` ((H, W) uint8, 1 on the defect) where masks are known; that of a good image is empty.
+
+    Args:
+        name: The source as the user named it.
+        images: The images.
+        labels: (n,) 0 for good, 1 for a defect.
+        kinds: What kind of defect each has; `good` for none.
+        masks: File of each defect's mask; None where no masks are known at all.
+
+    Attributes:
+        kinds: As given.
+        has_masks: Whether masks are known.
+
+    Raises:
+        UsageError: A mask of another size than its image.
+    """
+
+    class_names: list[str]
+    labels: np.ndarray
+
+    def __init__(
+        self,
+        name: str,
+        images: Source,
+        labels: Sequence[int],
+        kinds: Sequence[str],
+        masks: Sequence[Path | None] | None = None,
+    ) -> None:
+        self.name = printable(name)
+        self.images = images
+        self.class_names = ["good", "defect"]
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.kinds = list(kinds)
+        self.masks = None if masks is None else list(masks)
+        self.in_chans, self.values, self.channels = images.in_chans, images.values, images.channels
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are known."""
+        return self.masks is not None
+
+    def key(self, index: int) -> str:
+        """Return the name of image number `index`."""
+        return self.images.key(index)
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index`, with its mask where masks are known.
+
+        Raises:
+            UnreadableImageError: One of the two files cannot be decoded.
+            UsageError: The mask is of another size than its image.
+        """
+        sample = replace(self.images.read(index), label=int(self.labels[index]))
+        if self.masks is None:
+            return sample
+        size = (int(sample.value.shape[-2]), int(sample.value.shape[-1]))
+        file = self.masks[index]
+        mask = torch.zeros(size, dtype=torch.uint8) if file is None else read_defect(file, sample.key)
+        if tuple(mask.shape) != size:
+            raise UsageError(
+                f"the mask {file} is {mask.shape[1]}x{mask.shape[0]} and its image {size[1]}x{size[0]}; they must be "
+                f"of one size"
+            )
+        return replace(sample, named={**sample.named, "mask": mask})
+
+    def part(self, chosen: np.ndarray) -> DefectSource:
+        """Return the images of given numbers."""
+        masks = None if self.masks is None else [self.masks[number] for number in chosen]
+        kinds = [self.kinds[number] for number in chosen]
+        return DefectSource(self.name, SubsetSource(self.images, chosen), self.labels[chosen].tolist(), kinds, masks)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of images, labels and masks."""
+        digest = hashlib.sha256(self.images.fingerprint().encode() + self.labels.tobytes())
+        for file in self.masks or ():
+            status = None if file is None else file.stat()
+            digest.update(repr(status and (file.name, status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DefectSets:
+    """What there is to learn from and to measure on."""
+
+    good: Source
+    """Images without defects."""
+    test: DefectSource | None
+    """Images to measure on; None where there are none."""
+
+
+def open_defects(
+    name: str,
+    *,
+    test: str | None = None,
+    masks: str | None = None,
+    good: str = GOOD,
+    test_share: float = 0.2,
+    seed: int = 0,
+    **options: Any,
+) -> DefectSets:
+    """Open images of good parts, and those to measure on.
+
+    Args:
+        name: A folder of one of the layouts above (`mvtec:FOLDER:CATEGORY` and `visa:FOLDER:CATEGORY` name a category
+            of it), or any source of good images alone.
+        test: Folder to measure on instead: a sub-folder of good images, one of each kind of defect.
+        masks: Folder of the masks of what is measured on; default: `ground_truth` beside it, or files of the image's
+            name and another suffix beside the image.
+        good: Names of sub-folders of good images, separated by commas, in capitals or not.
+        test_share: Share of the good images that is held out to measure on, where a folder per kind has no split.
+        seed: Seed of that split.
+        **options: For the images, see `open_source`.
+
+    Raises:
+        UsageError: There is no such source, no good image in it, one with a defect among them, or masks that do not
+            belong to the images.
+    """
+    words_of_good = {word.lower() for word in words(good)}
+    word, _, rest = name.partition(":")
+    if word == "visa" and rest:
+        sets = _visa(name, *_category(rest), options)
+    else:
+        root = existing("/".join(map(str, _category(rest))) if word == "mvtec" and rest else name)
+        sets = _opened(name, root, test, masks, words_of_good, test_share, seed, options)
+    if test is None:
+        return sets
+    read = {**options, **reading_options(sets.good)}
+    return DefectSets(sets.good, open_tested(test, masks=masks, good=good, **read))
+
+
+def open_tested(name: str, *, masks: str | None = None, good: str = GOOD, **options: Any) -> DefectSource:
+    """Open images to measure on: good ones in a sub-folder of one of the names of `good`, defects in the others.
+
+    Without such a sub-folder every image has a defect.
+
+    Args:
+        name: The folder.
+        masks: Folder of masks, as for `open_defects`.
+        good: Names of sub-folders of good images.
+        **options: For the images, see `open_source`.
+
+    Raises:
+        UsageError: No such folder, or masks that do not belong to the images.
+    """
+    root = existing(name)
+    if not root.is_dir():
+        raise UsageError(f"there is no folder {name!r} of images to measure on")
+    images = _open(root, options)
+    words_of_good = {word.lower() for word in words(good)}
+    tops = [_top(images.key(index)) for index in range(len(images))]
+    labels = [GOOD_CLASS if top.lower() in words_of_good else DEFECT_CLASS for top in tops]
+    kinds = ["good" if label == GOOD_CLASS else top or "defect" for top, label in zip(tops, labels, strict=True)]
+    return _with_masks(name, images, labels, kinds, root, masks)
+
+
+def _opened(
+    name: str,
+    root: Path,
+    test: str | None,
+    masks: str | None,
+    good: set[str],
+    test_share: float,
+    seed: int,
+    options: dict[str, Any],
+) -> DefectSets:
+    if not root.is_dir():
+        if name.startswith("mvtec:"):
+            raise UsageError(f"there is no folder {root} ({name}){_categories(root.parent)}")
+        images = open_source(name, labels="none", **options)
+        if isinstance(images, StreamSource):
+            raise UsageError(f"{name} is a stream; anomaly takes images by number: a folder, or an embedded set")
+        return DefectSets(images, None)
+    if (root / "train").is_dir():
+        return _mvtec(name, root, test, masks, good, options)
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    of_good = [folder for folder in folders if folder.lower() in good]
+    if name.startswith("mvtec:"):
+        raise UsageError(f"{root} is no category of MVTec AD: it has no folder train{_categories(root)}")
+    images = _open(root, options)
+    if not of_good or len(of_good) == len(folders):
+        if len(folders) > 1 and not of_good:
+            notice(
+                f"{printable(name)}: all {len(images)} images in its {len(folders)} sub-folders are taken for good; "
+                f"where one alone is, --good names it"
+            )
+        return DefectSets(_good_alone(name, images, root), None)
+    tops = np.array([_top(images.key(index)).lower() in good for index in range(len(images))])
+    numbers = np.flatnonzero(tops)
+    if test is not None:
+        return DefectSets(_good_alone(name, SubsetSource(images, numbers), root), None)
+    count = round(test_share * len(numbers))
+    if not 0 < count < len(numbers):
+        raise UsageError(
+            f"{printable(name)} has {len(numbers)} good images, of which test_share={test_share:g} holds out {count}; "
+            f"some have to be learnt from and some measured on"
+        )
+    held = np.sort(np.random.default_rng(seed).permutation(numbers)[:count])
+    kinds = [_top(images.key(index)) for index in range(len(images))]
+    kinds = ["good" if is_good else kind or "defect" for kind, is_good in zip(kinds, tops, strict=True)]
+    everything = _with_masks(name, images, (~tops).astype(int), kinds, root, masks)
+    learnt = np.setdiff1d(numbers, held)
+    _refuse_defects_among_good(everything.part(learnt))
+    chosen = np.sort(np.concatenate([held, np.flatnonzero(~tops)]))
+    notice(
+        f"{printable(name)}: {len(learnt)} good images to learn from; measured on {count} other good ones and on "
+        f"{int((~tops).sum())} with defects"
+    )
+    return DefectSets(SubsetSource(images, learnt), everything.part(chosen))
+
+
+def _mvtec(
+    name: str, root: Path, test: str | None, masks: str | None, good: set[str], options: dict[str, Any]
+) -> DefectSets:
+    """MVTec AD and BTech: train/good, test/KIND, ground_truth/KIND."""
+    found = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    of_good = [folder for folder in found if folder.lower() in good]
+    if not of_good:
+        raise UsageError(f"{root / 'train'} has no folder of good images ({', '.join(sorted(good))}); --good names it")
+    if strange := [folder for folder in found if folder not in of_good]:
+        notice(
+            f"{root / 'train'}: {', '.join(map(printable, strange))} are no names of good images and not learnt from"
+        )
+    learnt = _open(root / "train" / of_good[0], options)
+    truth = existing(masks) if masks is not None else root / "ground_truth"
+    if truth.is_dir():
+        keys = [f"{of_good[0]}/{learnt.key(index)}" for index in range(len(learnt))]
+        files = find_masks(keys, truth, alone=False)
+        labels, kinds = [GOOD_CLASS] * len(keys), ["good"] * len(keys)
+        _refuse_defects_among_good(DefectSource(name, learnt, labels, kinds, files))
+    if test is not None or not (root / "test").is_dir():
+        return DefectSets(learnt, None)
+    read = {**options, **reading_options(learnt)}
+    given = str(truth) if truth.is_dir() else None
+    tested = open_tested(str(root / "test"), masks=given, good=",".join(sorted(good)), **read)
+    tested.name = printable(f"{name}/test")
+    return DefectSets(learnt, tested)
+
+
+def _visa(name: str, root: Path, category: str, options: dict[str, Any]) -> DefectSets:
+    """VisA: a table of object, split, label, image and mask."""
+    table = root / "split_csv" / "1cls.csv"
+    if not table.is_file():
+        raise UsageError(f"{name} is no VisA: there is no {table}")
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["object"] == category]
+    if not rows:
+        raise UsageError(f"{table} knows no object {category!r}")
+    images = _open(root / category, options)
+    numbers = {f"{category}/{images.key(index)}": index for index in range(len(images))}
+    if missing := [row["image"] for row in rows if row["image"] not in numbers]:
+        raise UsageError(f"{root / missing[0]} (and {len(missing) - 1} more) of {table} is not there")
+    learnt = [numbers[row["image"]] for row in rows if row["split"] == "train" and row["label"] == "normal"]
+    tested = [row for row in rows if row["split"] == "test"]
+    labels = [GOOD_CLASS if row["label"] == "normal" else DEFECT_CLASS for row in tested]
+    masks = [root / row["mask"] if row["mask"] else None for row in tested]
+    kinds = ["good" if label == GOOD_CLASS else "defect" for label in labels]
+    chosen = SubsetSource(images, np.array([numbers[row["image"]] for row in tested]))
+    return DefectSets(SubsetSource(images, np.array(learnt)), DefectSource(name, chosen, labels, kinds, masks))
+
+
+def find_masks(keys: Iterable[str], folder: Path, *, alone: bool = True) -> list[Path | None]:
+    """Return the mask of each image in a folder: a file of its path but for the suffix, with `_mask` at its end or not.
+
+    Args:
+        keys: Paths of images.
+        folder: Folder of masks.
+        alone: The name without its folders will do where no other mask has it.
+    """
+    by_stem: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
+    for file, _, _ in sorted(walk_images(folder)):
+        stem = _stem(file)
+        by_stem.setdefault(stem, []).append(folder / file)
+        by_name.setdefault(stem.rpartition("/")[2], []).append(folder / file)
+    found: list[Path | None] = []
+    for key in keys:
+        stem = _stem(key, endings=())
+        files = by_stem.get(stem, [])
+        if not files and alone:
+            files = by_name.get(stem.rpartition("/")[2], [])
+        if len(files) > 1:
+            raise UsageError(f"the image {key} has {len(files)} masks in {folder}: {files[0].name}, {files[1].name}")
+        found.append(files[0] if files else None)
+    return found
+
+
+def read_defect(file: Path, key: str) -> Tensor:
+    """Return where a mask shows a defect, (H, W) uint8 of 0 and 1.
+
+    Defects are all that is not 0; in a soft mask what is at least half as bright as its brightest pixel.
+
+    Raises:
+        UnreadableImageError: The file is no image.
+    """
+    with open_mask(file, key) as image:
+        values = np.asarray(image if image.mode in ("P", "1", "L") or image.mode[0] == "I" else image.convert("L"))
+    soft = len(np.unique(values)) > FEW_VALUES
+    return torch.from_numpy((values * 2 >= int(values.max()) if soft else values > 0).astype(np.uint8))
+
+
+def _with_masks(
+    name: str,
+    images: Source,
+    labels: Sequence[int],
+    kinds: Sequence[str],
+    root: Path,
+    masks: str | None,
+) -> DefectSource:
+    """Return images with the masks there are.
+
+    Raises:
+        UsageError: Some defects have a mask and some have none, or a mask is of another size.
+    """
+    keys = [images.key(index) for index in range(len(images))]
+    if masks is not None:
+        folder = existing(masks)
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {masks!r} of masks")
+        files = find_masks(keys, folder)
+    elif (root.parent / "ground_truth").is_dir():
+        folder = root.parent / "ground_truth"
+        files = find_masks(keys, folder)
+    else:
+        folder, files = root, _beside(keys, root)
+    bad = [number for number, label in enumerate(labels) if label == DEFECT_CLASS]
+    lacking = [keys[number] for number in bad if files[number] is None]
+    if bad and len(lacking) == len(bad):
+        if masks is not None:
+            raise UsageError(f"no mask in {folder} belongs to an image of {printable(name)} (such as {keys[bad[0]]})")
+        return DefectSource(name, images, labels, kinds)
+    if lacking:
+        raise UsageError(
+            f"the image {lacking[0]} (and {len(lacking) - 1} more of {len(bad)} with defects) has no mask in {folder}"
+        )
+    found = DefectSource(name, images, labels, kinds, files)
+    _check_sizes(found)
+    return found
+
+
+def _beside(keys: Sequence[str], root: Path) -> list[Path | None]:
+    """Return files of each image's name and another suffix that are no images themselves."""
+    images = set(keys)
+    others: dict[str, Path] = {}
+    for file, _, _ in walk_images(root):
+        if printable(file) not in images and file.lower().endswith(SAME_FOLDER_SUFFIXES):
+            others.setdefault(_stem(file), root / file)
+    return [others.get(_stem(key, endings=())) for key in keys]
+
+
+def _check_sizes(source: DefectSource) -> None:
+    """Refuse a mask of another size than its image before anything is trained, as far as headers tell."""
+    root = getattr(source.images, "root", None) or getattr(getattr(source.images, "source", None), "root", None)
+    if root is None or source.masks is None:
+        return
+    known = [number for number, file in enumerate(source.masks) if file is not None]
+    for place in sorted({round(x) for x in np.linspace(0, len(known) - 1, min(len(known), MOST_LOOKED_AT))}):
+        number = known[place]
+        file = source.masks[number]
+        try:
+            with Image.open(file) as mask, Image.open(Path(root) / source.key(number)) as image:
+                sizes = mask.size, image.size
+        except (OSError, ValueError, SyntaxError):  # no file Pillow opens, or a name that is not UTF-8: reading tells
+            continue
+        if sorted(sizes[0]) != sorted(sizes[1]):  # an image may be stored on its side
+            told = [f"{size[0]}x{size[1]}" for size in sizes]
+            raise UsageError(f"the mask {file} is {told[0]} and its image {told[1]}; they must be of one size")
+
+
+def _good_alone(name: str, images: Source, root: Path) -> Source:
+    """Return images that are all said to be good, unless a mask beside one shows a defect."""
+    count = len(images)
+    files = _beside([images.key(index) for index in range(count)], root)
+    _refuse_defects_among_good(DefectSource(name, images, [GOOD_CLASS] * count, ["good"] * count, files))
+    return images
+
+
+def _refuse_defects_among_good(source: DefectSource) -> None:
+    """Refuse images to learn from whose mask shows a defect."""
+    for number, file in enumerate(source.masks or ()):
+        if file is not None and read_defect(file, source.key(number)).any():
+            raise UsageError(
+                f"{source.key(number)} is to be learnt from as good, and its mask {file} shows a defect; take it out"
+            )
+
+
+def _open(root: Path, options: dict[str, Any]) -> Source:
+    """Return the images of a folder; of pairs of one name that are a picture and its mask, the pictures."""
+    if "include" not in options and "exclude" not in options and (suffix := _suffix_of_masks(root)) is not None:
+        notice(f"{printable(root)}: files *{suffix} are masks of the images of the same name")
+        options = {**options, "exclude": f"*{suffix},*{suffix.upper()}"}
+    source = open_source(str(root), labels="none", **options)
+    assert isinstance(source, Source)
+    return source
+
+
+def _suffix_of_masks(root: Path) -> str | None:
+    """Return the suffix of masks that lie beside their images: nearly every name is there twice, with two suffixes."""
+    suffixes: dict[str, set[str]] = {}
+    for file, _, _ in walk_images(root):
+        stem, _, suffix = file.rpartition(".")
+        suffixes.setdefault(stem, set()).add(f".{suffix.lower()}")
+    kinds = {tuple(sorted(found)) for found in suffixes.values() if len(found) > 1}
+    pairs = sum(len(found) == 2 for found in suffixes.values())
+    if len(kinds) != 1 or pairs < 0.9 * len(suffixes):
+        return None
+    masks = [suffix for suffix in next(iter(kinds)) if suffix in SAME_FOLDER_SUFFIXES]
+    if len(masks) != 1:
+        return None
+    for stem in sorted(suffixes)[:: max(1, len(suffixes) // FEW_VALUES)]:
+        file = root / f"{stem}{masks[0]}"
+        if file.is_file() and len(np.unique(np.asarray(open_mask(file, stem)))) > FEW_VALUES:
+            return None
+    return masks[0]
+
+
+def _category(rest: str) -> tuple[Path, str]:
+    folder, _, category = rest.rpartition(":")
+    if not folder:
+        raise UsageError(f"{rest!r} names no category; write FOLDER:CATEGORY")
+    return existing(folder), category
+
+
+def _categories(root: Path) -> str:
+    """Return the categories of MVTec AD in a folder, for an error."""
+    found = sorted(entry.parent.name for entry in root.glob("*/train")) if root.is_dir() else []
+    return f"; there are {', '.join(found[:20])}" if found else ""
+
+
+def _top(key: str) -> str:
+    return key.partition("/")[0] if "/" in key else ""
+
+
+def _stem(name: str, endings: Sequence[str] = ENDINGS) -> str:
+    stem = name.rpartition(".")[0]
+    for ending in endings:
+        stem = stem.removesuffix(ending)
+    return stem
