@@ -126,8 +126,15 @@ def test_a_soft_mask_is_cut_at_half(tmp_path):
 def test_a_mask_of_two_candidates_is_refused(tmp_path):
     mask(tmp_path / "a.png")
     mask(tmp_path / "a_mask.png")
-    with pytest.raises(UsageError, match="has 2 masks"):
+    with pytest.raises(UsageError, match="holds two masks for a"):
         find_masks(["a.jpg"], tmp_path)
+
+
+def test_masks_in_one_folder_are_found_by_name_alone_where_that_says_which(tmp_path):
+    mask(tmp_path / "0.png")
+    assert find_masks(["bent/0.png", "bent/1.png"], tmp_path) == [tmp_path / "0.png", None]
+    with pytest.raises(UsageError, match="may be of several images called 0"):
+        find_masks(["bent/0.png", "cut/0.png"], tmp_path)
 
 
 def test_wrong_folders_are_refused_with_what_would_be_right(tmp_path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,13 +251,12 @@ def _opened(
     kinds = ["good" if is_good else kind or "defect" for kind, is_good in zip(kinds, tops, strict=True)]
     everything = _with_masks(name, images, (~tops).astype(int), kinds, root, masks)
     learnt = np.setdiff1d(numbers, held)
-    _refuse_defects_among_good(everything.part(learnt))
     chosen = np.sort(np.concatenate([held, np.flatnonzero(~tops)]))
     notice(
         f"{printable(name)}: {len(learnt)} good images to learn from; measured on {count} other good ones and on "
         f"{int((~tops).sum())} with defects"
     )
-    return DefectSets(SubsetSource(images, learnt), everything.part(chosen))
+    return DefectSets(_good_alone(name, SubsetSource(images, learnt), root), everything.part(chosen))
 
 
 def _mvtec(
@@ -310,30 +309,34 @@ def _visa(name: str, root: Path, category: str, options: dict[str, Any]) -> Defe
     return DefectSets(SubsetSource(images, np.array(learnt)), DefectSource(name, chosen, labels, kinds, masks))
 
 
-def find_masks(keys: Iterable[str], folder: Path, *, alone: bool = True) -> list[Path | None]:
+def find_masks(keys: Sequence[str], folder: Path, *, alone: bool = True) -> list[Path | None]:
     """Return the mask of each image in a folder: a file of its path but for the suffix, with `_mask` at its end or not.
 
     Args:
         keys: Paths of images.
         folder: Folder of masks.
-        alone: The name without its folders will do where no other mask has it.
+        alone: Where no mask has an image's path, the name without its folders will do.
+
+    Raises:
+        UsageError: An image has two masks, or two images one.
     """
-    by_stem: dict[str, list[Path]] = {}
-    by_name: dict[str, list[Path]] = {}
-    for file, _, _ in sorted(walk_images(folder)):
-        stem = _stem(file)
-        by_stem.setdefault(stem, []).append(folder / file)
-        by_name.setdefault(stem.rpartition("/")[2], []).append(folder / file)
-    found: list[Path | None] = []
-    for key in keys:
-        stem = _stem(key, endings=())
-        files = by_stem.get(stem, [])
-        if not files and alone:
-            files = by_name.get(stem.rpartition("/")[2], [])
-        if len(files) > 1:
-            raise UsageError(f"the image {key} has {len(files)} masks in {folder}: {files[0].name}, {files[1].name}")
-        found.append(files[0] if files else None)
-    return found
+    files = sorted(file for file, _, _ in walk_images(folder))
+    stems = {_stem(key, endings=()) for key in keys}
+    by_name = alone and not any(_stem(file) in stems for file in files)
+
+    def name_of(stem: str) -> str:
+        return stem.rpartition("/")[2] if by_name else stem
+
+    found: dict[str, str] = {}
+    for file in files:
+        name = name_of(_stem(file))
+        if name in found:
+            raise UsageError(f"{folder} holds two masks for {name}: {found[name]} and {file}")
+        found[name] = file
+    names = [name_of(_stem(key, endings=())) for key in keys]
+    if by_name and (twice := next((n for n in names if n in found and names.count(n) > 1), None)) is not None:
+        raise UsageError(f"the mask {folder / found[twice]} may be of several images called {twice}; use their folders")
+    return [folder / found[name] if name in found else None for name in names]
 
 
 def read_defect(file: Path, key: str) -> Tensor:
@@ -347,7 +350,7 @@ def read_defect(file: Path, key: str) -> Tensor:
     with open_mask(file, key) as image:
         values = np.asarray(image if image.mode in ("P", "1", "L") or image.mode[0] == "I" else image.convert("L"))
     soft = len(np.unique(values)) > FEW_VALUES
-    return torch.from_numpy((values * 2 >= int(values.max()) if soft else values > 0).astype(np.uint8))
+    return torch.from_numpy((values >= values.max() / 2 if soft else values > 0).astype(np.uint8))
 
 
 def _with_masks(
@@ -363,38 +366,41 @@ def _with_masks(
     Raises:
         UsageError: Some defects have a mask and some have none, or a mask is of another size.
     """
-    keys = [images.key(index) for index in range(len(images))]
+    bad = [number for number, label in enumerate(labels) if label == DEFECT_CLASS]
+    keys = [images.key(number) for number in bad]
     if masks is not None:
         folder = existing(masks)
         if not folder.is_dir():
             raise UsageError(f"there is no folder {masks!r} of masks")
-        files = find_masks(keys, folder)
+        found = find_masks(keys, folder)
     elif (root.parent / "ground_truth").is_dir():
         folder = root.parent / "ground_truth"
-        files = find_masks(keys, folder)
+        found = find_masks(keys, folder)
     else:
-        folder, files = root, _beside(keys, root)
-    bad = [number for number, label in enumerate(labels) if label == DEFECT_CLASS]
-    lacking = [keys[number] for number in bad if files[number] is None]
+        folder, found = root, _beside(keys, root, images)
+    lacking = [key for key, file in zip(keys, found, strict=True) if file is None]
     if bad and len(lacking) == len(bad):
         if masks is not None:
-            raise UsageError(f"no mask in {folder} belongs to an image of {printable(name)} (such as {keys[bad[0]]})")
+            raise UsageError(f"no mask in {folder} belongs to an image of {printable(name)} (such as {keys[0]})")
         return DefectSource(name, images, labels, kinds)
     if lacking:
         raise UsageError(
             f"the image {lacking[0]} (and {len(lacking) - 1} more of {len(bad)} with defects) has no mask in {folder}"
         )
-    found = DefectSource(name, images, labels, kinds, files)
-    _check_sizes(found)
-    return found
+    files: list[Path | None] = [None] * len(images)
+    for number, file in zip(bad, found, strict=True):
+        files[number] = file
+    source = DefectSource(name, images, labels, kinds, files)
+    _check_sizes(source)
+    return source
 
 
-def _beside(keys: Sequence[str], root: Path) -> list[Path | None]:
+def _beside(keys: Sequence[str], root: Path, images: Source) -> list[Path | None]:
     """Return files of each image's name and another suffix that are no images themselves."""
-    images = set(keys)
+    taken = {images.key(index) for index in range(len(images))}
     others: dict[str, Path] = {}
     for file, _, _ in walk_images(root):
-        if printable(file) not in images and file.lower().endswith(SAME_FOLDER_SUFFIXES):
+        if printable(file) not in taken and file.lower().endswith(SAME_FOLDER_SUFFIXES):
             others.setdefault(_stem(file), root / file)
     return [others.get(_stem(key, endings=())) for key in keys]
 
@@ -420,9 +426,9 @@ def _check_sizes(source: DefectSource) -> None:
 
 def _good_alone(name: str, images: Source, root: Path) -> Source:
     """Return images that are all said to be good, unless a mask beside one shows a defect."""
-    count = len(images)
-    files = _beside([images.key(index) for index in range(count)], root)
-    _refuse_defects_among_good(DefectSource(name, images, [GOOD_CLASS] * count, ["good"] * count, files))
+    keys = [images.key(index) for index in range(len(images))]
+    files = _beside(keys, root, images)
+    _refuse_defects_among_good(DefectSource(name, images, [GOOD_CLASS] * len(keys), ["good"] * len(keys), files))
     return images
 
 
