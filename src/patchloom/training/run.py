@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +44,7 @@ from patchloom.training.config import AUTO, Auto, TrainConfig, config_from_mappi
 from patchloom.training.ema import MovingAverage
 from patchloom.training.experts import ExpertsAveraging
 from patchloom.training.finish import Finish
+from patchloom.training.hardware import quiet
 from patchloom.training.health import CollapseWatch
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
@@ -162,7 +160,7 @@ def _fit(
     if checkpoint is not None and is_complete(checkpoint, run_dir):
         print(f"the run in {run_dir} is complete; nothing to resume", file=sys.stderr)
         return read_run(run_dir)
-    with _quiet():
+    with quiet():
         trainer = _trainer(method, method.source, run_dir, command)
         if is_first_process():
             _announce(method, method.source, trainer)
@@ -356,26 +354,3 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
         f"precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × {kind}",
         file=sys.stderr,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's hints to itself: what matters here is said in our own words."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for text in (
-            ".*does not have many workers.*",
-            ".*`isinstance\\(treespec.*",
-            ".*in eval mode.*",
-            ".*GPU available.*",
-        ):
-            warnings.filterwarnings("ignore", message=text)
-        warnings.filterwarnings("ignore", module="lightning.*", category=UserWarning)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

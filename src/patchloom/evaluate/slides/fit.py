@@ -1,21 +1,26 @@
 """Training one head on bags, and asking it: Adam, batches of padded bags, a curve of the validation metric.
 
-As the published code of Phikon-v2's group (owkin/HistoSSLscaling) does.
+As the published code of Phikon-v2's group (owkin/HistoSSLscaling) does. Lightning's trainer takes the steps; the weights
+are those of a loop written out, to the bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import lightning.pytorch as lp
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.stopping import through_lightning
 from patchloom.errors import UsageError
 from patchloom.evaluate.slides.fit_config import FitSettings
 from patchloom.evaluate.slides.tasks import Task
 from patchloom.systems.phikon_v2.mil import HEADS, MILHead, pad_bags
+from patchloom.training.callbacks import SignalsLeftToUs
+from patchloom.training.hardware import on_device, quiet
 
 
 def make_head(settings: FitSettings, in_features: int, out_features: int) -> MILHead:
@@ -54,27 +59,53 @@ def fit(
     Raises:
         UsageError: The loss is not finite.
     """
-    head = make_head(settings, int(bags[0].shape[1]), task.out_features).to(settings.device)
-    optimizer = torch.optim.Adam(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    order = torch.Generator().manual_seed(settings.seed)
-    goal = torch.from_numpy(np.asarray(targets)).to(settings.device)
-    curve: list[float] = []
-    with torch.random.fork_rng(devices=[]):
+    training = _HeadTraining(bags, targets, task, settings, validation)
+    with torch.random.fork_rng(devices=[]), quiet(), through_lightning():
         torch.manual_seed(settings.seed)  # dropout
-        for _ in range(settings.epochs):
-            head.train()
-            for batch in _batches(len(bags), settings.batch_size, order):
-                logits = forward(head, [bags[number] for number in batch], settings.device)
-                loss = task.loss(logits, goal[batch])
-                if not bool(torch.isfinite(loss)):
-                    raise UsageError(f"the loss became {loss.item()} at lr {settings.lr}; set lr lower")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-            if validation is not None:
-                scores = task.scores(predict_logits(head, validation[0], settings.device))
-                curve.append(task.metric(validation[1], scores))
-    return head.eval(), curve
+        trainer = lp.Trainer(
+            **on_device(torch.device(settings.device)),
+            max_epochs=settings.epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer._signal_connector = SignalsLeftToUs(trainer)
+        trainer.fit(training, _Batches(len(bags), settings))
+    return training.head.to(settings.device).eval(), training.curve
+
+
+class _HeadTraining(lp.LightningModule):
+    """A head with its bags; Adam, and the validation metric after every epoch."""
+
+    def __init__(
+        self,
+        bags: Sequence[Tensor],
+        targets: np.ndarray,
+        task: Task,
+        settings: FitSettings,
+        validation: tuple[Sequence[Tensor], np.ndarray] | None,
+    ) -> None:
+        super().__init__()
+        self.head = make_head(settings, int(bags[0].shape[1]), task.out_features)
+        self.bags, self.task, self.settings, self.validation = bags, task, settings, validation
+        self.targets = torch.from_numpy(np.asarray(targets))
+        self.curve: list[float] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.head.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        logits = forward(self.head, [self.bags[number] for number in batch], self.settings.device)
+        loss = self.task.loss(logits, self.targets[batch.cpu()].to(logits.device))
+        if not bool(torch.isfinite(loss)):
+            raise UsageError(f"the loss became {loss.item()} at lr {self.settings.lr}; set lr lower")
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.validation is not None:
+            scores = self.task.scores(predict_logits(self.head, self.validation[0], self.settings.device))
+            self.curve.append(self.task.metric(self.validation[1], scores))
 
 
 def forward(head: MILHead, bags: Sequence[Tensor], device: str = "cpu") -> Tensor:
@@ -102,7 +133,19 @@ def predict_logits(head: MILHead, bags: Sequence[Tensor], device: str = "cpu", b
     return logits
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Return shuffled batches; an incomplete last one is left out, unless it is the only one."""
-    batches = list(torch.randperm(count, generator=generator).split(size))
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) < size else batches
+class _Batches:
+    """The numbers of the bags of each batch, shuffled anew in every epoch.
+
+    An incomplete last batch is left out, unless it is the only one.
+    """
+
+    def __init__(self, count: int, settings: FitSettings) -> None:
+        self.count, self.size = count, settings.batch_size
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def __len__(self) -> int:
+        return max(1, self.count // self.size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # Nothing is drawn before the first batch is asked for: the trainer begins an iteration only to see that it can.
+        yield from torch.randperm(self.count, generator=self.generator).split(self.size)[: len(self)]
