@@ -1,7 +1,7 @@
 """Training one head on bags, and asking it: Adam, batches of padded bags, a curve of the validation metric.
 
-As the published code of Phikon-v2's group (owkin/HistoSSLscaling) does. Lightning's trainer takes the steps; the weights
-are those of a loop written out, to the bit.
+As the published code of Phikon-v2's group (owkin/HistoSSLscaling) does. Lightning's trainer takes the steps;
+the weights are those of a loop written out, to the bit.
 """
 
 from __future__ import annotations
