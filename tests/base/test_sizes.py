@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from patchloom.base.sizes import checked_size, said
+from patchloom.base.sizes import checked_size, size_text
 from patchloom.errors import UsageError
 from patchloom.terminal.options import read_options
 from patchloom.training.config import TrainConfig, config_from_mapping, plain_settings, refuse_changes
@@ -62,4 +62,4 @@ def test_settings_read_back_and_an_older_run_of_one_side_goes_on():
 
 
 def test_a_size_is_said_as_people_say_it():
-    assert (said(64), said((64, 64)), said((256, 128))) == ("64", "64", "256x128")
+    assert (size_text(64), size_text((64, 64)), size_text((256, 128))) == ("64", "64", "256x128")

@@ -2,7 +2,7 @@
 
 >>> parse_size("256,128"), parse_size("64"), parse_size([64, 64])
 ((256, 128), 64, 64)
->>> pair(64), said((256, 128))
+>>> pair(64), size_text((256, 128))
 ((64, 64), '256x128')
 """
 
@@ -33,7 +33,7 @@ def compact(size: Size) -> Size:
     return height if height == width else (height, width)
 
 
-def said(size: Size) -> str:
+def size_text(size: Size) -> str:
     """Return a size in words: 64, or 256x128."""
     return "x".join(map(str, dict.fromkeys(pair(size))))
 
@@ -60,5 +60,5 @@ def checked_size(name: str, value: Any) -> Size:
     if isinstance(size, bool) or not isinstance(size, int | tuple) or (isinstance(size, tuple) and len(size) != 2):
         raise UsageError(f"{name} is {value!r}; give the side in pixels, or height and width as 256,128")
     if min(pair(size)) < 1:
-        raise UsageError(f"{name} is {said(size)}; it must be at least 1")
+        raise UsageError(f"{name} is {size_text(size)}; it must be at least 1")
     return size

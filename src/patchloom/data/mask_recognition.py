@@ -153,9 +153,9 @@ def _by_colours(asked: Question) -> MaskCoding:
 
 def _nearly_alike(codes: Sequence[float]) -> tuple[float, float] | None:
     """Return the first two colours that no person would give to two classes, None where there are none."""
-    seen = [code for code in codes if code >= 0]
-    for number, one in enumerate(seen):
-        for other in seen[number + 1 :]:
+    valid = [code for code in codes if code >= 0]
+    for number, one in enumerate(valid):
+        for other in valid[number + 1 :]:
             if max(abs(a - b) for a, b in zip(rgb_of(int(one)), rgb_of(int(other)), strict=True)) <= ALIKE:
                 return one, other
     return None

@@ -109,11 +109,11 @@ def settle(
     return coding
 
 
-def _ignored(said: str | int | None) -> tuple[tuple[Span, ...] | None, bool | None]:
+def _ignored(setting: str | int | None) -> tuple[tuple[Span, ...] | None, bool | None]:
     """Return the values that are unknown, None where that is to be found; and whether pixels in no file are."""
-    if said is None:
+    if setting is None:
         return None, None
-    words = [word.strip() for word in str(said).split(",") if word.strip()]
+    words = [word.strip() for word in str(setting).split(",") if word.strip()]
     if not words or [word.lower() for word in words] in (["none"], ["null"]):
         return (), False
     spans = tuple(parse_span(word, "ignore_label") for word in words if word.lower() != "rest")

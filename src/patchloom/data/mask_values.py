@@ -159,12 +159,12 @@ class MaskCoding:
         """Return in words where indexed masks have the colours of these classes at other indices."""
         if self.form != "values" or self.palette is None or not survey.palette:
             return None
-        own = {number: low for low, high, number in self.spans if low == high and number != IGNORED}
-        index_of = {self.palette[number]: int(low) for number, low in own.items() if number < len(self.palette)}
+        lows = {number: low for low, high, number in self.spans if low == high and number != IGNORED}
+        index_of = {self.palette[number]: int(low) for number, low in lows.items() if number < len(self.palette)}
         for index, code in survey.palette.items():
-            wanted = index_of.get(rgb_of(code))
-            if wanted is not None and wanted != index and index in index_of.values():
-                return f"{shown(code, True)} is number {index}, and {wanted} in those it is compared with"
+            number_of_colour = index_of.get(rgb_of(code))
+            if number_of_colour is not None and number_of_colour != index and index in index_of.values():
+                return f"{shown(code, True)} is number {index}, and {number_of_colour} in those it is compared with"
         return None
 
     def table(self) -> dict[str, str]:
@@ -207,13 +207,13 @@ class MaskCoding:
     def line(self, source: str, shares: MaskShares) -> str:
         """Return the one line that is said: how masks are read, classes with their shares, what is ignored."""
         classes = sorted(shares.classes.items(), key=lambda item: -item[1])
-        there = [f"{name}: {percent(share)}" for name, share in classes if share][:12]
-        more = sum(share > 0 for _, share in classes) - len(there)
+        listed = [f"{name}: {percent(share)}" for name, share in classes if share][:12]
+        more = sum(share > 0 for _, share in classes) - len(listed)
         if missing := sum(share == 0 for _, share in classes):
-            there.append(f"{missing} in none of the masks")
-        there += [f"{more} more"] if more else []
+            listed.append(f"{missing} in none of the masks")
+        listed += [f"{more} more"] if more else []
         hidden = f"{percent(shares.ignored)} ignored" if shares.ignored else "nothing ignored"
-        text = f"masks of {source}: {self.reading()}; {', '.join(there)}; {hidden}"
+        text = f"masks of {source}: {self.reading()}; {', '.join(listed)}; {hidden}"
         if shares.without_file:
             text += f"; {shares.without_file} times a class has no file and is taken to be nowhere on the image"
         return text + (f" (a guess; {self.guess})" if self.guess else "")
@@ -234,10 +234,10 @@ def wrong_value(mask: str, value: float, coding: MaskCoding, source: str) -> Usa
     numbered = all(low == high for low, high, _ in coding.spans) and coding.form == "values" and coding.rest is None
     if numbered and known == list(range(int(known[0]), int(known[0]) + len(known))):
         hidden = [shown(low) for low, _, number in coding.spans if number == IGNORED]
-        there = f", and {', '.join(hidden)} for unknown" if hidden else ""
+        unknown_values = f", and {', '.join(hidden)} for unknown" if hidden else ""
         return UsageError(
             f"{mask} holds the value {shown_value}; {source} has {len(coding.names)} classes, numbered from "
-            f"{known[0]:g}{there}"
+            f"{known[0]:g}{unknown_values}"
         )
     noun = "colour" if coding.form == "colours" else "value"
     return UsageError(

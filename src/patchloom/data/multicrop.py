@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.ranges import Factors, Probability
 from patchloom.base.settings import Settings
-from patchloom.base.sizes import Size, checked_size, pair, said
+from patchloom.base.sizes import Size, checked_size, pair, size_text
 from patchloom.data.pixels import (
     adjust_brightness,
     adjust_contrast,
@@ -101,7 +101,8 @@ class MultiCrop:
         global_size, local_size = checked_size("global_size", global_size), checked_size("local_size", local_size)
         if any(small > large for small, large in zip(pair(local_size), pair(global_size), strict=True)):
             raise UsageError(
-                f"local_size {said(local_size)} exceeds the global crops of {said(global_size)} pixels; lower it"
+                f"local_size {size_text(local_size)} exceeds the global crops of "
+                f"{size_text(global_size)} pixels; lower it"
             )
         for name, scale in (("global_scale", global_scale), ("local_scale", local_scale)):
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:

@@ -121,11 +121,11 @@ class Finetune(Evaluation):
             raise UsageError(f"{test.name} holds no readable image")
         place = torch.tensor([names.index(name) for name in test.class_names or names])
         outputs, known = torch.cat(logits), torch.cat(labels)
-        kept = known >= 0
-        skipped += [(key, NO_LABEL) for key, keep in zip(keys, kept.tolist(), strict=True) if not keep]
-        keys = [key for key, keep in zip(keys, kept.tolist(), strict=True) if keep]
-        vectors = torch.zeros(1, embed_dim(model)).expand(int(kept.sum()), -1)
-        return outputs[kept], Features(vectors, place[known[kept]], keys, skipped)
+        labelled = known >= 0
+        skipped += [(key, NO_LABEL) for key, keep in zip(keys, labelled.tolist(), strict=True) if not keep]
+        keys = [key for key, keep in zip(keys, labelled.tolist(), strict=True) if keep]
+        vectors = torch.zeros(1, embed_dim(model)).expand(int(labelled.sum()), -1)
+        return outputs[labelled], Features(vectors, place[known[labelled]], keys, skipped)
 
 
 def _claim(folder: Path, asked: Mapping[str, Any]) -> None:

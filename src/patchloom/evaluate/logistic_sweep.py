@@ -61,10 +61,10 @@ class Logistic(Evaluation):
         # As published: the first tenth of a permutation.
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed)).to(y.device)
         tenth = max(1, len(y) // 10)
-        held, kept = order[:tenth], order[tenth:]
-        if len(y[kept].unique()) < 2:
+        held, rest = order[:tenth], order[tenth:]
+        if len(y[rest].unique()) < 2:
             raise UsageError(f"{config.train} is too small to hold a tenth out of it; give val")
-        return (x[kept], y[kept]), (x[held], y[held])
+        return (x[rest], y[rest]), (x[held], y[held])
 
     def _sweep(
         self, x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor, *, classes: int

@@ -22,9 +22,9 @@ def report_masks(coding: MaskCoding, train: tuple[str, MaskShares], test: tuple[
     notices = [found for name, shares in (test, train) if (found := check_shares(coding, shares, name)) is not None]
     lines = [*notices, *(coding.line(name, shares) for name, shares in (train, test))]
     print("\n".join(lines), file=sys.stderr, flush=True)
-    kept = {
+    by_role = {
         role: {"class_shares": shares.classes, "ignored_share": shares.ignored, "masks_looked_at": shares.masks}
         for role, (_, shares) in (("train", train), ("test", test))
     }
     notice = {"notice": "; ".join(notices)} if notices else {}
-    return {**notice, "masks": {**coding.describe(), **kept}}
+    return {**notice, "masks": {**coding.describe(), **by_role}}

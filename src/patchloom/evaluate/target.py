@@ -181,11 +181,11 @@ def _labelled(
         raise UsageError(f"{source.name} has no labelled image")
     if bool(known.all()):
         return features
-    kept = list(zip(features.keys, known.tolist(), strict=True))
-    left_out = [key for key, keep in kept if not keep]
-    say_unlabelled(source.name, left_out, len(kept))
+    labelled = list(zip(features.keys, known.tolist(), strict=True))
+    left_out = [key for key, keep in labelled if not keep]
+    say_unlabelled(source.name, left_out, len(labelled))
     skipped = [*features.skipped, *((key, NO_LABEL) for key in left_out)]
-    return Features(features.vectors[known], features.labels[known], [key for key, keep in kept if keep], skipped)
+    return Features(features.vectors[known], features.labels[known], [key for key, keep in labelled if keep], skipped)
 
 
 def _check_finite(features: Features, source: Source | StreamSource, config: EvaluationConfig) -> None:

@@ -342,5 +342,5 @@ def _without_smallest(fused: Tensor, share: float, prefix: int) -> Tensor:
     patches = fused[:, :, prefix:]
     flat = patches.flatten(1)
     lost = flat.argsort(dim=1)[:, : int(flat.shape[1] * share)]
-    kept = flat.scatter(1, lost, 0.0).view_as(patches)
-    return torch.cat([fused[:, :, :prefix], kept], dim=2)
+    thinned = flat.scatter(1, lost, 0.0).view_as(patches)
+    return torch.cat([fused[:, :, :prefix], thinned], dim=2)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchloom.base.sizes import said
+from patchloom.base.sizes import size_text
 from patchloom.base.version import __version__
 from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size, in_chans, set_image_size
 from patchloom.encoders.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
@@ -262,8 +262,8 @@ def _take_inputs(encoder: Encoder, own_hash: str, about: dict[str, Any], path: s
     if size != image_size(encoder):
         if not alone:
             raise UsageError(
-                f"the adapter {path} was trained on images of {said(size)} pixels and the others here on "
-                f"{said(image_size(encoder))}; load it on an encoder of its own"
+                f"the adapter {path} was trained on images of {size_text(size)} pixels and the others here on "
+                f"{size_text(image_size(encoder))}; load it on an encoder of its own"
             )
         encoder.hash_before_resize = own_hash
         set_image_size(encoder, size)

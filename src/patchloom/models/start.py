@@ -70,13 +70,13 @@ def load_weights(
     saved = convert(encoder, trained.state_dict())
     if (channels := channels_of(encoder)) != channels_of(trained) == 3:
         saved = widened(saved, trained, channels, path)
-    own = encoder.state_dict()
+    state_dict = encoder.state_dict()
     head = ("head.",)
-    usable = {k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}
-    missing = [k for k in own if k not in usable and not k.startswith(head)]
+    usable = {k: v for k, v in saved.items() if k in state_dict and v.shape == state_dict[k].shape}
+    missing = [k for k in state_dict if k not in usable and not k.startswith(head)]
     if missing:
         raise UsageError(
-            f"{path} fits {len(usable)} of {len(own)} tensors of the encoder; missing or of another shape: "
+            f"{path} fits {len(usable)} of {len(state_dict)} tensors of the encoder; missing or of another shape: "
             f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; name the architecture and image size it has"
         )
     encoder.load_state_dict(usable, strict=False)

@@ -238,12 +238,12 @@ def _order(patches: Tensor, counts: Tensor | None, sort: str) -> list[int]:
 
 def _mosaic_layout(count: int, patch_size: int) -> tuple[int, int]:
     """Return columns and enlargement: as large as the page allows, and between square and twice as wide as high."""
-    wanted = math.ceil(math.sqrt(2 * count))
+    columns = math.ceil(math.sqrt(2 * count))
     for scale in (4, 3, 2):
         room = (WIDEST + 1) // (patch_size * scale + 1)
         if room >= math.sqrt(count):
-            return min(wanted, room), scale
-    return max(1, min(wanted, (WIDEST + 1) // (patch_size + 1))), 1
+            return min(columns, room), scale
+    return max(1, min(columns, (WIDEST + 1) // (patch_size + 1))), 1
 
 
 def _check_grid(count: int, grid: tuple[int, int]) -> None:

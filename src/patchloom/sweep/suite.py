@@ -153,8 +153,8 @@ def _differences(folder: Path, outcomes: Sequence[Outcome]) -> list[dict[str, An
                 (labels["encoder"], Predictions.load(predictions_file))
             )
     places, pairs = [], []
-    for place, said in groups.items():
-        for (first, one), (second, other) in combinations(said, 2):
+    for place, members in groups.items():
+        for (first, one), (second, other) in combinations(members, 2):
             # A picture that one of the encoders could not be shown: they were not measured on the same images.
             if sorted(one.keys) == sorted(other.keys) and one.score_name == other.score_name:
                 places.append(place)

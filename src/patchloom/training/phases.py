@@ -69,9 +69,9 @@ class Span:
 def only(phase: Phase, module: nn.Module) -> Iterator[None]:
     """Let the parameters of a phase alone take gradients."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    own = {id(parameter) for name, parameter in module.named_parameters() if phase.trains(name)}
+    trained = {id(parameter) for name, parameter in module.named_parameters() if phase.trains(name)}
     for parameter in learning:
-        parameter.requires_grad_(id(parameter) in own)
+        parameter.requires_grad_(id(parameter) in trained)
     try:
         yield
     finally:

@@ -109,10 +109,10 @@ def long_tailed(source: Source, ratio: float, kind: Literal["exp", "step"] = "ex
     """
     if source.labels is None or source.labels.ndim > 1:
         raise UsageError(f"imbalance counts images per class, and {source.name} has several labels per image")
-    there = class_counts(source).tolist()
-    shares = long_tail_shares(len(there), ratio, kind)
-    most = int(min(count / share for count, share in zip(there, shares, strict=True)))
-    counts = long_tail_counts(len(there), most, ratio, kind)
+    images_by_class = class_counts(source).tolist()
+    shares = long_tail_shares(len(images_by_class), ratio, kind)
+    most = int(min(count / share for count, share in zip(images_by_class, shares, strict=True)))
+    counts = long_tail_counts(len(images_by_class), most, ratio, kind)
     return SubsetSource(source, np.sort(long_tail_subset(source.labels, counts)))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
 
-from patchloom.base.sizes import said
+from patchloom.base.sizes import size_text
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
 from patchloom.data.kinds import IMAGE
 from patchloom.data.survey import notice
@@ -123,8 +123,8 @@ def advice(method: Method) -> list[str]:
     side = _usual_side(source)
     if side is not None and side * BLOWN_UP <= max(method.input_size):
         advices.append(
-            f"The images are about {side} pixels wide or high and are blown up to {said(method.input_size)}: most of "
-            f"what the encoder sees was made up by the enlargement; a smaller --image_size fits them."
+            f"The images are about {side} pixels wide or high and are blown up to {size_text(method.input_size)}: most "
+            f"of what the encoder sees was made up by the enlargement; a smaller --image_size fits them."
         )
     return advices
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.base.sizes import Size, pair, said
+from patchloom.base.sizes import Size, pair, size_text
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
 from patchloom.errors import UsageError
@@ -170,7 +170,7 @@ def open_teacher(name: str, *, size: Size | None = None, channels: int = 3) -> t
             (h, w), (new_h, new_w) = before, grid_size(model)
             notices.append(
                 f"the teacher's positions were resampled from {h}x{w} to {new_h}x{new_w} patches for images of "
-                f"{said(size)} pixels; it was trained with {said(trained)}"
+                f"{size_text(size)} pixels; it was trained with {size_text(trained)}"
             )
     return FrozenTeacher(model, name), notices
 
@@ -206,7 +206,10 @@ class DistillMethod(SupervisedMethod):
         size, student_size = self.teacher.size, self.input_size
         if size != student_size:
             stretched = "" if student_size[0] * size[1] == student_size[1] * size[0] else ", out of proportion"
-            self.notice(f"images of {said(student_size)} pixels are resized to {said(size)} for the teacher{stretched}")
+            self.notice(
+                f"images of {size_text(student_size)} pixels are resized to {size_text(size)} for "
+                f"the teacher{stretched}"
+            )
 
     def notice(self, text: str) -> None:
         """Say something once, now on the error stream and later in the report."""

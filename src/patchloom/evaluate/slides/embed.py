@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from patchloom.base.progress import track
-from patchloom.base.sizes import compact, said
+from patchloom.base.sizes import compact, size_text
 from patchloom.data.base import UnreadableImageError
 from patchloom.encoders import Encoder, image_size, in_chans, normalize, pooled, set_image_size
 from patchloom.errors import UsageError
@@ -162,7 +162,7 @@ def _prepared(config: EmbedConfig) -> Encoder:
     if config.image_size is not None and image_size(encoder) != (config.image_size, config.image_size):
         set_image_size(encoder, config.image_size)
     if not isinstance(size := compact(image_size(encoder)), int):
-        raise UsageError(f"the encoder takes images of {said(size)}, and tiles are square; set image_size")
+        raise UsageError(f"the encoder takes images of {size_text(size)}, and tiles are square; set image_size")
     return encoder.eval().requires_grad_(False)
 
 

@@ -61,8 +61,8 @@ def of_classes(predicted: Array, truth: Array, units: int) -> WhatIf:
     # The answers given most often, where there are too many to think of each.
     likely = np.sort(np.argsort(-predicted_counts, kind="stable")[: max(2, MOST_KINDS // len(occurring))])
     true, answer = (part.ravel() for part in np.meshgrid(occurring, likely, indexing="ij"))
-    kept = true != answer
-    true, answer = true[kept], answer[kept]
+    wrong = true != answer
+    true, answer = true[wrong], answer[wrong]
     if not len(true):  # one class, and no other to take it for
         true, answer = occurring, occurring + 1
         predicted_counts = np.append(predicted_counts, 1.0)

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.base.sizes import Size, compact, pair, said
+from patchloom.base.sizes import Size, compact, pair, size_text
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.multicrop import MultiCrop
 from patchloom.encoders import (
@@ -187,8 +187,8 @@ class Dinov2Method(Method):
         for side, least in zip(size, self.input_size, strict=True):
             if side < least or side % patch_size(self.encoder):
                 raise UsageError(
-                    f"gram_crop_size is {said(size)}; it must be at least the crops' {said(self.input_size)} pixels "
-                    f"and a multiple of {patch_size(self.encoder)}"
+                    f"gram_crop_size is {size_text(size)}; it must be at least the crops' "
+                    f"{size_text(self.input_size)} pixels and a multiple of {patch_size(self.encoder)}"
                 )
         return size
 
