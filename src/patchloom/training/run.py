@@ -314,6 +314,19 @@ def _precision(config: TrainConfig) -> Any:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
+def precision_hint(config: TrainConfig, device: str) -> str | None:
+    """Return what to say of arithmetic that nobody chose; None where it is the fastest there is.
+
+    Args:
+        config: The settings.
+        device: Kind of device, as Lightning's accelerators are called: CPU, CUDA.
+    """
+    able = torch.cpu.get_capabilities()  # other processors only emulate bfloat16
+    if config.precision == "auto" and device == "CPU" and (able.get("amx_bf16") or able.get("avx512_bf16")):
+        return "this processor computes in bfloat16: --precision bf16-mixed takes about a third less time"
+    return None
+
+
 def _claim(run_dir: Path, config: TrainConfig) -> None:
     """Take the run folder, or say why not."""
     if run_dir.exists() and not run_dir.is_dir():
@@ -354,3 +367,5 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
         f"precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × {kind}",
         file=sys.stderr,
     )
+    if hint := precision_hint(config, kind):
+        print(hint, file=sys.stderr)
