@@ -23,6 +23,7 @@ from patchloom.data.labels import LabelFileSource, is_label_file
 from patchloom.data.loader import Loader, make_loader
 from patchloom.data.reading import OPTIONS as READING
 from patchloom.data.reading import Reading, reading_options, remembered
+from patchloom.data.shards import ShardSource, is_shards
 from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
@@ -138,9 +139,7 @@ def _open(
     if is_label_file(name):
         refuse_untaken(LabelFileSource, name, options)
         return LabelFileSource(name, in_chans=in_chans, **options)
-    if name.endswith((".tar", ".tar.gz", ".tgz")):
-        from patchloom.data.shards import ShardSource
-
+    if is_shards(name):
         refuse_untaken(ShardSource, name, options)
         return ShardSource(name, in_chans=in_chans, **options)
     folder = existing(name)

@@ -30,7 +30,6 @@ import numpy as np
 from patchloom.base.source_options import words
 from patchloom.data.base import UnreadableImageError
 from patchloom.errors import UsageError
-from patchloom.io import printable
 
 MOST_NAMED = 20
 TEXT_SUFFIX = ".txt"
@@ -164,8 +163,15 @@ class Packed(Sequence[str]):
         return os.fsdecode(self.block[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
-def missing_of(what: str, where: str, lacking: Sequence[str], total: int) -> str:
-    """Return the line that says which images lack something and are left out."""
-    more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-    named = ", ".join(printable(name) for name in lacking[:3])
-    return f"{where}: {len(lacking)} of {total} images have no {what} and are left out: {named}{more}"
+def missing_of(what: str, where: str, lacking: Sequence[str], count: int, total: int) -> str:
+    """Return the line that says which images lack something and are left out.
+
+    Args:
+        what: What they lack.
+        where: The source.
+        lacking: Names of the first of them.
+        count: How many they are.
+        total: How many images there are.
+    """
+    more = f" and {count - 3} more" if count > 3 else ""
+    return f"{where}: {count} of {total} images have no {what} and are left out: {', '.join(lacking[:3])}{more}"

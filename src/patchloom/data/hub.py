@@ -145,12 +145,11 @@ class HuggingFaceSource(Source):
         images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         if not images:
             raise UsageError(f"{self.name} has no image column (its columns: {', '.join(kinds)})")
-        masks = (*MASK.columns, *LABEL.columns)
-        plain = [name for name in images if name.lower() not in masks and name != mask_field] or images
-        self.column = find(IMAGE, images, image_field, self.name) if image_field is not None else plain[0]
-        others = [name for name in images if name != self.column]
-        by_name = [name for name in others if name.lower() in masks]
-        self.mask_column = (by_name or [None])[0] if mask_field is None else find(MASK, others, mask_field, self.name)
+        called_so = [name for name in images if name.lower() in (*MASK.columns, *LABEL.columns)]
+        asked = find(MASK, images, mask_field, self.name) if mask_field is not None else None
+        plain = [name for name in images if name != asked and name not in called_so] or images
+        self.column = (find(IMAGE, images, image_field, self.name) if image_field is not None else None) or plain[0]
+        self.mask_column = asked or next((name for name in called_so if name != self.column), None)
         # Undecoded, so that a broken image is ours to survive.
         for name in images:
             table = table.cast_column(name, datasets.Image(decode=False))

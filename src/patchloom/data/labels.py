@@ -72,6 +72,10 @@ class LabelFileSource(ListedSource):
         label_field: Column of the classes, or columns of several labels, separated by commas.
         mask_field: Column of the masks' paths.
         caption_field: Column of the captions.
+        labelled: Read labels; otherwise other columns may hold anything.
+
+    Attributes:
+        columns: Names of the columns.
 
     Raises:
         UsageError: No such file, split or column, columns missing, a label that is no number from 0 to 1, a file named
@@ -90,6 +94,7 @@ class LabelFileSource(ListedSource):
         label_field: str | None = None,
         mask_field: str | None = None,
         caption_field: str | None = None,
+        labelled: bool = True,
     ) -> None:
         path, _, split = (name, "", "") if existing(name).exists() else name.rpartition(":")
         table = existing(path or name)
@@ -102,6 +107,8 @@ class LabelFileSource(ListedSource):
         columns, rows, lists = _parquet(table) if table.suffix == ".parquet" else _csv(table)
         asked = (image_field, label_field, mask_field, caption_field)
         found = _assigned(shown, columns, rows, *asked)
+        found = found if labelled else found._replace(labels=[])
+        self.columns = columns
         # Names of files may begin or end with a blank, and captions are no numbers.
         for column in {*found.labels, *(one for one in columns if one.lower() in SPLIT.columns)}:
             for row in rows:

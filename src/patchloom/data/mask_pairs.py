@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from patchloom.data.fields import file_rule, stem
 from patchloom.data.folder import chosen_images
 from patchloom.errors import UsageError
 from patchloom.io import printable
@@ -91,6 +92,61 @@ def paired(
             more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
             raise UsageError(f"the {kind} {printable(lone[0])}{more} has no {other} of that name in {root}")
     return [MaskedImage(by_stem[stem], (Part(mask_by_stem[stem]),)) for stem in sorted(by_stem)]
+
+
+def beside(
+    files: Sequence[ListedFile], root: Path, image_field: str | None, mask_field: str, left_out: Collection[str] = ()
+) -> list[MaskedImage]:
+    """Return images with their masks of one folder, where what they are called tells them apart.
+
+    Args:
+        files: Images and masks.
+        root: Their folder.
+        image_field: What tells images, see `fields.file_rule`; default: all that are no masks.
+        mask_field: What tells masks.
+        left_out: Images that are not to be used; their masks go with them.
+
+    Raises:
+        UsageError: No mask, an image without mask, a mask without image, or two of a name.
+    """
+    is_mask, is_image = file_rule(mask_field), stem if image_field is None else file_rule(image_field)
+    masks: dict[str, str] = {}
+    images: dict[str, str] = {}
+    for name, _, _ in files:
+        key = is_mask(name)
+        found, key = (masks, key) if key is not None else (images, is_image(name))
+        if key is None:
+            continue
+        if key in found:
+            raise UsageError(
+                f"{root} holds two files for {printable(key)}: {printable(found[key])} and {printable(name)}"
+            )
+        found[key] = name
+    if not masks or not images:
+        option, asked = ("mask_field", mask_field) if not masks else ("image_field", image_field)
+        raise UsageError(
+            f"{option} is {asked}, and no file in {root} is called so (it has {printable(files[0][0])}); give an "
+            f"ending of names (_mask) or a folder (masks/)"
+        )
+    for have, lack, kind, other in ((images, masks, "image", "mask"), (masks, images, "mask", "image")):
+        if lone := [file for key, file in have.items() if key not in lack]:
+            more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
+            raise UsageError(f"the {kind} {printable(lone[0])}{more} has no {other} of that name in {root}")
+    return [MaskedImage(images[key], (Part(masks[key]),)) for key in sorted(images) if images[key] not in left_out]
+
+
+def ending_beside(files: Sequence[ListedFile]) -> str | None:
+    """Return the ending of masks that lie beside their images, where all images have such a mask; else None.
+
+    >>> ending_beside([("a.jpg", 1, 0), ("a_mask.png", 1, 0)])
+    '_mask'
+    """
+    stems = {stem(name) for name, _, _ in files}
+    for ending in (*ENDINGS, "_seg"):
+        masks = {one for one in stems if one.endswith(ending) and one.removesuffix(ending) in stems}
+        if masks and {one.removesuffix(ending) for one in masks} == stems - masks:
+            return ending
+    return None
 
 
 def _by_folder(images: dict[str, str], masks: Sequence[ListedFile]) -> list[MaskedImage] | None:

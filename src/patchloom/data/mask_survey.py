@@ -14,7 +14,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -120,11 +120,13 @@ class Survey:
             self.where.setdefault(f"{mark}{value}" if mark else value, key)
 
 
-def survey_files(files: Sequence[tuple[Path, str]], stamp: str | None = None, check: object = None) -> Survey:
+def survey_files(
+    files: Sequence[tuple[Path | Callable[[], Path | bytes], str]], stamp: str | None = None, check: object = None
+) -> Survey:
     """Return the count over mask files; those that cannot be read are passed over.
 
     Args:
-        files: Paths and their names.
+        files: Paths, or what returns one or the content, and their names.
         stamp: Hash of names, sizes and times; a count that took long is kept on disk by it.
         check: Called with the count over a few files from all over the list, before the rest is read: to refuse early.
 
@@ -140,7 +142,7 @@ def survey_files(files: Sequence[tuple[Path, str]], stamp: str | None = None, ch
     for done, number in enumerate(track(order, "looking at masks", unit="mask"), 1):
         file, key = files[number]
         try:
-            survey.add(open_mask(file, key), key)
+            survey.add(open_mask(file() if callable(file) else file, key), key)
         except UnreadableImageError as error:
             unread = unread or error
             continue
@@ -153,21 +155,25 @@ def survey_files(files: Sequence[tuple[Path, str]], stamp: str | None = None, ch
     return survey
 
 
-def open_mask(file: Path, key: str) -> Image.Image:
+def open_mask(file: Path | bytes, key: str) -> Image.Image:
     """Return a mask as Pillow reads it, upright.
+
+    Args:
+        file: Its path, or what it holds.
+        key: Its name.
 
     Raises:
         UnreadableImageError: The file is no image.
     """
     try:
-        encoded = file.read_bytes()
+        encoded = file if isinstance(file, bytes) else file.read_bytes()
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 _check_pages(image)
                 image.load()
                 kind, turned = image.format, ImageOps.exif_transpose(image)
         except UnidentifiedImageError:
-            if (stored := read_stored(encoded, file.name, 1)) is None or len(stored.pixels) != 1:
+            if (stored := read_stored(encoded, key, 1)) is None or len(stored.pixels) != 1:
                 raise
             return _of_numbers(stored.pixels[0])
         turned.format = kind

@@ -1,4 +1,4 @@
-"""Images with a mask: a class for every pixel. Paired folders, CamVid and ADE20K in their published layouts.
+"""Images with a mask: a class for every pixel. Folders, tables, shards, data sets, CamVid and ADE20K as published.
 
 A source hands out the mask under the name `mask`, 255 where the class is unknown. What the values in the files mean is
 settled once for the source (`mask_values`).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from patchloom.base.mask_settings import MaskSettings
+from patchloom.base.source_options import refuse_untaken
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
-from patchloom.data.mask_pairs import ListedFile, list_images, paired
+from patchloom.data.hub import HuggingFaceSource
+from patchloom.data.labels import LabelFileSource, is_label_file
+from patchloom.data.mask_pairs import ending_beside, list_images
 from patchloom.data.mask_question import MOST_GUESSED
 from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
@@ -37,7 +41,9 @@ from patchloom.data.mask_values import (
     shares_of_counts,
     wrong_value,
 )
+from patchloom.data.masked_files import FolderMasks, HubMasks, ListedMask, MaskedFiles, ShardMasks, TableMasks
 from patchloom.data.reading import Reading, remembered
+from patchloom.data.shards import ShardSource, is_shards
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
 
@@ -63,15 +69,13 @@ ADE_CLASSES = 150
 
 
 class MaskSource(Source):
-    """Images and masks from two folders, paired by name.
+    """Images and the masks that belong to them.
 
     How masks are read is settled once, from all of them, see `mask_settling.settle`; `said` says it in a line.
 
     Args:
         name: The source as the user named it.
-        images: Folder of images.
-        masks: Folder of masks, of the images' size. The mask of `a/b.jpg` is `a/b.png` or another image of that stem,
-            `_mask` or `_label` at its end allowed; or a file per class, see `mask_pairs.paired`.
+        files: Images and masks as they are stored, masks of the images' size.
         class_names: Names by number; default: as many as the masks hold.
         layout: Of masks whose values are published: those that are unknown, and the number of the first class.
         palette: (R, G, B) by class; default: that of indexed masks, else colours all round the circle.
@@ -79,16 +83,13 @@ class MaskSource(Source):
         settings: What the user says of the masks' values.
         coding: How masks are read, as settled on another source.
         table: File that names values or colours.
-        include: Globs of the images to take, see `patchloom.base.source_options.choose`; default: all.
-        exclude: Globs of images to leave out; their masks go with them.
 
     Attributes:
         coding: How masks are read.
         shares: What the masks hold.
 
     Raises:
-        UsageError: No such folder, nothing in it, a mask without image or an image without mask, more classes than a
-            byte holds, or masks whose meaning has to be said.
+        UsageError: More classes than a byte holds, or masks whose meaning has to be said.
     """
 
     class_names: list[str]
@@ -96,8 +97,7 @@ class MaskSource(Source):
     def __init__(
         self,
         name: str,
-        images: Path,
-        masks: Path,
+        files: MaskedFiles,
         *,
         class_names: Sequence[str] | None = None,
         layout: tuple[Sequence[int], int] | None = None,
@@ -106,21 +106,16 @@ class MaskSource(Source):
         settings: MaskSettings | None = None,
         coding: MaskCoding | None = None,
         table: Path | None = None,
-        include: str | None = None,
-        exclude: str | None = None,
     ) -> None:
         self.name = printable(name)
         self.in_chans = in_chans
-        self.images, self.masks = Path(images), Path(masks)
-        found = [list_images(self.images, include, exclude), list_images(self.masks)]
-        left_out = frozenset(file[0] for file in list_images(self.images)) - {file[0] for file in found[0]}
-        self.pairs = paired(found[0], found[1], self.images, self.masks, left_out)
-        used = {part.file for pair in self.pairs for part in pair.parts}
-        found[1] = [file for file in found[1] if file[0] in used]
-        per_class = tuple(sorted({part.name for pair in self.pairs for part in pair.parts if part.name is not None}))
+        self.files = files
+        masks = files.masks()
+        parts = [part.name for index in range(len(files)) for part in files.parts(index)]
+        per_class = tuple(sorted({part for part in parts if part is not None}))
         self.own_names = list(class_names) if class_names is not None else None
         settings = settings or MaskSettings()
-        survey = self._look(found[1], None if coding is None and layout is None else MOST_LOOKED_AT, settings, coding)
+        survey = self._look(masks, None if coding is None and layout is None else MOST_LOOKED_AT, settings, coding)
         if coding is None:
             entries = None if table is None else read_table(table)
             coding = settle(
@@ -131,9 +126,8 @@ class MaskSource(Source):
         self.coding = coding
         self.class_names = list(coding.names)
         digest = hashlib.sha256(repr((coding.table(), coding.names, coding.per_class)).encode())
-        for files in found:
-            for file in files:
-                digest.update(repr(file).encode())
+        for stamp in (*files.stamps, *(mask.stamp for mask in masks)):
+            digest.update(repr(stamp).encode())
         self._stamp = digest.hexdigest()[:16]
         # Where each class has a file of its own, what covers what shows only once they are put together.
         self.shares = self._shares() if per_class else coding.shares(survey)
@@ -142,11 +136,11 @@ class MaskSource(Source):
 
     def __len__(self) -> int:
         """Return the number of pairs."""
-        return len(self.pairs)
+        return len(self.files)
 
     def key(self, index: int) -> str:
-        """Return the path of image number `index` below its folder."""
-        return printable(self.pairs[index].image)
+        """Return the name of image number `index`."""
+        return self.files.key(index)
 
     def said(self) -> str:
         """Return the line that says how masks are read and what they hold."""
@@ -160,56 +154,55 @@ class MaskSource(Source):
             UsageError: The mask is of another size than its image, or holds a value that means nothing.
         """
         key = self.key(index)
-        path = self.images / self.pairs[index].image
-        image = decode_image(path, key, self.in_chans, "invert", self.values, self.channels)
+        image = decode_image(self.files.image(index), key, self.in_chans, "invert", self.values, self.channels)
         mask = self.read_mask(index)
         if mask.shape != image.shape[1:]:
-            file = self.masks / self.pairs[index].parts[0].file
-            raise _wrong_size(file, tuple(mask.shape)[::-1], tuple(image.shape[1:])[::-1])
+            name = self.files.place(self.files.mask_name(index))
+            raise _wrong_size(name, tuple(mask.shape)[::-1], tuple(image.shape[1:])[::-1])
         return Sample(image, -1, key, {"mask": mask})
 
     def read_mask(self, index: int) -> Tensor:
         """Return mask number `index`, (H, W) uint8, 255 where unknown."""
-        parts = self.pairs[index].parts
+        parts = self.files.parts(index)
         if not self.coding.per_class:
-            return torch.from_numpy(self._decoded(parts[0].file).astype(np.uint8))
-        classes = {part.name: self._decoded(part.file) for part in parts}
+            return torch.from_numpy(self._decoded(index, 0).astype(np.uint8))
+        classes = {part.name: self._decoded(index, number) for number, part in enumerate(parts)}
         sizes = {values.shape for values in classes.values()}
         if len(sizes) > 1:
-            raise UsageError(
-                f"the masks of {self.images / self.key(index)} are of different sizes; they must be of one"
-            )
+            raise UsageError(f"the masks of {self.key(index)} are of different sizes; they must be of one")
         return torch.from_numpy(self.coding.together(classes).astype(np.uint8))
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
-        """Yield names and paths of up to `count` images."""
+        """Yield names and files or contents of up to `count` images."""
         for index in spread(len(self), count):
-            yield self.key(index), self.images / self.pairs[index].image
+            yield self.key(index), self.files.image(index)
 
     def fingerprint(self) -> str:
         """Return a short hash of names, sizes and times of images and masks."""
         return self._stamp
 
-    def _decoded(self, key: str) -> np.ndarray:
+    def _decoded(self, index: int, part: int) -> np.ndarray:
+        name = self.files.mask_name(index, part)
         try:
-            return self.coding.decode(open_mask(self.masks / key, printable(key)))
+            return self.coding.decode(open_mask(self.files.mask(index, part), name))
         except UnknownValueError as error:
-            raise wrong_value(f"the mask {self.masks / key}", error.value, self.coding, self.name) from error
+            raise wrong_value(f"the mask {self.files.place(name)}", error.value, self.coding, self.name) from error
 
     def _look(
-        self, files: list[ListedFile], most: int | None, settings: MaskSettings, coding: MaskCoding | None
+        self, masks: Sequence[ListedMask], most: int | None, settings: MaskSettings, coding: MaskCoding | None
     ) -> Survey:
         """Return what the masks hold; of those read in a known way, `most` from all over the list do."""
-        chosen = sorted({round(x) for x in np.linspace(0, len(files) - 1, min(len(files), most or len(files)))})
-        looked = [files[number] for number in chosen]
-        stamp = hashlib.sha256(repr((FORMAT, str(self.masks.resolve()), looked)).encode()).hexdigest()[:24]
+        chosen = sorted({round(x) for x in np.linspace(0, len(masks) - 1, min(len(masks), most or len(masks)))})
+        looked = [masks[number] for number in chosen]
+        about = (FORMAT, self.files.where, [mask.stamp for mask in looked])
+        stamp = hashlib.sha256(repr(about).encode()).hexdigest()[:24]
 
         def refuse_early(few: Survey) -> None:
             if len(few.values) > MOST_GUESSED or few.many:
                 settle(few, self.name, settings, names=self.own_names)
 
         check = refuse_early if most is None else None
-        return survey_files([(self.masks / file[0], printable(file[0])) for file in looked], stamp, check)
+        return survey_files([(mask.data, mask.name) for mask in looked], stamp, check)
 
     def _fits(self, coding: MaskCoding, survey: Survey, per_class: tuple[str, ...]) -> None:
         """Refuse masks that are not read as those the coding was settled on."""
@@ -230,21 +223,21 @@ class MaskSource(Source):
         try:
             coding.shares(survey)
         except UnknownValueError as error:
-            place = self.masks / survey.place(error.value, coding.form)
+            place = self.files.place(survey.place(error.value, coding.form))
             raise wrong_value(f"the mask {place}", error.value, coding, self.name) from error
 
     def _check_sizes(self) -> None:
         """Refuse a mask of another size than its image before anything is trained, as far as headers tell."""
         for number in sorted({round(x) for x in np.linspace(0, len(self) - 1, min(len(self), MOST_LOOKED_AT))}):
-            pair = self.pairs[number]
-            files = [self.images / pair.image, *(self.masks / part.file for part in pair.parts)]
+            masks = range(len(self.files.parts(number)))
             try:
-                sizes = [_stored_size(file) for file in files]
-            except (OSError, ValueError, SyntaxError):  # no file Pillow opens: reading it will tell
+                image = _stored_size(self.files.image(number))
+                sizes = [_stored_size(self.files.mask(number, part)) for part in masks]
+            except (OSError, ValueError, SyntaxError, UnreadableImageError):  # reading it will tell
                 continue
-            for size, file in zip(sizes[1:], files[1:], strict=True):
-                if sorted(size) != sorted(sizes[0]):  # an image may be stored on its side
-                    raise _wrong_size(file, size, sizes[0])
+            for part, size in zip(masks, sizes, strict=True):
+                if sorted(size) != sorted(image):  # an image may be stored on its side
+                    raise _wrong_size(self.files.place(self.files.mask_name(number, part)), size, image)
 
     def _shares(self) -> MaskShares:
         chosen = sorted({round(x) for x in np.linspace(0, len(self) - 1, min(len(self), MOST_TOGETHER))})
@@ -256,7 +249,7 @@ class MaskSource(Source):
                 continue
         names = self.coding.names
         shares = shares_of_counts(sums[: len(names)], int(sums[IGNORED]), names, len(chosen))
-        files = sum(len(pair.parts) for pair in self.pairs)
+        files = sum(len(self.files.parts(index)) for index in range(len(self)))
         return shares._replace(without_file=len(self) * len(self.coding.per_class) - files)
 
 
@@ -269,6 +262,8 @@ def open_segmentation(
     coding: MaskCoding | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    image_field: str | None = None,
+    mask_field: str | None = None,
     value_range: str | None = None,
     no_data: float | None = None,
     use_channels: str | None = None,
@@ -277,49 +272,82 @@ def open_segmentation(
     """Open images with masks by name.
 
     Args:
-        name: A folder with `images` and `masks` (or `labels`, `annotations`) in it, and optionally `classes.txt`, a
-            name per line, or a table of values or colours (`mask_values.txt`, `label_colors.txt`, `class_dict.csv`);
-            `camvid:FOLDER:train` (val, test); `ade20k:FOLDER:train` (val).
+        name: A folder with `images` and `masks` (or `labels`, `annotations`) in it, or one in which each image has a
+            mask beside it (`a.jpg`, `a_mask.png`); `FILE.csv` or `FILE.parquet` with a column of masks; shards with
+            `0001.mask.png` beside `0001.jpg`; `hf:NAME` with a column of masks; `camvid:FOLDER:train` (val, test);
+            `ade20k:FOLDER:train` (val). Where images or masks are called otherwise, `image_field` and `mask_field` say
+            so. `classes.txt`, a name per line, or a table of values or colours (`mask_values.txt`, `label_colors.txt`,
+            `class_dict.csv`) beside them names the classes.
         in_chans: Channels the images are read as.
-        class_names: Names of the classes of a plain folder, instead of its own.
+        class_names: Names of the classes, instead of those beside the images.
         settings: What the user says of the values of masks; default: they are recognised.
         coding: How masks are read, as settled on another source, instead.
         include: Globs of the images to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of images to leave out; their masks go with them.
-        value_range: What stored values of images become 0 and 1, see `patchloom.base.source_options`.
+        image_field: What holds the images, see `patchloom.base.source_options`.
+        mask_field: What holds the masks.
+        value_range: What stored values of images become 0 and 1.
         no_data: Value that means that nothing is known of a pixel.
         use_channels: Numbers of the channels taken of each image.
         model: Encoder whose training images say how these are read, where the options do not.
 
     Raises:
-        UsageError: There is no such source, or it cannot be read so.
+        UsageError: There is no such source, it has no masks, or it cannot be read so.
     """
     asked = {"value_range": value_range, "no_data": no_data, "use_channels": use_channels}
     how = Reading.of(remembered(model) | {option: value for option, value in asked.items() if value is not None})
     read: dict[str, Any] = {"in_chans": in_chans, "settings": settings, "coding": coding}
-    read |= {"include": include, "exclude": exclude}
+    chosen = {"include": include, "exclude": exclude}
+    fields = {"image_field": image_field, "mask_field": mask_field}
+    given = {option: value for option, value in (chosen | fields).items() if value is not None}
     word, _, rest = name.partition(":")
     if word in ("camvid", "ade20k") and rest:
+        published = _camvid if word == "camvid" else _ade20k
+        refuse_untaken(published, name, given)
         folder, split = _split_of(rest, {"camvid": ("train", "val", "test"), "ade20k": ("train", "val")}[word])
-        return how.given_to((_camvid if word == "camvid" else _ade20k)(name, folder, split, read))
-    root = existing(name)
-    if not root.is_dir():
-        raise UsageError(
-            f"there is no folder {name!r} of images and masks, nor a source of that name "
-            f"(camvid:FOLDER:SPLIT, ade20k:FOLDER:SPLIT)"
-        )
-    masks = next((root / folder for folder in MASK_FOLDERS if (root / folder).is_dir()), None)
-    if not (root / "images").is_dir() or masks is None:
-        raise UsageError(f"{name} must hold a folder images and a folder masks (or {', '.join(MASK_FOLDERS[1:])})")
+        return how.given_to(published(name, folder, split, read, include, exclude))
+    files, places = _opened(name, word, rest, given)
     if class_names is None:
-        for place in (root, root.parent):
+        for place in places:
             if (place / "classes.txt").is_file():
                 lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
                 class_names = [line.strip() for line in lines if line.strip()]
                 break
-    tables = [place / file for place in (root, root.parent) for file in TABLE_FILES if (place / file).is_file()]
+    tables = [place / file for place in places for file in TABLE_FILES if (place / file).is_file()]
     table = tables[0] if tables and class_names is None else None
-    return how.given_to(MaskSource(name, root / "images", masks, class_names=class_names, table=table, **read))
+    return how.given_to(MaskSource(name, files, class_names=class_names, table=table, **read))
+
+
+def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[MaskedFiles, list[Path]]:
+    """Return what a name stands for, and the folders in which files that name the classes may lie."""
+    if word == "hf" and rest:
+        refuse_untaken(HuggingFaceSource, name, given)
+        dataset, _, split = rest.partition(":")
+        return HubMasks(HuggingFaceSource(dataset, split or "train", **given)), []
+    if is_label_file(name):
+        table = LabelFileSource(name, labelled=False, **given)
+        return TableMasks(table), [table.root, table.root.parent]
+    if is_shards(name):
+        refuse_untaken(ShardSource, name, given)
+        shards = ShardSource(name, **given)
+        return ShardMasks(shards), [shards.shards[0].parent]
+    root = existing(name)
+    if not root.is_dir():
+        raise UsageError(
+            f"there is no folder {name!r} of images and masks, nor a source of that name "
+            f"(FILE.csv, shards, hf:NAME, camvid:FOLDER:SPLIT, ade20k:FOLDER:SPLIT)"
+        )
+    masks = next((root / folder for folder in MASK_FOLDERS if (root / folder).is_dir()), None)
+    if given.keys().isdisjoint(("image_field", "mask_field")) and (root / "images").is_dir() and masks is not None:
+        return FolderMasks(root / "images", masks, **given), [root, root.parent]
+    if "mask_field" not in given:
+        if (ending := ending_beside(list_images(root))) is None:
+            raise UsageError(
+                f"{name} must hold a folder images and a folder masks (or {', '.join(MASK_FOLDERS[1:])}), or a mask "
+                f"beside each image (a.jpg, a_mask.png); --mask_field says what masks are called otherwise (_seg, seg/)"
+            )
+        given = {**given, "mask_field": ending}
+    return FolderMasks(root, root, **given), [root, root.parent]
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
@@ -333,17 +361,19 @@ def colours(count: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def _stored_size(file: Path) -> tuple[int, ...]:
-    with Image.open(file) as image:
+def _stored_size(file: Path | bytes) -> tuple[int, ...]:
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         return image.size
 
 
-def _wrong_size(file: Path, mask: tuple[int, ...], image: tuple[int, ...]) -> UsageError:
+def _wrong_size(file: str, mask: tuple[int, ...], image: tuple[int, ...]) -> UsageError:
     sizes = [f"{size[0]}x{size[1]}" for size in (mask, image)]
     return UsageError(f"the mask {file} is {sizes[0]} and its image {sizes[1]}; they must be of one size")
 
 
-def _camvid(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSource:
+def _camvid(
+    name: str, root: Path, split: str, read: dict[str, Any], include: str | None, exclude: str | None
+) -> MaskSource:
     """CamVid, SegNet's split: 11 classes, 11 is void; `train` + `trainannot`, or `train/images` + `train/labels`."""
     nested = root / split / "images", root / split / "labels"
     flat = root / split, root / f"{split}annot"
@@ -352,8 +382,7 @@ def _camvid(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSour
         raise UsageError(f"no CamVid in {root}: looked for {split}/images with {split}/labels, and for {split}annot")
     return MaskSource(
         name,
-        images,
-        masks,
+        FolderMasks(images, masks, include, exclude),
         class_names=list(CAMVID),
         layout=((len(CAMVID), IGNORED), 0),
         palette=list(CAMVID.values()),
@@ -361,7 +390,9 @@ def _camvid(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSour
     )
 
 
-def _ade20k(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSource:
+def _ade20k(
+    name: str, root: Path, split: str, read: dict[str, Any], include: str | None, exclude: str | None
+) -> MaskSource:
     """ADE20K's challenge: 150 classes from 1 on, 0 is unknown."""
     folder = {"train": "training", "val": "validation"}[split]
     images, masks = root / "images" / folder, root / "annotations" / folder
@@ -372,7 +403,8 @@ def _ade20k(name: str, root: Path, split: str, read: dict[str, Any]) -> MaskSour
         rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines()[1:]]
         found = [row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()]
         names = found if len(found) == ADE_CLASSES else names
-    return MaskSource(name, images, masks, class_names=names, layout=((IGNORED,), 1), **read)
+    files = FolderMasks(images, masks, include, exclude)
+    return MaskSource(name, files, class_names=names, layout=((IGNORED,), 1), **read)
 
 
 def _split_of(rest: str, known: tuple[str, ...]) -> tuple[Path, str]:

@@ -87,7 +87,7 @@ def scan(shard: Path, roles: Roles, take: Collection[Role], each: object) -> Sca
         shard: The shard.
         roles: What its files are.
         take: Files whose content is read along, small ones.
-        each: Called with those of every image, and with None for a damaged end.
+        each: Called with the files of every image, empty but for those, and with None for a damaged end.
     """
     size = shard.stat().st_size
     starts = array("q")
@@ -106,7 +106,7 @@ def scan(shard: Path, roles: Roles, take: Collection[Role], each: object) -> Sca
             members = _headers(archive, size if seekable else None, roles, take, endings)
             for files in _groups(members):
                 starts.append(min(offset for _, (offset, _) in files.values()))
-                told({role: (name, content) for role, (name, (_, content)) in files.items() if role in take})
+                told({role: (name, content) for role, (name, (_, content)) in files.items()})
             # Where the end marker (empty blocks) is missing, tarfile takes the end of the file for the end.
             if seekable and archive.offset + tarfile.BLOCKSIZE > size:
                 damaged()

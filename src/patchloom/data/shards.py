@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,16 +23,21 @@ import numpy as np
 from patchloom.base.source_options import words
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
-from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, no_field
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, Packed, no_field
 from patchloom.data.shard_files import TRUNCATED, Files, Role, Roles, read_images, scan
 from patchloom.data.shard_labels import Raw, ShardLabels, Wrong, json_of, key_of, raw_label
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import printable
 
 Encoded = tuple[str, Files | None]
-MOST_KEYS = 200
+MOST_KEYS, MOST_SHOWN = 200, 20
 COMPRESSED_LOOKED_AT = 16
 """Compressed shards of which the first images stand for all."""
+
+
+def is_shards(name: str) -> bool:
+    """Return whether a source's name means shards."""
+    return name.endswith((".tar", ".tar.gz", ".tgz"))
 
 
 class ShardSource(StreamSource):
@@ -53,6 +59,7 @@ class ShardSource(StreamSource):
     Attributes:
         shards: Paths of the shards, as named.
         captions: Whether images have captions.
+        mask_names: Names of the masks of all images, empty where one has none; None where no image has one.
 
     Raises:
         UsageError: A shard doesn't exist, none matches, there is no image in any, or no file or key of a name asked
@@ -92,39 +99,43 @@ class ShardSource(StreamSource):
             raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")
         asked: Sequence[tuple[Field, str | None, bool]] = (
             (LABEL, label_field, self._labelled),
-            (MASK, mask_field, self._masks),
+            (MASK, mask_field, self.mask_names is not None),
             (CAPTION, caption_field, self.captions),
         )
         for field, name, found in asked:
             if name is not None and not found:
                 raise no_field(field, name, there, self.name)
-        self.why_unlabelled = f"has no label (its files and keys: {', '.join(there[:20])})"
+        self.why_unlabelled = f"has no label (its files and keys: {self.fields_there()})"
 
     def _look(self) -> None:
         """Scan the shards: images, where they begin, what their labels are."""
         self._there: set[str] = set()
-        self.captions = self._masks = self._labelled = False
+        self.captions = self._labelled = False
         numbers: dict[Raw, int] = {None: 0}
         scanned, self._written = [], []
+        named: list[bytes] = []
         for shard in self.shards:
             written = array("i")
+            masks: list[bytes] = []
 
-            def each(files: Files | None, written: array[int] = written) -> None:
+            def each(files: Files | None, written: array[int] = written, masks: list[bytes] = masks) -> None:
                 files = files or {}
                 content = json_of(files)
                 raw = raw_label(files, content, self._label_field, self._missing)
                 written.append(numbers.setdefault(raw, len(numbers)))
                 self._labelled |= raw is not None or "label" in files
-                self._masks |= "mask" in files
+                masks.append(os.fsencode(files["mask"][0]) if "mask" in files else b"")
                 self.captions |= "caption" in files
                 if not isinstance(content, Wrong):
                     self._there.update(key for key in content if len(self._there) < MOST_KEYS)
                     self.captions |= key_of(content, CAPTION, self._caption_field) is not None
 
             found = scan(shard, self.roles, ("label", "json"), each)
+            named += masks
             scanned.append(found)
             self._there |= found.endings
             self._written.append(np.array(written, np.int32))
+        self.mask_names = Packed(named) if any(named) else None
         self.sizes = [len(found.starts) for found in scanned]
         self._firsts = np.cumsum([0, *self.sizes])
         self.seeks = all(found.seekable for found in scanned)
@@ -219,6 +230,16 @@ class ShardSource(StreamSource):
         found = [unknown if isinstance(label, Wrong) else label for label in map(self._labels.of, self._raw)]
         table = np.stack(found).astype(np.float32) if self.multilabel else np.array(found, np.int64)
         return table[np.concatenate(self._written)] if len(self._written) else table[:0]
+
+    def fields_there(self) -> str:
+        """Return the endings of files and the keys of .json files that there are, in words."""
+        there = sorted(self._there)
+        more = f" and {len(there) - MOST_SHOWN} more" if len(there) > MOST_SHOWN else ""
+        return ", ".join(there[:MOST_SHOWN]) + more
+
+    def shard_name(self, image: int) -> str:
+        """Return the name of the shard an image is in."""
+        return self._names[int(np.searchsorted(self._firsts, image, "right")) - 1]
 
     def place(self, image: int) -> tuple[int, int]:
         """Return the shard of an image and where it begins in it, of shards that can be read by number."""

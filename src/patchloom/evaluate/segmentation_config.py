@@ -53,7 +53,8 @@ class SegmentationConfig(DecoderConfig):
     encoder: Any
     """Bundle, run or timm model with published weights; from Python also a module"""
     train: str
-    """Images and masks to learn from: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train"""
+    """Images and masks to learn from: a folder with images and masks in it, FILE.csv, shards or hf:NAME with masks,
+    camvid:FOLDER:train, ade20k:FOLDER:train"""
     test: str
     """Images and masks to measure on, of the same classes"""
     inference: Literal["slide", "whole"] = "slide"

@@ -63,7 +63,7 @@ class SegmentMethod(Method):
 
     def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, MaskSource):
-            raise UsageError(f"{source.name} has no masks; segment takes a folder with images and masks in it")
+            raise UsageError(f"{source.name} has no masks; segment takes what open_segmentation opens")
         super().__init__(config, source)
         self.test: MaskSource | None = None
         if config.probe_data is not None:

@@ -27,7 +27,8 @@ class SegmentConfig(MaskSettings, TrainConfig):
     }
 
     data: str
-    """Images and masks to learn from: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train"""
+    """Images and masks to learn from: a folder with images and masks in it, FILE.csv, shards or hf:NAME with masks,
+    camvid:FOLDER:train, ade20k:FOLDER:train"""
     probe_data: str | None = None
     """Images and masks of the same classes that mean IoU is measured on, and that the report shows; default: none"""
     untrained: bool = False
