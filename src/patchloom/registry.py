@@ -268,6 +268,7 @@ SOURCES: dict[str, str] = {
     "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
     "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
     "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
+    "clips:FOLDER": "folders of frames, each a video; clips of clip_frames frames, clip_stride apart",
     "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
     "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
     "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
@@ -276,6 +277,12 @@ SOURCES: dict[str, str] = {
     "covidx:FOLDER": "COVIDx, 3 classes; …:train, :val, :test",
 }
 """Ways to name a data source, each with one line of help."""
+
+OPENERS: dict[str, str] = {
+    "clips": "data.clips:ClipSource",
+}
+"""What opens `WORD:PATH`, by word: called with the path, and with those of `labels`, `in_chans`, the source options and
+what the model's bundle remembers of them that it has arguments for."""
 
 REFERENCES: dict[str, str] = {
     "adaptformer": "systems.adaptformer.published:load",
@@ -330,6 +337,19 @@ def entry(verb: str, name: str) -> Entry:
 def method_class(verb: str, name: str) -> Any:
     """Return the class of a method, see `entry`."""
     return load(entry(verb, name).method)
+
+
+def taking(kind: str) -> list[str]:
+    """Return the methods that take samples of a kind, as `verb name`; imports them all, so it is for error messages."""
+    found = []
+    for verb, entries in METHODS.items():
+        for name in entries:
+            try:
+                kinds = getattr(method_class(verb, name), "kinds", ())
+            except ImportError:  # of an extra that is not here
+                continue
+            found += [f"{verb} {name}"] if kind in kinds else []
+    return found
 
 
 def settings_class(verb: str, name: str) -> Any:

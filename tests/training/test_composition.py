@@ -24,6 +24,7 @@ from patchloom.data.kinds import KINDS
 from patchloom.data.sample import Sample, WithNamed
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import normalize
+from patchloom.errors import UsageError
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
 from patchloom.training.failure import NonFiniteLossError
@@ -316,6 +317,8 @@ class Clouds(Source):
 class PointClassifier(Method):
     """Points as the tokens of a ViT."""
 
+    kinds = ("points",)
+
     def __init__(self, config, source):
         super().__init__(config, source)
         self.embed, self.head = nn.Linear(3, self.encoder.embed_dim), nn.Linear(self.encoder.embed_dim, 2)
@@ -338,6 +341,14 @@ def test_clouds_of_points_train_and_nothing_asks_them_for_pictures(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert "rankme" not in found.summary
     assert found.report.exists()
+
+
+def test_a_source_of_another_kind_is_refused_with_both_kinds_and_what_takes_it(tmp_path):
+    with pytest.raises(UsageError, match="clouds holds clouds of points, and pretrain test takes images; no method"):
+        run(tmp_path / "images", Contrast, source=Clouds(), data="clouds")
+    with pytest.raises(UsageError, match="digits holds images, and pretrain test takes clouds of points; pretrain cc"):
+        run(tmp_path / "points", PointClassifier, max_steps=1)
+    assert not list(tmp_path.iterdir())
 
 
 # What attaches from outside.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from patchloom.base.ranges import PositiveInt
 from patchloom.base.settings import Settings
 from patchloom.errors import UsageError
 
@@ -51,6 +52,10 @@ class SourceOptions(Settings):
     """What holds the masks: a column, an ending in shards (seg.png), an ending of names or a folder (_mask, masks/)"""
     caption_field: str | None = None
     """What holds the captions: a column, a key of .json or an ending in shards, an ending of names or a folder"""
+    clip_frames: PositiveInt | None = None
+    """Frames of a clip; default: as many as the model takes, else 16"""
+    clip_stride: PositiveInt | None = None
+    """Frames of a video from one of a clip to the next; default: what the model was trained with, else 4"""
 
     def source_options(self) -> dict[str, Any]:
         """Return those that are set, by name, for `open_source`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from patchloom.data.subset import MemorySource, SubsetSource
 from patchloom.data.transforms import EvalTransform, FinetuneTransform, PairedViews, make_mixup
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
-from patchloom.registry import SOURCES
+from patchloom.registry import OPENERS, SOURCES, load
 
 __all__ = [
     "EvalTransform",
@@ -88,9 +89,10 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     source_options = {option: value for option, value in options.items() if option not in READING}
-    source = reading.given_to(
-        _open(name, labels, in_chans, seed, reading.channel_files, source_options), options, quiet=quiet
-    )
+    opened = _registered(name, labels, in_chans, reading.channel_files, source_options, remembered(model))
+    if opened is None:
+        opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options)
+    source = reading.given_to(opened, options, quiet=quiet)
     return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
 
@@ -102,9 +104,16 @@ def open_alike(names: Sequence[str], *, model: Any = None, **options: Any) -> li
     """
     opened: list[Source | StreamSource] = []
     for name in names:
+        if opened and (_word(name) in OPENERS or _word(names[0]) in OPENERS) and _word(name) != _word(names[0]):
+            kind = opened[0].kind.plural
+            raise UsageError(f"{names[0]} holds {kind} and {name} is another sort of data; name {kind} for both")
         opened.append(open_source(name, model=model, **options))
         options |= reading_options(opened[0])
     return opened
+
+
+def _word(name: str) -> str:
+    return name.partition(":")[0]
 
 
 def _open(
@@ -155,6 +164,27 @@ def _open(
     if channel_files is not None:
         return ChannelFilesSource(folder, channel_files, labels, in_chans, **options)
     return FolderSource(folder, labels=labels, in_chans=in_chans, **options)
+
+
+def _registered(
+    name: str,
+    labels: Labels,
+    in_chans: int,
+    channel_files: str | None,
+    options: dict[str, Any],
+    known: dict[str, Any],
+) -> Source | None:
+    """Return what a registered opener opens, read as the model's data were where nothing else is said; else None."""
+    word, _, rest = name.partition(":")
+    if word not in OPENERS or not rest:
+        return None
+    opener = load(OPENERS[word])
+    asked = options if channel_files is None else {**options, "channel_files": channel_files}
+    refuse_untaken(opener, name, asked)
+    told = {"labels": labels, "in_chans": in_chans, **known}
+    taken = {option: value for option, value in told.items() if option in signature(opener).parameters}
+    opened: Source = opener(existing(rest), **(taken | options))
+    return opened
 
 
 def _frames(name: str, stack: int, options: dict[str, Any]) -> Source | None:

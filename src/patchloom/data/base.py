@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from patchloom.data.kinds import IMAGE, Kind
 from patchloom.data.order import draw_seed
@@ -93,6 +94,18 @@ class Source(ABC):
             UnreadableImageError: The image cannot be decoded.
         """
 
+    def draw(self, index: int, generator: torch.Generator) -> Sample:
+        """Return sample number `index` as it is trained on, where there is a choice: a window of a video.
+
+        Args:
+            index: Which.
+            generator: Where draws come from; by default nothing is drawn, and the sample is that of `read`.
+
+        Raises:
+            UnreadableImageError: As for `read`.
+        """
+        return self.read(index)
+
     @abstractmethod
     def key(self, index: int) -> str:
         """Return the name of image number `index` without decoding it."""
@@ -105,6 +118,10 @@ class Source(ABC):
         """Yield names and files of up to `count` images, spread over the source; none where there are no files."""
         return iter(())
 
+    def sampling(self) -> dict[str, Any]:
+        """Return the options by which samples are taken from what is stored, besides how pixels are read."""
+        return {}
+
     def describe(self) -> dict[str, object]:
         """Return what a report says about the source."""
         classes = None if self.class_names is None else len(self.class_names)
@@ -113,6 +130,7 @@ class Source(ABC):
             "images": len(self),
             "classes": classes,
             "fingerprint": self.fingerprint(),
+            **_kind(self),
             **reading(self),
         }
 
@@ -254,6 +272,7 @@ class StreamSource(ABC):
             "images": self.num_samples,
             "classes": None if self.class_names is None else len(self.class_names),
             "fingerprint": self.fingerprint(),
+            **_kind(self),
             **reading(self),
         }
 
@@ -269,9 +288,15 @@ def no_labels(source: Source | StreamSource, asked: str = "") -> UsageError:
 
 
 def reading(source: Source | StreamSource) -> dict[str, object]:
-    """Return how pixels are read, where that is not a matter of course."""
+    """Return how pixels are read and samples taken, where that is not a matter of course."""
     values: dict[str, object] = {"value_range": str(source.values)} if source.values != ValueRange() else {}
+    if isinstance(source, Source):
+        values |= source.sampling()
     return values | ({"use_channels": ",".join(map(str, source.channels))} if source.channels is not None else {})
+
+
+def _kind(source: Source | StreamSource) -> dict[str, object]:
+    return {} if source.kind == IMAGE else {"kind": source.kind.name}
 
 
 def spread(total: int, count: int) -> list[int]:

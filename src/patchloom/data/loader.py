@@ -189,7 +189,7 @@ def make_loader(
     }
     if isinstance(source, Source):
         if len(source) == 0:
-            raise UsageError(f"'{source.name}' holds no image")
+            raise UsageError(f"'{source.name}' holds no {source.kind.name}")
         order = EpochOrder(len(source), batch_size, repeats=repeats, **steps)
         return Loader(
             source,
@@ -202,7 +202,7 @@ def make_loader(
             f"images of the stream '{source.name}' come once each, not {repeats} times in a row; set it to 1"
         )
     if not source.num_samples:
-        raise UsageError(f"'{source.name}' holds no image")
+        raise UsageError(f"'{source.name}' holds no {source.kind.name}")
     line = StreamOrder(
         source.sizes, batch_size, lanes=lanes or max(1, num_workers), buffer_size=source.buffer_size, **steps
     )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from patchloom.data.base import Sample, Source
+from patchloom.data.kinds import IMAGE, Kind
 from patchloom.errors import UsageError
 
 
@@ -32,6 +35,14 @@ class SubsetSource(Source):
     def read(self, index: int) -> Sample:
         """Return image number `index` of the subset."""
         return self.source.read(int(self.indices[index]))
+
+    def draw(self, index: int, generator: torch.Generator) -> Sample:
+        """Return image number `index` of the subset as it is trained on."""
+        return self.source.draw(int(self.indices[index]), generator)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the options by which samples are taken."""
+        return self.source.sampling()
 
     def key(self, index: int) -> str:
         """Return the name of image number `index` of the subset."""
@@ -69,10 +80,12 @@ def say_unlabelled(name: str, left_out: Sequence[str], of: int) -> None:
 
 
 class MemorySource(Source):
-    """A few images held in memory, such as the first of a stream."""
+    """A few samples held in memory, such as the first of a stream."""
 
-    def __init__(self, name: str, samples: Sequence[Sample], class_names: list[str] | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, samples: Sequence[Sample], class_names: list[str] | None = None, kind: Kind = IMAGE
+    ) -> None:
+        self.name, self.kind = name, kind
         self.samples = list(samples)
         self.class_names = class_names
         labels = np.array([sample.label for sample in self.samples])

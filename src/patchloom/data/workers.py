@@ -54,20 +54,23 @@ class MapBatches(Dataset[Batch | UsageError]):
     def _batch(self, slots: Sequence[Slot]) -> Batch:
         batch = _Assembly()
         for slot in slots:
-            found = self._read(slot.image, batch.skipped)
+            found = self._read(slot, batch.skipped)
             if found is not None:
-                index, sample = found
-                # The draws are the slot's: an image that stands in for another doesn't look the same twice.
-                generator = _generator(self.seed, slot.epoch, slot.turn, slot.image)
+                index, sample, generator = found
                 batch.add(transformed(self.transform, sample, generator), sample, index)
         return batch.stacked()
 
-    def _read(self, index: int, skipped: Skipped) -> tuple[int, Sample] | None:
+    def _read(self, slot: Slot, skipped: Skipped) -> tuple[int, Sample, torch.Generator] | None:
+        """Return the sample for a slot, its number, and the generator of what is left to draw."""
         total = len(self.source)
-        for candidate in chain(range(index, total), range(index)):
+        for candidate in chain(range(slot.image, total), range(slot.image)):
             if candidate not in self._broken:
+                # The draws are the slot's: an image that stands in for another doesn't look the same twice.
+                generator = _generator(self.seed, slot.epoch, slot.turn, slot.image)
                 try:
-                    return candidate, self.source.read(candidate)
+                    # In training, where broken ones are replaced, a sample may be one of several.
+                    drawn = self.source.draw(candidate, generator) if self.replace else self.source.read(candidate)
+                    return candidate, drawn, generator
                 except UnreadableImageError as error:
                     self._broken[candidate] = error.key, error.reason
             skipped.append(self._broken[candidate])

@@ -12,6 +12,7 @@ from torch import Tensor
 from patchloom.base.sizes import Size
 from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import unit
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import (
@@ -47,6 +48,7 @@ class Health:
     """Rank, alignment, uniformity, attention, outlier tokens, position leakage and a probe of every layer."""
 
     config_class = HealthConfig
+    kinds = ("image",)
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
@@ -105,6 +107,7 @@ class Health:
         return figures
 
     def _sample(self, source: Source | StreamSource) -> Source:
+        require_kind(source, self.kinds, "evaluate health")
         if not isinstance(source, Source):
             raise UsageError(f"{source.name} can only be read from front to back; unpack the shards to .tar")
         generator = torch.Generator().manual_seed(self.config.seed)

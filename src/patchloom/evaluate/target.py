@@ -20,6 +20,7 @@ from patchloom.evaluate.config import EvaluationConfig, is_pixels
 from patchloom.features.cache import cached_features
 from patchloom.features.extract import NO_LABEL, Features, Pool
 from patchloom.features.fingerprint import source_hash
+from patchloom.features.inputs import require_taken
 from patchloom.models.bundle import made_from, open_encoder
 
 
@@ -66,6 +67,7 @@ def labelled_features(
     options = config.source_options()
     train, test = open_alike((config.train, config.test), in_chans=channels, seed=config.seed, model=encoder, **options)
     for source in (train, test):
+        require_taken(source, encoder)
         _check_labels(source, several)
     same = source_hash(train) == source_hash(test)
     if not may_be_same and train.fingerprint() == test.fingerprint():

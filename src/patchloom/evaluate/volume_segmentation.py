@@ -66,6 +66,7 @@ class VolumeSegmentation:
     """Decoder on the slices of volumes: Dice per volume and 95 % Hausdorff distance."""
 
     config_class = VolumeSegmentationConfig
+    kinds = ("volume",)
 
     def __init__(self, config: VolumeSegmentationConfig) -> None:
         self.config = config

@@ -53,6 +53,7 @@ class Volumes:
     """Volumes sorted into classes by their slices: mean, maximum or attention over slice features."""
 
     config_class = VolumesConfig
+    kinds = ("volume",)
 
     def __init__(self, config: VolumesConfig) -> None:
         self.config = config

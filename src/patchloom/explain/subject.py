@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
+from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import alike, unit
 from patchloom.encoders import Encoder, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
@@ -79,6 +80,7 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         by_index=True,
         **config.source_options(),
     )
+    require_kind(source, ("image",), "explain")
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} can only be read from front to back; unpack the shards to .tar")
     labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None

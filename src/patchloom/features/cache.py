@@ -39,6 +39,7 @@ from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 from patchloom.features.extract import Features, Pool, Precision, Produce, Take, extract_into, side_of, vector_parts
 from patchloom.features.fingerprint import digest, place_of_source, source_hash, weights_hash
+from patchloom.features.inputs import require_taken
 
 # Raised when the same encoder and images would give other vectors than before.
 FORMAT = 1
@@ -88,6 +89,7 @@ def cached_features(
     Raises:
         UsageError: As for `extract`; or the place of the cache is a file.
     """
+    require_taken(source, encoder)
     if layers is not None and encoder is not None:
         vector_parts(encoder, pool, layers)  # refuses what cannot be, before anything is hashed
     name = "pixels" if encoder is None else name

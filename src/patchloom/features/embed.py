@@ -36,6 +36,8 @@ def embed(
     no_data: float | None = None,
     use_channels: str | None = None,
     channel_files: str | None = None,
+    clip_frames: int | None = None,
+    clip_stride: int | None = None,
 ) -> str:
     """Write the feature vector of every image to a file.
 
@@ -59,6 +61,8 @@ def embed(
         no_data: Value that means that nothing is known of a pixel.
         use_channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
         channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
+        clip_frames: Frames of a clip; default: as many as the model takes, else 16.
+        clip_stride: Frames of a video from one of a clip to the next; default: the model's, else 4.
 
     Returns:
         The path of the file. Images that could not be read are left out and named on the error stream.
@@ -92,6 +96,8 @@ def embed(
         no_data=no_data,
         use_channels=use_channels,
         channel_files=channel_files,
+        clip_frames=clip_frames,
+        clip_stride=clip_stride,
     )
     source = open_source(data, in_chans=in_chans(encoder), model=encoder, **options.source_options())
     features = extract(

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchloom.base.choices import Pool, Precision
+from patchloom.base.choices import Pool, Precision, View
 from patchloom.base.progress import track
 from patchloom.base.sizes import Size, compact, pair
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
-from patchloom.data.transforms import View, eval_view
 from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
 from patchloom.encoders import image_size as size_of
 from patchloom.errors import UsageError, unknown_name
+from patchloom.features.inputs import require_taken
 
 PIXELS_SIDE = 32
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -145,7 +145,6 @@ def extract_into(
         layers: Blocks whose output is taken.
         precision: Number format of the encoder's arithmetic.
         view: What the encoder is shown of an image.
-        view: What the encoder is shown of an image.
         progress: Say how far it has come.
 
     Returns:
@@ -158,12 +157,13 @@ def extract_into(
         raise unknown_name("precision", precision, TYPES)
     if layers is not None and encoder is None:
         raise UsageError("raw pixels have no layers; leave layers out")
+    require_taken(source, encoder)
     if encoder is not None:
         encoder = _at_size(encoder, image_size)
     target = torch_device(device)
     loader = make_loader(
         source,
-        eval_view(view, side_of(encoder, None if encoder is not None else image_size)),
+        source.kind.eval_view(view, side_of(encoder, None if encoder is not None else image_size)),
         batch_size,
         seed=0,
         shuffle=False,
@@ -180,7 +180,7 @@ def extract_into(
             skipped += batch["skipped"]
             if not batch["key"]:
                 continue
-            images = unit(batch["image"].to(target, non_blocking=True))
+            images = unit(batch[source.kind.name].to(target, non_blocking=True))
             vectors = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
             held.append((vectors, batch["label"], batch["key"]))
             read += len(batch["key"])
@@ -191,7 +191,7 @@ def extract_into(
         while going and held:
             going = _hand_on(held.pop(0), take)
     if not read:
-        raise UsageError(f"{source.name} holds no readable image")
+        raise UsageError(f"{source.name} holds no readable {source.kind.name}")
     return skipped
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import (
@@ -69,6 +70,7 @@ def observe(
     """
     if not isinstance(source, Source):
         raise UsageError(f"{source.name} is a stream; the representation is measured on images by index")
+    require_kind(source, ("image",), "the representation")
     transform, generator = EvalTransform(image_size(encoder)), torch.Generator()
     places = np.unique(np.linspace(0, len(source) - 2, min(count, len(source) - 1)).astype(int)).tolist()
     modes = [(module, module.training) for module in encoder.modules()]

@@ -212,6 +212,7 @@ def _of_source(
 ) -> tuple[str, int, dict[str, Any], Iterator[tuple[Tensor | None, int]]]:
     """Return the source's name, its channels, how its pixels are read, its images (None: unreadable), how many."""
     from patchloom.data.base import StreamSource
+    from patchloom.data.kinds import require_kind
     from patchloom.data.reading import reading_options
     from patchloom.data.transforms import EvalTransform
 
@@ -219,6 +220,7 @@ def _of_source(
         from patchloom.data import open_source
 
         source = open_source(str(source))
+    require_kind(source, ("image",), "a codebook of patches")
     transform: Callable[[Tensor], Tensor] = _WholePatches(patch_size)
     if image_size is not None:
         patch_grid(pair(image_size), patch_size)  # refuse a size that is no multiple before any reading

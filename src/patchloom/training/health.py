@@ -13,9 +13,7 @@ from tqdm import tqdm
 
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.data.subset import MemorySource
-from patchloom.data.transforms import EvalTransform
-from patchloom.encoders import image_size
-from patchloom.features.extract import extract
+from patchloom.features.extract import extract, side_of
 from patchloom.features.health import Start, has_collapsed, mean_pairwise_cosine, rankme, verdict
 from patchloom.training.method import Method
 
@@ -99,13 +97,14 @@ class CollapseWatch(Callback):
     def _images(self, method: Method) -> MemorySource:
         """Return the images, read once, at the size the encoder takes."""
         if self.images is None:
-            transform, generator = EvalTransform(image_size(method.encoder)), torch.Generator()
+            kind, generator = self.source.kind, torch.Generator()
+            transform = kind.eval_view("crop", side_of(method.encoder, None))
             samples = (self._read(index) for index in range(0, len(self.source), self._stride()))
             images = list(islice((sample for sample in samples if sample is not None), MOST_IMAGES))
             resized = [
-                Sample(transform(sample.image, generator)["image"], sample.label, sample.key) for sample in images
+                Sample(transform(sample.value, generator)[kind.name], sample.label, sample.key) for sample in images
             ]
-            self.images = MemorySource(self.source.name, resized)
+            self.images = MemorySource(self.source.name, resized, kind=kind)
         return self.images
 
     def _stride(self) -> int:

@@ -65,6 +65,8 @@ def read_as(encoder: Encoder, config: Any) -> Encoder:
     settled = {
         "value_range": config.value_range if config.value_range != "auto" else None,
         "use_channels": config.use_channels,
+        "clip_frames": config.clip_frames,
+        "clip_stride": config.clip_stride,
     }
     known = {name: value for name, value in settled.items() if value is not None}
     statistics = {} if config.channel_mean is None else {"mean": config.channel_mean, "std": config.channel_std}

@@ -55,6 +55,7 @@ class Method(lp.LightningModule):
     with several optimisers says so by `phases`, one that learns one thing after another by `stages`.
 
     Attributes:
+        kinds: Names of the kinds of samples it takes (`data.kinds`), which is what sources it trains on hold.
         any_backbone: Whether the encoder may be any image model of timm; else it is a ViT.
         probed: Whether probe and health look at the encoder while it trains; not where something else is what learns.
         config: The settings.
@@ -72,6 +73,7 @@ class Method(lp.LightningModule):
 
     config_class: ClassVar[type[TrainConfig]] = TrainConfig
     needs_labels: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
     any_backbone: ClassVar[bool] = False
     probed: ClassVar[bool] = True
 

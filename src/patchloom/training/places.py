@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from patchloom import registry
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
 
@@ -38,7 +39,7 @@ COPIED = {"codebook": "codebook.safetensors"}
 """Files that a run has a copy of, used where the original is gone."""
 PLACES = SOURCES | MODELS | FILES | MADE
 # What stands before the path in the name of a source, and names whose rest is no path.
-BEFORE_PATH = ("frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "hf")
+BEFORE_PATH = (*registry.OPENERS, "frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "hf")
 NO_PATH = ("photos", "digits", "torchvision", "atari")
 NO_CACHE = ("auto", "none", "null", "off")
 

@@ -7,15 +7,17 @@ import numpy as np
 from patchloom.data import open_source
 from patchloom.data.base import Sample, Source, StreamSource
 from patchloom.data.subset import MemorySource, SubsetSource
+from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
+from patchloom.features.inputs import kinds_of, require_taken
 from patchloom.training.callbacks import ProbeData
 from patchloom.training.config import TrainConfig
 
 MOST_REFERENCE, MOST_QUERIES, MOST_STREAMED = 1000, 500, 256
 
 
-def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> ProbeData:
-    """Return the reference and query images of a run's probe; neither where samples are no pictures.
+def choose_probe_data(source: Source | StreamSource, config: TrainConfig, encoder: Encoder) -> ProbeData:
+    """Return the reference and query samples of a run's probe; neither where the encoder embeds no such samples.
 
     With `probe_data`, queries come from there and references from the training images. Without, both come from
     the training images (no image is in both). Without labels, or with several per image, there are queries only.
@@ -23,7 +25,7 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
     Raises:
         UsageError: `probe_data` cannot be opened, or its classes are not those of the training images.
     """
-    if not source.kind.pictured:
+    if source.kind.name not in kinds_of(encoder):
         return ProbeData(None, None)
     training = _labelled(_at_hand(source, config.seed))
     if config.probe_data is None:
@@ -34,6 +36,7 @@ def choose_probe_data(source: Source | StreamSource, config: TrainConfig) -> Pro
         return ProbeData(rest if labelled else None, SubsetSource(training, order[:share]))
     options = config.source_options()
     apart = open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed, **options)
+    require_taken(apart, encoder)
     held_out = _labelled(_at_hand(apart, config.seed))
     queries = _some(held_out, MOST_QUERIES, config.seed)
     if not _in_classes(training) or not _in_classes(held_out):
@@ -53,8 +56,8 @@ def _at_hand(source: Source | StreamSource, seed: int) -> Source:
     stream = source.samples(epoch=0, seed=seed, count=MOST_STREAMED)
     samples = [sample for sample in stream if isinstance(sample, Sample)]
     if not samples:
-        raise UsageError(f"{source.name} holds no readable image")
-    return MemorySource(source.name, samples, source.class_names)
+        raise UsageError(f"{source.name} holds no readable {source.kind.name}")
+    return MemorySource(source.name, samples, source.class_names, source.kind)
 
 
 def _in_classes(source: Source) -> bool:

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from patchloom import registry
 from patchloom.base import stopping
 from patchloom.data.base import Source, StreamSource, no_labels
+from patchloom.data.kinds import require_kind
 from patchloom.encoders import require_tokens
 from patchloom.errors import UsageError
 from patchloom.io import check_place, make_folder, read_config
@@ -141,6 +142,7 @@ def _fit(
 ) -> Run:
     if source is None:
         source, config = method_class.open_data(config)
+    require_kind(source, method_class.kinds, command)
     if method_class.needs_labels and source.class_names is None:
         raise no_labels(source, f"{command} needs labels and ")
     if not (config.resume and (Path(config.out) / "config.yaml").exists()):
@@ -248,7 +250,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
         metrics.rows.clear()
     probe = Probe(
         run_dir,
-        choose_probe_data(source, config) if method.probed else ProbeData(None, None),
+        choose_probe_data(source, config, method.encoder) if method.probed else ProbeData(None, None),
         every=config.probe_every,
         batch_size=config.batch_size,
     )
@@ -359,7 +361,8 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
     config = method.config
     about = method.describe()
     count = source.describe()["images"]
-    images = f"{count:,} images" if isinstance(count, int) else "a stream of images"
+    samples = source.kind.plural
+    images = f"{count:,} {samples}" if isinstance(count, int) else f"a stream of {samples}"
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
     kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     print(

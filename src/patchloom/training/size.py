@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback
 
 from patchloom.base.sizes import size_text
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
-from patchloom.data.kinds import IMAGE
 from patchloom.data.survey import notice
 
 if TYPE_CHECKING:
@@ -123,8 +122,9 @@ def advice(method: Method) -> list[str]:
     side = _usual_side(source)
     if side is not None and side * BLOWN_UP <= max(method.input_size):
         advices.append(
-            f"The images are about {side} pixels wide or high and are blown up to {size_text(method.input_size)}: most "
-            f"of what the encoder sees was made up by the enlargement; a smaller --image_size fits them."
+            f"The {source.kind.plural} are about {side} pixels wide or high and are blown up to "
+            f"{size_text(method.input_size)}: most of what the encoder sees was made up by the enlargement; a smaller "
+            f"--image_size fits them."
         )
     return advices
 
@@ -140,13 +140,13 @@ def _longer(config: TrainConfig, images: int | None) -> str:
 
 
 def _usual_side(source: Source | StreamSource) -> int | None:
-    """Return the median of the longer sides of a few images, in pixels; None for what is no image, and streams."""
-    if not isinstance(source, Source) or source.kind != IMAGE or not len(source):
+    """Return the median of the longer sides of a few images, in pixels; None for what has no sides, and streams."""
+    if not isinstance(source, Source) or source.kind.axes[-2:] != ("H", "W") or not len(source):
         return None
     sides = []
     for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
         try:
-            sides.append(max(source.read(index).image.shape[-2:]))
+            sides.append(max(source.read(index).value.shape[-2:]))
         except UnreadableImageError:
             continue
         if len(sides) == LOOKED_AT:

@@ -1,0 +1,26 @@
+"""Which samples an encoder takes, and what it is shown of them: by the kind of the source, see `data.kinds`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from patchloom.data.base import Source, StreamSource
+from patchloom.data.kinds import KINDS, require_kind
+from patchloom.encoders import Encoder
+
+
+def kinds_of(encoder: Encoder | None) -> tuple[str, ...]:
+    """Return the kinds of samples an encoder takes; without one (raw pixels), all that are measured."""
+    if encoder is None:
+        return tuple(kind.name for kind in KINDS.values() if kind.measured)
+    projection = getattr(getattr(encoder, "patch_embed", None), "proj", None)
+    return ("clip",) if isinstance(projection, nn.Conv3d) else ("image",)
+
+
+def require_taken(source: Source | StreamSource, encoder: Encoder | None) -> None:
+    """Refuse a source whose samples an encoder does not take.
+
+    Raises:
+        UsageError: Names both kinds, and the methods that take the source's.
+    """
+    require_kind(source, kinds_of(encoder), "a vector of raw pixels" if encoder is None else "the encoder")
