@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchloom.data import open_source
+from patchloom.data import EvalTransform, make_loader, open_source
 from patchloom.data.base import Unreadable
+from patchloom.data.sample import WithNamed
 from patchloom.data.shards import ShardSource
 from patchloom.errors import UsageError
 
@@ -236,3 +237,101 @@ def test_images_by_number_of_shards_read_what_the_stream_does(tmp_path):
     packed = ShardSource(write_tar(tmp_path / "c.tar.gz", files, "w:gz"))
     with pytest.raises(UsageError, match=r"c.tar.gz is compressed, so it can only be read from its front; unpack it"):
         packed.by_index()
+
+
+CAPTIONS = ["a cat", "größe", "", "two\nlines", "5.0"]
+
+
+def captioned(kind: str, folder: Path, column: str) -> str:
+    """Return a source of five images with captions."""
+    if kind in ("csv", "parquet", "hf", "json"):
+        given = [caption.replace("\n", " ") if kind == "csv" else caption for caption in CAPTIONS]
+        return written(kind, folder, column, given)
+    names = write_images(folder)
+    if kind == "folder":
+        for name, caption in zip(names, CAPTIONS, strict=True):
+            if caption:
+                (folder / column.replace("*", name.removesuffix(".png"))).parent.mkdir(exist_ok=True)
+                (folder / column.replace("*", name.removesuffix(".png"))).write_text(caption)
+        return str(folder)
+    files = {}
+    for number, caption in enumerate(CAPTIONS):
+        files[f"{number}.png"] = png(pixels(number))
+        files |= {f"{number}.{column}": caption.encode()} if caption else {}
+    return write_tar(folder / "a.tar", files)
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "options"),
+    [
+        ("folder", "*.txt", {}),
+        ("folder", "*_en.txt", {"caption_field": "_en.txt"}),
+        ("folder", "words/*.txt", {"caption_field": "words/"}),
+        ("csv", "caption", {}),
+        ("csv", "words", {"caption_field": "words"}),
+        ("parquet", "Text", {}),
+        ("tar", "txt", {}),
+        ("tar", "words", {"caption_field": "words"}),
+        ("json", "caption", {}),
+        ("json", "words", {"caption_field": "words"}),
+        ("hf", "caption", {}),
+        ("hf", "words", {"caption_field": "words"}),
+    ],
+)
+@pytest.mark.parametrize("by_index", [True, False])
+def test_a_caption_is_the_same_wherever_it_stands(tmp_path, kind, column, options, by_index):
+    source = open_source(captioned(kind, tmp_path, column), by_index=by_index, **options)
+    assert source.captions
+    loader = make_loader(source, WithNamed(EvalTransform(8), "caption"), 3, shuffle=False, num_workers=0)
+    found = [caption for batch in loader for caption in batch["caption"]]
+    assert found == [caption.replace("\n", " ") if kind == "csv" else caption for caption in CAPTIONS]
+    if by_index:
+        assert [source.caption(index) for index in range(5)] == found
+    plain = next(iter(make_loader(source, EvalTransform(8), 5, shuffle=False, num_workers=0)))
+    assert "caption" not in plain
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "tar"])
+def test_a_caption_that_is_not_utf_8_costs_its_image_only_where_captions_are_read(tmp_path, kind):
+    write_images(tmp_path, 2)
+    if kind == "folder":
+        (tmp_path / "0.txt").write_bytes(b"a caf\xe9")
+        name = str(tmp_path)
+    elif kind == "csv":
+        (tmp_path / "a.csv").write_bytes(b"file,caption\n0.png,a caf\xe9\n1.png,tea\n")
+        name = f"{tmp_path}/a.csv"
+    else:
+        files = {"0.png": png(pixels(0)), "0.txt": b"a caf\xe9", "1.png": png(pixels(1))}
+        name = write_tar(tmp_path / "a.tar", files)
+    source = open_source(name)
+    for view, skipped in (
+        (EvalTransform(8), []),
+        (WithNamed(EvalTransform(8), "caption"), ["its caption is not UTF-8"]),
+    ):
+        batch = next(iter(make_loader(source, view, 2, shuffle=False, num_workers=0)))
+        assert [reason for _, reason in batch["skipped"]] == skipped
+        assert len(batch["key"]) == 2 - len(skipped)
+
+
+def test_several_captions_are_read_as_their_first(tmp_path):
+    source = open_source(written("hf", tmp_path, "caption", [["a", "b"], [], ["c"], None, ["d"]]))
+    assert [source.caption(index) for index in range(5)] == ["a", "", "c", "", "d"]
+
+
+def test_captions_are_no_files_passed_over_and_masks_no_images(tmp_path, capsys):
+    write_images(tmp_path, 3)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("words")
+        Image.fromarray(pixels(number)).save(tmp_path / f"{number}_gt.png")
+    (tmp_path / "notes.txt").write_text("x")
+    source = open_source(str(tmp_path), mask_field="_gt")
+    assert [source.key(index) for index in range(len(source))] == ["0.png", "1.png", "2.png"]
+    assert "1 files are passed over for their suffix (.txt 1)" in capsys.readouterr().err
+    kept = open_source(str(tmp_path), image_field="_gt")
+    assert [kept.key(index) for index in range(len(kept))] == ["0_gt.png", "1_gt.png", "2_gt.png"]
+    assert kept.caption(1) == "words"
+    for option in ("image_field", "mask_field", "caption_field"):
+        with pytest.raises(UsageError, match=f"{option} is _tg, and no file in .* is called so"):
+            open_source(str(tmp_path), **{option: "_tg"})
+    with pytest.raises(UsageError, match=r"label_field is 'kind', which the source .* cannot obey"):
+        open_source(str(tmp_path), label_field="kind")

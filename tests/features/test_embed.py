@@ -144,3 +144,18 @@ def test_what_cannot_be_is_refused(settings, message, bundle, flat, tmp_path):
     with pytest.raises(UsageError, match=message):
         pl.embed(**asked, **QUICK)
     assert not (tmp_path / "v.npz").exists()
+
+
+def test_captions_go_into_the_file_and_one_that_cannot_be_read_costs_no_vector(bundle, flat, tmp_path, capsys):
+    (Path(flat) / "a.txt").write_bytes(b"caf\xe9")
+    (Path(flat) / "b.txt").write_text("a hat\n")
+    with np.load(pl.embed(bundle, data=flat, out=str(tmp_path / "v.npz"), **QUICK)) as held:
+        assert held["captions"].tolist() == ["", "a hat"]
+    assert "no caption for a.png: its caption is not UTF-8" in capsys.readouterr().err
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_images(Path(flat), ("c.png",))
+    (Path(flat) / "a.csv").write_text("file,words\nc.png,see\na.png,\n")
+    out = pl.embed(bundle, data=f"{flat}/a.csv", out=str(tmp_path / "v.parquet"), caption_field="words", **QUICK)
+    table = parquet.read_table(out).to_pydict()
+    assert (table["file"], table["caption"]) == (["c.png", "a.png"], ["see", None])
+    assert "label" not in table

@@ -7,7 +7,8 @@ folder of millions of files costs a few hundred megabytes of names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 
 from patchloom.data.kinds import IMAGE, Kind
 from patchloom.data.order import draw_seed
-from patchloom.data.sample import Sample
+from patchloom.data.sample import OnDemand, Sample
 from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, Visit
 from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError
@@ -109,6 +110,18 @@ class Source(ABC):
     @abstractmethod
     def key(self, index: int) -> str:
         """Return the name of image number `index` without decoding it."""
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`, empty where it has none.
+
+        Raises:
+            UnreadableImageError: It cannot be read, or is not UTF-8.
+        """
+        return ""
+
+    def named(self, index: int) -> Mapping[str, Any]:
+        """Return what belongs to image number `index` by name, each made when it is asked for."""
+        return OnDemand(caption=partial(self.caption, index)) if self.captions else {}
 
     @abstractmethod
     def fingerprint(self) -> str:

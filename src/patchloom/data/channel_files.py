@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from patchloom.base.source_options import words
 from patchloom.data.base import Sample, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
+from patchloom.data.fields import Packed
 from patchloom.data.folder import FolderSource, Labels
 from patchloom.errors import UsageError
 
@@ -49,6 +49,8 @@ class ChannelFilesSource(FolderSource):
                 f"channel_files names {len(self.parts)} channels ({parts}), and in_chans is {in_chans}; name each "
                 f"channel once, in order, such as _c0,_c1,_c2 or dapi/,gfp/,rfp/"
             )
+        if options.get("caption_field") is not None:
+            raise UsageError(f"caption_field is {options['caption_field']!r}, and channel_files leave no room for it")
         super().__init__(path, labels="none", in_chans=in_chans, **options)
         groups: dict[str, list[str | None]] = {}
         for index in range(len(self)):
@@ -59,9 +61,9 @@ class ChannelFilesSource(FolderSource):
             raise UsageError(f"no file in {path} is a channel by the names {parts}; the first file is {self._file(0)}")
         self.files = dict(sorted(groups.items()))
         names = [os.fsencode(name) for name in self.files]
+        self.captions = False
         self._stamp = hashlib.sha256(f"{self._stamp} {self.parts}".encode()).hexdigest()[:16]
-        self.offsets = np.cumsum([0] + [len(name) for name in names])
-        self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self.names = Packed(names)
         self._label(names, labels, words(options.get("missing")))
 
     def _parted(self, file: str) -> tuple[str, int] | None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from patchloom.base.source_options import choose, words
-from patchloom.data.base import UNLABELLED, Sample, Source, spread
+from patchloom.data.base import UNLABELLED, Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_image
+from patchloom.data.fields import CAPTION, IMAGE, MASK, TEXT_SUFFIX, Field, Packed, caption_text, file_rule, stem
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
 from patchloom.io import printable
@@ -46,9 +47,13 @@ class FolderSource(Source):
         include: Globs of the files to take, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
         missing: Names of sub-folders, separated by commas, whose images have no label (unsorted,NA).
+        image_field: What tells the images: an ending of names or a folder, see `fields.file_rule`; default: all.
+        mask_field: What tells masks, which are left out here (`open_segmentation` reads them).
+        caption_field: What tells captions; default: `a.txt` is that of `a.jpg`.
 
     Raises:
-        UsageError: There is no such folder, no image in it, or an image outside the sub-folders with `folder`.
+        UsageError: There is no such folder, no image in it, an image outside the sub-folders with `folder`, or no file
+            that is called as a field is said to be.
     """
 
     def __init__(
@@ -59,6 +64,9 @@ class FolderSource(Source):
         include: str | None = None,
         exclude: str | None = None,
         missing: str | None = None,
+        image_field: str | None = None,
+        mask_field: str | None = None,
+        caption_field: str | None = None,
     ) -> None:
         self.name = printable(path)
         self.root = Path(path)
@@ -67,20 +75,59 @@ class FolderSource(Source):
             kind = "is a file" if self.root.exists() else "does not exist"
             raise UsageError(f"the image folder {path} {kind}; give the folder that holds the images")
         passed: Counter[str] = Counter()
-        found = chosen_images(self.root, include, exclude, passed)
+        texts: dict[str, str] = {}
+        is_caption = file_rule(TEXT_SUFFIX if caption_field is None else caption_field)
+        found = chosen_images(self.root, include, exclude, passed, _collector(texts, is_caption))
         if not found:
             known = ", ".join(sorted(READ))
             others = f"; there are {_counted(passed)}" if passed else ""
             raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known}){others}")
+        image_of = self._of_fields(found, image_field, mask_field)
+        found = [file for file in found if file[0] in image_of]
         names = [os.fsencode(name) for name, _, _ in found]
-        self.offsets = np.cumsum([0] + [len(name) for name in names])
-        self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
+        captions = [texts.get(image_of[name], "") for name, _, _ in found]
+        self.captions = any(captions)
+        if self.captions:
+            self.caption_files = Packed([os.fsencode(caption) for caption in captions])
+            passed.subtract(_suffix(caption) for caption in captions if caption)
+            passed = +passed
+        elif caption_field is not None:
+            raise self._none_called(CAPTION, caption_field)
+        self.names = Packed(names)
         self._stamp = _hash(found)
         self._label(names, labels, words(missing))
         if passed and f"{self.name} passed over" not in _NOTICED:
             _NOTICED.add(f"{self.name} passed over")
             notice(f"{self.name}: {sum(passed.values())} files are passed over for their suffix ({_counted(passed)})")
-        _notice_masks(self.name, self.root, names, include is not None or exclude is not None)
+        told_apart = (include, exclude, image_field, mask_field) != (None,) * 4
+        _notice_masks(self.name, self.root, names, told_apart)
+
+    def _of_fields(
+        self, found: list[tuple[str, int, int]], image_field: str | None, mask_field: str | None
+    ) -> dict[str, str]:
+        """Return the images among the files, each with its name without what tells it from other files.
+
+        Raises:
+            UsageError: There is no file that is called so.
+        """
+        names = [name for name, _, _ in found]
+        if mask_field is not None:
+            is_mask = file_rule(mask_field)
+            images = [name for name in names if is_mask(name) is None]
+            if len(images) == len(names):
+                raise self._none_called(MASK, mask_field)
+            names = images
+        is_image = stem if image_field is None else file_rule(image_field)
+        named = {name: key for name in names if (key := is_image(name)) is not None}
+        if not named:
+            raise self._none_called(IMAGE, image_field or "")
+        return named
+
+    def _none_called(self, field: Field, asked: str) -> UsageError:
+        return UsageError(
+            f"{field.name}_field is {asked}, and no file in {self.name} is called so; give an ending of names "
+            f"(_{field.name}) or a folder ({field.name}s/)"
+        )
 
     def _label(self, names: list[bytes], labels: Labels, missing: list[str]) -> None:
         tops = [name.split(b"/", 1)[0] if b"/" in name else None for name in names]
@@ -99,7 +146,7 @@ class FolderSource(Source):
 
     def __len__(self) -> int:
         """Return the number of image files."""
-        return len(self.offsets) - 1
+        return len(self.names)
 
     def key(self, index: int) -> str:
         """Return the path of image number `index` below the folder, as `patchloom.io.printable` writes it."""
@@ -110,10 +157,20 @@ class FolderSource(Source):
         key = self.key(index)
         label = -1 if self.labels is None else int(self.labels[index])
         path = self.root / self._file(index)
-        return Sample(decode_image(path, key, self.in_chans, "invert", self.values, self.channels), label, key)
+        image = decode_image(path, key, self.in_chans, "invert", self.values, self.channels)
+        return Sample(image, label, key, self.named(index))
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`, empty where no file has one."""
+        if not self.captions or not (file := self.caption_files[index]):
+            return ""
+        try:
+            return caption_text((self.root / file).read_bytes(), self.key(index))
+        except OSError as error:
+            raise UnreadableImageError(self.key(index), f"its caption cannot be read: {error.strerror}") from error
 
     def _file(self, index: int) -> str:
-        return os.fsdecode(self.names[self.offsets[index] : self.offsets[index + 1]].tobytes())
+        return self.names[index]
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and paths of up to `count` images."""
@@ -126,16 +183,20 @@ class FolderSource(Source):
 
 
 def chosen_images(
-    root: Path, include: str | None = None, exclude: str | None = None, passed: Counter[str] | None = None
+    root: Path,
+    include: str | None = None,
+    exclude: str | None = None,
+    passed: Counter[str] | None = None,
+    other: Callable[[str], object] | None = None,
 ) -> list[tuple[str, int, int]]:
     """Return (path below root, size, time) of the image files globs choose, in the order of their paths.
 
-    Other files are counted by their suffix in `passed`.
+    Other files are counted by their suffix in `passed`; `other` is called with the path of each.
 
     Raises:
         UsageError: There are images, and none is chosen.
     """
-    found = sorted(walk_images(root, passed))
+    found = sorted(walk_images(root, passed, other))
     if include is None and exclude is None:
         return found
     names = set(choose((printable(name) for name, _, _ in found), include, exclude))
@@ -151,10 +212,12 @@ def chosen_images(
     return chosen
 
 
-def walk_images(root: Path, passed: Counter[str] | None = None) -> Iterator[tuple[str, int, int]]:
+def walk_images(
+    root: Path, passed: Counter[str] | None = None, other: Callable[[str], object] | None = None
+) -> Iterator[tuple[str, int, int]]:
     """Yield (path below root, size, time) of image files; folders reached twice through links are entered once.
 
-    Files of other suffixes are counted in `passed`.
+    Files of other suffixes are counted in `passed`, and `other` is called with the path of each.
     """
     seen: set[tuple[int, int]] = set()
     stack = [("", str(root))]
@@ -175,14 +238,30 @@ def walk_images(root: Path, passed: Counter[str] | None = None) -> Iterator[tupl
                 if entry.is_dir():
                     stack.append((f"{prefix}{entry.name}/", entry.path))
                     continue
-                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+                suffix = _suffix(entry.name)
                 if suffix in READ and entry.is_file():
                     about = entry.stat()
                     yield f"{prefix}{entry.name}", about.st_size, about.st_mtime_ns
                 elif passed is not None and entry.is_file():
-                    passed[suffix or "none"] += 1
+                    passed[suffix] += 1
+                    if other is not None:
+                        other(f"{prefix}{entry.name}")
             except OSError:
                 continue
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "none"  # noqa: PTH122
+
+
+def _collector(texts: dict[str, str], is_caption: Callable[[str], str | None]) -> Callable[[str], None]:
+    """Return what keeps the captions among files, by the image they belong to."""
+
+    def collect(name: str) -> None:
+        if (key := is_caption(name)) is not None:
+            texts[key] = name
+
+    return collect
 
 
 def _counted(passed: Counter[str]) -> str:

@@ -184,7 +184,16 @@ class HuggingFaceSource(Source):
             decode_image(data, self.key(index), self.in_chans, "invert", self.values, self.channels),
             label if self.multilabel else int(label),
             self.key(index),
+            self.named(index),
         )
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`, of several the first."""
+        if self.caption_column is None:
+            return ""
+        found = self._columns[self.caption_column][index][self.caption_column]
+        found = (found or [""])[0] if isinstance(found, list) else found
+        return (found or "").strip()
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield numbers and contents of up to `count` images."""

@@ -12,6 +12,7 @@ from patchloom.base.source_options import choose
 from patchloom.data.base import Sample, Source, spread
 from patchloom.data.decode import decode_image
 from patchloom.data.dicom import Monochrome1, check_monochrome1
+from patchloom.data.fields import CAPTION, caption_text
 from patchloom.data.folder import walk_images
 from patchloom.errors import UsageError
 from patchloom.io import printable, raw_name
@@ -64,6 +65,7 @@ class ListedSource(Source):
             files, labels = [files[place] for place in kept], None if labels is None else labels[kept]
             beside = {field: [cells[place] for place in kept] for field, cells in beside.items()}
         self.beside = dict(beside)
+        self.captions = CAPTION.name in self.beside
         self.labels = labels
         self.class_names = None if class_names is None else list(class_names)
         self.in_chans = in_chans
@@ -88,7 +90,11 @@ class ListedSource(Source):
         path = self.root / self.files[index]
         image = decode_image(path, key, self.in_chans, self.monochrome1, self.values, self.channels)
         label = -1 if self.labels is None else self.labels[index]
-        return Sample(image, label if self.multilabel else int(label), key)
+        return Sample(image, label if self.multilabel else int(label), key, self.named(index))
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`, empty where the list has none."""
+        return caption_text(self.beside[CAPTION.name][index], self.key(index)) if self.captions else ""
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and paths of up to `count` images."""

@@ -13,8 +13,8 @@ A mask, a caption, the spacing of a volume's voxels: each stands in `named` unde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ class Sample:
     key: str
     """Name of the sample within its source: a relative path (as `patchloom.io.printable` writes it) or a stable id."""
     named: Mapping[str, Tensor | str] = field(default_factory=dict)
-    """What else belongs to it: `mask` ((H, W) uint8, 255 where unknown), `text`, `spacing` …"""
+    """What else belongs to it: `mask` ((H, W) uint8, 255 where unknown), `caption` (empty where an image of a source
+    with captions has none), `text`, `spacing` …"""
 
     @property
     def image(self) -> Tensor:
@@ -57,6 +58,41 @@ def transformed(transform: Transform, sample: Sample, generator: torch.Generator
     if missing := [name for name in wanted if name not in sample.named]:
         raise UsageError(f"'{sample.key}' has no {missing[0]}, which is needed here")
     return transform(sample.value, generator, **{name: sample.named[name] for name in wanted})
+
+
+class OnDemand(Mapping[str, Any]):
+    """What is named, made when it is asked for: most transforms read none of it.
+
+    >>> OnDemand(caption=lambda: "a cat")["caption"]
+    'a cat'
+    """
+
+    def __init__(self, **makers: Callable[[], Tensor | str]) -> None:
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Tensor | str:
+        """Make what is named."""
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.makers)
+
+
+def at_hand(sample: Sample, transform: Transform) -> Sample:
+    """Return a sample with what a transform reads made, so that what cannot be read is found here.
+
+    Raises:
+        UnreadableImageError: Something that belongs to the sample cannot be read.
+    """
+    if not isinstance(sample.named, OnDemand):
+        return sample
+    wanted = [name for name in getattr(transform, "reads", ()) if name in sample.named]
+    return replace(sample, named={name: sample.named[name] for name in wanted})
 
 
 class WithNamed:

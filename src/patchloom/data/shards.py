@@ -15,6 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +24,10 @@ import numpy as np
 from patchloom.base.source_options import words
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
-from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, Packed, no_field
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, Packed, caption_text, no_field
+from patchloom.data.sample import OnDemand
 from patchloom.data.shard_files import TRUNCATED, Files, Role, Roles, read_images, scan
-from patchloom.data.shard_labels import Raw, ShardLabels, Wrong, json_of, key_of, raw_label
+from patchloom.data.shard_labels import Raw, ShardLabels, Wrong, caption_of, json_of, key_of, raw_label
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import printable
 
@@ -206,7 +208,17 @@ class ShardSource(StreamSource):
         if isinstance(label, Wrong):
             raise UnreadableImageError(key, label.reason)
         image = decode_image(data, key, self.in_chans, "invert", how.values, how.channels)
-        return Sample(image, label, key)
+        caption = partial(self.caption_of, files, key)
+        return Sample(image, label, key, OnDemand(caption=caption) if self.captions else {})
+
+    def caption_of(self, files: Files, key: str) -> str:
+        """Return the caption of an image, empty where it has none.
+
+        Raises:
+            UnreadableImageError: It is not UTF-8.
+        """
+        raw = caption_of(files, json_of(files), self._caption_field)
+        return "" if raw is None else caption_text(raw, key)
 
     def by_index(self) -> IndexedShards:
         """Return the images by number.
@@ -284,6 +296,11 @@ class IndexedShards(Source):
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
         return self.shards.sample(*self.shards.files(index, ("image", "label", "json", "caption")), self)
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`; reads its files."""
+        shard, files = self.shards.files(index, ("image", "caption", "json"))
+        return "" if files is None else self.shards.caption_of(files, f"{shard}/{files['image'][0]}")
 
     def key(self, index: int) -> str:
         """Return the name of image number `index` as its samples have it; reads its files."""

@@ -26,7 +26,7 @@ class SubsetSource(Source):
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.in_chans, self.values, self.channels = source.in_chans, source.values, source.channels
-        self.why_unlabelled = source.why_unlabelled
+        self.why_unlabelled, self.captions = source.why_unlabelled, source.captions
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -43,6 +43,10 @@ class SubsetSource(Source):
     def sampling(self) -> dict[str, Any]:
         """Return the options by which samples are taken."""
         return self.source.sampling()
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index` of the subset."""
+        return self.source.caption(int(self.indices[index]))
 
     def key(self, index: int) -> str:
         """Return the name of image number `index` of the subset."""
@@ -93,6 +97,7 @@ class MemorySource(Source):
             self.labels = labels.astype(np.float32)
         else:
             self.labels = labels.astype(np.int64) if len(labels) and (labels >= 0).all() else None
+        self.captions = any("caption" in sample.named for sample in self.samples)
         self.in_chans = self.samples[0].value.shape[0] if self.samples else 3
 
     def __len__(self) -> int:
@@ -102,6 +107,10 @@ class MemorySource(Source):
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
         return self.samples[index]
+
+    def caption(self, index: int) -> str:
+        """Return the caption of image number `index`."""
+        return str(self.samples[index].named.get("caption", ""))
 
     def key(self, index: int) -> str:
         """Return the name of image number `index`."""

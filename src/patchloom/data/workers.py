@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from patchloom.data.base import Place, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.order import Slot, draw_seed
 from patchloom.data.pixels import alike
-from patchloom.data.sample import Sample, Transform, transformed
+from patchloom.data.sample import Sample, Transform, at_hand, transformed
 from patchloom.data.stream_order import Line, Reading, ShuffleBuffer, StreamOrder
 from patchloom.errors import UsageError
 
@@ -70,7 +70,7 @@ class MapBatches(Dataset[Batch | UsageError]):
                 try:
                     # In training, where broken ones are replaced, a sample may be one of several.
                     drawn = self.source.draw(candidate, generator) if self.replace else self.source.read(candidate)
-                    return candidate, drawn, generator
+                    return candidate, at_hand(drawn, self.transform), generator
                 except UnreadableImageError as error:
                     self._broken[candidate] = error.key, error.reason
             skipped.append(self._broken[candidate])
@@ -127,7 +127,14 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
                 for _ in islice(lanes[lane], (number - made[lane]) * size):
                     pass
             made[lane] = number + 1
-            yield self._batch([(place, self.source.decode(one)) for place, one in islice(lanes[lane], size)], epoch)
+            yield self._batch([(place, self._decoded(one)) for place, one in islice(lanes[lane], size)], epoch)
+
+    def _decoded(self, encoded: Any) -> Sample | Unreadable:
+        item = self.source.decode(encoded)
+        try:
+            return at_hand(item, self.transform) if isinstance(item, Sample) else item
+        except UnreadableImageError as error:
+            return Unreadable(error.key, error.reason)
 
     def _batch(self, chunk: list[tuple[Place, Sample | Unreadable]], epoch: int) -> Batch:
         batch = _Assembly()
@@ -153,7 +160,7 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
         for low, high in ((last.image + 1, line.total), (0, last.image + 1)):
             order = ShuffleBuffer(high - low, 1, np.random.default_rng(0))
             for place, encoded in self.source.read(Reading(line.visits(low, high), order)):
-                item = self.source.decode(encoded)
+                item = self._decoded(encoded)
                 if isinstance(item, Unreadable):
                     broken = broken or [item]
                     continue

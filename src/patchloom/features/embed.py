@@ -17,6 +17,8 @@ from patchloom.io import check_place, written_whole
 if TYPE_CHECKING:
     import numpy as np
 
+    from patchloom.data.base import Source, StreamSource
+
 
 def embed(
     model: str,
@@ -38,14 +40,18 @@ def embed(
     channel_files: str | None = None,
     clip_frames: int | None = None,
     clip_stride: int | None = None,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    mask_field: str | None = None,
+    caption_field: str | None = None,
 ) -> str:
     """Write the feature vector of every image to a file.
 
     Args:
         model: Bundle, run folder, or name of a timm model, whose published weights are fetched.
         data: Images: a folder, photos, shards, torchvision:NAME, hf:NAME.
-        out: File to write: .parquet (columns file, label, vector) or .npz (arrays files, labels, vectors). Labels
-            are class numbers, -1 where unknown; data without any has no label column.
+        out: File to write: .parquet (columns file, label, caption, vector) or .npz (arrays files, labels, captions,
+            vectors). Labels are class numbers, -1 where unknown; data without labels or captions has no such column.
         image_size: Side images are resized and cropped to, or height and width (256,128); default: the encoder's.
         batch_size: Images at a time.
         num_workers: Processes that read images.
@@ -63,6 +69,10 @@ def embed(
         channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
         clip_frames: Frames of a clip; default: as many as the model takes, else 16.
         clip_stride: Frames of a video from one of a clip to the next; default: the model's, else 4.
+        image_field: What holds the images: a column, an ending in shards, an ending of names or a folder.
+        label_field: What holds the labels: a column or columns, a key of .json or an ending in shards.
+        mask_field: What holds the masks, which are left out.
+        caption_field: What holds the captions: a column, a key of .json or an ending in shards, an ending of names.
 
     Returns:
         The path of the file. Images that could not be read are left out and named on the error stream.
@@ -98,8 +108,13 @@ def embed(
         channel_files=channel_files,
         clip_frames=clip_frames,
         clip_stride=clip_stride,
+        image_field=image_field,
+        label_field=label_field,
+        mask_field=mask_field,
+        caption_field=caption_field,
     )
     source = open_source(data, in_chans=in_chans(encoder), model=encoder, **options.source_options())
+    places: list[int] = []
     features = extract(
         encoder,
         source,
@@ -109,17 +124,44 @@ def embed(
         device=device,
         pool=pool,
         precision=precision,
+        places=places,
     )
     for key, reason in features.skipped:
         print(f"left out {key}: {reason}", file=sys.stderr)
     vectors, labels = features.vectors.numpy(), features.labels.numpy()
+    captions = _captions(source, places)
     with written_whole(path) as temporary:
         if path.suffix == ".npz":
             # Plain text arrays: readable without pickle.
-            np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors)
+            text = {} if captions is None else {"captions": np.array(captions, dtype=np.str_)}
+            np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors, **text)
         else:
-            _write_parquet(temporary, features.keys, labels, vectors)
+            _write_parquet(temporary, features.keys, labels, vectors, captions)
     return str(path)
+
+
+def _captions(source: Source | StreamSource, places: list[int]) -> list[str] | None:
+    """Return the captions of images, empty where one has none or it cannot be read, which is said; None without any."""
+    from patchloom.data.base import StreamSource, UnreadableImageError
+
+    if not source.captions:
+        return None
+    if isinstance(source, StreamSource):
+        if not source.seeks:
+            print(f"{source.name} is compressed, so captions are not read beside the images", file=sys.stderr)
+            return None
+        source = source.by_index()
+    found, unread = [], []
+    for place in places:
+        try:
+            found.append(source.caption(place))
+        except UnreadableImageError as error:
+            found.append("")
+            unread.append(error)
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        print(f"no caption for {unread[0].key}{more}: {unread[0].reason}", file=sys.stderr)
+    return found
 
 
 def _need_pyarrow() -> Any:
@@ -131,7 +173,9 @@ def _need_pyarrow() -> Any:
     return pyarrow
 
 
-def _write_parquet(path: Path, keys: list[str], labels: np.ndarray, vectors: np.ndarray) -> None:
+def _write_parquet(
+    path: Path, keys: list[str], labels: np.ndarray, vectors: np.ndarray, captions: list[str] | None
+) -> None:
     pyarrow = _need_pyarrow()
     flat = pyarrow.array(vectors.reshape(-1), type=pyarrow.float32())
     columns = {"file": pyarrow.array(keys)}
@@ -140,5 +184,7 @@ def _write_parquet(path: Path, keys: list[str], labels: np.ndarray, vectors: np.
         columns["labels"] = pyarrow.FixedSizeListArray.from_arrays(values, labels.shape[1])
     elif (labels >= 0).any():
         columns["label"] = pyarrow.array(labels)
+    if captions is not None:
+        columns["caption"] = pyarrow.array([caption or None for caption in captions], type=pyarrow.string())
     columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     pyarrow.parquet.write_table(pyarrow.table(columns), path)

@@ -67,6 +67,7 @@ def extract(
     view: View = "crop",
     progress: bool = True,
     limit: int | None = None,
+    places: list[int] | None = None,
 ) -> Features:
     """Return the features of all images of a source, in its order.
 
@@ -87,6 +88,7 @@ def extract(
         view: `crop`, the centre of the image, or `whole`, all of it out of proportion with each channel stretched.
         progress: Say how far it has come.
         limit: Take the first so many images only.
+        places: Filled with the numbers of the images within the source.
 
     Raises:
         UsageError: No image could be read, the size does not fit the encoder, or there is no such device.
@@ -95,7 +97,8 @@ def extract(
         source = _first(source, limit)
     options: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
     options |= {"device": device, "pool": pool, "layers": layers, "precision": precision, "view": view}
-    return rows_in_memory(lambda take: extract_into(take, encoder, source, **options, progress=progress), limit)
+    options |= {"progress": progress, "places": places}
+    return rows_in_memory(lambda take: extract_into(take, encoder, source, **options), limit)
 
 
 def rows_in_memory(produce: Produce, limit: int | None = None) -> Features:
@@ -129,6 +132,7 @@ def extract_into(
     precision: Precision = "32",
     view: View = "crop",
     progress: bool = True,
+    places: list[int] | None = None,
 ) -> list[tuple[str, str]]:
     """Hand the features of a source on batch by batch, so that they need never be in memory together.
 
@@ -146,6 +150,7 @@ def extract_into(
         precision: Number format of the encoder's arithmetic.
         view: What the encoder is shown of an image.
         progress: Say how far it has come.
+        places: Filled with the numbers of the images within the source.
 
     Returns:
         Name and reason of images that could not be read.
@@ -184,6 +189,8 @@ def extract_into(
             vectors = images.flatten(1) if encoder is None else _vectors(encoder, images, pool, layers)
             held.append((vectors, batch["label"], batch["key"]))
             read += len(batch["key"])
+            if places is not None:
+                places += batch["index"].tolist()
             if len(held) > behind:
                 going = _hand_on(held.pop(0), take)
             if not going:
