@@ -269,6 +269,7 @@ SOURCES: dict[str, str] = {
     "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
     "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
     "clips:FOLDER": "folders of frames, each a video; clips of clip_frames frames, clip_stride apart",
+    "volumes:FOLDER": "NIfTI volumes, with a class or a mask each or with neither (extra: medical)",
     "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
     "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
     "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
@@ -280,6 +281,7 @@ SOURCES: dict[str, str] = {
 
 OPENERS: dict[str, str] = {
     "clips": "data.clips:ClipSource",
+    "volumes": "data.volumes:open_samples",
 }
 """What opens `WORD:PATH`, by word: called with the path, and with those of `labels`, `in_chans`, the source options and
 what the model's bundle remembers of them that it has arguments for."""

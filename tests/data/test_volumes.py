@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import patchloom as pl
 from patchloom.base.mask_settings import MaskSettings
-from patchloom.data import UnreadableImageError
+from patchloom.data import UnreadableImageError, make_loader, open_source
 from patchloom.data.nifti import load_nifti
+from patchloom.data.volume_views import VolumeView
 from patchloom.data.volumes import SliceSource, as_images, open_volumes, save_mask, square_masks, windowed
 from patchloom.errors import UsageError
 from volume_support import class_volumes, paint_volumes, save_nifti
@@ -28,13 +30,13 @@ def body() -> np.ndarray:
 def test_slices_run_along_the_plane_with_the_top_of_the_body_on_top(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", body(), np.diag([2.0, 3.0, 4.0, 1.0]))
     x = body()
-    axial = open_volumes(str(tmp_path)).read(0)
+    axial = open_volumes(str(tmp_path)).volume(0)
     assert np.array_equal(axial.slices[2].numpy(), x[:, ::-1, 2].T)  # chest on top, left to right
     assert axial.spacing == (4.0, 3.0, 2.0)
-    coronal = open_volumes(str(tmp_path), plane="coronal").read(0)
+    coronal = open_volumes(str(tmp_path), plane="coronal").volume(0)
     assert np.array_equal(coronal.slices[1].numpy(), x[:, 1, ::-1].T)  # head on top
     assert coronal.spacing == (3.0, 4.0, 2.0)
-    sagittal = open_volumes(str(tmp_path), plane="sagittal").read(0)
+    sagittal = open_volumes(str(tmp_path), plane="sagittal").volume(0)
     assert np.array_equal(sagittal.slices[4].numpy(), x[4, :, ::-1].T)
     assert sagittal.spacing == (2.0, 4.0, 3.0)
 
@@ -54,7 +56,7 @@ def test_however_it_is_stored_the_slices_are_the_same_and_masks_go_back(tmp_path
             stored = np.flip(stored, i)
     save_nifti(tmp_path / "one" / "a.nii.gz", body(), np.diag([*spacing, 1.0]))
     save_nifti(tmp_path / "two" / "a.nii.gz", stored.copy(), affine)
-    plain, other = (open_volumes(str(tmp_path / name), plane=plane).read(0) for name in ("one", "two"))
+    plain, other = (open_volumes(str(tmp_path / name), plane=plane).volume(0) for name in ("one", "two"))
     assert torch.equal(plain.slices, other.slices)
     assert plain.spacing == other.spacing
     save_mask((other.slices > 100).to(torch.uint8), other, plane, tmp_path / "mask.nii.gz")
@@ -66,7 +68,7 @@ def test_however_it_is_stored_the_slices_are_the_same_and_masks_go_back(tmp_path
 def test_pixels_that_are_not_square_are_made_square_with_a_warning(tmp_path):
     save_nifti(tmp_path / "images/a.nii.gz", body(), np.diag([0.7, 1.4, 5.0, 1.0]))
     save_nifti(tmp_path / "masks/a.nii.gz", (body() > 100).astype(np.uint8), np.diag([0.7, 1.4, 5.0, 1.0]))
-    volume = open_volumes(str(tmp_path)).read(0)
+    volume = open_volumes(str(tmp_path)).volume(0)
     assert volume.slices.shape == (7, 6, 5)
     assert volume.square_size == (12, 5)
     with pytest.warns(
@@ -122,14 +124,14 @@ def test_a_broken_file_is_unreadable_and_the_others_are_used(tmp_path):
     (root / "images/case0_0000.nii.gz").write_bytes(b"no volume")
     volumes = open_volumes(str(root))
     with pytest.raises(UnreadableImageError):
-        volumes.read(0)
+        volumes.volume(0)
     source = SliceSource(volumes)
     assert source.broken[0][0] == "images/case0_0000.nii.gz"
     assert len(source) == 6
     whole = (root / "images/case1_0000.nii.gz").read_bytes()
     (root / "images/case1_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UnreadableImageError):
-        open_volumes(str(root)).read(1)
+        open_volumes(str(root)).volume(1)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6, 2), (4, 5, 6, 1), (4, 5)])
@@ -137,17 +139,17 @@ def test_four_dimensions_need_a_choice(tmp_path, shape):
     save_nifti(tmp_path / "a.nii.gz", np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
     source = open_volumes(str(tmp_path))
     if shape[-1] == 1:
-        assert source.read(0).slices.shape == (6, 5, 4)
+        assert source.volume(0).slices.shape == (6, 5, 4)
     elif len(shape) == 2:
         with pytest.raises(UsageError, match="has 2 dimensions"):
             source.read(0)
     else:
         with pytest.raises(UsageError, match="4 dimensions: 2 volumes of 4x5x6 voxels; choose one by channel"):
             source.read(0)
-        first, second = (open_volumes(str(tmp_path), channel=number).read(0).slices for number in (0, 1))
+        first, second = (open_volumes(str(tmp_path), channel=number).volume(0).slices for number in (0, 1))
         assert torch.equal(second, first + 1)
         with pytest.raises(UsageError, match="channel is 5"):
-            open_volumes(str(tmp_path), channel=5).read(0)
+            open_volumes(str(tmp_path), channel=5).volume(0)
 
 
 def test_values_and_spacing_that_are_none_get_a_warning(tmp_path):
@@ -158,7 +160,7 @@ def test_values_and_spacing_that_are_none_get_a_warning(tmp_path):
     nibabel.save(image, tmp_path / "a.nii")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        volume = open_volumes(str(tmp_path)).read(0)
+        volume = open_volumes(str(tmp_path)).volume(0)
     assert torch.isfinite(volume.slices).all()
     assert volume.spacing == (1, 1, 1)
     assert any("not finite" in str(warning.message) for warning in caught)
@@ -189,14 +191,14 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, change, message):
     root = paint_volumes(tmp_path / "scans", 2)
     change(root)
     with pytest.raises(UsageError, match=message):
-        open_volumes(str(root)).read(0)
+        open_volumes(str(root)).volume(0)
 
 
 def test_a_mask_elsewhere_in_space_gets_a_warning(tmp_path):
     root = paint_volumes(tmp_path / "scans", 1)
     save_nifti(root / "masks/case0.nii.gz", np.zeros((24, 28, 6), np.uint8), np.diag([2.0, 1, 1, 1]))
     with pytest.warns(UserWarning, match="lies elsewhere in space"):
-        open_volumes(str(root)).read(0)
+        open_volumes(str(root)).volume(0)
 
 
 def test_folders_without_volumes_are_refused(tmp_path):
@@ -212,16 +214,60 @@ def test_folders_without_volumes_are_refused(tmp_path):
 
 def test_binary_masks_of_0_and_255_are_an_object_and_its_background(tmp_path):
     root = paint_volumes(tmp_path / "scans", 2)
-    plain = open_volumes(str(root)).read(0).mask
+    plain = open_volumes(str(root)).volume(0).mask
     for number in range(2):
         file = root / f"masks/case{number}.nii.gz"
         save_nifti(file, np.asarray(load_nifti(file, "a").dataobj) * 255)
     source = open_volumes(str(root))
     assert source.class_names == ["background", "foreground"]
     assert source.shares.ignored == 0
-    assert torch.equal(source.read(0).mask, plain)
+    assert torch.equal(source.volume(0).mask, plain)
     for number in range(2):
         file = root / f"masks/case{number}.nii.gz"
         save_nifti(file, np.asarray(load_nifti(file, "a").dataobj) / 300.0)
     soft = open_volumes(str(root), settings=MaskSettings(foreground="0.5"))
-    assert torch.equal(soft.read(0).mask, plain)
+    assert torch.equal(soft.volume(0).mask, plain)
+
+
+def test_volumes_are_samples_with_what_belongs_to_them_by_name(tmp_path):
+    source = open_volumes(str(paint_volumes(tmp_path / "scans", 2)))
+    assert source.kind.batch_axes == ("B", "C", "D", "H", "W")
+    sample, volume = source.read(1), source.volume(1)
+    assert sample.value.shape == (1, *volume.slices.shape)
+    assert torch.equal(sample.value[0], volume.slices)
+    assert torch.equal(sample.named["mask"], volume.mask)
+    assert tuple(sample.named["spacing"].tolist()) == volume.spacing
+
+
+def test_volumes_of_a_name_are_read_by_one_range_and_batched_at_one_size(tmp_path):
+    for name, low, shape in (("a", 0, (10, 20, 8)), ("b", 500, (12, 12, 12))):
+        values = np.linspace(low, low + 500, int(np.prod(shape))).reshape(shape)
+        save_nifti(tmp_path / f"{name}.nii.gz", values.astype(np.float32), np.diag([1.0, 1.0, 2.0, 1.0]))
+    source = open_source(f"volumes:{tmp_path}", in_chans=2, value_range="0,1000")
+    dark, bright = source.read(0).value, source.read(1).value
+    assert (float(dark.max()), float(bright.min())) == (0.5, 0.5)
+    assert dark.shape == (2, 8, 20, 10)
+    view = source.kind.eval_view("crop", (8, 8, 8))
+    batch = next(iter(make_loader(source, view, 2, shuffle=False, num_workers=0)))
+    assert batch["volume"].shape == (2, 2, 8, 8, 8)
+    raw = open_source(f"volumes:{tmp_path}")
+    assert raw.values.knows("float")
+    assert float(raw.read(0).value.min()) == 0
+    assert float(raw.read(1).value.max()) == 1
+
+
+def test_the_view_of_a_volume_keeps_the_shape_of_the_body():
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (24, 60, 60)), indexing="ij")
+    ball = (sum(axis**2 for axis in axes) < 0.5).float()[None]  # a ball where slices lie 2.5 times as far apart
+    seen = VolumeView("crop", (32, 32, 32))(ball, spacing=torch.tensor([2.5, 1.0, 1.0]))["volume"][0]
+    inside = [int((seen.amax(others) > 0.5).sum()) for others in ((1, 2), (0, 2), (0, 1))]
+    assert max(inside) - min(inside) <= 1
+    whole = VolumeView("whole", (12, 30, 20))(ball + 1, spacing=torch.ones(3))["volume"]
+    assert whole.shape == (1, 12, 30, 20)
+    assert (float(whole.min()), float(whole.max())) == (0, 1)
+
+
+def test_volumes_are_refused_where_images_are_taken(tmp_path):
+    save_nifti(tmp_path / "a.nii.gz", body())
+    with pytest.raises(UsageError, match="holds volumes, and pretrain mae takes images; evaluate volume"):
+        pl.pretrain("mae", data=f"volumes:{tmp_path}", out=tmp_path / "run", encoder="vit_tiny_patch16_224")

@@ -113,7 +113,7 @@ def test_slices_keep_their_proportions_and_can_be_fewer(tmp_path):
     from patchloom.data.volumes import open_volumes
 
     save_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random((10, 20, 9)))
-    volume = open_volumes(str(tmp_path)).read(0)
+    volume = open_volumes(str(tmp_path)).volume(0)
     images = encoder_images(volume, "minmax", (24, 24), 3)
     assert images.shape == (9, 3, 24, 24)
     assert not images[..., :6].any()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -58,10 +58,12 @@ class Source(ABC):
         in_chans: Channels of the images `read` returns.
         values: What stored values become 0 and 1, the same for every image.
         channels: Numbers of the channels taken of each file; None: all.
+        usual_range: How `auto` settles the value range.
     """
 
     name: str
     kind: Kind = IMAGE
+    usual_range: ClassVar[ValueRange] = ValueRange()
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
     in_chans: int = 3
@@ -130,6 +132,10 @@ class Source(ABC):
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and files of up to `count` images, spread over the source; none where there are no files."""
         return iter(())
+
+    def arrays(self, count: int) -> Iterator[np.ndarray] | None:
+        """Return the stored values (C, …) of up to `count` samples that are no image files; None: look at `stored`."""
+        return None
 
     def sampling(self) -> dict[str, Any]:
         """Return the options by which samples are taken from what is stored, besides how pixels are read."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,14 @@ def settle(source: Source | StreamSource, value_range: ValueRange, *, quiet: boo
         The range, also as `source.values`. What was asked for where nothing deeper than 8 bits is found.
     """
     source.values = value_range
-    survey = Survey.of_files(source.stored(HEADERS), value_range, source.in_chans, source.channels)
+    arrays = source.arrays(FEW) if isinstance(source, Source) else None
+    if arrays is not None and isinstance(source, Source):
+        if not value_range.known:
+            usual = value_range.percentiles or source.usual_range.percentiles
+            value_range = replace(value_range, percentiles=usual)
+        survey = Survey.of_arrays(arrays, value_range)
+    else:
+        survey = Survey.of_files(source.stored(HEADERS), value_range, source.in_chans, source.channels)
     source.values = survey.settled(source.name, value_range, quiet=quiet)
     if not quiet:
         for line in survey.notices(source.name):
@@ -132,6 +139,15 @@ class Survey:
     """Images of 8 bits."""
     paged: list[tuple[str, int, int]] = field(default_factory=list)
     """Name, pages and channels in all of images of which the first page alone is read."""
+
+    @classmethod
+    def of_arrays(cls, arrays: Iterable[np.ndarray], value_range: ValueRange = AUTO) -> Survey:
+        """Look at stored values (C, …), as those of volumes."""
+        survey = cls()
+        for values in arrays:
+            sampled = survey.sampled.setdefault(kind_of(values.dtype), SampledValues())
+            sampled.add(values, value_range.no_data, value_range.percentiles is not None)
+        return survey
 
     @classmethod
     def of_files(

@@ -1,11 +1,13 @@
-"""Volumes (CT, MR) from NIfTI files, slice by slice as images: windowed, with square pixels, right way up.
+"""Volumes (CT, MR) from NIfTI files: whole, or slice by slice as images: windowed, with square pixels, right way up.
 
 Specification `dinov2_radiology`, sections 2.1 and 2.8. A volume is brought to the axes of the body first (left to
 right, back to front, feet to head), so that scanners that store it otherwise make no difference; masks predicted on it
 go back to the file's own axes and affine.
 
 >>> source = open_volumes("scans")  # doctest: +SKIP
->>> volume = source.read(0)  # doctest: +SKIP
+>>> source.read(0).value.shape  # doctest: +SKIP
+torch.Size([1, 55, 512, 512])
+>>> volume = source.volume(0)  # doctest: +SKIP
 >>> volume.slices.shape, volume.spacing  # doctest: +SKIP
 (torch.Size([55, 512, 512]), (2.5, 0.7, 0.7))
 """
@@ -15,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +29,8 @@ from torch import Tensor
 from patchloom.base.choices import Plane, Window
 from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.progress import track
-from patchloom.data.base import Sample, Source, UnreadableImageError
+from patchloom.data.base import Sample, Source, UnreadableImageError, spread
+from patchloom.data.kinds import VOLUME
 from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import Survey
 from patchloom.data.mask_values import MaskCoding, MaskShares, UnknownValueError, wrong_value
@@ -43,6 +47,7 @@ from patchloom.data.nifti import (
 )
 from patchloom.data.pixels import resize
 from patchloom.data.segmentation import colours
+from patchloom.data.value_range import ValueRange
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable, written_whole
 
@@ -57,12 +62,21 @@ SQUARE = 0.02
 KEPT = 8
 
 
+class Origin(NamedTuple):
+    """How a file lies in the body."""
+
+    axes: np.ndarray
+    """(3, 2): where each axis of the file goes in the body, and which way it runs (nibabel's orientation)."""
+    affine: np.ndarray
+    """(4, 4): voxels to millimetres."""
+
+
 @dataclass(frozen=True)
 class Volume:
-    """A volume as a stack of slices."""
+    """A sample of volumes as a stack of slices."""
 
     slices: Tensor
-    """(S, H, W) float32 as stored, in the unit of the file; along the axis of the plane, pixels not yet square."""
+    """(S, H, W) float32, as the source reads it; along the axis of the plane, pixels not yet square."""
     mask: Tensor | None
     """(S, H, W) uint8, 255 where unknown; None without masks."""
     spacing: tuple[float, float, float]
@@ -71,8 +85,17 @@ class Volume:
     """Name of the file."""
     label: int
     """Class of the volume, -1 where unknown."""
-    origin: Any = field(repr=False, default=None)
-    """The file's own axes and affine, for writing a mask back."""
+    origin: Origin = field(repr=False)
+    """How the file lies in the body, for writing a mask back."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> Volume:
+        """Return a sample of `VolumeSource` as slices."""
+        named: Any = sample.named
+        apart, down, across = named["spacing"].tolist()
+        origin = Origin(named["orientation"].numpy(), named["affine"].numpy())
+        spacing, label = (apart, down, across), int(sample.label)
+        return cls(sample.value[0], named.get("mask"), spacing, sample.key, label, origin)
 
     @property
     def square_size(self) -> tuple[int, int]:
@@ -85,8 +108,11 @@ class Volume:
         return max(1, round(height * down / finer)), max(1, round(width * across / finer))
 
 
-class VolumeSource:
+class VolumeSource(Source):
     """Volumes of a folder, with a class each (sub-folders), with a mask each, or with neither.
+
+    A sample is (C, D, H, W) float32, D along the axis of the plane. Values are as stored, in the unit of the file; once
+    a value range is settled (`survey.settle`, as `open_source("volumes:…")` does), they are in [0, 1].
 
     Args:
         path: Folder of `.nii` and `.nii.gz` files: in sub-folders, which are classes; or `images` beside `masks` (also
@@ -98,12 +124,17 @@ class VolumeSource:
         coding: How masks are read, as settled on another source, instead.
 
     Attributes:
+        in_chans: Channels C of a sample; the grey volume is repeated.
         coding: How masks are read, None without masks.
         shares: What the masks hold, None without masks.
 
     Raises:
         UsageError: No such folder, no volume in it, volumes without their mask, or masks whose meaning has to be said.
     """
+
+    kind = VOLUME
+    in_chans = 1
+    usual_range = ValueRange(percentiles=(0.5, 99.5))
 
     def __init__(
         self,
@@ -120,7 +151,6 @@ class VolumeSource:
         if not root.is_dir():
             raise UsageError(f"there is no folder of volumes {path}")
         self.masks: list[Path] | None = None
-        self.labels: np.ndarray | None = None
         names: list[str] | None = None
         paired = next((pair for pair in FOLDERS if all((root / part).is_dir() for part in pair)), None)
         if paired is not None:
@@ -162,8 +192,17 @@ class VolumeSource:
         """Return the path of a volume below the folder, as `patchloom.io.printable` writes it."""
         return printable(self.files[index].relative_to(self.root))
 
-    def read(self, index: int) -> Volume:
-        """Return volume number `index`.
+    def volume(self, index: int) -> Volume:
+        """Return volume number `index` as a stack of slices; raises as `read`."""
+        return Volume.of(self.read(index))
+
+    def read(self, index: int) -> Sample:
+        """Return volume number `index`, (C, D, H, W) float32.
+
+        Returns:
+            With `mask` (D, H, W) uint8, 255 where unknown, where there are masks; `spacing` (3,) float64, the distance
+            of slices and height and width of a pixel in mm; `orientation` (3, 2) and `affine` (4, 4) float64 of the
+            file.
 
         Raises:
             UnreadableImageError: The file cannot be decoded.
@@ -178,18 +217,32 @@ class VolumeSource:
         if not np.isfinite(stack).all():
             warnings.warn(f"{self.files[index]} holds values that are not finite; they are taken as 0", stacklevel=2)
             stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
-        order = (axis, *IN_PLANE[axis])
-        found = tuple(float(spacing[i]) for i in order)
-        mask = None if self.masks is None else self._mask(index, image, axis)
+        named = {
+            "spacing": torch.tensor(spacing[[axis, *IN_PLANE[axis]]], dtype=torch.float64),
+            "orientation": torch.tensor(axes, dtype=torch.float64),
+            "affine": torch.tensor(image.affine, dtype=torch.float64),
+        }
+        if self.masks is not None:
+            named["mask"] = self._mask(index, image, axis)
         label = -1 if self.labels is None else int(self.labels[index])
-        return Volume(
-            torch.from_numpy(np.ascontiguousarray(stack)),
-            mask,
-            (found[0], found[1], found[2]),
-            self.key(index),
-            label,
-            (axes, image.affine, image.shape[:3]),
-        )
+        if self.values.known:
+            stack = self.values.applied(stack)
+        value = torch.from_numpy(np.ascontiguousarray(stack))[None].expand(self.in_chans, -1, -1, -1)
+        return Sample(value, label, self.key(index), named)
+
+    def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield names and paths of up to `count` volumes."""
+        for index in spread(len(self), count):
+            yield self.key(index), self.files[index]
+
+    def arrays(self, count: int) -> Iterator[np.ndarray]:
+        """Yield the stored values (1, X, Y, Z) of up to `count` volumes; those that cannot be read are passed over."""
+        for index in spread(len(self), count):
+            try:
+                image = load_nifti(self.files[index], self.key(index))
+                yield single_volume(image, self.files[index], self.channel, self.key(index))[None]
+            except UnreadableImageError:
+                continue
 
     def depth(self, index: int) -> int:
         """Return the number of slices of a volume, from its header alone.
@@ -288,7 +341,7 @@ class SliceSource(Source):
         """Return slice number `index` (C, H, W) uint8, pixels square, with its `mask` (H, W)."""
         volume, number = self.places[index]
         if volume not in self._kept:
-            found = self.volumes.read(volume)
+            found = self.volumes.volume(volume)
             assert found.mask is not None
             self._kept[volume] = as_images(found, self.window), square_masks(found)
             while len(self._kept) > KEPT:
@@ -319,6 +372,13 @@ def open_volumes(
     """
     import_nibabel()
     return VolumeSource(path, plane, channel, settings, coding)
+
+
+def open_samples(path: Path, in_chans: int = 1) -> VolumeSource:
+    """Open `volumes:PATH`: whole volumes for encoders of them; raises as `open_volumes`."""
+    source = open_volumes(str(path))
+    source.name, source.in_chans = f"volumes:{source.name}", in_chans
+    return source
 
 
 def as_images(volume: Volume, window: Window = "minmax") -> Tensor:
@@ -375,7 +435,7 @@ def windowed(slices: Tensor, window: Window = "minmax") -> Tensor:
 def save_mask(mask: Tensor, volume: Volume, plane: Plane, path: Path) -> None:
     """Write a mask (S, H, W) of a volume as NIfTI, on the file's own axes and with its affine; atomically."""
     nibabel = import_nibabel()
-    axes, affine, _ = volume.origin
+    axes, affine = volume.origin
     axis = AXES[plane]
     body = np.flip(mask.numpy(), 1).transpose(np.argsort((axis, *IN_PLANE[axis])))
     back = nibabel.orientations.ornt_transform(BODY, axes)

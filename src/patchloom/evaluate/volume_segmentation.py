@@ -112,7 +112,7 @@ class VolumeSegmentation:
         classes = len(test.class_names or [])
         for index in track(range(len(test)), "segmenting", unit="volume"):
             try:
-                volume = test.read(index)
+                volume = test.volume(index)
             except UnreadableImageError as error:
                 skipped.append((error.key, error.reason))
                 continue

@@ -185,7 +185,7 @@ def slice_features(encoder: Encoder, source: VolumeSource, config: VolumesConfig
         skipped = []
         for index in track(range(len(source)), "volumes", unit="volume"):
             try:
-                volume = source.read(index)
+                volume = source.volume(index)
             except UnreadableImageError as error:
                 skipped.append((error.key, error.reason))
                 continue
