@@ -1,6 +1,6 @@
 """Segmentation models by the name of their decoder: backbone, neck, head and auxiliary head.
 
->>> import timm
+>>> import timm, torch
 >>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0)
 >>> parts = build_parts(encoder, 5, "upernet", width=32)
 >>> [x.shape[-1] for x in parts.levels(parts.backbone(torch.rand(1, 3, 224, 224)))]

@@ -3,7 +3,7 @@
 Four blocks' tokens, un-normed and without the class token, become maps of strides 4, 8, 16 and 32, as in
 the segmentation code of BEiT (arXiv 2106.08254), which CCViT and G2SD use.
 
->>> import timm
+>>> import timm, torch
 >>> encoder = timm.create_model("beit_base_patch16_224", num_classes=0, embed_dim=24, depth=4, num_heads=3, img_size=64)
 >>> [tuple(x.shape) for x in PyramidBackbone(encoder, (0, 1, 2, 3))(torch.randn(1, 3, 64, 64))]
 [(1, 24, 16, 16), (1, 24, 8, 8), (1, 24, 4, 4), (1, 24, 2, 2)]

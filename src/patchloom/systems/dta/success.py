@@ -1,5 +1,6 @@
 """Whether an attack succeeded: what a classifier said before and after.
 
+>>> import torch
 >>> clean = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 >>> attacked = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
 >>> found = attack_success(clean, attacked, torch.tensor([0, 0, 0]))

@@ -3,6 +3,7 @@
 Ilse et al., "Attention-based deep multiple instance learning", arXiv 1802.04712, as the published code
 of Phikon-v2's group (owkin/HistoSSLscaling) runs it.
 
+>>> import torch
 >>> ABMIL(16)(torch.zeros(2, 5, 16)).shape
 torch.Size([2, 1])
 """
