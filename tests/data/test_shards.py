@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from patchloom.data import open_source
 from patchloom.data.base import Sample, Unreadable
 from patchloom.data.loader import make_loader
 from patchloom.errors import UsageError
@@ -311,3 +313,29 @@ def test_members_whose_names_are_not_utf_8_are_told_as_text(tmp_path):
     samples = list(ShardSource(path).samples(epoch=0, seed=0, shuffle=False))
     assert [sample.key for sample in samples] == [r"a.tar/g\xe9.png", r"a.tar/br\xe9ken.png"]
     assert isinstance(samples[1], Unreadable)
+
+
+def deep(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_value_range_is_settled_on_images_from_all_over_the_shards(tmp_path: Path, capsys: Any) -> None:
+    # The bright images stand at the ends of six shards.
+    for shard in range(6):
+        files = [(f"{n}.png", deep(60_000 if n == 39 else 900)) for n in range(40)]
+        write_tar(tmp_path / f"{shard}.tar", files)
+    source = open_source(f"{tmp_path}/*.tar")
+    assert source.values.bounds_of("uint16") == (0, 65_535)
+    assert "looked at" not in capsys.readouterr().err
+    assert len({key.partition("/")[0] for key, _ in source.stored(40)}) == 6
+
+
+def test_of_compressed_shards_it_is_said_what_was_looked_at(tmp_path: Path, capsys: Any) -> None:
+    for shard in range(20):
+        write_tar(tmp_path / f"{shard}.tar.gz", [("1.png", deep(900)), ("2.png", deep(1000))], "w:gz")
+    open_source(f"{tmp_path}/{{0..19}}.tar.gz")
+    assert (
+        "(looked at: the first images of 16 of 20 shards, which are compressed; value_range=" in capsys.readouterr().err
+    )

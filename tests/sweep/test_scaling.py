@@ -6,6 +6,7 @@ import csv
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from patchloom.data import open_source
 from patchloom.errors import UsageError
@@ -27,6 +28,22 @@ def test_a_grid_of_sizes_and_labels_is_measured(tmp_path):
     assert by_shots["8", "20"] > by_shots["8", "1"] > 0.2
     assert "| pixels | 8 | 20 | 200 |" in text
     assert (tmp_path / "s" / "report.html").read_text().count("data:image/png") == 2
+
+
+def test_sizes_may_be_oblong_and_images_are_read_as_everywhere(tmp_path):
+    for number in range(12):
+        for folder, shift in (("train", 0), ("test", 1)):
+            (tmp_path / folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((8, 8), 300 + shift, np.uint16)
+            pixels[:4] += 3000 * (number % 2)
+            Image.fromarray(pixels).save(tmp_path / folder / "ab"[number % 2] / f"{number}.png")
+    folders = {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "num_workers": 0}
+    arguments = {**folders, "encoders": ["pixels"], "image_sizes": [8, [8, 4]], "shots": [2], "seeds": 1}
+    text = scaling(**arguments, value_range="bits:12", protocol="knn", out=str(tmp_path / "s"))
+    assert "| pixels | 8x4 | 2 | 4 | 100.0%" in text
+    assert "value_range: bits:12" in (tmp_path / "s" / "study.yaml").read_text()
+    with pytest.raises(UsageError, match=r"image_sizes is .*give the side in pixels, or height and width"):
+        scaling(**{**arguments, "image_sizes": [[1, 2, 3]]}, out=str(tmp_path / "t"))
 
 
 def test_labels_are_drawn_as_published(tmp_path):

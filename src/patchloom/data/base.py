@@ -137,6 +137,10 @@ class Source(ABC):
         """Return the stored values (C, …) of up to `count` samples that are no image files; None: look at `stored`."""
         return None
 
+    def looked_at(self) -> str:
+        """Return what `stored` is a sample of, where it is not of all images."""
+        return ""
+
     def sampling(self) -> dict[str, Any]:
         """Return the options by which samples are taken from what is stored, besides how pixels are read."""
         return {}
@@ -230,6 +234,10 @@ class StreamSource(ABC):
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and contents of up to `count` images, spread over the stream; none where it cannot tell."""
         return iter(())
+
+    def looked_at(self) -> str:
+        """Return what `stored` is a sample of, where it is not of all images."""
+        return ""
 
     def samples(
         self,

@@ -184,7 +184,7 @@ class ShardSource(StreamSource):
         if self.seeks:
             return ""
         shards = min(len(self.shards), COMPRESSED_LOOKED_AT)
-        return f"of the first images of {shards} of {len(self.shards)} shards, as they are compressed"
+        return f"looked at: the first images of {shards} of {len(self.shards)} shards, which are compressed"
 
     def decode(self, encoded: Encoded) -> Sample | Unreadable:
         """Return an image of `encoded`, or why it cannot be read."""

@@ -56,7 +56,7 @@ def settle(source: Source | StreamSource, value_range: ValueRange, *, quiet: boo
         survey = Survey.of_arrays(arrays, value_range)
     else:
         survey = Survey.of_files(source.stored(HEADERS), value_range, source.in_chans, source.channels)
-    source.values = survey.settled(source.name, value_range, quiet=quiet)
+    source.values = survey.settled(source.name, value_range, source.looked_at(), quiet=quiet)
     if not quiet:
         for line in survey.notices(source.name):
             notice(line)
@@ -185,8 +185,15 @@ class Survey:
                 break
         return survey
 
-    def settled(self, name: str, value_range: ValueRange, *, quiet: bool = False) -> ValueRange:
-        """Return what was asked for with a range for every kind of storage that was seen; says what was found."""
+    def settled(self, name: str, value_range: ValueRange, looked_at: str = "", *, quiet: bool = False) -> ValueRange:
+        """Return what was asked for with a range for every kind of storage that was seen; says what was found.
+
+        Args:
+            name: The source.
+            value_range: What was asked for.
+            looked_at: What was looked at, where it is no sample of all images.
+            quiet: Say nothing.
+        """
         values, lines = value_range, []
         for kind, values_seen in self.sampled.items():
             if kind == "alpha" or (kind == "uint8" and value_range.percentiles is None and not value_range.given):
@@ -212,7 +219,8 @@ class Survey:
             lines.append(f"images of {mixed} are mixed: each kind has its own range")
         if lines and not quiet and (name, lines[0]) not in _SAID:
             _SAID.add((name, lines[0]))
-            notice(f"{name}: {'; '.join(lines)} (value_range={values})")
+            looked = f"{looked_at}; " if looked_at else ""
+            notice(f"{name}: {'; '.join(lines)} ({looked}value_range={values})")
         return values
 
     def deep(self, data: Path | bytes, key: str, in_chans: int, stacked: bool) -> Stored | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from patchloom.base.progress import track
 from patchloom.data import open_source
-from patchloom.data.base import UnreadableImageError
+from patchloom.data.base import StreamSource, UnreadableImageError
 from patchloom.data.pixels import unit
 from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
@@ -33,7 +33,8 @@ def write_masks(
     model = load_segmenter(run).to(place)
     encoder = model.backbone.encoder
     options: dict[str, Any] = {} if include is None else {"include": include}
-    source: Any = open_source(images, in_chans=in_chans(encoder), model=encoder, **options)
+    opened = open_source(images, in_chans=in_chans(encoder), model=encoder, **options)
+    source = opened.by_index() if isinstance(opened, StreamSource) else opened
     make_folder(folder)
     counts = np.zeros(256, np.int64)
     skipped, written = [], set[str]()

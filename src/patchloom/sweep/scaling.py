@@ -7,10 +7,12 @@ per model and resolution; label sets are nested (the 10 labels of a class contai
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.sizes import Size, checked_size, size_text
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.config import EvaluationConfig
@@ -31,7 +33,7 @@ def scaling(
     train: str,
     test: str,
     out: str,
-    image_sizes: list[int] | None = None,
+    image_sizes: list[Size] | None = None,
     shots: list[float] | None = None,
     shots_by: Protocol = "nested",
     patients: str | None = None,
@@ -45,6 +47,13 @@ def scaling(
     include: str | None = None,
     exclude: str | None = None,
     missing: str | None = None,
+    value_range: str = "auto",
+    no_data: float | None = None,
+    use_channels: str | None = None,
+    channel_files: str | None = None,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    mask_field: str | None = None,
 ) -> str:
     """Measure encoders of several sizes at several resolutions with several numbers of labels.
 
@@ -55,7 +64,8 @@ def scaling(
         train: Labelled images to learn from.
         test: Labelled images to measure on.
         out: Folder of the study: scaling.md, scaling.csv and report.html.
-        image_sizes: Sides of the images in pixels; default: what each encoder was made for.
+        image_sizes: Sides of the images in pixels, or height and width ([64, [256, 128]]); default: what each encoder
+            was made for.
         shots: Labels per class to learn from; default: 1, 5, 10, 50 and all there are.
         shots_by: How labelled images are drawn: nested, or as published: dinov2, dinov3 (shots below 1 are shares),
             radiology (so many in all, evenly spaced, or of each class so many patients).
@@ -70,6 +80,14 @@ def scaling(
         include: Only files that fit one of these globs, separated by commas (*.jpg,scans/*).
         exclude: Leave out files that fit one of these globs.
         missing: Words that stand for a missing label besides an empty cell, separated by commas (NA,?).
+        value_range: What stored values become 0 and 1: auto (as each model was trained, else by a look at the images),
+            LOW,HIGH, bits:N or percentiles:LOW,HIGH.
+        no_data: Value that means that nothing is known of a pixel.
+        use_channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
+        channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
+        image_field: What holds the images: a column, an ending in shards, an ending of names or a folder.
+        label_field: What holds the labels: a column or columns, a key of .json or an ending in shards.
+        mask_field: What holds the masks, which are left out.
 
     Returns:
         The table, as Markdown.
@@ -87,15 +105,28 @@ def scaling(
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it has to be at least 1")
     shared: dict[str, Any] = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
-    shared |= SourceOptions(include=include, exclude=exclude, missing=missing).source_options()
+    shared |= SourceOptions(
+        include=include,
+        exclude=exclude,
+        missing=missing,
+        value_range=value_range,
+        no_data=no_data,
+        use_channels=use_channels,
+        channel_files=channel_files,
+        image_field=image_field,
+        label_field=label_field,
+        mask_field=mask_field,
+    ).source_options()
     probe: dict[str, Any] = {"protocol": protocol, "shots": shot_counts, "seeds": seeds, "all": shots is None}
     if shots_by != "nested":  # studies made before there was a choice go on
         probe |= {"shots_by": shots_by, "patients": patients}
-    sizes: list[int | None] = [None] if image_sizes is None else [*image_sizes]
+    given = None if image_sizes is None else [checked_size("image_sizes", size) for size in image_sizes]
+    sizes: list[Size | None] = [None] if given is None else [*given]
+    image_sizes = None if given is None else [_plain(size) for size in given]
     cells = [
         Cell(
-            {"encoder": encoder, "image size": "own" if size is None else str(size)},
-            {**shared, **probe, "encoder": encoder, "image_size": size},
+            {"encoder": encoder, "image size": "own" if size is None else size_text(size)},
+            {**shared, **probe, "encoder": encoder, "image_size": None if size is None else _plain(size)},
         )
         for encoder in encoders
         for size in sizes
@@ -115,6 +146,17 @@ def scaling(
     write_text(folder / "scaling.md", text + "\n")
     _write_report(folder, rows, outcomes)
     return Table(text, rows)
+
+
+def _plain(size: Size) -> Any:
+    """Return a size as files of settings have it."""
+    return size if isinstance(size, int) else list(size)
+
+
+def _side(text: str) -> float:
+    """Return the side of a square of as many pixels as images of a size have: 64, or 256x128."""
+    sides = [int(side) for side in text.split("x")]
+    return float(sides[0]) if len(sides) == 1 else round(math.sqrt(sides[0] * sides[1]), 1)
 
 
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +249,7 @@ def _write_report(folder: Path, rows: list[dict[str, Any]], outcomes: list[Outco
         if len({row["image size"] for row in scored}) > 1:
             by_size = {
                 f"{encoder}, {shots} per class": sorted(
-                    (int(row["image size"]), row["accuracy"] * 100)
+                    (_side(row["image size"]), row["accuracy"] * 100)
                     for row in scored
                     if (row["encoder"], row["shots"]) == (encoder, shots)
                 )

@@ -47,6 +47,9 @@ def fit_codebook(
     no_data: float | None = None,
     use_channels: str | None = None,
     channel_files: str | None = None,
+    image_field: str | None = None,
+    label_field: str | None = None,
+    mask_field: str | None = None,
 ) -> dict[str, Any]:
     """Build a centroid codebook from images: k-means over their patches.
 
@@ -78,6 +81,9 @@ def fit_codebook(
         no_data: Value that means that nothing is known of a pixel.
         use_channels: Numbers of the channels taken of each file, from 0, such as 4,2,0.
         channel_files: What tells apart files that hold one channel each (_c0,_c1,_c2, or dapi/,gfp/).
+        image_field: What holds the images: a column, an ending in shards, an ending of names or a folder.
+        label_field: What holds the labels: a column or columns, a key of .json or an ending in shards.
+        mask_field: What holds the masks, which are left out.
 
     Returns:
         What `summary.json` holds, and where the codebook lies.
@@ -106,6 +112,9 @@ def fit_codebook(
                 no_data=no_data,
                 use_channels=use_channels,
                 channel_files=channel_files,
+                image_field=image_field,
+                label_field=label_field,
+                mask_field=mask_field,
             ).source_options(),
         ),
         k,
