@@ -133,7 +133,8 @@ def segment(
     Args:
         method: Name of the decoder: linear, bn, upernet …; `list_methods("segment")` has all.
         out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
-        data: Images with masks: a folder with images and masks in it, camvid:FOLDER:train, ade20k:FOLDER:train.
+        data: Images with masks: a folder with images and masks in it, FILE.csv, shards or hf:NAME with masks,
+            camvid:FOLDER:train, ade20k:FOLDER:train.
         encoder: Bundle, run, or name of a timm model.
         **settings: Further fields of the method's settings class; `patchloom segment METHOD --help` explains them.
 

@@ -264,7 +264,7 @@ SOURCES: dict[str, str] = {
     "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
     "digits": "scikit-learn's 8x8 digits; digits:test",
     "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
-    "FILE.csv": "images and labels by a table (or .parquet): file,label, or a column per label; FILE.csv:SPLIT",
+    "FILE.csv": "images, labels, masks, captions by a table (or .parquet): file,label,mask,caption; FILE.csv:SPLIT",
     "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
     "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
     "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
