@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +26,23 @@ def test_counts_are_exact_and_sets_disjoint_on_any_grid(h, w, share, seed, data)
     assert int(replaced.sum()) == wanted
     assert not (mask & replaced).any()
     assert int(random_mask((h, w), count, generator).sum()) == count
+
+
+@settings(max_examples=40, deadline=None)
+@given(grid=st.lists(st.integers(1, 6), min_size=1, max_size=4), share=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_random_masks_are_exact_on_grids_of_any_number_of_axes(grid, share, seed):
+    count = round(share * math.prod(grid))
+    generator = torch.Generator().manual_seed(seed)
+    mask = random_mask(tuple(grid), count, generator)
+    assert mask.shape == tuple(grid)
+    assert int(mask.sum()) == count
+    replaced = ReplacementSampler(math.prod(grid) - count)(mask, generator)
+    assert torch.equal(replaced, ~mask)
+
+
+def test_blocks_are_rectangles_of_images():
+    with pytest.raises(UsageError, match="block masks are for grids of 2 axes, those of images; a grid of 8x4x4 has 3"):
+        BlockMaskGenerator((8, 4, 4), 5)
 
 
 def test_masks_come_in_blocks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,38 @@ def test_unpatchify_inverts_patchify(order, batch, chans, h, w, patch_size):
     patches = patchify(images, patch_size, order)
     assert patches.shape == (batch, h * w, chans * patch_size**2)
     assert torch.equal(unpatchify(patches, patch_size, (h, w), chans, order), images)
+
+
+@pytest.mark.parametrize("order", ["chw", "hwc"])
+@given(cells=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4), chans=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_any_number_of_axes_has_its_inverse(order, cells, chans):
+    grid, patch = tuple(n for n, _ in cells), tuple(side for _, side in cells)
+    inputs = torch.randn(2, chans, *(n * side for n, side in cells))
+    patches = patchify(inputs, patch, order)
+    assert patches.shape == (2, math.prod(grid), chans * math.prod(patch))
+    assert torch.equal(unpatchify(patches, patch, grid, chans, order), inputs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_patches_of_any_number_of_axes_are_in_the_order_of_a_convolution_kernel(rank):
+    patch, sides = (2, 3, 4)[:rank], (4, 9, 8)[:rank]
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    convolution = kind(3, 5, patch, stride=patch, bias=False).double()
+    inputs = torch.randn(2, 3, *sides, dtype=torch.float64)
+    by_patches = patchify(inputs, patch) @ convolution.weight.flatten(1).T
+    assert torch.allclose(by_patches, convolution(inputs).flatten(2).transpose(1, 2))
+
+
+def test_axes_that_do_not_agree_are_refused():
+    with pytest.raises(UsageError, match="of 3 axes for patches of 2x2x2, not a tensor of 4 dimensions"):
+        patchify(torch.zeros(1, 3, 4, 4), (2, 2, 2))
+    with pytest.raises(UsageError, match="patches of 2x2 have 2 axes and the grid 2x2x2 has 3"):
+        unpatchify(torch.zeros(1, 8, 12), (2, 2), (2, 2, 2))
+    with pytest.raises(UsageError, match="an input of 4x4x4 has 3 axes and patches of 2x2 have 2"):
+        patch_grid((4, 4, 4), (2, 2))
+    with pytest.raises(UsageError, match="a side of 4x5x4, 5 is not divisible by patch size 2; use 4 or 6"):
+        patch_grid((4, 5, 4), 2)
 
 
 def test_elements_lie_where_the_published_code_puts_them():

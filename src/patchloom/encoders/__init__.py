@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, frames, micro
+from patchloom.encoders import ccvit, cifar_resnet, frames, micro, timm_families, video
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
+from patchloom.encoders.encoder import Encoder
+from patchloom.encoders.families import Embedded, Family, family_of, has_tokens, register, require_tokens
+from patchloom.encoders.patches import Grid
 from patchloom.encoders.properties import (
-    Encoder,
     depth,
     embed_dim,
     grid_size,
-    has_tokens,
     image_size,
     in_chans,
+    input_size,
+    kind_of,
     layer_of_parameter,
     normalize,
+    num_patches,
     num_prefix_tokens,
+    patch_shape,
     patch_size,
-    require_tokens,
+    plane_size,
+    sides_of,
+    size_arguments,
 )
-from patchloom.encoders.resize import resize_relative_table, set_image_size
+from patchloom.encoders.relative_positions import resize_relative_table
+from patchloom.encoders.resize import set_image_size
 from patchloom.encoders.stages import (
-    Embedded,
     Tokens,
     class_attention,
     embed,
@@ -37,6 +44,8 @@ from patchloom.encoders.stages import (
 __all__ = [
     "Embedded",
     "Encoder",
+    "Family",
+    "Grid",
     "Tokens",
     "ccvit",
     "cifar_resnet",
@@ -46,6 +55,7 @@ __all__ = [
     "depth",
     "embed",
     "embed_dim",
+    "family_of",
     "feature_map",
     "final_norm",
     "frames",
@@ -53,18 +63,28 @@ __all__ = [
     "has_tokens",
     "image_size",
     "in_chans",
+    "input_size",
     "intermediate_layers",
+    "kind_of",
     "layer_of_parameter",
     "micro",
     "new_blocks",
     "normalize",
+    "num_patches",
     "num_prefix_tokens",
+    "patch_shape",
     "patch_size",
+    "plane_size",
     "pooled",
+    "register",
     "require_tokens",
     "resize_relative_table",
     "run_block",
     "run_blocks",
     "set_image_size",
+    "sides_of",
+    "size_arguments",
+    "timm_families",
     "tokens",
+    "video",
 ]

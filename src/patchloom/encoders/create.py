@@ -14,8 +14,10 @@ from typing import Any
 import timm
 import torch
 
-from patchloom.encoders.patches import patch_grid
-from patchloom.encoders.properties import FAMILIES, KINDS, Encoder, has_tokens, patch_size
+from patchloom.encoders.encoder import Encoder
+from patchloom.encoders.families import KINDS, family_of, has_tokens
+from patchloom.encoders.patches import Grid, patch_grid
+from patchloom.encoders.properties import input_size, size_arguments
 from patchloom.errors import UsageError
 
 # Where timm and this package keep them, for hints that lead to an encoder.
@@ -25,7 +27,7 @@ MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva")
 def create_encoder(
     name: str,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | Grid | None = None,
     in_chans: int = 3,
     drop_path: float = 0.0,
     pretrained: bool = False,
@@ -34,9 +36,10 @@ def create_encoder(
     """Return an encoder without head.
 
     Args:
-        name: A timm model of the `VisionTransformer`, `Beit` or `Eva` family.
-        image_size: Side in pixels, or (H, W); default: the model's own.
-        in_chans: Channels of the images.
+        name: A timm model that is an encoder: of the `VisionTransformer`, `Beit` or `Eva` family, or of one registered
+            here.
+        image_size: Side in pixels, or each: (H, W), of clips (T, H, W); default: the model's own.
+        in_chans: Channels of the inputs.
         drop_path: Stochastic depth rate of the last block.
         pretrained: Load timm's weights (downloads them).
         **model_args: Arguments of the timm model.
@@ -57,24 +60,21 @@ def create_encoder(
         arguments["drop_path_rate"] = drop_path
     if image_size is not None:
         arguments["img_size"] = image_size
-    if (size := arguments.get("img_size")) is not None:
-        arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
-        _check_size(name, arguments)
+    if arguments.get("img_size") is not None:
+        arguments |= _sized(name, arguments)
     try:
         built = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, AssertionError) as error:  # an argument this kind of model does not take, or not with others
         raise UsageError(f"{name} cannot be made as an encoder ({error}); encoders are {KINDS}") from error
-    if not isinstance(built, FAMILIES):
+    if not has_tokens(built):
         raise UsageError(f"{name} is a {type(built).__name__}; encoders here are {KINDS}")
-    model: Encoder = built
-    heads = getattr(model.blocks[0], "attn", model.blocks[0]).num_heads
-    if model.embed_dim % heads:  # `Beit` builds it all the same, and fails in its first forward pass
-        raise UsageError(f"embed_dim {model.embed_dim} is not divisible by num_heads {heads}; change one of them")
+    heads = getattr(getattr(built.blocks[0], "attn", built.blocks[0]), "num_heads", 1)
+    if built.embed_dim % heads:  # `Beit` builds it all the same, and fails in its first forward pass
+        raise UsageError(f"embed_dim {built.embed_dim} is not divisible by num_heads {heads}; change one of them")
     arguments.pop("num_classes")
     arguments.pop("drop_path_rate", None)  # how it was trained, not what it is
-    size = model.patch_embed.img_size
-    model.patchloom_args = {"architecture": name, "model_args": {**arguments, "img_size": tuple(size)}}
-    return model
+    built.patchloom_args = {"architecture": name, "model_args": arguments | size_arguments(built)}
+    return built
 
 
 def create_backbone(
@@ -85,7 +85,7 @@ def create_backbone(
     drop_path: float = 0.0,
     pretrained: bool = False,
     **model_args: Any,
-) -> Encoder:
+) -> Any:
     """Return any image model of timm without its classifier: a ViT as `create_encoder` makes it, or another network.
 
     Args:
@@ -116,7 +116,7 @@ def create_backbone(
         arguments["img_size"] = (size, size) if isinstance(size, int) else tuple(size)
     regularised: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
-        model: Encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, **regularised, **arguments)
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **regularised, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
         if drop_path and "drop_path_rate" in str(error):
             raise UsageError(f"{name} has no stochastic depth; set drop_path=0") from error
@@ -151,21 +151,29 @@ def _has_fixed_size(name: str) -> bool:
     return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
 
 
-def _check_size(name: str, arguments: dict[str, Any]) -> None:
-    """Refuse a size that patches do not fill, before timm fails in its own words."""
+def _sized(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that make a model of the size asked for; refuse one that patches do not fill.
+
+    Raises:
+        UsageError: In our words, before timm fails in its own.
+    """
     # The model's own size and patches: building it at its own size on no device costs nothing.
+    asked = arguments["img_size"]
     with torch.device("meta"):
         rest = {k: v for k, v in arguments.items() if k != "img_size"}
-        built: Encoder = timm.create_model(name, pretrained=False, **rest)
-    if not isinstance(built, FAMILIES):
-        return  # refused by its kind, not by its size
-    patch = arguments.get("patch_size") or patch_size(built)
-    height, width = (patch, patch) if isinstance(patch, int) else patch
-    if height != width:
-        raise UsageError(f"patch_size is {(height, width)}; patches here are square")
-    if any(side % height for side in built.patch_embed.img_size) and min(arguments["img_size"]) >= height:
-        return  # patches of some models do not fill their own size: they leave out what is over, at any size
-    patch_grid(arguments["img_size"], int(height))
+        built = timm.create_model(name, pretrained=False, **rest)
+    if not has_tokens(built):
+        return {}  # refused by its kind, not by its size
+    family, own = family_of(built), input_size(built)
+    shape = family.patch_shape(built)
+    if (patch := arguments.get("patch_size")) is not None and not isinstance(patch, int) and len(set(patch)) > 1:
+        raise UsageError(f"patch_size is {tuple(patch)}; patches here are square")
+    sides = family.sides(own, asked)
+    # Patches of some models do not fill their own size: they leave out what is over, at any size.
+    leaves_out = any(side % cut for side, cut in zip(own, shape, strict=True))
+    if not (leaves_out and all(side >= cut for side, cut in zip(sides, shape, strict=True))):
+        patch_grid(sides, shape)
+    return family.size_arguments(sides)
 
 
 def _unknown(name: str, known: list[str]) -> UsageError:

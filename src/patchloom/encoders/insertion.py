@@ -32,13 +32,11 @@ from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.encoders import Encoder, depth
+from patchloom.encoders import Encoder, depth, has_tokens
+from patchloom.encoders.families import KINDS
 from patchloom.errors import UsageError, unknown_name
 
 Replacement = tuple[Any, str, Any]
@@ -265,7 +263,7 @@ def insert(encoder: Encoder, insertion: Insertion, name: str = "adapter", *, act
     """Add an insertion to an encoder, whose own parameters are frozen from now on.
 
     Args:
-        encoder: A `VisionTransformer`, `Beit` or `Eva` of timm.
+        encoder: The encoder.
         insertion: Made for this encoder; it becomes a part of it (device, mode and number format follow).
         name: What it is called there.
         activate_it: Let it act at once.
@@ -436,10 +434,8 @@ def check_family(encoder: Encoder, mlp_branch: bool = False) -> None:
     Raises:
         UsageError: Names the kind of module or block.
     """
-    if not isinstance(encoder, (VisionTransformer, Beit, Eva)):
-        raise UsageError(
-            f"adapters are for timm's VisionTransformer, Beit and Eva; a {type(encoder).__name__} is none of them"
-        )
+    if not has_tokens(encoder):
+        raise UsageError(f"adapters are for encoders, {KINDS}; a {type(encoder).__name__} is none of them")
     for block in encoder.blocks:
         kind = type(block).__name__
         # Post-norm blocks have a norm2 too, behind the MLP; blocks with both side by side have nothing between them.

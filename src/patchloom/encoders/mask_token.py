@@ -10,11 +10,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from patchloom.encoders.encoder import Encoder
 from patchloom.encoders.masked_autoencoder import visible_count
-from patchloom.encoders.properties import Encoder, depth, embed_dim, grid_size, in_chans, num_prefix_tokens, patch_size
+from patchloom.encoders.properties import (
+    depth,
+    embed_dim,
+    grid_size,
+    in_chans,
+    num_prefix_tokens,
+    patch_shape,
+    patch_size,
+)
 from patchloom.encoders.stages import embed, run_blocks
 
 
@@ -32,12 +43,17 @@ class MaskTokenEncoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(mask_token)
-        self.patch_size = patch_size(encoder)
+        self.patch_shape = patch_shape(encoder)
         self.in_chans = in_chans(encoder)
         self.grid = grid_size(encoder)
         self.prefix = num_prefix_tokens(encoder)
         self.hidden_dim = embed_dim(encoder)
         self.hidden_blocks = depth(encoder)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, where it is the same along every axis."""
+        return patch_size(self.encoder)
 
     def hidden(
         self,
@@ -57,7 +73,7 @@ class MaskTokenEncoder(nn.Module):
         Returns:
             (B, P + N, D), not normed, and (B, N) float, 1 where hidden.
         """
-        patches = self.grid[0] * self.grid[1]
+        patches = math.prod(self.grid)
         if noise is None:
             noise = torch.rand(len(images), patches, device=images.device)
         place = noise.argsort(dim=1, stable=True).argsort(dim=1)

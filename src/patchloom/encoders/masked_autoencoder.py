@@ -14,6 +14,7 @@ sees all positions. "Masked Autoencoders Are Scalable Vision Learners", arXiv 21
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,12 +30,16 @@ from patchloom.encoders import (
     final_norm,
     grid_size,
     in_chans,
+    kind_of,
     num_prefix_tokens,
+    patch_shape,
     patch_size,
     run_blocks,
+    sides_of,
 )
 from patchloom.encoders.attend import Group, attend_block
-from patchloom.encoders.patches import normalize_patches, patchify, unpatchify
+from patchloom.encoders.patches import Grid, normalize_patches, patchify, shown, unpatchify
+from patchloom.encoders.positions import patch_positions, sincos_positions
 from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
 
@@ -88,7 +93,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.mask_ratio = mask_ratio
-        self.patch_size = patch_size(encoder)
+        self.patch_shape = patch_shape(encoder)
         self.in_chans = in_chans(encoder)
         self.grid = grid_size(encoder)
         self.prefix = num_prefix_tokens(encoder)
@@ -103,7 +108,7 @@ class MaskedAutoencoder(nn.Module):
             for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, self.in_chans * self.patch_size**2)
+        self.decoder_pred = nn.Linear(decoder_dim, self.in_chans * math.prod(self.patch_shape))
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
             part.apply(_init_layer)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -139,7 +144,7 @@ class MaskedAutoencoder(nn.Module):
         # What the last block would make of visible tokens, nobody asks for: they are keys and values only.
         decoded, _ = attend_block(self.decoder_blocks[-1], Group(hidden), Group(encoded, is_guest=True))
         pred = self.decoder_pred(self.decoder_norm(decoded))
-        targets = _rows(patchify(images, self.patch_size, "hwc"), order[:, visible:])
+        targets = _rows(patchify(images, self.patch_shape, "hwc"), order[:, visible:])
         return F.mse_loss(at_least_float32(pred), self._as_target(targets))
 
     def encode(
@@ -179,6 +184,11 @@ class MaskedAutoencoder(nn.Module):
         return torch.cat([x[:, : self.prefix], _rows(x[:, self.prefix :], ids_restore)], dim=1)
 
     @property
+    def patch_size(self) -> int:
+        """Side of a patch, where it is the same along every axis."""
+        return patch_size(self.encoder)
+
+    @property
     def hidden_dim(self) -> int:
         """Width of what `hidden` returns."""
         return int(self.decoder_embed.out_features)
@@ -201,7 +211,7 @@ class MaskedAutoencoder(nn.Module):
 
     def loss_of(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over the hidden patches, see `mae_loss`."""
-        return mae_loss(patchify(images, self.patch_size, "hwc"), pred, mask, self.norm_pix_loss)
+        return mae_loss(patchify(images, self.patch_shape, "hwc"), pred, mask, self.norm_pix_loss)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_ratio: float | None = None, noise: Tensor | None = None) -> Tensor:
@@ -219,18 +229,17 @@ class MaskedAutoencoder(nn.Module):
             (B, C, H, W) in the space of `images`.
         """
         output = self(images, mask_ratio, noise)
-        patches = at_least_float32(patchify(images, self.patch_size, "hwc"))
+        patches = at_least_float32(patchify(images, self.patch_shape, "hwc"))
         prediction = at_least_float32(output.pred)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
             prediction = prediction * (variance + 1e-6).sqrt() + mean
-        shown = torch.where(output.mask.unsqueeze(-1) > 0, prediction, patches)
-        return unpatchify(shown, self.patch_size, self._grid_of(images), self.in_chans, "hwc")
+        filled = torch.where(output.mask.unsqueeze(-1) > 0, prediction, patches)
+        return unpatchify(filled, self.patch_shape, self._grid_of(images), self.in_chans, "hwc")
 
     def _order(self, images: Tensor, mask_ratio: float | None, noise: Tensor | None) -> tuple[Tensor, int]:
         """Return (B, N) int64, the patches of each image, those that stay visible first; and how many these are."""
-        height, width = self._grid_of(images)
-        shape = (len(images), height * width)
+        shape = (len(images), math.prod(self._grid_of(images)))
         if noise is None:
             noise = torch.rand(shape, device=images.device)
         elif tuple(noise.shape) != shape:
@@ -238,13 +247,13 @@ class MaskedAutoencoder(nn.Module):
         visible = visible_count(shape[1], self.mask_ratio if mask_ratio is None else mask_ratio)
         return noise.argsort(dim=1, stable=True), visible
 
-    def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        grid = grid_size(self.encoder, (images.shape[-2], images.shape[-1]))
+    def _grid_of(self, images: Tensor) -> Grid:
+        grid = grid_size(self.encoder, sides_of(images))
         if grid != self.grid:
-            side = self.patch_size
+            made_for = tuple(n * side for n, side in zip(self.grid, self.patch_shape, strict=True))
             raise UsageError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} pixels; the model was made for "
-                f"{self.grid[0] * side}x{self.grid[1] * side}"
+                f"{kind_of(self.encoder)}s of {shown(sides_of(images))} pixels; "
+                f"the model was made for {shown(made_for)}"
             )
         return grid
 
@@ -337,31 +346,6 @@ def mae_loss(patches: Tensor, pred: Tensor, mask: Tensor, norm_pix: bool = True)
     return (per_patch * mask).sum() / hidden
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Return fixed two-dimensional sine-cosine positions (`get_2d_sincos_pos_embed` of MAE's code).
-
-    Args:
-        dim: Width, divisible by 4: the first half encodes the column, the second the row, each sines then cosines.
-        grid: (h, w), patches down and across.
-        prefix: Rows of zeros in front, for class and register tokens.
-
-    Returns:
-        (prefix + h w, dim) float32, computed in double precision.
-
-    Raises:
-        UsageError: The width is not divisible by 4.
-    """
-    if dim % 4:
-        raise UsageError(f"sine-cosine positions need a width divisible by 4, not {dim}")
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    halves = []
-    for places in (columns, rows):
-        angles = places.flatten().unsqueeze(1) * frequencies
-        halves += [angles.sin(), angles.cos()]
-    return torch.cat([torch.zeros(prefix, dim), torch.cat(halves, dim=1).float()])
-
-
 def initialize_as_mae(encoder: Encoder, fixed_positions: bool = True) -> None:
     """Initialise an encoder as the published pre-training does (`initialize_weights` of MAE's code).
 
@@ -374,14 +358,14 @@ def initialize_as_mae(encoder: Encoder, fixed_positions: bool = True) -> None:
     """
     encoder.apply(_init_layer)
     kernel = getattr(encoder.patch_embed.proj, "weight", None)
-    if kernel is not None and kernel.ndim == 4:
+    if kernel is not None and kernel.ndim > 2:
         nn.init.xavier_uniform_(kernel.data.view(len(kernel), -1))
     for name in ("cls_token", "reg_token"):
         if isinstance(token := getattr(encoder, name, None), nn.Parameter):
             nn.init.normal_(token, std=0.02)
     if fixed_positions and isinstance(positions := getattr(encoder, "pos_embed", None), nn.Parameter):
-        patches = grid_size(encoder)[0] * grid_size(encoder)[1]
-        table = sincos_positions(embed_dim(encoder), grid_size(encoder), positions.shape[1] - patches)
+        grid = grid_size(encoder)
+        table = sincos_positions(embed_dim(encoder), grid, patch_positions(positions, grid))
         positions.data.copy_(table)
         positions.requires_grad_(False)
 
@@ -389,9 +373,9 @@ def initialize_as_mae(encoder: Encoder, fixed_positions: bool = True) -> None:
 def has_fixed_positions(encoder: Encoder) -> bool:
     """Return whether an encoder's absolute positions are the sines and cosines of `sincos_positions`."""
     positions, grid = getattr(encoder, "pos_embed", None), grid_size(encoder)
-    if not isinstance(positions, Tensor) or positions.shape[-1] % 4 or positions.ndim != 3:
+    if not isinstance(positions, Tensor) or positions.shape[-1] % (2 * len(grid)) or positions.ndim != 3:
         return False
-    table = sincos_positions(embed_dim(encoder), grid, positions.shape[1] - grid[0] * grid[1])
+    table = sincos_positions(embed_dim(encoder), grid, patch_positions(positions, grid))
     return bool(torch.allclose(positions.detach().cpu()[0].float(), table, atol=1e-5))
 
 

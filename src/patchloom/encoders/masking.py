@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from patchloom.encoders.patches import Grid, plane, shown
 from patchloom.errors import UsageError
 
 ATTEMPTS = 10
@@ -28,7 +29,7 @@ class BlockMaskGenerator:
     more, single patches make up the difference.
 
     Args:
-        grid: (h, w), patches down and across.
+        grid: (h, w), patches down and across. Blocks are rectangles: other grids are refused.
         num_masked: Patches to hide, 0 … h·w.
         min_block: Least area that is drawn, in patches.
         max_block: Most patches a block may newly cover; default: as many as are wanting.
@@ -36,12 +37,12 @@ class BlockMaskGenerator:
         exact: Make up the difference by single patches; without, fewer may be hidden (DINOv2).
 
     Raises:
-        UsageError: A number outside its range.
+        UsageError: A number outside its range, or a grid of other than 2 axes.
     """
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: Grid,
         num_masked: int,
         min_block: int = 16,
         max_block: int | None = None,
@@ -53,7 +54,7 @@ class BlockMaskGenerator:
             raise UsageError(f"min_aspect is {min_aspect}; it must be above 0 and at most 1")
         if min_block < 1 or (max_block is not None and max_block < 1):
             raise UsageError(f"min_block is {min_block} and max_block {max_block}; both must be at least 1")
-        self.grid = grid
+        self.grid = plane(grid, "block masks")
         self.num_masked = num_masked
         self.min_block = min_block
         self.max_block = num_masked if max_block is None else max_block
@@ -111,7 +112,7 @@ class ReplacementSampler:
         self.num_replaced = num_replaced
 
     def __call__(self, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """Return (h, w) bool, disjoint from `mask` (h, w) bool."""
+        """Return (*grid) bool, disjoint from `mask` (*grid) bool."""
         visible = (~mask.flatten()).nonzero().flatten()
         if len(visible) < self.num_replaced:
             raise UsageError(f"{self.num_replaced} patches to replace, but only {len(visible)} are visible")
@@ -121,8 +122,8 @@ class ReplacementSampler:
         return replaced.view_as(mask)
 
 
-def random_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generator) -> Tensor:
-    """Return a mask (h, w) bool with `num_masked` uniformly random patches hidden.
+def random_mask(grid: Grid, num_masked: int, generator: torch.Generator) -> Tensor:
+    """Return a mask (*grid) bool with `num_masked` uniformly random patches hidden, on a grid of any number of axes.
 
     Raises:
         UsageError: A negative number, or more patches than there are.
@@ -131,10 +132,10 @@ def random_mask(grid: tuple[int, int], num_masked: int, generator: torch.Generat
     return ReplacementSampler(num_masked)(torch.zeros(grid, dtype=torch.bool), generator)
 
 
-def _check_count(grid: tuple[int, int], num_masked: int) -> None:
-    height, width = grid
-    if not 0 <= num_masked <= height * width:
-        raise UsageError(f"num_masked is {num_masked}; a {height}x{width} grid has 0 to {height * width} to hide")
+def _check_count(grid: Grid, num_masked: int) -> None:
+    most = math.prod(grid)
+    if not 0 <= num_masked <= most:
+        raise UsageError(f"num_masked is {num_masked}; a {shown(grid)} grid has 0 to {most} to hide")
 
 
 def _correct(mask: Tensor, wanted: int, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""An encoder's forward pass in stages: embed, blocks, norm. For timm's `VisionTransformer`, `Beit` and `Eva` alike.
+"""An encoder's forward pass in stages: embed, blocks, norm. For encoders of every family and kind of input alike.
 
 >>> import timm, torch
 >>> encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
@@ -12,30 +12,23 @@ True
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import DropPath, PatchEmbed
-from timm.models.beit import Beit
-from timm.models.eva import Eva
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from patchloom.base.choices import Pool
-from patchloom.encoders.blocks import bias_of, run_block
+from patchloom.encoders.blocks import run_block
+from patchloom.encoders.encoder import Encoder
+from patchloom.encoders.families import Embedded, Family, family_of, has_tokens
 from patchloom.encoders.patches import patchify
-from patchloom.encoders.properties import (
-    Encoder,
-    depth,
-    grid_size,
-    has_tokens,
-    num_prefix_tokens,
-    patch_size,
-    require_tokens,
-)
+from patchloom.encoders.properties import depth, grid_size, num_prefix_tokens, sides_of
 from patchloom.errors import UsageError, unknown_name
 
 
@@ -45,27 +38,7 @@ class Tokens(NamedTuple):
     prefix: Tensor
     """(B, P, D): class token first, then registers; P may be 0."""
     patches: Tensor
-    """(B, N, D), row-major over the grid."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Tokens before the first block, and what every block needs besides them."""
-
-    x: Tensor
-    """(B, P + N, D)."""
-    block_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a block: a shared relative-position bias, rotary positions."""
-    rope_by_block: Tensor | None = None
-    """Rotary positions that differ from block to block, first dimension the block."""
-    kept: Tensor | None = None
-    """(B, P + n) int64: the tokens that are there, where blocks have relative-position tables of their own."""
-
-    def kwargs_of(self, number: int) -> dict[str, Any]:
-        """Return the keyword arguments of block `number` (0-based)."""
-        if self.rope_by_block is None:
-            return self.block_kwargs
-        return {**self.block_kwargs, "rope": self.rope_by_block[number]}
+    """(B, N, D), the last axis of the grid fastest: of images row by row."""
 
 
 def embed(
@@ -78,32 +51,31 @@ def embed(
     """Return the tokens that enter the first block.
 
     Args:
-        encoder: A `VisionTransformer`, `Beit` or `Eva` of timm.
-        images: (B, C, H, W), normalised.
+        encoder: The encoder.
+        images: (B, C, H, W), normalised; or what else the encoder takes, clips (B, C, T, H, W).
         masked: (B, N) bool; there the patch embedding is replaced by `mask_token`, before positions are added.
         mask_token: (1, 1, D); needed with `masked`.
         keep: (B, n) int64, patches that go on (the same number in each image) with the positions they have; the
             others are dropped, where that is possible before they are embedded, and position biases follow.
 
     Raises:
-        UsageError: `masked` without `mask_token` or of another grid.
+        UsageError: `masked` without `mask_token` or of another grid; inputs of another kind or size; patches left out
+            where blocks need the whole grid.
     """
-    require_tokens(encoder)
-    if keep is not None and masked is None and _embeds_patches_apart(encoder):
-        return _embed_kept(encoder, images, keep)
-    if getattr(encoder.patch_embed, "strict_img_size", False) and images.shape[-2:] != encoder.patch_embed.img_size:
-        raise UsageError(
-            f"images of {images.shape[-2]}x{images.shape[-1]} pixels; the encoder is set up for "
-            f"{'x'.join(map(str, encoder.patch_embed.img_size))}, and its positions are resampled by set_image_size"
-        )
-    x = encoder.patch_embed(images)
+    family = family_of(encoder)
+    if keep is not None:
+        if not family.drops_tokens:
+            raise UsageError(
+                f"the blocks of a {type(encoder).__name__} read a token's neighbours from the whole grid, so no patch "
+                f"can be left out; put mask tokens in their places"
+            )
+        if masked is None and family.embeds_patches_apart(encoder):
+            return _embed_kept(encoder, family, images, keep)
+    x = family.embed_patches(encoder, images)
     if masked is not None:
         x = insert_mask_token(x, masked, mask_token)
-    x, kwargs, rope_by_block = _add_positions(encoder, x)
-    if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
-        x = norm_pre(x)
-    embedded = Embedded(x, kwargs, rope_by_block)
-    return embedded if keep is None else _kept(encoder, embedded, keep)
+    embedded = normed_in_front(encoder, family.add_positions(encoder, x))
+    return embedded if keep is None else _kept(encoder, family, embedded, keep)
 
 
 def run_blocks(
@@ -165,8 +137,8 @@ def tokens(encoder: Encoder, images: Tensor) -> Tokens:
     return _split(encoder, encoder.norm(last))
 
 
-def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
-    """Return one vector per image.
+def pooled(encoder: nn.Module, images: Tensor, pool: Pool = "auto") -> Tensor:
+    """Return one vector per input.
 
     Args:
         encoder: The encoder, or another image model of timm.
@@ -183,8 +155,8 @@ def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
     if pool not in ("auto", "cls", "avg", "cls+avg"):
         raise unknown_name("pooling", pool, ("auto", "cls", "avg", "cls+avg"))
     if pool == "auto":
-        vectors: Tensor = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
-        return vectors
+        model = cast(Encoder, encoder)
+        return model.forward_head(model.forward_features(images), pre_logits=True)
     if not has_tokens(encoder):
         if pool != "avg":
             raise UsageError(f"pool={pool} needs a class token and a {type(encoder).__name__} has none; use avg")
@@ -196,30 +168,27 @@ def pooled(encoder: Encoder, images: Tensor, pool: Pool = "auto") -> Tensor:
     return torch.cat([parts[part]() for part in pool.split("+")], dim=1)
 
 
-def feature_map(encoder: Encoder, images: Tensor) -> Tensor:
-    """Return the last features in their places: the patch tokens of a ViT, the last map of another image model.
+def feature_map(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the last features in their places: the patch tokens of an encoder, the last map of another image model.
 
     Args:
         encoder: The encoder, or another image model of timm.
-        images: (B, C, H, W), normalised.
+        images: (B, C, H, W), normalised; or what else the encoder takes, clips (B, C, T, H, W).
 
     Returns:
-        (B, D, h, w).
+        (B, D, *grid), of images (B, D, h, w).
 
     Raises:
         UsageError: A model that gives no features but its pooled ones.
     """
     if has_tokens(encoder):
-        return tokens(encoder, images).patches.transpose(1, 2).unflatten(2, grid_size(encoder, _sides(images)))
+        return tokens(encoder, images).patches.transpose(1, 2).unflatten(2, grid_size(encoder, sides_of(images)))
     if not hasattr(encoder, "forward_intermediates"):
         raise UsageError(f"a {type(encoder).__name__} gives no feature maps; take another model of timm")
-    (last,) = encoder.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
+    model: Any = encoder
+    (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NCHW")
     found: Tensor = last
     return found
-
-
-def _sides(images: Tensor) -> tuple[int, int]:
-    return int(images.shape[-2]), int(images.shape[-1])
 
 
 def intermediate_layers(encoder: Encoder, images: Tensor, layers: Sequence[int], norm: bool = True) -> list[Tokens]:
@@ -324,80 +293,32 @@ def insert_mask_token(x: Tensor, masked: Tensor, mask_token: Tensor | None) -> T
     return x * (1 - hidden) + mask_token.to(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,)) * hidden
 
 
-def _add_positions(encoder: Encoder, x: Tensor) -> tuple[Tensor, dict[str, Any], Tensor | None]:
-    """Return tokens with prefix and positions, a block's keyword arguments, and rotary positions by block."""
-    if isinstance(encoder, Beit):
-        x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
-        if encoder.pos_embed is not None:
-            x = x + encoder.pos_embed
-        bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None
-        return encoder.pos_drop(x), {"shared_rel_pos_bias": bias}, None
-    if isinstance(encoder, Eva):
-        x, rope = encoder._pos_embed(x)
-        if getattr(encoder, "rope_mixed", False) and rope is not None:
-            return x, {"rope": rope[-1]}, rope
-        return x, {"rope": rope}, None
-    return encoder._pos_embed(x), {}, None
+def normed_in_front(encoder: Encoder, embedded: Embedded) -> Embedded:
+    """Return what enters the first block after the norm some encoders have in front of it."""
+    norm = getattr(encoder, "norm_pre", None)
+    return replace(embedded, x=norm(embedded.x)) if isinstance(norm, nn.Module) else embedded
 
 
-def _kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
+def _kept(encoder: Encoder, family: Family, embedded: Embedded, keep: Tensor) -> Embedded:
     """Drop the patches that are not kept, and their rows of position biases."""
-    index = _with_prefix(encoder, keep)
-    x = embedded.x.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.x.shape[-1]))
-    return _positions_kept(encoder, replace(embedded, x=x), keep)
-
-
-def _embeds_patches_apart(encoder: Encoder) -> bool:
-    """Return whether the patch embedding is one linear layer on each patch, and nothing random follows it."""
-    proj = encoder.patch_embed.proj
-    drop = getattr(encoder, "pos_drop", None)
-    still = not encoder.training or (getattr(drop, "p", 0.0) == 0 and getattr(encoder, "patch_drop", None) is None)
-    return (
-        still
-        and isinstance(encoder.patch_embed, PatchEmbed)
-        and type(proj) is nn.Conv2d
-        and tuple(proj.kernel_size) == tuple(proj.stride) == (patch_size(encoder),) * 2
-        and not any((*proj.padding, *proj._forward_hooks, *proj._forward_pre_hooks))
-    )
-
-
-def _embed_kept(encoder: Encoder, images: Tensor, keep: Tensor) -> Embedded:
-    """Embed the patches that are kept, and no others."""
-    proj, size = encoder.patch_embed.proj, patch_size(encoder)
-    h, w = grid_size(encoder, (images.shape[-2], images.shape[-1]))
-    patches = patchify(images, size).gather(1, keep.unsqueeze(-1).expand(-1, -1, proj.weight[0].numel()))
-    x = encoder.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias))
-    # What the encoder makes of nothing is prefix tokens and positions.
-    grid = (h, w) if getattr(encoder, "dynamic_img_size", False) else (h * w,)
-    table, kwargs, rope_by_block = _add_positions(encoder, proj.weight.new_zeros(1, *grid, proj.out_channels))
-    prefix = num_prefix_tokens(encoder)
-    x = torch.cat([table[:, :prefix].expand(len(x), -1, -1), x + table[0, prefix:][keep]], dim=1)
-    if isinstance(norm_pre := getattr(encoder, "norm_pre", None), nn.Module):
-        x = norm_pre(x)
-    return _positions_kept(encoder, Embedded(x, kwargs, rope_by_block), keep)
-
-
-def _with_prefix(encoder: Encoder, keep: Tensor) -> Tensor:
-    """Return the numbers of the tokens that stay: prefix tokens, and the patches in `keep`."""
     prefix = num_prefix_tokens(encoder)
     front = torch.arange(prefix, device=keep.device).expand(len(keep), -1)
-    return torch.cat([front, keep + prefix], dim=1)
+    index = torch.cat([front, keep + prefix], dim=1)
+    x = embedded.x.gather(1, index.unsqueeze(-1).expand(-1, -1, embedded.x.shape[-1]))
+    return family.keep(encoder, replace(embedded, x=x), keep)
 
 
-def _positions_kept(encoder: Encoder, embedded: Embedded, keep: Tensor) -> Embedded:
-    """Reduce position biases to the tokens that stay."""
-    kwargs, kept = dict(embedded.block_kwargs), None
-    if isinstance(encoder, Beit):
-        index = _with_prefix(encoder, keep)
-        first: Encoder = encoder.blocks[0]
-        if first.attn.relative_position_bias_table is not None:
-            kept = index
-        if (bias := kwargs["shared_rel_pos_bias"]) is not None:
-            kwargs["shared_rel_pos_bias"] = bias_of(bias, index)
-    by_block = embedded.rope_by_block
-    if by_block is not None:  # (blocks, heads, N, d) -> (blocks, B, heads, n, d)
-        by_block = by_block[:, :, keep].transpose(1, 2)
-        kwargs["rope"] = by_block[-1]
-    elif kwargs.get("rope") is not None:  # (N, d) -> (B, 1, n, d)
-        kwargs["rope"] = kwargs["rope"][keep].unsqueeze(1)
-    return Embedded(embedded.x, kwargs, by_block, kept)
+def _embed_kept(encoder: Encoder, family: Family, images: Tensor, keep: Tensor) -> Embedded:
+    """Embed the patches that are kept, and no others."""
+    family.check(encoder, images)
+    proj = encoder.patch_embed.proj
+    grid = grid_size(encoder, sides_of(images))
+    patches = patchify(images, family.patch_shape(encoder))
+    patches = patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, proj.weight[0].numel()))
+    x = encoder.patch_embed.norm(F.linear(patches, proj.weight.flatten(1), proj.bias))
+    # What the encoder makes of nothing is prefix tokens and positions.
+    shape = grid if getattr(encoder, "dynamic_img_size", False) else (math.prod(grid),)
+    empty = family.add_positions(encoder, proj.weight.new_zeros(1, *shape, proj.out_channels))
+    prefix = num_prefix_tokens(encoder)
+    x = torch.cat([empty.x[:, :prefix].expand(len(x), -1, -1), x + empty.x[0, prefix:][keep]], dim=1)
+    return family.keep(encoder, normed_in_front(encoder, replace(empty, x=x)), keep)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,7 @@ def gradient_attention(model: nn.Module, images: Tensor, target: Tensor) -> Tens
 
 def encoder_of(model: nn.Module) -> Encoder:
     """Return the timm module whose forward pass gives the model's logits."""
-    return model.encoder if isinstance(model, PromptCAM) else model
+    return model.encoder if isinstance(model, PromptCAM) else cast(Encoder, model)
 
 
 def class_count(model: nn.Module) -> int:

@@ -14,11 +14,12 @@ torch.Size([2, 3])
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from patchloom.encoders import Encoder
 from patchloom.encoders.attend import Rewrite
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import check_target, encoder_of
@@ -255,7 +256,7 @@ def _last_blurred(prompts: ClassPrompts, entering: LastInput, masks: Tensor, *ta
 
 
 def _wrapped(model: nn.Module) -> PromptCAM:
-    return model if isinstance(model, PromptCAM) else PromptCAM.of(model)
+    return model if isinstance(model, PromptCAM) else PromptCAM.of(cast(Encoder, model))
 
 
 def _prompts_of(model: nn.Module) -> ClassPrompts:

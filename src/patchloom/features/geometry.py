@@ -122,7 +122,7 @@ def artifact_share(norms: Tensor, fences: float = 3.0) -> float:
 
 
 def position_leakage(
-    patches: Tensor, grid: tuple[int, int], penalties: tuple[float, ...] = (1e-2, 1.0, 100.0)
+    patches: Tensor, grid: tuple[int, ...], penalties: tuple[float, ...] = (1e-2, 1.0, 100.0)
 ) -> float:
     """Return how well a patch's place can be read from its feature by a linear map.
 
@@ -130,19 +130,18 @@ def position_leakage(
 
     Args:
         patches: (n, N, D), tokens of n images, at least 4.
-        grid: Rows and columns of the patches, row-major.
+        grid: Number of patches along each axis, the last one fastest; of images rows and columns.
         penalties: Ridge penalties to choose from, by the images it is fitted on.
 
     Returns:
-        R², mean over row and column: 1 when the place is known exactly, 0 (or below) when it is not.
+        R², mean over the axes: 1 when the place is known exactly, 0 (or below) when it is not.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rows, columns = np.indices(grid).reshape(2, -1)
-    place = np.stack([rows, columns], 1).astype(np.float64)
+    place = np.indices(grid).reshape(len(grid), -1).T.astype(np.float64)
     varies = [axis for axis, size in enumerate(grid) if size > 1]
     x = patches.double().numpy()
     learnt, judged = x[0::2], x[1::2]

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -265,7 +265,7 @@ def _take_inputs(encoder: Encoder, own_hash: str, about: dict[str, Any], path: s
                 f"the adapter {path} was trained on images of {size_text(size)} pixels and the others here on "
                 f"{size_text(image_size(encoder))}; load it on an encoder of its own"
             )
-        encoder.hash_before_resize = own_hash
+        cast(Any, encoder).hash_before_resize = own_hash
         set_image_size(encoder, size)
     if any(tuple(encoder.pretrained_cfg[name]) != value for name, value in statistics.items()):
         if not alone:

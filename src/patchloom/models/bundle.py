@@ -26,7 +26,7 @@ from torch import nn
 
 from patchloom.base.hub import fetching, reason
 from patchloom.base.version import __version__
-from patchloom.encoders import has_tokens, image_size, in_chans
+from patchloom.encoders import has_tokens, image_size, in_chans, input_size, size_arguments
 from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
 from patchloom.io import make_folder
@@ -98,14 +98,14 @@ def timm_config(encoder: Any) -> dict[str, Any]:
             architecture, model_args = name, _full_arguments(encoder) | model_args
     num_classes = int(encoder.num_classes)
     model_args.pop("num_classes", None)
-    side = image_size(encoder)
+    sides = input_size(encoder)[-2:]  # timm takes no more; frames are an argument of the model
     channels = model_args.get("in_chans", 3)
     known = dict(encoder.pretrained_cfg)
     keep = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "first_conv", "classifier", "label_names")
     pretrained = {name: known[name] for name in keep if name in known}
     # timm hands the size on to a model where it is said to be fixed; a convolutional network takes no such argument.
     fixed = "img_size" in model_args
-    pretrained |= {"input_size": [channels, *side], "num_classes": num_classes, "fixed_input_size": fixed}
+    pretrained |= {"input_size": [channels, *sides], "num_classes": num_classes, "fixed_input_size": fixed}
     pooling = getattr(encoder, "global_pool", None)
     return {
         "architecture": architecture,
@@ -133,7 +133,9 @@ def made_from(encoder: Any) -> dict[str, Any]:
     arguments = {name: value for name, value in creation_args["model_args"].items() if name not in dropped}
     # Size and channels as they are now, whatever the encoder was made with.
     arguments["in_chans"] = in_chans(encoder)
-    if has_tokens(encoder) or known.get("fixed_input_size"):
+    if has_tokens(encoder):
+        arguments |= size_arguments(encoder)
+    elif known.get("fixed_input_size"):
         arguments["img_size"] = image_size(encoder)
     return {"architecture": creation_args["architecture"], "model_args": arguments}
 
@@ -175,7 +177,7 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     # The name the user knows, where it is known here; timm's entry point otherwise.
     known_architecture = (about.get("made_from") or {}).get("architecture")
     name = known_architecture if known_architecture and timm.is_model(known_architecture) else architecture
-    size_args = {"img_size": image_size(model)} if has_tokens(model) else {}
+    size_args = size_arguments(model) if has_tokens(model) else {}
     model.patchloom_args = {"architecture": name, "model_args": arguments | size_args}
     return model.eval()
 

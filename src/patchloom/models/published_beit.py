@@ -16,7 +16,8 @@ from torch import Tensor
 from patchloom.encoders import create_encoder, grid_size
 from patchloom.encoders.anysize import DINOV2_RULE, resample_positions
 from patchloom.encoders.patches import patch_grid
-from patchloom.encoders.resize import EXTRA_ROWS, set_image_size
+from patchloom.encoders.relative_positions import EXTRA_ROWS
+from patchloom.encoders.resize import set_image_size
 from patchloom.errors import UsageError
 from patchloom.models.published import require
 from patchloom.models.published_settings import Hidden, Settings, epsilon_of, name_of

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patchloom.encoders.patches import Grid, plane
 from patchloom.errors import UsageError
 from patchloom.report.page import Figure
 from patchloom.report.tiles import (
@@ -96,7 +97,7 @@ def codebook_mosaic(
     return Figure(png(canvas), f"Mosaic of {len(order)} centroids sorted by {sort}", caption)
 
 
-def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, heads: int = 6) -> Figure:
+def attention_maps(images: Tensor, attention: Tensor, grid: Grid, *, heads: int = 6) -> Figure:
     """Return images beside where the class token looks: mean over heads, then single heads, counted from 0.
 
     Args:
@@ -108,7 +109,7 @@ def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, 
     Raises:
         UsageError: The grid has another number of patches than the attention.
     """
-    _check_grid(attention.shape[-1], grid)
+    _check_grid(attention.shape[-1], plane(grid, "pictures of attention"))
     n, count = attention.shape[:2]
     images = images.detach().cpu()
     maps = finite(attention).float().view(n, count, *grid)
@@ -118,7 +119,7 @@ def attention_maps(images: Tensor, attention: Tensor, grid: tuple[int, int], *, 
     return image_grid(rows, alt="Attention of the class token over each image, by head")
 
 
-def pca_features(images: Tensor, patches: Tensor, grid: tuple[int, int]) -> Figure:
+def pca_features(images: Tensor, patches: Tensor, grid: Grid) -> Figure:
     """Return images beside the first three principal components of their patch features as RGB.
 
     The components are those of all images together, so one colour means one thing throughout. Each is spread over
@@ -133,21 +134,21 @@ def pca_features(images: Tensor, patches: Tensor, grid: tuple[int, int]) -> Figu
         UsageError: The grid has another number of patches than the features.
     """
     images = images.detach().cpu()
-    painted = pca_colours(patches, grid)
+    painted = pca_colours(patches, plane(grid, "pictures of features"))
     size = (images.shape[-2], images.shape[-1])
     rows = {"image": images.float(), "features": F.interpolate(painted, size=size, mode="nearest")}
     return image_grid(rows, alt="Patch features as colours beside their images")
 
 
-def pca_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def pca_colours(patches: Tensor, grid: Grid) -> Tensor:
     """Return the first three principal components of patch features as RGB, see `pca_features`.
 
     Args:
         patches: (n, N, D) patch features; colours mean the same in all n.
-        grid: (h, w) with h·w = N.
+        grid: Number of patches along each axis, N together; of images (h, w).
 
     Returns:
-        (n, 3, h, w) float in [0, 1].
+        (n, 3, *grid) float in [0, 1], of images (n, 3, h, w).
 
     Raises:
         UsageError: The grid has another number of patches than the features.
@@ -166,7 +167,7 @@ def pca_colours(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     least = max(0.02 * float((high - low).max()), 1e-4 * float(size_of_features), 1e-12)
     middle, spread = torch.from_numpy((low + high) / 2), torch.from_numpy(np.maximum(high - low, least))
     colours = ((values - middle) / spread + 0.5).clamp(0, 1)
-    return colours.view(n, *grid, 3).permute(0, 3, 1, 2).float()
+    return colours.view(n, *grid, 3).movedim(-1, 1).float()
 
 
 def nearest_neighbours(
@@ -246,6 +247,6 @@ def _mosaic_layout(count: int, patch_size: int) -> tuple[int, int]:
     return max(1, min(columns, (WIDEST + 1) // (patch_size + 1))), 1
 
 
-def _check_grid(count: int, grid: tuple[int, int]) -> None:
-    if grid[0] * grid[1] != count:
-        raise UsageError(f"a grid of {grid[0]} x {grid[1]} does not hold {count} patches")
+def _check_grid(count: int, grid: Grid) -> None:
+    if math.prod(grid) != count:
+        raise UsageError(f"a grid of {' x '.join(map(str, grid))} does not hold {count} patches")

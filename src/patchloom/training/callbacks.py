@@ -17,6 +17,7 @@ from tqdm import tqdm
 from patchloom.base import stopping
 from patchloom.base.progress import duration
 from patchloom.data.base import Source
+from patchloom.encoders import Encoder
 from patchloom.features.health import Start, verdict
 from patchloom.io import write_json, write_rows
 from patchloom.training.failure import NonFiniteLossError
@@ -215,7 +216,7 @@ class ProbeData:
         self.queries = queries
         self.images = self.width = 0
 
-    def measure(self, encoder: torch.nn.Module, batch_size: int, device: torch.device) -> dict[str, Any]:
+    def measure(self, encoder: Encoder, batch_size: int, device: torch.device) -> dict[str, Any]:
         """Return `rankme`, `mean_cosine` and, with labels, the figures of k-NN.
 
         These are `knn_accuracy`, `knn_balanced_accuracy` and `knn_majority_share`, the accuracy of naming the

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
+from patchloom.encoders import Encoder
 from patchloom.training.attachment import Attachment
 from patchloom.training.ewa import average_experts_, average_ffn, expand_ffn, experts_of, share_rate_schedule
 
@@ -36,4 +37,4 @@ class ExpertsAveraging(Attachment):
 
     def fold(self, model: nn.Module) -> nn.Module:
         """Return a copy with plain feed-forwards, the mean of their experts."""
-        return average_ffn(copy.deepcopy(model)) if experts_of(model) else model
+        return average_ffn(cast(Encoder, copy.deepcopy(model))) if experts_of(model) else model

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as lp
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +14,7 @@ from torch import nn
 
 from patchloom.base.progress import duration
 from patchloom.base.version import __version__
+from patchloom.encoders import Encoder
 from patchloom.io import write_json
 from patchloom.models.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages
@@ -51,7 +52,7 @@ class Finish(Callback):
         for logger in trainer.loggers:
             logger.save()
         lineage = self.lineage(pl_module, pl_module.step)
-        pl_module.save_model(model, self.run_dir / "model", lineage)
+        pl_module.save_model(cast(Encoder, model), self.run_dir / "model", lineage)
         summary = self.summary(trainer, pl_module)
         try:
             if pl_module.config.report:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,4 +87,4 @@ def classify_by_angle_(model: Any) -> None:
 def has_linear_head(model: Any) -> bool:
     """Return whether a model classifies by one linear layer on the features its `forward_head` gives."""
     head = getattr(model, "get_classifier", lambda: None)()
-    return isinstance(head, nn.Linear) and (isinstance(model, VisionTransformer) or hasattr(model, "forward_head"))
+    return isinstance(head, nn.Linear) and hasattr(model, "forward_head")

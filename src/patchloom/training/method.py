@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as lp
 import torch
@@ -218,7 +218,7 @@ class Method(lp.LightningModule):
         """Return what is looked at and shipped: the encoder, or what an attachment puts in its place."""
         model: Encoder = self.encoder
         for part in self.attached:
-            model = part.view(self, model)
+            model = cast(Encoder, part.view(self, model))
         return model
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:

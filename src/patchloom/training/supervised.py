@@ -11,14 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.survey import notice
 from patchloom.data.transforms import FinetuneTransform, make_mixup
-from patchloom.encoders import Encoder, create_encoder, depth, has_tokens
+from patchloom.encoders import Encoder, create_encoder, depth, family_of, has_tokens, input_size
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
 from patchloom.training.labelled import LabelledMethod
@@ -171,22 +169,19 @@ def as_classifier(
     model_args = {
         name: value for name, value in creation_args["model_args"].items() if name not in ("num_classes", "global_pool")
     }
-    mean = pool == "avg" and not isinstance(encoder, VisionTransformerDistilled)
-    model_args["global_pool"] = "avg" if mean else "token"
-    if isinstance(encoder, Beit):
-        model_args |= {"use_fc_norm": pool == "avg"}
-        if encoder.rel_pos_bias is not None:
-            model_args |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
-    size = model_args.pop("img_size", None)
+    family = family_of(encoder)
+    model_args |= family.classifier_arguments(encoder, pool == "avg")
+    for name in family.size_arguments(input_size(encoder)):
+        model_args.pop(name, None)
     channels = model_args.pop("in_chans", 3)
     model = create_encoder(
-        creation_args["architecture"], image_size=size, in_chans=channels, drop_path=drop_path, **model_args
+        creation_args["architecture"],
+        image_size=input_size(encoder),
+        in_chans=channels,
+        drop_path=drop_path,
+        **model_args,
     )
-    state = dict(encoder.state_dict())
-    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None and isinstance(encoder, Beit):
-        for number in range(len(model.blocks)):
-            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared.clone()
+    state = family.classifier_state(encoder, dict(encoder.state_dict()))
     state_dict = model.state_dict()
     model.load_state_dict({name: value for name, value in state.items() if name in state_dict}, strict=False)
     model.reset_classifier(num_classes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import patchloom as pl
-from patchloom.encoders.resize import resize_relative_table
+from patchloom.encoders import resize_relative_table
 from patchloom.errors import UsageError
 from tests_support import finetuned_layout, pretraining_layout
 

@@ -91,7 +91,7 @@ def run_embed(config: EmbedConfig) -> dict[str, Any]:
     return _for_each_slide(config, about, features_of)
 
 
-def weights_fingerprint(encoder: Encoder) -> str:
+def weights_fingerprint(encoder: nn.Module) -> str:
     """Return a short hash of an encoder's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):

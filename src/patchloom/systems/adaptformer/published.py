@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.encoders.insertion import Insertion, activate, insert
-from patchloom.encoders.video import TubeletEmbed
 from patchloom.errors import UsageError, unknown_name
 from patchloom.models.published import fill, has, require
 from patchloom.models.published_settings import Hidden, Settings, epsilon_of, name_of, set_epsilon
@@ -21,6 +20,8 @@ from patchloom.systems.linear.model import LinearHead
 from patchloom.systems.vpt.model import VisualPrompts
 
 NAME = "adapter"
+VIDEO_FRAMES = 8
+"""Of a clip as the published code samples it; others can be read."""
 SETTINGS = Settings(
     obeyed=(
         *("image_size", "num_heads", "scale", "placement", "pool", "norm", "input", "dropout", "drop_path"),
@@ -148,9 +149,9 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"num_heads={heads} does not divide the width of {width}")
-    arguments: dict[str, Any] = {"embed_layer": TubeletEmbed} if video else {}
+    positions: dict[str, Any] = {"pos_embed": "learn" if "pos_embed" in state else "none"}
     return create_encoder(
-        "vit_base_patch16_224",
+        "videomae_base_patch16_224" if video else "vit_base_patch16_224",
         image_size=_image_size(state, config, patch),
         in_chans=channels,
         patch_size=patch,
@@ -161,10 +162,9 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
         drop_path=float(config.get("drop_path", 0.0)),
         qkv_bias="blocks.0.attn.q_proj.bias" in state or "blocks.0.attn.q_bias" in state,
         class_token="cls_token" in state,
-        pos_embed="learn" if "pos_embed" in state else "none",
         global_pool="avg" if pooled else "token",
         fc_norm=pooled,
-        **arguments,
+        **({"num_frames": VIDEO_FRAMES, "tubelet_size": kernel.shape[2]} if video else positions),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.survey import notice
 from patchloom.data.transforms import PairedViews
-from patchloom.encoders import Encoder, grid_size, in_chans, normalize, patch_size
+from patchloom.encoders import Encoder, in_chans, normalize, patch_size, plane_size
 from patchloom.encoders.masking import BlockMaskGenerator, ReplacementSampler
 from patchloom.encoders.patches import normalize_patches, patchify, unpatchify
 from patchloom.errors import UsageError
@@ -53,7 +53,7 @@ class CCViTMethod(Method):
             initialize_as_beit(self.encoder)
         self.size = patch_size(self.encoder)
         self.channels = in_chans(self.encoder)
-        self.grid = grid_size(self.encoder)
+        self.grid = plane_size(self.encoder, "block masks")
         self.num_masked, self.num_replaced = mask_counts(self.grid, config.mask_ratio, config.replace_ratio)
         self.tokenizer = self._tokenizer()
         # The published model owns encoder and heads; here the encoder is the engine's, and shared.

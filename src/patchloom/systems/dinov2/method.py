@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,14 +26,16 @@ from patchloom.encoders import (
     Encoder,
     create_encoder,
     depth,
-    grid_size,
+    has_tokens,
     image_size,
     in_chans,
     normalize,
     num_prefix_tokens,
     patch_size,
+    plane_size,
 )
 from patchloom.encoders.anysize import DINOV2_RULE, TIMM_RULE
+from patchloom.encoders.families import find_family
 from patchloom.encoders.patches import patch_grid
 from patchloom.errors import UsageError
 from patchloom.io import written_whole
@@ -155,14 +155,13 @@ class Dinov2Method(Method):
         if not timm.is_model(config.encoder):
             return arguments  # refused where it is created
         with torch.device("meta"):  # only its kind is asked for
-            plain: Encoder = timm.create_model(config.encoder, num_classes=0)
-        has_none = isinstance(plain, VisionTransformer) and isinstance(
-            getattr(plain.blocks[0], "ls1", None), nn.Identity
-        )
+            plain: Any = timm.create_model(config.encoder, num_classes=0)
+        has_none = has_tokens(plain) and isinstance(getattr(plain.blocks[0], "ls1", None), nn.Identity)
         if config.layer_scale is not None and has_none:
             arguments["init_values"] = config.layer_scale
         if config.registers:
-            if not isinstance(plain, (VisionTransformer, Eva)):
+            family = find_family(plain)
+            if family is None or not family.takes_registers:
                 raise UsageError(f"a {type(plain).__name__} has no register tokens; leave registers unset")
             # As published: registers have no position, and the class token needs none where there are any.
             arguments |= {"reg_tokens": config.registers, "no_embed_class": True}
@@ -223,7 +222,7 @@ class Dinov2Method(Method):
         config = self.config
         rank, world = (self.global_rank, self.trainer.world_size) if self._trainer is not None else (0, 1)
         drawn = draw_masks(
-            grid_size(self.encoder),
+            plane_size(self.encoder, "block masks"),
             batch_size,
             seed=config.seed,
             step=self.batches_done,

@@ -218,7 +218,7 @@ def _set_positions(model: Encoder, state: Mapping[str, Tensor], settings: Mappin
     Returns:
         Whether they are others than timm's.
     """
-    rope = model.rope
+    rope: Any = model.rope
     rope.normalize_coords = settings.get("pos_embed_rope_normalize_coords", "separate")
     differs = rope.normalize_coords != "separate"
     if PERIODS in state:

@@ -607,7 +607,7 @@ def _of_shifted(images: Tensor, loss: Loss, attack: FeatureAttack, shift: Tensor
 
 
 def _listed(encoder: Encoder | Sequence[Encoder]) -> list[Encoder]:
-    encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
+    encoders = [encoder] if isinstance(encoder, nn.Module) else list(encoder)
     if not encoders:
         raise UsageError("an attack needs at least one encoder")
     return encoders

@@ -57,7 +57,7 @@ class PyramidPrompts(Insertion):
                 if group not in self.bottlenecks:
                     self.bottlenecks[group] = SharedBottleneck(width, rank)
 
-    def blocks(self, encoder: Encoder) -> list[Any]:
+    def blocks(self, encoder: Any) -> list[Any]:
         """Return the blocks of each stage of an encoder."""
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class DVPTSwin(PyramidPrompts):
         if not isinstance(encoder, SwinTransformer):
             raise UsageError(f"DVPTSwin is for timm's SwinTransformer, not for a {type(encoder).__name__}")
 
-    def blocks(self, encoder: Encoder) -> list[Any]:
+    def blocks(self, encoder: Any) -> list[Any]:
         """Return the blocks of each stage."""
         return [list(stage.blocks) for stage in encoder.layers]
 
@@ -190,7 +190,7 @@ class SegFormerPrompts(PyramidPrompts):
         if not isinstance(encoder, PyramidVisionTransformerV2):
             raise UsageError(f"SegFormerPrompts is for timm's PyramidVisionTransformerV2, not {type(encoder).__name__}")
 
-    def blocks(self, encoder: Encoder) -> list[Any]:
+    def blocks(self, encoder: Any) -> list[Any]:
         """Return the blocks of each stage."""
         return [list(stage.blocks) for stage in encoder.stages]
 
@@ -255,7 +255,8 @@ class DVPTSegFormer(nn.Module):
         """Return logits (B, classes, H, W) of images (B, 3, H, W), sides divisible by 32."""
         x = self.encoder.patch_embed(images)
         maps = []
-        for stage in self.encoder.stages:
+        stages: Any = self.encoder.stages
+        for stage in stages:
             x = stage(x)
             maps.append(x)
         size = maps[0].shape[-2:]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchloom.encoders import Encoder
+from patchloom.encoders import Encoder, has_tokens
 from patchloom.errors import UsageError, unknown_name
 from patchloom.systems.ear.excision import (
     QUANTILE,
@@ -118,7 +118,7 @@ class EAR(nn.Module):
             raise UsageError(f"quantile is {quantile}; it must be in [0, 1]")
         if encoder is None:
             encoder = AttentionSaliency(kind="gradient")
-        elif hasattr(encoder, "patch_embed"):
+        elif has_tokens(encoder):
             encoder = AttentionSaliency(encoder)
         self.saliency: nn.Module = encoder
         self.unet = unet

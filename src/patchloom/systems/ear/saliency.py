@@ -12,7 +12,7 @@ torch.Size([2, 1, 256, 256])
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,8 @@ class AttentionSaliency(nn.Module):
         if encoder is not None:
             require_tokens(encoder)
             encoder.requires_grad_(False).eval()
-        if kind == "cls_attention" and not num_prefix_tokens(encoder):
-            raise UsageError("saliency=cls_attention needs a class token, and the encoder has none; take pca")
+            if kind == "cls_attention" and not num_prefix_tokens(encoder):
+                raise UsageError("saliency=cls_attention needs a class token, and the encoder has none; take pca")
         self.encoder, self.kind, self.head_fusion, self.cell = encoder, kind, head_fusion, cell
         self.own = (0, 0) if encoder is None else image_size(encoder)
 
@@ -111,7 +111,8 @@ class AttentionSaliency(nn.Module):
         inputs = shown_to(self.encoder, images, self.own)
         if self.kind == "cls_attention":
             heads = class_attention(self.encoder, inputs)
-            fused = {"mean": heads.mean, "max": heads.amax, "min": heads.amin}[self.head_fusion](1)
+            fuse: dict[str, Any] = {"mean": heads.mean, "max": heads.amax, "min": heads.amin}
+            fused = fuse[self.head_fusion](1)
         elif self.kind == "token_norm":
             fused = attention_norms(self.encoder, inputs)
         else:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from patchloom.encoders import embed, embed_dim, run_blocks
 from patchloom.encoders.mask_token import MaskTokenEncoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
+from patchloom.encoders.patches import one_side
 from patchloom.errors import UsageError
 
 
@@ -103,10 +104,10 @@ class GenericDistiller(nn.Module):
             student = DistilledAutoencoder(student, embed_dim(teacher.encoder), teacher.hidden_dim)
         self.student = student
         autoencoder = student.autoencoder
-        if teacher.grid != autoencoder.grid or teacher.patch_size != autoencoder.patch_size:
+        if teacher.grid != autoencoder.grid or teacher.patch_shape != autoencoder.patch_shape:
             raise UsageError(
-                f"the teacher sees {teacher.grid} patches of {teacher.patch_size} pixels and the student "
-                f"{autoencoder.grid} of {autoencoder.patch_size}; both need the same image and patch size"
+                f"the teacher sees {teacher.grid} patches of {one_side(teacher.patch_shape)} pixels and the student "
+                f"{autoencoder.grid} of {one_side(autoencoder.patch_shape)}; both need the same image and patch size"
             )
         if teacher.prefix != autoencoder.prefix:
             raise UsageError(

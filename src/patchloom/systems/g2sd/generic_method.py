@@ -201,7 +201,7 @@ class G2SDGenericMethod(Method):
         held = F.layer_norm(held.float(), held.shape[-1:], eps=1e-6)
         both = torch.cat([held, prediction.float()])[:, teacher.prefix :].cpu()
         painted = F.interpolate(pca_colours(both, teacher.grid), size=images.shape[-2:], mode="nearest")
-        size, channels = teacher.patch_size, teacher.in_chans
+        size, channels = teacher.patch_shape, teacher.in_chans
         patches = patchify(images, size)
         shown = torch.where(mask.bool().unsqueeze(-1), torch.full_like(patches, 0.5), patches)
         return {

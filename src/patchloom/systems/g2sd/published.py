@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from patchloom.encoders import Encoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.models.published import fill, has, read_state, require
@@ -119,6 +120,6 @@ def _classifier(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
         if name not in head_state:
             raise UsageError(f"the checkpoint lacks {name}")
     agree(mae.SETTINGS.renamed(config), {"num_classes": len(head_state["head.weight"])})
-    encoder = mae.load(state, **config)
+    encoder = cast(Encoder, mae.load(state, **config))
     model = DistilledVisionTransformer(encoder, len(head_state["head.weight"]), eval_head)
     return fill(model, {**{f"encoder.{n}": v for n, v in encoder.state_dict().items()}, **head_state})

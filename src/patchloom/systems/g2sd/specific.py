@@ -26,10 +26,10 @@ from patchloom.encoders import (
     depth,
     embed,
     embed_dim,
-    grid_size,
     has_tokens,
     image_size,
     in_chans,
+    num_patches,
     num_prefix_tokens,
     patch_size,
     run_blocks,
@@ -209,7 +209,7 @@ def _with_free_token(encoder: Encoder) -> tuple[Tensor, range]:
     Beside them the numbers of these rows.
     """
     positions = encoder.pos_embed.detach()
-    num_prefix = positions.shape[1] - grid_size(encoder)[0] * grid_size(encoder)[1]
+    num_prefix = positions.shape[1] - num_patches(encoder)
     zeros = positions.new_zeros(1, 2 - num_prefix, positions.shape[2])
     return torch.cat([positions[:, :num_prefix], zeros, positions[:, num_prefix:]], dim=1), range(num_prefix, 2)
 

@@ -135,7 +135,7 @@ class MAEMethod(Method):
             images: (n, C, H, W) in [0, 1].
         """
         self.model.eval()
-        size, grid, channels = self.model.patch_size, self.model.grid, self.model.in_chans
+        size, grid, channels = self.model.patch_shape, self.model.grid, self.model.in_chans
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.rand(len(images), self.patches, generator=generator).to(images.device)
         inputs = normalize(images, self.encoder)

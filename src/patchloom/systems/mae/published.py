@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchloom.encoders import Encoder, create_encoder
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
-from patchloom.encoders.patches import patch_grid
+from patchloom.encoders.patches import Grid, patch_grid
 from patchloom.errors import UsageError
 from patchloom.models.published import fill, has, require
 from patchloom.models.published_settings import Hidden, Settings, epsilon_of, name_of, set_epsilon
@@ -175,12 +175,12 @@ def _image_size(positions: Tensor, patch: int, config: Mapping[str, Any]) -> tup
     return side * patch, side * patch
 
 
-def _resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+def _resized(positions: Tensor, grid: Grid) -> Tensor:
     """Return positions for another grid, as the published fine-tuning resizes them: bicubic, without antialiasing."""
     side = math.isqrt(positions.shape[1] - 1)
     if side**2 != positions.shape[1] - 1:
         raise UsageError(f"positions of {positions.shape[1] - 1} patches are of no square grid and cannot be resized")
-    return resample_abs_pos_embed(positions, grid, (side, side), num_prefix_tokens=1, antialias=False)
+    return resample_abs_pos_embed(positions, list(grid), [side, side], num_prefix_tokens=1, antialias=False)
 
 
 def _inferred_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from patchloom.encoders import Embedded, depth, embed, grid_size, num_prefix_tokens, run_blocks
-from patchloom.encoders.create import FAMILIES
+from patchloom.encoders import Embedded, depth, embed, grid_size, has_tokens, num_prefix_tokens, run_blocks, sides_of
 from patchloom.errors import UsageError
 
 
@@ -57,7 +56,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model: Any, tail_blocks: int | None = None, drop_path: bool = False) -> None:
         super().__init__()
-        if not isinstance(model, (*FAMILIES, SwinTransformer)):
+        if not (has_tokens(model) or isinstance(model, SwinTransformer)):
             raise UsageError(f"a {type(model).__name__} cannot be this teacher; use a ViT, BEiT, EVA or Swin of timm")
         if any(getattr(block, "carried_tokens", 0) for block in getattr(model, "blocks", ())):
             raise UsageError("this teacher's adapter carries prompts from block to block, which its tail cannot")
@@ -107,9 +106,7 @@ class Teacher(nn.Module):
         entering, _ = run_blocks(self.model, embedded, stop=cut)
         x, _ = run_blocks(self.model, replace(embedded, x=entering), start=cut)
         normed = self._norm(x)
-        features = (
-            normed[:, prefix:].transpose(1, 2).unflatten(2, grid_size(self.model, (images.shape[-2], images.shape[-1])))
-        )
+        features = normed[:, prefix:].transpose(1, 2).unflatten(2, grid_size(self.model, sides_of(images)))
         logits = self._logits(self.model.norm(x))
         return TeacherOutput(features, entering[:, prefix:], logits, entering[:, :prefix], embedded)
 
