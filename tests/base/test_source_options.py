@@ -13,10 +13,10 @@ from patchloom.base.source_options import choose
 from patchloom.data import SourceOptions, open_source
 from patchloom.data.segmentation import open_segmentation
 from patchloom.errors import UsageError
-from patchloom.evaluate.decoders import DecoderConfig
 from patchloom.evaluate.health import HealthConfig
 from patchloom.evaluate.target import EvaluationConfig
 from patchloom.explain.subject import ExplainConfig
+from patchloom.segment.decoder_config import DecoderConfig
 from patchloom.training.config import TrainConfig
 
 

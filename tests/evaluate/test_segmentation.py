@@ -234,7 +234,7 @@ def test_windows_of_a_preset_are_the_published_step_apart(coarse, folders):
     config = config_from_mapping(SegmentationConfig, {**settings, "preset": "dinov2", "device": "cpu"})
     source = open_pair(train, folders[1], 3)[0]
     with pytest.warns(UserWarning, match="510"):
-        trained = train_decoder(coarse, source, config)
+        trained = train_decoder(coarse, source, config, "segmentation")
     assert trained.stride == (341, 341)
 
 
@@ -374,5 +374,5 @@ def test_progress_is_said_in_lines_where_there_is_no_terminal(encoder, folders, 
     train, test = folders
     pl.evaluate("segmentation", encoder=encoder, train=train, test=test, augment=False, **{**FAST, "steps": 3})
     said = capsys.readouterr().err
-    assert re.search(r"training the bn head 2/3  loss \d\.\d+  .* steps/s  .* left", said)
+    assert re.search(r"step 3/3  epoch .*  loss \d\.\d+  .* images/s  .* left", said)
     assert re.search(r"segmenting 5/6  .* images/s  .* left", said)

@@ -6,11 +6,8 @@ same test images, the same figures with intervals, predictions that `patchloom e
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +20,13 @@ from patchloom.data.reading import reading_options
 from patchloom.encoders import embed_dim, image_size, in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.finetune_config import FinetuneEvaluationConfig
+from patchloom.evaluate.kept import claim
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.features.extract import NO_LABEL, Features, torch_device
 from patchloom.features.fingerprint import weights_hash
-from patchloom.io import check_place, make_folder, write_text
+from patchloom.io import check_place
 from patchloom.models.bundle import load, save_bundle
-from patchloom.training.config import FREE_ON_RESUME
-
-ASKED = "asked.json"
-"""File of a run's folder that says what was asked, so that nothing else goes on with it."""
 
 
 class Finetune(Evaluation):
@@ -80,7 +74,7 @@ class Finetune(Evaluation):
                 "accelerator": "cpu" if device.type == "cpu" else "gpu",
             }
             asked = {**config.settings, **options, **ours}
-            _claim(folder, {"method": config.method, "weights": weights_hash(encoder), **asked})
+            claim(folder, {"method": config.method, "weights": weights_hash(encoder), **asked})
             if not bundle.exists():
                 save_bundle(encoder, bundle)
             go_on = None if config.run is None else "the same command"
@@ -126,20 +120,3 @@ class Finetune(Evaluation):
         keys = [key for key, keep in zip(keys, labelled.tolist(), strict=True) if keep]
         vectors = torch.zeros(1, embed_dim(model)).expand(int(labelled.sum()), -1)
         return outputs[labelled], Features(vectors, place[known[labelled]], keys, skipped)
-
-
-def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Take the folder of a run, or go on in that of the same one.
-
-    Raises:
-        UsageError: It holds another run, or something else.
-    """
-    binding = {name: value for name, value in asked.items() if name not in FREE_ON_RESUME - {"data"}}
-    record, words = folder / ASKED, json.dumps(binding, default=str, sort_keys=True)
-    if folder.exists() and any(folder.iterdir()):
-        if not record.exists():
-            raise UsageError(f"{folder} is not empty and holds no run of this evaluation; choose another run")
-        if record.read_text(encoding="utf-8") != words:
-            raise UsageError(f"{folder} holds a run of another encoder or other settings; choose another run")
-    make_folder(folder)
-    write_text(record, words)

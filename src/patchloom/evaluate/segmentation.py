@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +70,7 @@ class Segmentation:
             config.train, config.test, in_chans(encoder), config, **(remembered(encoder) | config.source_options())
         )
         masks = report_masks(train.coding, (train.name, train.shares), (test.name, test.shares))
-        trained = train_decoder(encoder, train, config)
+        trained = train_decoder(encoder, train, config, "segmentation")
         trained_at = time.perf_counter()
         tested = self.measure(trained, test)
         if config.picture is not None:
@@ -88,8 +87,8 @@ class Segmentation:
             "crop": list(trained.crop),
             "resize": None if trained.resize is None else list(trained.resize),
             "as_published": config.as_published,
-            "loss_first": trained.losses[0],
-            "loss_last": float(np.mean(trained.losses[-20:])),
+            "loss_first": trained.loss_first,
+            "loss_last": trained.loss_last,
             "unreadable_images": len(skipped),
             "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
             "seconds_training": round(trained_at - start, 2),

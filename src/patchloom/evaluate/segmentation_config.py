@@ -12,7 +12,7 @@ from annotated_types import MinLen
 from patchloom.base.choices import SCALES
 from patchloom.base.ranges import Positive, PositiveInt
 from patchloom.errors import UsageError
-from patchloom.evaluate.decoder_config import DecoderConfig
+from patchloom.segment.decoder_config import DecoderConfig
 
 # Images as the published evaluations on ADE20K see them; windows are two thirds of 512 apart in testing, 341 pixels.
 ADE20K: Mapping[str, Any] = {"crop": (512, 512), "short_side": 512}

@@ -90,7 +90,7 @@ class VolumeSegmentation:
         if train.fingerprint() == test.fingerprint():
             raise UsageError(f"train {train.name} and test {test.name} are the same volumes; measure on others")
         masks = report_masks(train.coding, (train.name, train.shares), (test.name, test.shares))
-        trained = train_decoder(encoder, slices, config)
+        trained = train_decoder(encoder, slices, config, "volume_segmentation")
         cases, skipped = self.measure(trained, test)
         return {
             **masks,

@@ -11,7 +11,7 @@ from patchloom.base.choices import Plane, Window
 from patchloom.base.ranges import Count
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
-from patchloom.evaluate.decoder_config import DecoderConfig
+from patchloom.segment.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)

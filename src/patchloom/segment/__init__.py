@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
     from patchloom.segment.losses import dice_loss, segmentation_loss
     from patchloom.segment.metrics import MeanIoU, areas, dice, hausdorff, iou
-    from patchloom.segment.module import Schedule, SegmentationModule
+    from patchloom.segment.module import SegmentationModule
     from patchloom.segment.necks import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
     from patchloom.segment.pyramid_backbone import PyramidBackbone, SegmentationModel
     from patchloom.segment.radiology import LinearSegHead, UNetSegHead
-    from patchloom.segment.schedule import layer_decay_param_groups, one_cycle, poly
+    from patchloom.segment.schedule import Schedule, layer_decay_param_groups, one_cycle, poly
     from patchloom.segment.upernet import UPerHead
 
 _PLACES = {
@@ -32,7 +32,7 @@ _PLACES = {
     "MultiScaleSegmenter": "inference",
     "PyramidBackbone": "pyramid_backbone",
     "SETRUPHead": "heads",
-    "Schedule": "module",
+    "Schedule": "schedule",
     "SegmentationModel": "pyramid_backbone",
     "SegmentationModule": "module",
     "SimpleFeaturePyramid": "necks",

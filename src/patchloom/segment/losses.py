@@ -20,6 +20,8 @@ from patchloom.errors import unknown_name
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import IGNORED
 
+AUXILIARY_WEIGHT = 0.4
+
 
 def segmentation_loss(
     logits: Tensor, target: Tensor, *, average: Literal["valid", "all"] = "valid", ignore_index: int = IGNORED
@@ -80,6 +82,35 @@ def dice_loss(
     # A truth of zeros and ones is its own square.
     sizes = ((shares.square() if squared_pred else shares).sum(over) + classes.sum(over))[..., first:]
     return (1 - (2 * both + smooth) / (sizes + smooth)).mean()
+
+
+def decoder_loss(
+    logits: Tensor,
+    auxiliary: Tensor | None,
+    target: Tensor,
+    *,
+    kind: Literal["ce", "dice", "dice+ce"] = "ce",
+    average: Literal["valid", "all"] = "valid",
+    dice: Literal["image", "batch"] = "image",
+) -> Tensor:
+    """Return the loss of a decoder: cross-entropy, Dice, or their sum; that of an auxiliary head counts 0.4.
+
+    Args:
+        logits: (B, K, h, w).
+        auxiliary: Likewise, of a second head in training; None where there is none.
+        target: (B, H, W) int64.
+        kind: What is added up.
+        average: What cross-entropy is averaged over, see `segmentation_loss`.
+        dice: Dice of each `image` with plain denominators, or of the whole `batch` with squared ones (DVPT).
+    """
+    loss = logits.new_zeros((), dtype=torch.float32)
+    if "ce" in kind:
+        loss = loss + segmentation_loss(logits, target, average=average)
+    if "dice" in kind:
+        loss = loss + dice_loss(logits, target, squared_pred=dice == "batch", batch=dice == "batch")
+    if auxiliary is None:
+        return loss
+    return loss + AUXILIARY_WEIGHT * decoder_loss(auxiliary, None, target, kind=kind, average=average, dice=dice)
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:

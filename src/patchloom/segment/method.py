@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from patchloom.base.choices import HeadName
 from patchloom.base.progress import track
 from patchloom.base.sizes import compact
 from patchloom.base.source_options import refuse_untaken
@@ -31,35 +30,31 @@ from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
-from patchloom.segment.build import build_parts
+from patchloom.segment.build import Parts, build_parts
+from patchloom.segment.dense import DenseMethod
 from patchloom.segment.inference import SlidingWindowSegmenter
-from patchloom.segment.losses import dice_loss, pixel_accuracy, segmentation_loss
 from patchloom.segment.metrics import MeanIoU
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
 from patchloom.training.inputs import read_as
-from patchloom.training.method import Method, Transform
+from patchloom.training.method import Transform
 
 if TYPE_CHECKING:
     from patchloom.report import Section
 
-AUXILIARY_WEIGHT = 0.4
 SHOWN = 6
 
 
-class SegmentMethod(Method):
+class SegmentMethod(DenseMethod):
     """Trains a decoder, and the encoder where that is asked for.
 
     Attributes:
-        head_name: The decoder.
         test: Images with masks that mean IoU is measured on; None where there are none.
     """
 
-    head_name: ClassVar[HeadName]
     config_class = SegmentConfig
     config: SegmentConfig
     source: MaskSource
-    probed = False
 
     def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, MaskSource):
@@ -73,18 +68,6 @@ class SegmentMethod(Method):
             self.test.palette = source.palette
             notice(self.test.said())
             check_shares(source.coding, self.test.shares, self.test.name)
-        self.parts = build_parts(
-            self.encoder,
-            len(source.class_names),
-            self.head_name,
-            layers=config.layers,
-            blocks=config.blocks,
-            apply_norm=config.apply_norm,
-            width=config.width,
-            frozen=not config.train_encoder,
-        )
-        # The encoder is a module of the method already; the backbone is a view of it.
-        self.neck, self.head, self.aux_head = self.parts.neck, self.parts.head, self.parts.auxiliary
         self.figures: dict[str, Any] = {}
 
     @classmethod
@@ -124,24 +107,23 @@ class SegmentMethod(Method):
             colours=config.colours,
         )
 
-    def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the loss of a batch, and the share of known pixels that are right."""
-        self.parts.backbone.train(self.training)
-        maps = self.parts.backbone(normalize(self.pixels(batch["image"]), self.encoder))
-        target, levels = batch["mask"].long(), self.parts.levels(maps)
-        logits = self.head(levels)
-        loss = self._loss(logits, target)
-        if self.aux_head is not None:
-            loss = loss + AUXILIARY_WEIGHT * self._loss(self.aux_head(levels), target)
-        return {"loss": loss, "pixel_accuracy": pixel_accuracy(logits.detach(), target)}
+    def build_decoder(self, num_classes: int) -> Parts:
+        """Return the parts of the model, the encoder's view first."""
+        config = self.config
+        return build_parts(
+            self.encoder,
+            num_classes,
+            self.head_name,
+            layers=config.layers,
+            blocks=config.blocks,
+            apply_norm=config.apply_norm,
+            width=config.width,
+            frozen=not config.train_encoder,
+        )
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss = logits.new_zeros((), dtype=torch.float32)
-        if "ce" in self.config.loss:
-            loss = loss + segmentation_loss(logits, target)
-        if "dice" in self.config.loss:
-            loss = loss + dice_loss(logits, target)
-        return loss
+    def loss_options(self) -> dict[str, Any]:
+        """Return what of `decoder_loss` is chosen."""
+        return {"kind": self.config.loss}
 
     def segmenter(self) -> Segmenter:
         """Return the model as it is, for images of any size."""

@@ -11,8 +11,6 @@ torch.Size([1, 5, 14, 14])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as lp
@@ -23,35 +21,9 @@ from patchloom.data.pixels import unit
 from patchloom.encoders import depth, normalize
 from patchloom.errors import UsageError
 from patchloom.segment.backbone import Backbone
-from patchloom.segment.losses import dice_loss, segmentation_loss
-from patchloom.segment.schedule import layer_decay_param_groups, one_cycle, poly
+from patchloom.segment.losses import decoder_loss
+from patchloom.segment.schedule import Schedule, layer_decay_param_groups
 from patchloom.training.optim import set_rates
-
-AUXILIARY_WEIGHT = 0.4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a segmentation model is trained."""
-
-    steps: int = 40_000
-    """Optimiser steps"""
-    lr: float = 1e-3
-    """Peak learning rate"""
-    min_lr: float = 0.0
-    """Learning rate at the end"""
-    decay: Literal["poly", "one_cycle"] = "poly"
-    """How the learning rate falls: by a power, or as half a cosine"""
-    power: float = 1.0
-    """Power of the polynomial decay"""
-    warmup: int = 1500
-    """Steps of warm-up"""
-    weight_decay: float = 1e-4
-    """AdamW weight decay, not on vectors and biases"""
-    layer_decay: float = 1.0
-    """Factor on the learning rate from each block to the one below it, where the encoder trains"""
-    clip_grad: float | None = None
-    """Largest global L2 norm of the gradient; None for no clipping"""
 
 
 class SegmentationModule(lp.LightningModule):
@@ -101,9 +73,8 @@ class SegmentationModule(lp.LightningModule):
         if (maps := batch.get("maps")) is None:
             maps = self.backbone(normalize(unit(batch["image"]), self.backbone.encoder))
         target, levels = batch["mask"].long(), self._levels(maps)
-        loss = self._loss(self.head(levels), target)
-        if self.aux_head is not None:
-            loss = loss + AUXILIARY_WEIGHT * self._loss(self.aux_head(levels), target)
+        auxiliary = None if self.aux_head is None else self.aux_head(levels)
+        loss = decoder_loss(self.head(levels), auxiliary, target, kind=self.loss, average=self.average, dice=self.dice)
         if not bool(torch.isfinite(loss)):
             if not all(bool(torch.isfinite(x).all()) for x in maps):
                 raise UsageError("the encoder's features are not finite: it was saved from a run that diverged")
@@ -119,9 +90,7 @@ class SegmentationModule(lp.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the rates of the coming step."""
         plan = self.schedule
-        falls = partial(poly, power=plan.power) if plan.decay == "poly" else one_cycle
-        lr = falls(self.global_step, plan.steps, plan.lr, end=plan.min_lr, warmup=min(plan.warmup, plan.steps // 5))
-        set_rates(self.trainer.optimizers[0], lr, plan.weight_decay)
+        set_rates(self.trainer.optimizers[0], plan.rate(self.global_step), plan.weight_decay)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -133,12 +102,3 @@ class SegmentationModule(lp.LightningModule):
 
     def _levels(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         return maps if self.neck is None else self.neck(maps)
-
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        loss = logits.new_zeros((), dtype=torch.float32)
-        if "ce" in self.loss:
-            loss = loss + segmentation_loss(logits, target, average=self.average)
-        if "dice" in self.loss:
-            whole = self.dice == "batch"
-            loss = loss + dice_loss(logits, target, squared_pred=whole, batch=whole)
-        return loss

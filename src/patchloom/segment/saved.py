@@ -98,6 +98,18 @@ def save_segmenter(model: Segmenter, path: Path) -> None:
     write_json(path / ABOUT, about)
 
 
+def fill_decoder(model: Segmenter, state: dict[str, Tensor]) -> None:
+    """Fill the decoder of a model with tensors that `save_segmenter` has written.
+
+    Raises:
+        ValueError: They are not those of such a decoder.
+    """
+    missing, extra = model.load_state_dict(state, strict=False)
+    lost = [name for name in missing if not name.startswith("backbone.")]
+    if lost or extra:
+        raise ValueError(f"its tensors are not those of {model.head_name}: {', '.join([*lost, *extra][:4])}")
+
+
 def load_segmenter(path: str | Path) -> Segmenter:
     """Return a trained segmentation model from a run or its model, in eval mode.
 
@@ -124,10 +136,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
         palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
         sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
         model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"])
-        missing, extra = model.load_state_dict(state, strict=False)
-        lost = [name for name in missing if not name.startswith("backbone.")]
-        if lost or extra:
-            raise ValueError(f"its tensors are not those of {about['head']}: {', '.join([*lost, *extra][:4])}")
+        fill_decoder(model, state)
     except UsageError:
         raise
     except Exception as error:  # JSON, safetensors and shapes fail in ways of their own

@@ -8,13 +8,43 @@ mmsegmentation's schedules (poly by iteration, warm-up), and BEiT's layer decay 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from patchloom.training.optim import layer_of, parameter_groups
 from patchloom.training.schedule import cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a segmentation model is trained."""
+
+    steps: int = 40_000
+    """Optimiser steps"""
+    lr: float = 1e-3
+    """Peak learning rate"""
+    min_lr: float = 0.0
+    """Learning rate at the end"""
+    decay: Literal["poly", "one_cycle"] = "poly"
+    """How the learning rate falls: by a power, or as half a cosine"""
+    power: float = 1.0
+    """Power of the polynomial decay"""
+    warmup: int = 1500
+    """Steps of warm-up"""
+    weight_decay: float = 1e-4
+    """AdamW weight decay, not on vectors and biases"""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block to the one below it, where the encoder trains"""
+    clip_grad: float | None = None
+    """Largest global L2 norm of the gradient; None for no clipping"""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step; the warm-up takes at most a fifth of the run."""
+        falls = partial(poly, power=self.power) if self.decay == "poly" else one_cycle
+        return falls(step, self.steps, self.lr, end=self.min_lr, warmup=min(self.warmup, self.steps // 5))
 
 
 def poly(

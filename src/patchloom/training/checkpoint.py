@@ -71,7 +71,11 @@ class CheckpointEvery(Checkpoint):
         assert isinstance(pl_module, Method)
         if not pl_module.at_step_end():
             return
-        ends = pl_module.at_epoch_end() or pl_module.step == pl_module.total_steps or trainer.should_stop
+        ends = (
+            (pl_module.at_epoch_end() and not pl_module.measures)
+            or pl_module.step == pl_module.total_steps
+            or trainer.should_stop
+        )
         if pl_module.step % self.every == 0 or ends:
             self.save(trainer, pl_module.step)
 

@@ -41,7 +41,7 @@ from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, 
 from patchloom.training.phases import Phase, Span, Stage, only
 from patchloom.training.saved import steps_done
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
-from patchloom.training.stream import TrainingStream, open_stream
+from patchloom.training.stream import TrainingStream, open_stream, stage_loader
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
@@ -58,6 +58,8 @@ class Method(lp.LightningModule):
         kinds: Names of the kinds of samples it takes (`data.kinds`), which is what sources it trains on hold.
         any_backbone: Whether the encoder may be any image model of timm; else it is a ViT.
         probed: Whether probe and health look at the encoder while it trains; not where something else is what learns.
+        measures: Whether the run is part of a measurement: no advice is given on it, and no checkpoint per epoch kept.
+        fused: Whether AdamW goes over memory once; its last bits differ from those of the plain one.
         config: The settings.
         encoder: The timm module under training, without head.
         attached: What rides on the run, set by the engine before training.
@@ -76,6 +78,8 @@ class Method(lp.LightningModule):
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     any_backbone: ClassVar[bool] = False
     probed: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
+    fused: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
         super().__init__()
@@ -351,7 +355,7 @@ class Method(lp.LightningModule):
             decay=self.decays,
             select=wanted,
         )
-        return adamw(groups, betas=config.betas, eps=config.eps, fused=config.precision != "16-mixed")
+        return adamw(groups, betas=config.betas, eps=config.eps, fused=self.fused and config.precision != "16-mixed")
 
     def peak_lr(self) -> float:
         """Return the learning rate after the warm-up, scaled to the global batch where that is asked for."""
@@ -419,6 +423,15 @@ class Method(lp.LightningModule):
         if self.config.compile:
             for part in self.encoder.blocks if has_tokens(self.encoder) else [self.encoder]:
                 part.compile()
+
+    def placement(self) -> dict[str, Any]:
+        """Return which devices the run takes, in the trainer's words."""
+        config = self.config
+        return {"accelerator": config.accelerator, "devices": "auto" if config.devices == 0 else config.devices}
+
+    def loader(self, stage: Stage) -> Any:
+        """Return the batches of a stage, epoch by epoch: a `data.Loader`, or what has its attributes."""
+        return stage_loader(self, stage)
 
     def train_dataloader(self) -> TrainingStream:
         """Return all batches of the run, from the present position on."""

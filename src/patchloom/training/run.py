@@ -273,8 +273,7 @@ def _trainer(method: Method, source: Source | StreamSource, run_dir: Path, comma
     ]
     trainer = lp.Trainer(
         default_root_dir=run_dir,
-        accelerator=config.accelerator,
-        devices="auto" if config.devices == 0 else config.devices,
+        **method.placement(),
         num_nodes=config.nodes,
         strategy=_strategy(method),
         precision=_precision(config),

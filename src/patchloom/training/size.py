@@ -95,7 +95,7 @@ class Advice(Callback):
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Say it."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not cast("Method", pl_module).measures:
             self.lines = advice(cast("Method", pl_module))
             for line in self.lines:
                 notice(f"note: {line}")

@@ -21,7 +21,7 @@ def open_stream(method: Method) -> TrainingStream:
         UsageError: An epoch has fewer batches than a step takes.
     """
     config, stages = method.config, method.stages()
-    loaders = [stage_loader(method, stage) for stage in stages]
+    loaders = [method.loader(stage) for stage in stages]
     method.spans, start = [], 0
     for stage, loader in zip(stages, loaders, strict=True):
         per_epoch = len(loader) // config.accumulate
@@ -43,13 +43,13 @@ def open_stream(method: Method) -> TrainingStream:
     return TrainingStream(loaders, method)
 
 
-def stage_loader(method: Method, stage: Stage) -> Any:
-    """Return the loader of a stage's images, for this process."""
+def stage_loader(method: Method, stage: Stage, batch_size: int | None = None) -> Any:
+    """Return the loader of a stage's images, for this process, in batches of the settings' size or another."""
     config, trainer = method.config, method.trainer
     return make_loader(
         method.training_source() if stage.source is None else stage.source,
         method.transform(),
-        config.batch_size,
+        batch_size or config.batch_size,
         seed=config.seed,
         shuffle=True,
         num_workers=config.num_workers,

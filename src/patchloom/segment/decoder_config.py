@@ -78,6 +78,8 @@ class DecoderConfig(MaskSettings, SourceOptions):
     """Number format of the arithmetic"""
     num_workers: Count = 2
     """Processes that read images"""
+    run: str | None = None
+    """Folder where the run is kept, and gone on with by the same command once it was stopped; default: it is deleted"""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda or cuda:1"""
     seed: Count = 0
