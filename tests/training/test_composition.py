@@ -340,7 +340,9 @@ def test_clouds_of_points_train_and_nothing_asks_them_for_pictures(tmp_path):
     losses = series(read_metrics(tmp_path / "points" / "metrics.csv"), "loss")[1]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     assert "rankme" not in found.summary
-    assert found.report.exists()
+    report = found.report.read_text()
+    assert "A few of the clouds of points that were trained on." in report
+    assert "cloud 0" in report
 
 
 def test_a_source_of_another_kind_is_refused_with_both_kinds_and_what_takes_it(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchloom.base.sizes import Size
-from patchloom.data.base import Source, UnreadableImageError
+from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.kinds import KINDS
 from patchloom.data.pixels import alike, unit
 from patchloom.data.reading import parse_channels
-from patchloom.data.transforms import EvalTransform
+from patchloom.data.sample import Sample, transformed
 from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
+from patchloom.features.extract import side_of
 from patchloom.report import Figure, Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
+from patchloom.report.pictures import middle_images, sample_figure
 from patchloom.report.tiles import shown_channels
 from patchloom.training.metrics import read_metrics, series
 
@@ -25,7 +29,7 @@ if TYPE_CHECKING:
     from patchloom.training.callbacks import Probe
     from patchloom.training.method import Method
 
-PICTURES, NEIGHBOUR_POOL = 8, 400
+PICTURES, NEIGHBOUR_POOL, SAMPLES = 8, 400, 6
 # Figures shown as per cent; an accuracy never stands without the two it is read beside.
 PERCENT = {
     f"{prefix}{name}": f"{words}{readable}"
@@ -56,8 +60,8 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
     rows = read_metrics(run_dir / "metrics.csv")
     sections: list[Section | None] = [*training_sections(rows)]
     if probe.data.queries is not None:
-        images = held_out_images(probe.data.queries, method.input_size, NEIGHBOUR_POOL)
         encoder = method.bundle_model().eval()
+        images = held_out_samples(probe.data.queries, side_of(encoder, None), NEIGHBOUR_POOL)
         # Every few images of the probe set, so that classes that follow one another are all seen.
         shown = images[:: max(1, len(images) // PICTURES)][:PICTURES]
         with torch.no_grad():
@@ -65,7 +69,7 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
         if "rankme" in summary:
             sections.append(health_section(rows, summary))
     else:
-        sections += method.report_sections(torch.empty(0))
+        sections += method.report_sections(torch.empty(0)) or [samples_section(method.source)]
     sections.append(settings_section(method))
     return write_report(
         run_dir / "report.html",
@@ -87,25 +91,46 @@ def _channels_shown(method: Method) -> str:
     return f"; pictures show channels {', '.join(map(str, shown[:3]))} of {count} (from 0)"
 
 
-def held_out_images(source: Source, size: Size, count: int) -> Tensor:
-    """Return up to `count` readable images, evenly spread over the source, as (n, C, *size) uint8."""
-    transform = EvalTransform(size)
-    generator = torch.Generator()
-    images = []
-    for index in range(0, len(source), max(1, len(source) // count)):
+def held_out_samples(source: Source, size: Any, count: int) -> Tensor:
+    """Return up to `count` readable samples, evenly spread over the source, of a size: (n, C, *sides).
+
+    Of samples with more axes than an image has, fewer are read: as many frames or slices in all.
+    """
+    if not isinstance(size, int):
+        count = max(PICTURES, count // math.prod(size[:-2]))
+    view, generator = source.kind.eval_view("crop", size), torch.Generator()
+    values = [
+        transformed(view, sample, generator)[source.kind.name]
+        for sample in readable(source, max(1, len(source) // count), count)
+    ]
+    return torch.stack(alike(values))
+
+
+def readable(source: Source, step: int, count: int) -> Iterator[Sample]:
+    """Yield up to `count` samples of every so many, without those that cannot be read."""
+    for index in range(0, len(source), step):
+        if not count:
+            return
         try:
-            images.append(transform(source.read(index).image, generator)["image"])
+            yield source.read(index)
         except UnreadableImageError:
             continue
-        if len(images) == count:
-            break
-    return torch.stack(alike(images))
+        count -= 1
+
+
+def samples_section(source: Source | StreamSource) -> Section | None:
+    """Return a few samples as their kind is drawn; nothing for a stream."""
+    if not isinstance(source, Source):
+        return None
+    shown = list(readable(source, max(1, len(source) // SAMPLES), SAMPLES))
+    text = f"A few of the {source.kind.plural} that were trained on."
+    return Section(title="Samples", text=text, figures=[sample_figure(source.kind, shown)]) if shown else None
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
     """Return the figures shown at the top."""
     names = {
-        "images": summary["data"]["images"],
+        KINDS[summary["data"].get("kind", "image")].plural: summary["data"]["images"],
         "loss": summary.get("loss"),
         **{readable: summary.get(name) for name, readable in PERCENT.items()},
         "RankMe": summary.get("rankme"),
@@ -150,30 +175,35 @@ def accuracy_chart(rows: list[dict[str, float]], prefix: str, title: str) -> Fig
 
 
 def feature_sections(encoder: torch.nn.Module, images: Tensor, shown: Tensor, method: Method) -> list[Section]:
-    """Return attention maps (of a ViT), PCA-coloured features in their places and nearest neighbours."""
-    pictures = method.pixels(shown).to(method.device)
-    inputs = normalize(pictures, encoder)
+    """Return attention maps (of a ViT), PCA-coloured features in their places and nearest neighbours.
+
+    Of clips and volumes, the middle is shown.
+    """
+    pixels = method.pixels(shown).to(method.device)
+    inputs = normalize(pixels, encoder)
     sections = []
+    middle = f" What is seen is the middle of each {method.source.kind.name}." if images.ndim > 4 else ""
     what = "last feature map"
     if has_tokens(encoder):
         what = "patch features"
         attention = class_attention(encoder, inputs).float().cpu()
-        grid = grid_size(encoder, (images.shape[-2], images.shape[-1]))
+        maps = attention.unflatten(2, grid_size(encoder, tuple(images.shape[2:])))
+        pictures, maps = middle_images(pixels.cpu(), maps)
         sections.append(
             Section(
                 title="Attention",
-                text="Where the class token looks in the last block: the mean over heads, then each head.",
-                figures=[attention_maps(pictures.cpu(), attention, grid)],
+                text="Where the class token looks in the last block: the mean over heads, then each head." + middle,
+                figures=[attention_maps(pictures, maps.flatten(2), (maps.shape[-2], maps.shape[-1]))],
             )
         )
-    features = feature_map(encoder, inputs).float().cpu()
+    pictures, features = middle_images(pixels.cpu(), feature_map(encoder, inputs).float().cpu())
     places = features.flatten(2).transpose(1, 2)
     sections.append(
         Section(
             title=what.capitalize(),
             text=f"The first three principal components of the {what} as red, green and blue; "
-            f"places of one colour are alike to the encoder.",
-            figures=[pca_features(pictures.cpu(), places, (features.shape[-2], features.shape[-1]))],
+            f"places of one colour are alike to the encoder.{middle}",
+            figures=[pca_features(pictures, places, (features.shape[-2], features.shape[-1]))],
         )
     )
     if len(images) >= 8:
@@ -194,9 +224,11 @@ def neighbour_section(encoder: torch.nn.Module, images: Tensor, method: Method) 
     similarity = vectors[queries] @ vectors.T
     similarity[torch.arange(len(queries)), queries] = -1.0  # an image is not its own neighbour
     values, neighbours = similarity.topk(min(6, len(images) - 1), dim=1)
+    images, _ = middle_images(images, images)
+    noun = method.source.kind.name
     return Section(
         title="Nearest neighbours",
-        text=f"Left, a held-out image; right, the nearest of {len(images) - 1} others by cosine similarity.",
+        text=f"Left, a held-out {noun}; right, the nearest of {len(images) - 1} others by cosine similarity.",
         figures=[nearest_neighbours(unit(images[queries]), unit(images[neighbours]), values)],
     )
 

@@ -13,7 +13,7 @@ from patchloom.encoders import class_attention, grid_size, normalize
 from patchloom.report import Section, curves, image_grid
 from patchloom.report.figures import overlay
 from patchloom.training.metrics import read_metrics, series
-from patchloom.training.report import held_out_images
+from patchloom.training.report import held_out_samples
 
 if TYPE_CHECKING:
     from patchloom.systems.dinov2.method import Dinov2Method
@@ -72,7 +72,7 @@ def teacher_section(method: Dinov2Method) -> list[Section]:
 def prototype_section(method: Dinov2Method, images: Tensor) -> Section:
     """Return how often each prototype comes first, and the images the commonest ones stand for."""
     source = method.source
-    pool = held_out_images(source, method.input_size, POOL) if isinstance(source, Source) else images
+    pool = held_out_samples(source, method.input_size, POOL) if isinstance(source, Source) else images
     logits = class_logits(method, pool)
     nearest = logits.argmax(1)
     counts = torch.bincount(nearest, minlength=logits.shape[1])
