@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from patchloom.data import EvalTransform, open_source
 from patchloom.data.base import Source
+from patchloom.data.clip_views import ClipView
 from patchloom.data.kinds import KINDS
+from patchloom.data.reading import remembered
 from patchloom.data.sample import Sample, WithNamed
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
+from patchloom.models.bundle import load
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
 from patchloom.training.failure import NonFiniteLossError
@@ -343,6 +347,44 @@ def test_clouds_of_points_train_and_nothing_asks_them_for_pictures(tmp_path):
     report = found.report.read_text()
     assert "A few of the clouds of points that were trained on." in report
     assert "cloud 0" in report
+
+
+class Motion(Method):
+    """Which way does it go?"""
+
+    kinds = ("clip",)
+
+    def __init__(self, config, source):
+        super().__init__(config, source)
+        self.head = nn.Linear(self.encoder.embed_dim, len(source.class_names))
+
+    def transform(self):
+        return ClipView("crop", 16)
+
+    def training_loss(self, batch):
+        features = self.encoder(normalize(self.pixels(batch["clip"]), self.encoder))
+        return {"loss": F.cross_entropy(self.head(features), batch["label"])}
+
+
+def test_clips_train_and_are_probed_and_drawn_like_images(tmp_path):
+    for name, step in (("right", 2), ("left", -2)):
+        for video in range(12):
+            folder = tmp_path / "videos" / name / str(video)
+            folder.mkdir(parents=True)
+            for frame in range(2):
+                picture = np.full((16, 16, 3), 30, np.uint8)
+                left = 6 + step * frame
+                picture[2 + video // 2 : 8 + video // 2, left : left + 4] = 220
+                Image.fromarray(picture).save(folder / f"{frame}.png")
+    settings = {"data": f"clips:{tmp_path}/videos", "encoder": "videomae_tiny_patch16_224", "image_size": 16}
+    settings |= {"clip_frames": 2, "clip_stride": 1, "max_steps": 2, "probe_every": 1}
+    found = fit("pretrain test", Motion, TrainConfig(out=str(tmp_path / "run"), **(SETTINGS | settings)))
+    assert found.summary["data"]["kind"] == "clip"
+    assert found.summary["knn_accuracy"] >= 0
+    report = found.report.read_text()
+    assert "What is seen is the middle of each clip." in report
+    assert "Left, a held-out clip" in report
+    assert remembered(load(found.model))["clip_stride"] == 1
 
 
 def test_a_source_of_another_kind_is_refused_with_both_kinds_and_what_takes_it(tmp_path):

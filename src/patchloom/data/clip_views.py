@@ -16,7 +16,6 @@ from patchloom.base.choices import View
 from patchloom.base.sizes import Size, pair
 from patchloom.data.pixels import resize, stretched
 from patchloom.data.transforms import eval_view as image_view
-from patchloom.errors import UsageError
 
 
 class ClipView:
@@ -26,26 +25,17 @@ class ClipView:
         view: `crop` or `whole`; the latter stretches each channel of the clip, not of each frame, to its full range, so
             that frames stay as bright as they were beside one another.
         size: Side of the frames, or (height, width), pixels.
-        frames: Frames T that a clip must have; None: any number.
 
     Raises:
         UsageError: There is no such view, or a size below 1.
     """
 
-    def __init__(self, view: View, size: Size, frames: int | None = None) -> None:
-        self.whole, self.size, self.frames = view == "whole", pair(size), frames
+    def __init__(self, view: View, size: Size) -> None:
+        self.whole, self.size = view == "whole", pair(size)
         self.frame_view = image_view(view, size)
 
     def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return {"clip": (C, T, *size)} of a clip (C, T, H, W), of its type; the generator is not used.
-
-        Raises:
-            UsageError: The clip has another number of frames.
-        """
-        if self.frames not in (None, clip.shape[1]):
-            raise UsageError(
-                f"clips have {clip.shape[1]} frames and the encoder takes {self.frames}; set clip_frames={self.frames}"
-            )
+        """Return {"clip": (C, T, *size)} of a clip (C, T, H, W), of its type; the generator is not used."""
         if self.whole:
             seen = torch.stack([resize(frame, self.size) for frame in clip.unbind(1)], 1)
             return {"clip": stretched(seen.flatten(1, 2)).unflatten(1, seen.shape[1:3])}
@@ -53,6 +43,5 @@ class ClipView:
 
 
 def eval_view(view: View, size: int | Sequence[int]) -> ClipView:
-    """Return the view of that name at a size: a side, (H, W), or with the number of frames in front."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    return ClipView(view, (sides[-2], sides[-1]), sides[0] if len(sides) == 3 else None)
+    """Return the view of that name at a side, (H, W) or (T, H, W); how many frames there are is the source's."""
+    return ClipView(view, size if isinstance(size, int) else (size[-2], size[-1]))

@@ -101,4 +101,7 @@ def remembered(encoder: Any) -> dict[str, Any]:
     """
     if isinstance(encoder, Mapping):
         return dict(encoder)
-    return dict((getattr(encoder, "pretrained_cfg", None) or {}).get("reading") or {})
+    known = dict((getattr(encoder, "pretrained_cfg", None) or {}).get("reading") or {})
+    # An encoder of clips is made for so many frames, however it was trained.
+    made = (getattr(encoder, "patchloom_args", None) or {}).get("model_args", {})
+    return known | ({"clip_frames": made["num_frames"]} if "num_frames" in made else {})

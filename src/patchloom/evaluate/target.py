@@ -13,8 +13,7 @@ from patchloom.data import open_alike
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.subset import say_unlabelled
 from patchloom.data.survey import notice
-from patchloom.encoders import Encoder, create_backbone, in_chans
-from patchloom.encoders import image_size as size_of
+from patchloom.encoders import Encoder, create_backbone, has_tokens, in_chans, input_size, size_arguments
 from patchloom.errors import UsageError
 from patchloom.evaluate.config import EvaluationConfig, is_pixels
 from patchloom.features.cache import cached_features
@@ -101,7 +100,9 @@ def _fresh(trained: Encoder, image_size: Size | None) -> Encoder:
     creation_args = made_from(trained)
     arguments = dict(creation_args["model_args"])
     arguments.pop("img_size", None)
-    size, channels = image_size or size_of(trained), arguments.pop("in_chans")
+    for name in size_arguments(trained) if has_tokens(trained) else ():
+        arguments.pop(name, None)
+    size, channels = image_size or input_size(trained), arguments.pop("in_chans")
     fresh = create_backbone(creation_args["architecture"], image_size=size, in_chans=channels, **arguments)
     fresh.pretrained_cfg = {**trained.pretrained_cfg, "input_size": fresh.pretrained_cfg["input_size"]}
     return fresh

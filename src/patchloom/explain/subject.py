@@ -18,6 +18,7 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
 from patchloom.explain.config import ExplainConfig
 from patchloom.features.extract import torch_device
+from patchloom.features.inputs import require_taken
 from patchloom.models.bundle import open_encoder
 from patchloom.systems.prompt_cam.model import PromptCAM
 
@@ -81,6 +82,7 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         **config.source_options(),
     )
     require_kind(source, ("image",), "explain")
+    require_taken(source, encoder)
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} can only be read from front to back; unpack the shards to .tar")
     labels_known = source.labels is not None and source.labels.ndim == 1 and source.class_names is not None

@@ -23,8 +23,16 @@ from patchloom.base.sizes import Size, compact, pair
 from patchloom.data import SubsetSource, make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
-from patchloom.encoders import Encoder, intermediate_layers, normalize, num_prefix_tokens, pooled, set_image_size
-from patchloom.encoders import image_size as size_of
+from patchloom.encoders import (
+    Encoder,
+    Grid,
+    input_size,
+    intermediate_layers,
+    normalize,
+    num_prefix_tokens,
+    pooled,
+    set_image_size,
+)
 from patchloom.errors import UsageError, unknown_name
 from patchloom.features.inputs import require_taken
 
@@ -207,9 +215,10 @@ def _hand_on(batch: tuple[Tensor, Tensor, list[str]], take: Callable[[Tensor, Te
     return take(vectors.float().cpu(), labels, keys)
 
 
-def side_of(encoder: Encoder | None, image_size: Size | None) -> Size:
-    """Return the side, or (height, width), in pixels at which `extract` shows images to an encoder."""
-    return compact(image_size or (size_of(encoder) if encoder is not None else PIXELS_SIDE))
+def side_of(encoder: Encoder | None, image_size: Size | None) -> int | Grid:
+    """Return the side, or the sides without channels, in pixels at which `extract` shows samples to an encoder."""
+    size: int | Grid = image_size or (input_size(encoder) if encoder is not None else PIXELS_SIDE)
+    return compact((size[0], size[1])) if not isinstance(size, int) and len(size) == 2 else size
 
 
 def vector_parts(encoder: Encoder, pool: Pool, layers: Sequence[int]) -> list[tuple[int, str]]:
@@ -262,7 +271,7 @@ class _Evaluating:
 
 def _at_size(encoder: Encoder, size: Size | None) -> Encoder:
     """Return the encoder set up for images of a size: itself where it is, else a copy."""
-    if size is None or pair(size) == size_of(encoder):
+    if size is None or pair(size) == input_size(encoder)[-2:]:
         return encoder
     return set_image_size(copy.deepcopy(encoder), size)
 

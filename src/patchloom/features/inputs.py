@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.kinds import KINDS, require_kind
-from patchloom.encoders import Encoder
+from patchloom.encoders import Encoder, kind_of
 
 
 def kinds_of(encoder: Encoder | None) -> tuple[str, ...]:
     """Return the kinds of samples an encoder takes; without one (raw pixels), all that are measured."""
     if encoder is None:
         return tuple(kind.name for kind in KINDS.values() if kind.measured)
-    projection = getattr(getattr(encoder, "patch_embed", None), "proj", None)
-    return ("clip",) if isinstance(projection, nn.Conv3d) else ("image",)
+    return (kind_of(encoder),)
 
 
 def require_taken(source: Source | StreamSource, encoder: Encoder | None) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from patchloom.base.sizes import size_text
 from patchloom.data.base import Source, StreamSource, UnreadableImageError
 from patchloom.data.survey import notice
+from patchloom.encoders import input_size
 
 if TYPE_CHECKING:
     from patchloom.training.config import Config, TrainConfig
@@ -119,11 +120,11 @@ def advice(method: Method) -> list[str]:
         advices.append("One image is all there is: what is learnt holds for nothing else.")
     elif images is not None and images < FEW_IMAGES:
         advices.append(f"{images} images are all there is: too few to learn anything that holds for others.")
-    side = _usual_side(source)
-    if side is not None and side * BLOWN_UP <= max(method.input_size):
+    side, sides = _usual_side(source), input_size(method.encoder)[-2:]
+    if side is not None and side * BLOWN_UP <= max(sides):
         advices.append(
             f"The {source.kind.plural} are about {side} pixels wide or high and are blown up to "
-            f"{size_text(method.input_size)}: most of what the encoder sees was made up by the enlargement; a smaller "
+            f"{size_text(sides)}: most of what the encoder sees was made up by the enlargement; a smaller "
             f"--image_size fits them."
         )
     return advices
