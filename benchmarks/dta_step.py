@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness import alternate, machine, markdown_table, paired_ratio, rewrite
 from patchloom.encoders import create_encoder, depth, image_size
-from patchloom.systems.dta.model import FeatureAttack
+from patchloom.systems.dta.attacks import FeatureAttack
 
 PAGE = Path(__file__).parents[1] / "docs" / "systems" / "dta.md"
 BLOCKS = (1, 3, 6, 9)

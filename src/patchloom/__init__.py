@@ -21,6 +21,7 @@ import wrapt
 
 from patchloom.api import (
     adapt,
+    attack,
     demo,
     distill,
     embed,
@@ -47,6 +48,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "adapt",
+    "attack",
     "demo",
     "distill",
     "embed",

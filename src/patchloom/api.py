@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 # A function has to win over the package of its name. Python makes a submodule an attribute of its package once, when it
 # is first loaded; so these, which load nothing themselves, are loaded here, before `patchloom/__init__.py` takes over
 # the functions.
+import patchloom.attack
 import patchloom.evaluate
 import patchloom.explain
 import patchloom.segment  # noqa: F401
@@ -33,11 +34,13 @@ from patchloom.tokenizers.commands import fit_codebook, show_codebook
 if TYPE_CHECKING:
     from torch import nn
 
+    from patchloom.attack.transfer import AttackRun
     from patchloom.explain.gallery import Gallery
     from patchloom.training.run import Run
 
 __all__ = [
     "adapt",
+    "attack",
     "demo",
     "distill",
     "embed",
@@ -215,6 +218,38 @@ def evaluate(
     from patchloom.evaluate.run import measure
 
     return measure(protocol, settings | _given(encoder=encoder, train=train, test=test, out=out))[0]
+
+
+def attack(
+    method: str,
+    /,
+    *,
+    encoder: str | Path | nn.Module | Sequence[Any],
+    victim: str | Path | nn.Module | Sequence[Any] | Mapping[str, Any],
+    data: str | Path,
+    out: str | Path,
+    **settings: Any,
+) -> AttackRun:
+    """Measure how easily models are fooled.
+
+    Args:
+        method: Name of the attack: dta.
+        encoder: Public encoder the attacker knows (bundle, run, timm model, module), or several.
+        victim: Models to attack: a run of `adapt`, a bundle, a module; several as a list, or by name.
+        data: Labelled images to attack.
+        out: Folder for attacked images, figures and report.
+        **settings: Further fields of the attack's settings class; `patchloom attack NAME --help` explains them.
+
+    Returns:
+        What was left behind: its folder `path`, its `report` and its `summary`, whose `table` has the figures of each
+        attack on each victim.
+
+    Raises:
+        UsageError: Unknown attack or setting, or models and images that cannot be used.
+    """
+    from patchloom.attack.run import attack_by
+
+    return attack_by(method, settings | _given(encoder=encoder, victim=victim, data=data, out=out))
 
 
 def explain(

@@ -46,7 +46,7 @@ class Verb(NamedTuple):
     help: str
 
 
-METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "explain", "evaluate")
+METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "explain", "evaluate", "attack")
 
 COMMANDS: dict[str, Command | Verb] = {
     "demo": Command("from embedded photographs to a trained encoder and a report", "demo:demo", speaks=True),
@@ -75,6 +75,7 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("recipe",),
     ),
     "evaluate": Verb("measure an encoder on labelled images"),
+    "attack": Verb("measure how easily models are fooled, on labelled images"),
     "evaluate suite": Command(
         "a table of encoders, data sets and protocols", "sweep.suite:suite", positional=("recipe",)
     ),
@@ -170,7 +171,7 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, segment, explain, evaluate, data or references.
+        verb: Show one list only: pretrain, adapt, distill, segment, explain, evaluate, attack, data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},

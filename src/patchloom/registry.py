@@ -240,6 +240,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "Volumes sorted into classes by their slices: mean, maximum or attention over slice features",
         ),
     },
+    "attack": {
+        "dta": Entry(
+            "attack.transfer:TransferAttack",
+            "systems.dta.config:DTAConfig",
+            "Downstream Transfer Attack: how far what is made from a public encoder is fooled through it",
+        ),
+    },
     "explain": {
         "attention": Entry(
             "explain.commands:AttentionGallery",

@@ -9,17 +9,10 @@ from torch.nn import functional as F
 
 from patchloom.encoders import create_encoder, depth, normalize
 from patchloom.errors import UsageError
+from patchloom.systems.dta.attacks import PGD, FeatureAttack, FeatureL2, FeatureNorm, RandomNoise, universal_noise
 from patchloom.systems.dta.features import BlockFeatures, PixelClassifier
 from patchloom.systems.dta.losses import average_token_cosine, flat_cosine
-from patchloom.systems.dta.model import (
-    PGD,
-    DownstreamTransferAttack,
-    FeatureAttack,
-    FeatureL2,
-    FeatureNorm,
-    RandomNoise,
-    universal_noise,
-)
+from patchloom.systems.dta.model import DownstreamTransferAttack
 from patchloom.systems.dta.success import attack_success
 
 EPS, STEP = 8 / 255, 2 / 255

@@ -1,0 +1,150 @@
+"""Settings of the Downstream Transfer Attack and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from patchloom.base.source_options import SourceOptions
+from patchloom.errors import UsageError, unknown_name
+
+AttackName = Literal[
+    "noise", "pgd", "feature_l2", "last", "middle", "flat", "pap", "mi", "di", "ti", "dta", "universal", "white_box"
+]
+"""What can be tried; `systems/dta.md` in the documentation has a line on each."""
+DEFAULT_ATTACKS: tuple[AttackName, ...] = (
+    "noise",
+    "pgd",
+    "feature_l2",
+    "last",
+    "middle",
+    "flat",
+    "pap",
+    "dta",
+    "white_box",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DTAConfig(SourceOptions):
+    """Settings of the Downstream Transfer Attack and what it is compared with."""
+
+    encoder: Any
+    """Public encoder the attacker knows: bundle, run or timm model; several (a,b) are attacked together"""
+    victim: Any
+    """Models to attack, made from it: runs of patchloom adapt (adapters, too) or bundles, such as runs/a,runs/b"""
+    data: str
+    """Labelled images to attack: a folder with a folder per class, FILE.csv, torchvision:NAME:test …"""
+    out: str
+    """Folder for attacked images, figures and report; empty or absent unless resume or overwrite is set"""
+    attacks: tuple[AttackName, ...] = DEFAULT_ATTACKS
+    """Attacks to make, such as [noise,dta,white_box]; also mi, di, ti and universal"""
+    eps: str | float = "10/255"
+    """ε, the largest change of a pixel value in [0, 1], such as 8/255"""
+    step_size: str | float = "2/255"
+    """α, how far a step goes"""
+    steps: int = 40
+    """Steps of every attack"""
+    search_steps: int = 10
+    """Steps on each block in the search for the most vulnerable one"""
+    search_images: int = 128
+    """Images the search looks at"""
+    candidates: tuple[int, ...] = ()
+    """Blocks searched, from 0, such as [3,5,7]; default: all"""
+    score: Literal["last", "own", "mean"] = "last"
+    """Where an attack on a block is judged: at the last block, at that block, or over all"""
+    per: Literal["dataset", "sample"] = "dataset"
+    """One choice of block for all images, or one for each (as many searches)"""
+    top_k: int = 1
+    """Blocks attacked together"""
+    tokens: Literal["all", "patches", "cls"] = "all"
+    """Tokens whose cosine counts; patches leaves out class token and registers"""
+    optimizer: Literal["sign", "adam_tanh"] = "sign"
+    """How feature attacks step: signs of gradients (paper), or Adam on a tanh (OpenTAI's taiadv)"""
+    restarts: int = 1
+    """Random starts of which each image keeps the best"""
+    quantise: bool = True
+    """Measure attacked images as 8 bits store them, rounded towards the clean ones"""
+    limit: int = 200
+    """Most images attacked, drawn at random"""
+    curve_images: int = 64
+    """Images of the curves over ε and steps; 0 for no curves"""
+    curve_levels: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """ε of the curve, in 1/255"""
+    pictured: int = 6
+    """Images drawn in the report"""
+    save_images: bool = True
+    """Write attacked images as PNG, beside the perturbations"""
+    deterministic: bool = False
+    """Use attention whose gradients are the same every time on a GPU, too; slower"""
+    batch_size: int = 32
+    """Images at a time"""
+    num_workers: int = 2
+    """Processes that read images"""
+    device: str = "auto"
+    """Where the models compute: auto, cpu, cuda or cuda:1"""
+    seed: int = 0
+    """Seed of the draw of images and of random starts"""
+    resume: bool = False
+    """Go on with the attacks in out: those that are complete are not made again"""
+    overwrite: bool = False
+    """Replace earlier attacks in out"""
+
+    @property
+    def epsilon(self) -> float:
+        """ε as a number."""
+        return parse_fraction("eps", self.eps)
+
+    @property
+    def alpha(self) -> float:
+        """α as a number."""
+        return parse_fraction("step_size", self.step_size)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be."""
+        for name in ("eps", "step_size"):
+            object.__setattr__(self, name, parse_fraction(name, getattr(self, name)))
+        if not 0 < self.epsilon <= 1:
+            raise UsageError(f"eps is {self.epsilon:g}; it must be above 0 and at most 1, such as 8/255")
+        if not self.alpha > 0:
+            raise UsageError(f"step_size is {self.alpha:g}; it must be above 0, such as 2/255")
+        least = {"steps": 1, "search_steps": 1, "search_images": 1, "top_k": 1, "restarts": 1, "limit": 1}
+        least |= {"curve_images": 0, "pictured": 0, "batch_size": 1, "num_workers": 0, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+        if not self.attacks:
+            raise UsageError(f"attacks is empty; name some of {', '.join(get_args(AttackName))}")
+        for name in self.attacks:
+            if name not in get_args(AttackName):
+                raise unknown_name("attack", name, get_args(AttackName))
+        if "universal" in self.attacks and self.per == "sample":
+            raise UsageError("universal is one noise for all images, so there is no per=sample for it; leave one out")
+        if any(not 1 <= level <= 255 for level in self.curve_levels) or len(self.curve_levels) < 2:
+            raise UsageError(f"curve_levels is {list(self.curve_levels)}; give two or more numbers from 1 to 255")
+        if self.resume and self.overwrite:
+            raise UsageError("resume keeps the attacks in out and overwrite deletes them; set one of them")
+
+
+def parse_fraction(name: str, value: str | float) -> float:
+    """Return a number that may be written as a fraction.
+
+    >>> parse_fraction("eps", "51/255"), parse_fraction("eps", 0.1)
+    (0.2, 0.1)
+
+    Raises:
+        UsageError: It is none.
+    """
+    top, slash, below = str(value).partition("/")
+    try:
+        return float(top) / float(below) if slash else float(top)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{name} is {value!r}; give a number such as 0.03 or 8/255") from error
+
+
+def listed(names: Any) -> list[Any]:
+    """Return what was named, one or several: text with commas, a list, or a module by itself."""
+    if isinstance(names, str):
+        return [name.strip() for name in names.split(",") if name.strip()]
+    return list(names) if isinstance(names, Sequence) else [names]
