@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,12 +201,12 @@ def test_signs_of_masked_gradients_are_named():
         ({"eps": "eight"}, "eps is 'eight'; give a number such as 0.03 or 8/255"),
         ({"steps": 0}, "steps is 0"),
         ({"victim": "{public}"}, "the victim public has no classes"),
-        ({"attacks": ("dtaa",)}, "unknown attack 'dtaa'; did you mean dta?"),
+        ({"attacks": ("dtaa",)}, "unknown attacks 'dtaa'; did you mean dta?"),
         ({"attacks": ("pgd",)}, "no attack is left to make"),
         ({"attacks": ("universal",), "per": "sample"}, "no per=sample for it"),
         ({"candidates": (7,)}, "there is no block 7; the encoder has blocks 0 to 1"),
         ({"data": "digits"}, "the images show the class 0, and the victim tuned has red, green, blue"),
-        ({"curve_levels": (0, 4)}, "curve_levels is"),
+        ({"curve_levels": (0, 4)}, "curve_levels is (0, 4); each must be at least 1"),
         ({"out": "{images}"}, "is not empty and holds no attacks"),
         ({"resume": True, "overwrite": True}, "set one of them"),
         ({"encoder": ""}, "encoder names no model"),
@@ -214,6 +215,6 @@ def test_signs_of_masked_gradients_are_named():
 def test_bad_requests_are_told_in_one_sentence(places, tmp_path, changes, said):
     known = {name: str(places / name) for name in ("public", "images")}
     changes = {name: value.format(**known) if isinstance(value, str) else value for name, value in changes.items()}
-    with pytest.raises(UsageError, match=said.replace("(", r"\(")):
+    with pytest.raises(UsageError, match=re.escape(said)):
         pl.attack("dta", **{**settings(places, tmp_path / "out"), **changes})
     assert not (tmp_path / "out").exists()

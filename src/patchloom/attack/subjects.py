@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source, no_labels
+from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import alike, unit
 from patchloom.data.reading import remembered
 from patchloom.data.subset import labelled_images
@@ -127,10 +128,16 @@ def _open_images(config: DTAConfig, encoder: Encoder, models: Mapping[str, Encod
     if any(remembered(other) != remembered(victim) for other in others):
         notice("the victims were trained on images read in different ways; all read these as the first does")
     source = open_source(
-        config.data, in_chans=in_chans(encoder), seed=config.seed, model=reader, **config.source_options()
+        config.data,
+        in_chans=in_chans(encoder),
+        seed=config.seed,
+        model=reader,
+        by_index=True,
+        **config.source_options(),
     )
+    require_kind(source, ("image",), "attack")
     if not isinstance(source, Source):
-        raise UsageError(f"{config.data} is a stream; attacks are on single images, so give a folder of them")
+        raise UsageError(f"{config.data} can only be read from front to back; unpack the shards to .tar")
     if source.class_names is None:
         raise no_labels(source, "an attack succeeds where an answer was right, so it needs labels and ")
     if source.multilabel:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le, MinLen
+
+from patchloom.base.ranges import Count, PositiveInt
 from patchloom.base.source_options import SourceOptions
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 
 AttackName = Literal[
     "noise", "pgd", "feature_l2", "last", "middle", "flat", "pap", "mi", "di", "ti", "dta", "universal", "white_box"
 ]
 """What can be tried; `systems/dta.md` in the documentation has a line on each."""
+Level = Annotated[int, Ge(1), Le(255)]
+"""A change of a pixel in 1/255."""
 DEFAULT_ATTACKS: tuple[AttackName, ...] = (
     "noise",
     "pgd",
@@ -38,17 +43,17 @@ class DTAConfig(SourceOptions):
     """Labelled images to attack: a folder with a folder per class, FILE.csv, torchvision:NAME:test …"""
     out: str
     """Folder for attacked images, figures and report; empty or absent unless resume or overwrite is set"""
-    attacks: tuple[AttackName, ...] = DEFAULT_ATTACKS
+    attacks: Annotated[tuple[AttackName, ...], MinLen(1)] = DEFAULT_ATTACKS
     """Attacks to make, such as [noise,dta,white_box]; also mi, di, ti and universal"""
     eps: str | float = "10/255"
     """ε, the largest change of a pixel value in [0, 1], such as 8/255"""
     step_size: str | float = "2/255"
     """α, how far a step goes"""
-    steps: int = 40
+    steps: PositiveInt = 40
     """Steps of every attack"""
-    search_steps: int = 10
+    search_steps: PositiveInt = 10
     """Steps on each block in the search for the most vulnerable one"""
-    search_images: int = 128
+    search_images: PositiveInt = 128
     """Images the search looks at"""
     candidates: tuple[int, ...] = ()
     """Blocks searched, from 0, such as [3,5,7]; default: all"""
@@ -56,35 +61,35 @@ class DTAConfig(SourceOptions):
     """Where an attack on a block is judged: at the last block, at that block, or over all"""
     per: Literal["dataset", "sample"] = "dataset"
     """One choice of block for all images, or one for each (as many searches)"""
-    top_k: int = 1
+    top_k: PositiveInt = 1
     """Blocks attacked together"""
     tokens: Literal["all", "patches", "cls"] = "all"
     """Tokens whose cosine counts; patches leaves out class token and registers"""
     optimizer: Literal["sign", "adam_tanh"] = "sign"
     """How feature attacks step: signs of gradients (paper), or Adam on a tanh (OpenTAI's taiadv)"""
-    restarts: int = 1
+    restarts: PositiveInt = 1
     """Random starts of which each image keeps the best"""
     quantise: bool = True
     """Measure attacked images as 8 bits store them, rounded towards the clean ones"""
-    limit: int = 200
+    limit: PositiveInt = 200
     """Most images attacked, drawn at random"""
-    curve_images: int = 64
+    curve_images: Count = 64
     """Images of the curves over ε and steps; 0 for no curves"""
-    curve_levels: tuple[int, ...] = (1, 2, 4, 8, 16)
+    curve_levels: Annotated[tuple[Level, ...], MinLen(2)] = (1, 2, 4, 8, 16)
     """ε of the curve, in 1/255"""
-    pictured: int = 6
+    pictured: Count = 6
     """Images drawn in the report"""
     save_images: bool = True
     """Write attacked images as PNG, beside the perturbations"""
     deterministic: bool = False
     """Use attention whose gradients are the same every time on a GPU, too; slower"""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images at a time"""
-    num_workers: int = 2
+    num_workers: Count = 2
     """Processes that read images"""
     device: str = "auto"
     """Where the models compute: auto, cpu, cuda or cuda:1"""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the draw of images and of random starts"""
     resume: bool = False
     """Go on with the attacks in out: those that are complete are not made again"""
@@ -103,26 +108,15 @@ class DTAConfig(SourceOptions):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be."""
+        super().__post_init__()
         for name in ("eps", "step_size"):
             object.__setattr__(self, name, parse_fraction(name, getattr(self, name)))
         if not 0 < self.epsilon <= 1:
             raise UsageError(f"eps is {self.epsilon:g}; it must be above 0 and at most 1, such as 8/255")
         if not self.alpha > 0:
             raise UsageError(f"step_size is {self.alpha:g}; it must be above 0, such as 2/255")
-        least = {"steps": 1, "search_steps": 1, "search_images": 1, "top_k": 1, "restarts": 1, "limit": 1}
-        least |= {"curve_images": 0, "pictured": 0, "batch_size": 1, "num_workers": 0, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
-        if not self.attacks:
-            raise UsageError(f"attacks is empty; name some of {', '.join(get_args(AttackName))}")
-        for name in self.attacks:
-            if name not in get_args(AttackName):
-                raise unknown_name("attack", name, get_args(AttackName))
         if "universal" in self.attacks and self.per == "sample":
             raise UsageError("universal is one noise for all images, so there is no per=sample for it; leave one out")
-        if any(not 1 <= level <= 255 for level in self.curve_levels) or len(self.curve_levels) < 2:
-            raise UsageError(f"curve_levels is {list(self.curve_levels)}; give two or more numbers from 1 to 255")
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the attacks in out and overwrite deletes them; set one of them")
 
