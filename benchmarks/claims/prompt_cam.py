@@ -231,7 +231,7 @@ class Runs:
         return [insertion - deletion for insertion, deletion in pair]
 
     def claims(self) -> list[list[str]]:
-        """Return what section 6 asks for: the measured figure, and whether the check holds."""
+        """Return the claims: the measured figure, and whether the check holds."""
         ours, token, cam, flow = "Prompt-CAM", "class-token attention", "Grad-CAM of the probe", "attention rollout"
         ratio = [a / b for a, b in zip(self.over(ours, "inside"), self.over(token, "inside"), strict=True)]
         mass, peak = (_gain(self.over(ours, key, 100), self.over(cam, key, 100)) for key in ("inside", "pointing"))

@@ -142,7 +142,7 @@ class DeiTLTMethod(DistillMethod):
         prefixes = {"cls": "cls_", "dist": "dist_", "avg": ""}
         table: list[dict[str, object]] = [
             {
-                "answer": text,
+                "head": text,
                 **{
                     part.removeprefix("accuracy_").replace("_", " "): f"{figures[prefixes[name] + part]:.1%}"
                     for part in PARTS
