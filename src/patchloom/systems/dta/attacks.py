@@ -149,11 +149,12 @@ class FeatureAttack:
         def alike(x: Tensor) -> Tensor:
             values = []
             for number, features in enumerate(self.encoders):
-                found = features(x, self.layers[number])
-                before = clean[number] or found
+                tokens = features(x, self.layers[number])
+                before = clean[number] or tokens
                 kind = self._kind(features)
                 layers = [
-                    similarity(a, b, kind, self.tokens, features.num_prefix) for a, b in zip(found, before, strict=True)
+                    similarity(a, b, kind, self.tokens, features.num_prefix)
+                    for a, b in zip(tokens, before, strict=True)
                 ]
                 values.append(torch.stack(layers).mean(0))
             return torch.stack(values).mean(0)
@@ -336,7 +337,7 @@ class PGD:
                 noise = init if number == 0 else None
                 if noise is None and self.random_start:
                     noise = uniform_noise(images, self.eps, self.generator)
-                found = descend(
+                adversarial = descend(
                     images,
                     loss,
                     eps=self.eps,
@@ -348,11 +349,11 @@ class PGD:
                     watch=watch if number == 0 else None,
                 )
                 if self.restarts == 1:
-                    return found
+                    return adversarial
                 with torch.no_grad():
-                    value = loss(found)
+                    value = loss(adversarial)
                 better = torch.ones_like(value, dtype=torch.bool) if least is None else value < least
-                best = torch.where(better[:, None, None, None], found, best)
+                best = torch.where(better[:, None, None, None], adversarial, best)
                 least = value if least is None else torch.where(better, value, least)
         return best
 
@@ -382,10 +383,10 @@ def universal_noise(
             if noise is None:
                 noise = uniform_noise(images[:1], attack.eps, attack.generator)
             with attack.still():
-                own = noise.to(images)
+                own_noise = noise.to(images)
                 loss = partial(_of_shifted, images, attack.loss(images), attack)
-                g = gradient(own, loss)
-            noise = (own - attack.step_size * g.sign()).clamp(-attack.eps, attack.eps)
+                g = gradient(own_noise, loss)
+            noise = (own_noise - attack.step_size * g.sign()).clamp(-attack.eps, attack.eps)
     if noise is None:
         raise UsageError("a universal noise needs images to be made on")
     return noise
@@ -413,4 +414,4 @@ def _layers_of(
         nested = [nested] * len(encoders)
     if len(nested) != len(encoders):
         raise UsageError(f"{len(nested)} lists of layers do not belong to {len(encoders)} encoders")
-    return [[features.layer(layer) for layer in own] for features, own in zip(encoders, nested, strict=True)]
+    return [[features.layer(layer) for layer in chosen] for features, chosen in zip(encoders, nested, strict=True)]

@@ -188,18 +188,18 @@ def descend_tanh(
             (p.grad,) = torch.autograd.grad(total, p)
         p.requires_grad_(False)
         adam.step()
-    found = inside(shown().detach(), images, eps)
+    adversarial = inside(shown().detach(), images, eps)
     if watch is not None:
-        watch(steps, found)
-    return found
+        watch(steps, adversarial)
+    return adversarial
 
 
 def gradient(x: Tensor, loss: Loss, diversity: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
     """Return the gradient of a loss by images, (B, C, H, W); parameters of what computes it take none."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        (found,) = torch.autograd.grad(loss(sometimes_diverse(x, diversity, generator)).sum(), x)
-    return found.detach()
+        (slope,) = torch.autograd.grad(loss(sometimes_diverse(x, diversity, generator)).sum(), x)
+    return slope.detach()
 
 
 def quantised(x: Tensor, images: Tensor, eps: float) -> Tensor:

@@ -75,16 +75,16 @@ class BlockFeatures:
         Raises:
             UsageError: A block the encoder does not have, or another number of channels.
         """
-        wanted = [self.layer(layer) for layer in layers]
+        numbers = [self.layer(layer) for layer in layers]
         inputs = inputs_of(images, self.encoder)
         if not self.depth:
             found: Tensor = self.encoder.forward_features(inputs)
-            return [found.to(images.device)] * len(wanted)
-        taps = sorted({int(layer) + 1 for layer in wanted if layer != FINAL})
-        last = self.depth if FINAL in wanted else max(taps)
+            return [found.to(images.device)] * len(numbers)
+        taps = sorted({int(layer) + 1 for layer in numbers if layer != FINAL})
+        last = self.depth if FINAL in numbers else max(taps)
         x, kept = run_blocks(self.encoder, embed(self.encoder, inputs), stop=last, taps=taps)
         after = {number - 1: tokens for number, tokens in kept.items()}
-        read = [self.encoder.norm(x) if layer == FINAL else after[int(layer)] for layer in wanted]
+        read = [self.encoder.norm(x) if layer == FINAL else after[int(layer)] for layer in numbers]
         return [tokens.to(images.device) for tokens in read]
 
 

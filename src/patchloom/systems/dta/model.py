@@ -166,16 +166,16 @@ class DownstreamTransferAttack:
         else:
             choices = list(zip(*(scores.best_of_each for scores in self.scores), strict=True))
         warm = self.warm_start and len(self.attack.encoders) == 1
-        found = torch.empty_like(images)
+        adversarial = torch.empty_like(images)
         for choice in sorted(set(choices), key=str):
             rows = torch.tensor([number for number, one in enumerate(choices) if one == choice], device=images.device)
-            attack, own = self.attack.on(choice), images[rows]
+            attack, part = self.attack.on(choice), images[rows]
             begin = None if init is None else init[rows]
             if warm:
                 place = self.scores[0].layers.index(choice[0][0])
-                begin = attack.again_from(reached[place][rows], own)
-            found[rows] = attack(own, begin, watch)
-        return found
+                begin = attack.again_from(reached[place][rows], part)
+            adversarial[rows] = attack(part, begin, watch)
+        return adversarial
 
     def chosen(self) -> FeatureAttack:
         """Return the attack on the layers that were chosen for all images.

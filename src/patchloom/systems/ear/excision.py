@@ -105,8 +105,8 @@ def cell_means(images: Tensor, cell: int) -> Tensor:
         raise UsageError(f"the cell of a mosaic is {cell}; its side is at least 1 pixel")
     height, width = images.shape[-2:]
     missing = (0, -width % cell, 0, -height % cell)
-    there = F.pad(torch.ones_like(images[:1, :1]), missing)
-    return F.avg_pool2d(F.pad(images, missing), cell) / F.avg_pool2d(there, cell)
+    inside = F.pad(torch.ones_like(images[:1, :1]), missing)
+    return F.avg_pool2d(F.pad(images, missing), cell) / F.avg_pool2d(inside, cell)
 
 
 def blurred(images: Tensor, deviation: float) -> Tensor:
@@ -157,8 +157,8 @@ def random_sets(size: tuple[int, int], cell: int, sets: int, generator: torch.Ge
     """
     high, wide = (math.ceil(side / cell) for side in size)
     numbers = torch.randperm(high * wide, generator=generator) % sets
-    own = (numbers.view(1, high, wide) == torch.arange(sets).view(-1, 1, 1)).float()
-    pixels = own.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    own_set = (numbers.view(1, high, wide) == torch.arange(sets).view(-1, 1, 1)).float()
+    pixels = own_set.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     return pixels[:, None, : size[0], : size[1]]
 
 

@@ -51,8 +51,8 @@ def gradient_magnitude(x: Tensor) -> Tensor:
     along = torch.tensor([[1.0, 0.0, -1.0]] * 3, dtype=x.dtype, device=x.device) / 3
     kernels = torch.stack([along, along.T])[:, None]
     batch, channels, height, width = x.shape
-    found = F.conv2d(x.reshape(batch * channels, 1, height, width), kernels, padding=1)
-    return (found.square().sum(1) + TINY).sqrt().reshape(batch, channels, height, width)
+    gradients = F.conv2d(x.reshape(batch * channels, 1, height, width), kernels, padding=1)
+    return (gradients.square().sum(1) + TINY).sqrt().reshape(batch, channels, height, width)
 
 
 def msgms_map(x: Tensor, y: Tensor, scales: int = 3) -> Tensor:
@@ -76,8 +76,10 @@ def msgms_map(x: Tensor, y: Tensor, scales: int = 3) -> Tensor:
         for scale in range(scales):
             if scale:
                 x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-            found = gms_map(x, y)
-            total = total + (F.interpolate(found, size=size, mode="bilinear", align_corners=False) if scale else found)
+            similarity = gms_map(x, y)
+            total = total + (
+                F.interpolate(similarity, size=size, mode="bilinear", align_corners=False) if scale else similarity
+            )
         return total / scales
 
 
@@ -169,9 +171,9 @@ class RecoveryLoss(nn.Module):
 
     def per_image(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Return `l2`, `ssim` and `msgms` of every image, (B,) each, not weighted, and their weighted sum, `loss`."""
-        found = {name: part(x, y) for name, part in self.parts.items() if self.weights[name]}
-        total = torch.stack([self.weights[name] * value for name, value in found.items()]).sum(0)
-        return {**found, "loss": total}
+        losses = {name: part(x, y) for name, part in self.parts.items() if self.weights[name]}
+        total = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum(0)
+        return {**losses, "loss": total}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss of a batch, a scalar.

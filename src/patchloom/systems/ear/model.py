@@ -150,9 +150,9 @@ class EAR(nn.Module):
         mask = self.mask(images)
         given = self.hinted(images, mask)
         recovered = self.unet(given)
-        found = recovery_map(images, recovered, self.smoothing)
-        score = image_scores(images, recovered, found, self.score)
-        return {"recovered": recovered, "mask": mask, "input": given, "anomaly_map": found, "pred_score": score}
+        recovery = recovery_map(images, recovered, self.smoothing)
+        score = image_scores(images, recovered, recovery, self.score)
+        return {"recovered": recovered, "mask": mask, "input": given, "anomaly_map": recovery, "pred_score": score}
 
     def calibrate(
         self, scores: Sequence[float] | Tensor, peaks: Sequence[float] | Tensor, labels: Sequence[int] | None = None
@@ -195,23 +195,23 @@ def recovery_map(images: Tensor, recovered: Tensor, smoothing: int = SMOOTHING) 
     Raises:
         UsageError: The images are too small for the filter.
     """
-    found = (1 - msgms_map(images, recovered)).mean(1, keepdim=True)
+    recovery = (1 - msgms_map(images, recovered)).mean(1, keepdim=True)
     if smoothing == 1:
-        return found
+        return recovery
     around = smoothing // 2
-    if min(found.shape[-2:]) <= around:
+    if min(recovery.shape[-2:]) <= around:
         raise UsageError(
-            f"images of {found.shape[-2]}x{found.shape[-1]} pixels are too small for smoothing={smoothing}; a side is "
-            f"at least {around + 1}"
+            f"images of {recovery.shape[-2]}x{recovery.shape[-1]} pixels are too small for smoothing={smoothing}; a "
+            f"side is at least {around + 1}"
         )
-    return F.avg_pool2d(F.pad(found, (around,) * 4, mode="reflect"), smoothing, stride=1)
+    return F.avg_pool2d(F.pad(recovery, (around,) * 4, mode="reflect"), smoothing, stride=1)
 
 
-def image_scores(images: Tensor, recovered: Tensor, found: Tensor, score: Score = "msgms_max") -> Tensor:
-    """Return the score of every image, (B,), higher where a defect is more likely; `found` is its `recovery_map`."""
+def image_scores(images: Tensor, recovered: Tensor, recovery: Tensor, score: Score = "msgms_max") -> Tensor:
+    """Return the score of every image, (B,), higher where a defect is more likely; `recovery` is its `recovery_map`."""
     if score == "l2":
         return squared_error(images, recovered)
-    return found.amax((1, 2, 3)) if score == "msgms_max" else found.mean((1, 2, 3))
+    return recovery.amax((1, 2, 3)) if score == "msgms_max" else recovery.mean((1, 2, 3))
 
 
 def calibrate_threshold(scores: Tensor, labels: Sequence[int] | None = None) -> float:

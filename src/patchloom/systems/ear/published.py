@@ -46,12 +46,12 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 def _widths(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the channels of each level, the bottleneck last."""
-    found: dict[int, int] = {}
+    widths: dict[int, int] = {}
     for name, value in state.items():
         match = PLACE.fullmatch(name)
         if match and match[2] == "enc" and match[4] == "1" and match[5] == "conv" and match[6] == "weight":
-            found[int(match[3])] = len(value)
-    return tuple(found[level] for level in sorted(found))
+            widths[int(match[3])] = len(value)
+    return tuple(widths[level] for level in sorted(widths))
 
 
 def _names(levels: int) -> dict[str, str]:

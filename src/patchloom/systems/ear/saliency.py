@@ -122,36 +122,36 @@ class AttentionSaliency(nn.Module):
         )
 
 
-def shown_to(encoder: Encoder, images: Tensor, own: tuple[int, int]) -> Tensor:
+def shown_to(encoder: Encoder, images: Tensor, own_size: tuple[int, int]) -> Tensor:
     """Return what an encoder is shown of images (B, C, H, W) in [0, 1], and set it up for that size.
 
     Args:
         encoder: A ViT of timm.
         images: The images.
-        own: Size the encoder was made for.
+        own_size: Size the encoder was made for.
 
     Raises:
         UsageError: It cannot take images of this shape.
     """
-    wanted = encoder_size((images.shape[-2], images.shape[-1]), own, patch_size(encoder))
-    if wanted != image_size(encoder):
-        set_image_size(encoder, wanted)
-    return normalize(resized(images, wanted), encoder)
+    size = encoder_size((images.shape[-2], images.shape[-1]), own_size, patch_size(encoder))
+    if size != image_size(encoder):
+        set_image_size(encoder, size)
+    return normalize(resized(images, size), encoder)
 
 
-def encoder_size(size: tuple[int, int], own: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Return the size, whole patches of the encoder, that has the shape of `size` and about the area of `own`.
+def encoder_size(size: tuple[int, int], own_size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return the size, whole patches of the encoder, that has the shape of `size` and about the area of `own_size`.
 
     >>> encoder_size((256, 256), (224, 224), 16), encoder_size((256, 128), (224, 224), 16)
     ((224, 224), (320, 160))
     """
     ratio = size[0] / size[1]
-    area = own[0] * own[1]
+    area = own_size[0] * own_size[1]
     height = max(1, round((area * ratio) ** 0.5 / patch))
     width = max(1, round((area / ratio) ** 0.5 / patch))
     # Rounding must not turn an encoder away from its own size for a few pixels.
-    near = abs(height * patch - own[0]) < patch and abs(width * patch - own[1]) < patch
-    return own if near else (height * patch, width * patch)
+    near = abs(height * patch - own_size[0]) < patch and abs(width * patch - own_size[1]) < patch
+    return own_size if near else (height * patch, width * patch)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -219,13 +219,13 @@ def attention_norms(encoder: Encoder, images: Tensor) -> Tensor:
             f"a {type(encoder.blocks[-1]).__name__} has no attention apart from its MLP, so saliency=token_norm cannot "
             f"be taken; take pca"
         )
-    seen: list[Tensor] = []
-    hook = attention.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    attended: list[Tensor] = []
+    hook = attention.register_forward_hook(lambda module, inputs, output: attended.append(output))
     try:
         count = tokens(encoder, images).patches.shape[1]
     finally:
         hook.remove()
-    return seen[-1][:, -count:].norm(dim=-1)
+    return attended[-1][:, -count:].norm(dim=-1)
 
 
 def first_component(patches: Tensor) -> Tensor:
