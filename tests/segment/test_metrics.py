@@ -46,6 +46,19 @@ def test_logits_are_taken_as_well(pair):
     assert metric.compute() == other.compute()
 
 
+def test_areas_are_torchmetrics_counts(pair):
+    from torchmetrics.functional.classification import multiclass_stat_scores
+
+    said, truth = pair
+    hit, false, _, missed, _ = multiclass_stat_scores(
+        said.flatten(), truth.flatten(), 5, average=None, ignore_index=255
+    ).T
+    found = areas(said, truth, 5)
+    assert torch.equal(found.intersection, hit)
+    assert torch.equal(found.predicted, hit + false)
+    assert torch.equal(found.true, hit + missed)
+
+
 def test_a_class_that_is_nowhere_does_not_count(pair):
     said, truth = pair
     more = areas(said, truth, 8)

@@ -1,4 +1,7 @@
-"""How far a long loop has come: a live bar on a terminal, plain lines with rate and time left elsewhere.
+"""How far long work has come: a live bar on a terminal, plain lines with rate and time left elsewhere.
+
+The bar is tqdm's; the lines are ours. Lightning's own bars (tqdm's or rich's) rewrite themselves in log files too, and
+count its batches, which are neither optimiser steps nor begin where a resumed run does.
 
 >>> list(track([1, 2, 3], "counting"))
 [1, 2, 3]
@@ -10,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -40,15 +43,54 @@ class Ticker:
         self.reported = now
         return True
 
-    def line(self, what: str, done: int, unit: str, more: str = "") -> str:
-        """Return `what 120/500  3.1 images/s  2 min 3 s left`."""
+    def line(self, what: str, done: int, unit: str | None, more: str = "") -> str:
+        """Return `what 120/500  3.1 images/s  2 min 3 s left`; without a unit no rate."""
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         parts = [f"{what} {done}" + (f"/{self.total}" if self.total is not None else "")]
         parts += [more] if more else []
-        parts.append(f"{rate:.{0 if rate >= 10 else 2}f} {_several(unit)}/s")
+        parts += [f"{rate:.{0 if rate >= 10 else 2}f} {_several(unit)}/s"] if unit else []
         if self.total is not None and rate > 0:
             parts.append(f"{duration((self.total - done) / rate)} left")
         return "  ".join(parts)
+
+
+class Meter:
+    """Shows on stderr how far work has come: a bar on a terminal, lines elsewhere.
+
+    Args:
+        what: The work.
+        total: Units in all, None where that is not known.
+        unit: Name of one; None: lines leave the rate out.
+        first: Units done before.
+        stays: Whether the bar stays, and a last line is printed however short the work was.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, *, unit: str | None = "image", first: int = 0, stays: bool = False
+    ) -> None:
+        self.what, self.unit, self.stays = what, unit, stays
+        self.ticker = Ticker(total, first)
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(desc=what, total=total, initial=first, unit=unit or "step", leave=stays, dynamic_ncols=True)
+
+    def reach(self, done: int, more: Callable[[], str] = lambda: "") -> None:
+        """Show so many units done.
+
+        Args:
+            done: Of all.
+            more: Returns what else belongs beside them.
+        """
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+            self.bar.set_postfix_str(more(), refresh=False)
+        elif self.ticker.due(done) or (self.stays and done == self.ticker.total):
+            print(self.ticker.line(self.what, done, self.unit, more()), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def track(
@@ -73,18 +115,16 @@ def track(
     if total is None and isinstance(items, Sized):
         with suppress(TypeError):  # a loader of a stream
             total = len(items)
-    if not show or sys.stderr.isatty():
-        bar = tqdm(items, desc=what, total=total, unit=unit, disable=not show, leave=False, dynamic_ncols=True)
-        for item in bar:
-            yield item
-            if say is not None and show:
-                bar.set_postfix_str(say(), refresh=False)
+    if not show:
+        yield from items
         return
-    ticker = Ticker(total)
-    for done, item in enumerate(items, 1):
-        yield item
-        if ticker.due(done):
-            print(ticker.line(what, done, unit, say() if say is not None else ""), file=sys.stderr, flush=True)
+    meter = Meter(what, total, unit=unit)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            meter.reach(done, say or str)
+    finally:
+        meter.close()
 
 
 def duration(seconds: float) -> str:

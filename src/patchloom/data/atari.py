@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
+from patchloom.base.progress import track
 from patchloom.data.frames import ABOUT, FRAMES, FrameSource, Recording, read_recording, reduced
 from patchloom.data.hub import CACHE
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
@@ -173,7 +173,7 @@ def _play(game: AtariGame, steps: int, seed: int, policy: Policy | None) -> Reco
     starts, ram = np.zeros(steps, bool), np.empty((steps, 128), np.uint8)
     frame, over = game.reset(seed=int(generator.integers(2**31))), True
     recent: deque[np.ndarray] = deque([frame], maxlen=policy.stack if policy else 1)
-    for step in tqdm(range(steps), desc=game.game, unit="frame", disable=not sys.stderr.isatty(), leave=False):
+    for step in track(range(steps), game.game, unit="frame"):
         if over and step:
             frame = game.reset()
         if over:

@@ -23,7 +23,7 @@ from patchloom.features.fingerprint import weights_hash
 from patchloom.io import check_place
 from patchloom.segment.decoder_config import DecoderConfig
 from patchloom.segment.frozen import FrozenMethod
-from patchloom.segment.inference import Size
+from patchloom.segment.inference import Size, published_step
 from patchloom.segment.saved import WEIGHTS, Segmenter, fill_decoder
 from patchloom.training.callbacks import read_skipped
 from patchloom.training.config import TrainConfig, preset_values
@@ -106,7 +106,7 @@ def train_decoder(encoder: Encoder, source: Source, config: DecoderConfig, name:
         module=module.to(device).eval(),
         crop=crop,
         resize=config.resize,
-        stride=(max(1, round(wanted[0] * 341 / 512)), max(1, round(wanted[1] * 341 / 512))),
+        stride=published_step(wanted),
         parameters=done.summary["trained_parameters"],
         loss_first=done.summary["loss_first"],
         loss_last=done.summary["loss_last"],

@@ -4,6 +4,10 @@ The minimum is the one scikit-learn finds. What differs is the way there: the we
 in which the loss has, at its start, the same curvature in every direction. Features of images have directions of
 very unequal variance, for which L-BFGS takes several times as many steps as they are.
 
+scikit-learn's `LogisticRegression` gives the same answers (a test compares them) and needs from 0.6 to 1.4 times the
+processor seconds, on features of `photos` at six to eight penalties: more in float32 at the probe's tolerance, less in
+float64. It stays out because it knows no CUDA, and two engines for one figure would be one too many.
+
 >>> x, y = torch.eye(3).repeat(20, 1), torch.arange(3).repeat(20)
 >>> fit_logistic(x, y, 3, c=1.0).predict(x[:3])
 tensor([0, 1, 2])

@@ -121,6 +121,12 @@ class MultiScaleSegmenter(nn.Module):
         return torch.stack(shares).mean(0)
 
 
+def published_step(window: Size) -> Size:
+    """Return the step between windows in DINOv2's evaluation, two thirds of one: 341 pixels of 512."""
+    high, wide = (max(1, round(side * 341 / 512)) for side in window)
+    return high, wide
+
+
 def windows(size: Size, crop: Size, stride: Size) -> list[tuple[int, int, int, int]]:
     """Return the windows (top, bottom, left, right) over an image, row by row."""
     spans = []

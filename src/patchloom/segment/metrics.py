@@ -4,6 +4,11 @@ Mean IoU is mmsegmentation's; Dice and Jaccard are what the DINOv2 radiology ben
 IoU is never a mean over images: areas are added up over the set first. Kept per image, they also give intervals, by
 drawing images anew.
 
+torchmetrics and MONAI agree with these to the digit, as tests show. They stand in their place nowhere: for the areas of
+an image torchmetrics' `multiclass_stat_scores` takes twice as long as three counts; MONAI's Hausdorff distance takes
+nearly twice as long as `hausdorff` and 1.3 s to import, and calls the distance to a shape that is missed undefined, so
+that a miss would count as no volume at all.
+
 >>> metric = MeanIoU(2)
 >>> metric.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 255]]))
 >>> metric.compute()["miou"]

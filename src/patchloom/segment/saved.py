@@ -19,7 +19,7 @@ from patchloom.encoders import normalize
 from patchloom.errors import UsageError
 from patchloom.io import write_json
 from patchloom.segment.build import Parts, build_parts
-from patchloom.segment.inference import SlidingWindowSegmenter
+from patchloom.segment.inference import SlidingWindowSegmenter, published_step
 from patchloom.segment.layers import resize
 
 WEIGHTS, ABOUT = "decoder.safetensors", "decoder.json"
@@ -59,9 +59,8 @@ class Segmenter(nn.Module):
 
     @property
     def stride(self) -> Size:
-        """Step between windows: two thirds of one, as in DINOv2's evaluation."""
-        high, wide = (max(1, round(side * 341 / 512)) for side in pair(self.crop))
-        return compact((high, wide))
+        """Step between windows: two thirds of one."""
+        return compact(published_step(pair(self.crop)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K, h, w) of normalised images (B, C, H, W)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,12 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from patchloom.base.progress import Meter
     from patchloom.tokenizers.centroid import CentroidTokenizer
 
 # Endings by which `show_codebook` tells a picture to write from a folder.
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf")
-# Seconds between two lines of progress where the output is no terminal.
-_LINE_EVERY = 10.0
 
 
 def fit_codebook(
@@ -226,33 +223,25 @@ def show_codebook(
 
 
 class ProgressLine:
-    """Progress with time left on stderr: one line that rewrites itself, or a line now and then into a log."""
+    """Progress of one stage after another on stderr."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._stage, self._began, self._first, self._written = "", 0.0, 0, 0.0
+        self._meter: Meter | None = None
 
     def __call__(self, stage: str, done: int, total: int, remark: str) -> None:
         """Say that `done` of `total` (0: unknown) steps of a stage are over."""
-        now = time.monotonic()
-        if stage != self._stage:
+        from patchloom.base.progress import Meter
+
+        if self._meter is None or stage != self._meter.what:
             self.close()
-            # the first call of a stage comes after its first step, so the time left is a little short at first
-            self._stage, self._began, self._first = stage, now, done
-        if not self._live and now - self._written < _LINE_EVERY and done != total:
-            return
-        self._written = now
-        steps = done - self._first
-        left = (now - self._began) / steps * (total - done) if steps and total else None
-        clock = "" if left is None else f", {int(left) // 60}:{int(left) % 60:02d} left"
-        text = f"{stage} {done}{f'/{total}' if total else ''}{clock}, {remark}"
-        print(f"\r{text:<78}" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
+            # The first call of a stage comes after its first step, so the time left is a little short at first.
+            self._meter = Meter(stage, total or None, unit=None, first=done, stays=True)
+        self._meter.reach(done, lambda: remark)
 
     def close(self) -> None:
         """End the line."""
-        if self._live and self._stage:
-            print(file=sys.stderr)
-        self._stage = ""
+        if self._meter is not None:
+            self._meter.close()
 
 
 def _mosaic(tokenizer: CentroidTokenizer, sort: str) -> bytes:

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from tqdm import tqdm
 
 from patchloom.base import stopping
-from patchloom.base.progress import duration
+from patchloom.base.progress import Meter
 from patchloom.data.base import Source
 from patchloom.encoders import Encoder
 from patchloom.features.health import Start, verdict
@@ -31,24 +31,22 @@ class Progress(Callback):
     Time the step spends waiting for images is shown when it is worth mending.
     """
 
-    def __init__(self, every_seconds: float = 15.0) -> None:
-        self.every_seconds = every_seconds
-        self.bar: tqdm[Any] | None = None
-        self.started = self.reported = self.batch_ended = 0.0
+    def __init__(self) -> None:
+        self.started = self.batch_ended = 0.0
         self.waited = 0.0
         self.images = 0
-        self.first_step = 0
-        self.skipped = 0
+        self.meter: Meter | None = None
 
     def on_train_start(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Start the clock."""
         assert isinstance(pl_module, Method)
-        self.started = self.reported = self.batch_ended = time.monotonic()
-        self.first_step = pl_module.step
-        if trainer.is_global_zero and self.first_step:
-            print(f"going on after step {self.first_step} of {pl_module.total_steps}", file=sys.stderr, flush=True)
-        if trainer.is_global_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=pl_module.total_steps, initial=self.first_step, unit="step", dynamic_ncols=True)
+        self.started = self.batch_ended = time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        first, total = pl_module.step, pl_module.total_steps
+        if first:
+            print(f"going on after step {first} of {total}", file=sys.stderr, flush=True)
+        self.meter = Meter("step", total, unit=None, first=first, stays=True)
 
     def on_train_batch_start(
         self, trainer: lp.Trainer, pl_module: lp.LightningModule, batch: Any, batch_idx: int
@@ -64,26 +62,13 @@ class Progress(Callback):
         assert isinstance(pl_module, Method)
         now = self.batch_ended = time.monotonic()
         self.images += len(batch["key"]) * trainer.world_size
-        if not trainer.is_global_zero:
-            return
-        step = pl_module.step
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(self.figures(pl_module, now), refresh=False)
-        elif now - self.reported >= self.every_seconds or step == pl_module.total_steps:
-            self.reported = now
-            rate = (step - self.first_step) / (now - self.started)
-            left = (pl_module.total_steps - step) / rate if rate else 0.0
-            print(
-                f"step {step}/{pl_module.total_steps}  {self.figures(pl_module, now)}  {duration(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.meter is not None:
+            self.meter.reach(pl_module.step, lambda: self.figures(pl_module, now))
 
     def on_train_end(self, trainer: lp.Trainer, pl_module: lp.LightningModule) -> None:
         """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.meter is not None:
+            self.meter.close()
 
     def figures(self, method: Method, now: float) -> str:
         """Return epoch, loss, speed and, when it matters, the share of time spent waiting for images."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from patchloom.base import stopping
+from patchloom.base.progress import Ticker
 from patchloom.base.stored import read_pickle
 from patchloom.data.atari import AtariGame
 from patchloom.evaluate.atari.agent import RainbowAgent
@@ -26,7 +26,6 @@ from patchloom.evaluate.atari.replay import Replay
 from patchloom.io import write_rows, written_whole
 
 CHECKPOINT, FRAMES = "agent.ckpt", "frames.raw"
-REPORT_EVERY = 15.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Training:
     def _run(self) -> None:
         config, game = self.config, self.game
         frame, first, gained, lives = game.reset(seed=self._game_seed()), True, 0.0, game.lives
-        self.started, self.reported, self.began_at = time.monotonic(), time.monotonic(), self.step
+        self.ticker = Ticker(config.steps, self.step)
         recent: deque[np.ndarray] = deque([frame] * self.memory.frames, maxlen=self.memory.frames)
         while self.step < config.steps:
             action = self._choose(np.stack(recent))
@@ -190,21 +189,9 @@ class Training:
         return int(np.random.default_rng([self.seed, 0, self.step]).integers(2**31))
 
     def _speak(self, doing: str | None = None) -> None:
-        now = time.monotonic()
-        if now - self.reported < REPORT_EVERY:
+        if not self.ticker.due(self.step if doing is None else -1):
             return
-        self.reported = now
-        rate = (self.step - self.began_at) / max(now - self.started, 1e-9)
-        parts = [self.label, doing or f"step {self.step}/{self.config.steps}"]
-        if self.episodes:
-            latest = [score for _, score in self.episodes[-10:]]
-            parts.append(f"score {np.mean(latest):.1f} over {len(latest)} episodes")
-        if doing is None:
-            parts += [f"{rate:.0f} steps/s", f"{_duration((self.config.steps - self.step) / max(rate, 1e-9))} left"]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    from patchloom.base.progress import duration
-
-    return duration(seconds)
+        latest = [score for _, score in self.episodes[-10:]]
+        score = f"score {np.mean(latest):.1f} over {len(latest)} episodes" if latest else ""
+        line = f"{doing}  {score}" if doing else self.ticker.line("step", self.step, "step", score)
+        print(f"{self.label}  {line}".strip(), file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ class Score:
 
 
 def _accuracy(predicted: Array, truth: Array, weights: Array) -> Array:
-    return _share(weights @ (predicted == truth), weights.sum(1))
+    return share(weights @ (predicted == truth), weights.sum(1))
 
 
 def _balanced_accuracy(predicted: Array, truth: Array, weights: Array) -> Array:
@@ -74,7 +74,7 @@ def _balanced_accuracy(predicted: Array, truth: Array, weights: Array) -> Array:
     right = predicted == truth
     members = _one_hot(truth, _count(truth))
     shown = weights @ members
-    return _mean_over(_share((weights * right) @ members, shown), shown > 0)
+    return mean_over(share((weights * right) @ members, shown), shown > 0)
 
 
 def _macro_f1(predicted: Array, truth: Array, weights: Array) -> Array:
@@ -82,7 +82,7 @@ def _macro_f1(predicted: Array, truth: Array, weights: Array) -> Array:
     classes = _count(predicted, truth)
     right = (weights * (predicted == truth)) @ _one_hot(truth, classes)
     twice = weights @ _one_hot(truth, classes) + weights @ _one_hot(predicted, classes)
-    return _mean_over(_share(2.0 * right, twice), twice > 0)
+    return mean_over(share(2.0 * right, twice), twice > 0)
 
 
 def _kappa(predicted: Array, truth: Array, weights: Array) -> Array:
@@ -92,11 +92,11 @@ def _kappa(predicted: Array, truth: Array, weights: Array) -> Array:
     apart = np.square(np.arange(grades)[:, None] - np.arange(grades)[None]).astype(np.float64)
     observed = weights @ np.square(predicted.astype(np.float64) - truth)
     by_chance = np.einsum("ri,ij,rj->r", rows, apart, columns) / weights.sum(1)
-    return 1 - _share(observed, by_chance)
+    return 1 - share(observed, by_chance)
 
 
 def _mean_grade_error(predicted: Array, truth: Array, weights: Array) -> Array:
-    return _share(weights @ np.abs(predicted.astype(np.float64) - truth), weights.sum(1))
+    return share(weights @ np.abs(predicted.astype(np.float64) - truth), weights.sum(1))
 
 
 def auroc_weighted(scores: Array, truth: Array, weights: Array) -> Array:
@@ -122,7 +122,7 @@ def auroc_weighted(scores: Array, truth: Array, weights: Array) -> Array:
     negative = np.add.reduceat(drawn * ~present, starts, axis=1)
     # Negatives below each value, and half of those level with it.
     below = negative.cumsum(1) - negative / 2
-    return _share((positive * below).sum(1), positive.sum(1) * negative.sum(1))
+    return share((positive * below).sum(1), positive.sum(1) * negative.sum(1))
 
 
 def _binary_auroc(scores: Array, truth: Array, weights: Array) -> Array:
@@ -134,7 +134,7 @@ def _mean_auroc(scores: Array, truth: Array, weights: Array) -> Array:
     if truth.ndim == 1:
         truth = truth[:, None] == np.arange(scores.shape[1])
     areas = np.stack([auroc_weighted(scores[:, label], truth[:, label], weights) for label in range(scores.shape[1])])
-    return _mean_over(areas.T, ~np.isnan(areas.T))
+    return mean_over(areas.T, ~np.isnan(areas.T))
 
 
 def _label_macro_f1(scores: Array, truth: Array, weights: Array) -> Array:
@@ -143,7 +143,7 @@ def _label_macro_f1(scores: Array, truth: Array, weights: Array) -> Array:
     predicted, present = (scores >= 0.5) & known, np.nan_to_num(truth) > 0.5
     occur = weights @ present.astype(np.int64)
     twice = occur + weights @ predicted.astype(np.int64)
-    return _mean_over(_share(2.0 * (weights @ (predicted & present).astype(np.int64)), twice), occur > 0)
+    return mean_over(share(2.0 * (weights @ (predicted & present).astype(np.int64)), twice), occur > 0)
 
 
 def exact_share(right: int, n: int, level: float) -> tuple[float, float]:
@@ -210,7 +210,7 @@ def _auroc_ends(scores: Array, truth: Array, level: float) -> tuple[float, float
 
 
 def _mean_value(values: Array, truth: Array, weights: Array) -> Array:
-    return _share(weights @ values.astype(np.float64), weights.sum(1))
+    return share(weights @ values.astype(np.float64), weights.sum(1))
 
 
 accuracy = Score("accuracy", _accuracy, "classes", _accuracy_ends)
@@ -260,12 +260,12 @@ def _one_hot(classes: Array, count: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.ones(n, dtype=np.int64), classes, np.arange(n + 1)), shape=(n, count))
 
 
-def _share(part: Array, whole: Array) -> Array:
+def share(part: Array, whole: Array) -> Array:
     """Return part / whole, NaN where whole is zero."""
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     return np.divide(part, whole, out=np.full(np.broadcast_shapes(part.shape, whole.shape), np.nan), where=whole != 0)
 
 
-def _mean_over(values: Array, counted: Array) -> Array:
+def mean_over(values: Array, counted: Array) -> Array:
     """Return the mean of each row over what is counted."""
-    return _share(np.where(counted, values, 0).sum(1), counted.sum(1))
+    return share(np.where(counted, values, 0).sum(1), counted.sum(1))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchloom.errors import UsageError
 from patchloom.evaluate.statistics.intervals import bootstrap_interval
-from patchloom.evaluate.statistics.metrics import Score
+from patchloom.evaluate.statistics.metrics import Score, share
 from patchloom.segment.metrics import IGNORED, Areas, areas, segmentation_scores
 
 Array = np.ndarray
@@ -42,12 +42,12 @@ def counted_areas(predicted: Tensor, truth: Tensor, num_classes: int, as_publish
 
 def iou_of(sums: Array) -> Array:
     """Return the IoU (r, K) of areas (r, 3, K), NaN where a class is neither there nor predicted."""
-    return _share(sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0])
+    return share(sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0])
 
 
 def dice_of(sums: Array) -> Array:
     """Return Dice (r, K) of areas (r, 3, K), NaN where a class is neither there nor predicted."""
-    return _share(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
+    return share(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
 
 
 def _mean_drawn(
@@ -125,7 +125,7 @@ def by_foreground_class(values: Array, class_names: list[str]) -> dict[str, floa
 def nanmean(values: Array, axis: int) -> Array:
     """Return the mean of what is defined, NaN where nothing is."""
     known = ~np.isnan(values)
-    return _share(np.where(known, values, 0).sum(axis), known.sum(axis))
+    return share(np.where(known, values, 0).sum(axis), known.sum(axis))
 
 
 def plain(value: float) -> float | None:
@@ -140,8 +140,3 @@ def _tables(image_areas: Areas) -> Array:
 def _drawn_areas(tables: Array, weights: Array) -> Array:
     n = len(tables)
     return (weights.astype(np.float64) @ tables.reshape(n, -1)).reshape(len(weights), *tables.shape[1:])
-
-
-def _share(part: Array, whole: Array) -> Array:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(whole > 0, part / whole, np.nan)
