@@ -89,7 +89,9 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     source_options = {option: value for option, value in options.items() if option not in READING}
-    opened = _registered(name, labels, in_chans, reading.channel_files, source_options, remembered(model))
+    opened: Source | StreamSource | None = _registered(
+        name, labels, in_chans, reading.channel_files, source_options, remembered(model)
+    )
     if opened is None:
         opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options)
     source = reading.given_to(opened, options, quiet=quiet)

@@ -18,6 +18,7 @@ from patchloom.data.hub import HuggingFaceSource
 from patchloom.data.labels import LabelFileSource
 from patchloom.data.listed import located
 from patchloom.data.mask_pairs import MaskedImage, Part, beside, list_images, paired
+from patchloom.data.shard_files import Role
 from patchloom.data.shards import IndexedShards, ShardSource
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
@@ -259,11 +260,11 @@ class ShardMasks(MaskedFiles):
         number = self.kept[index]
         return printable(f"{self.shards.shard_name(number)}/{self.shards.mask_names[number]}")
 
-    def _content(self, index: int, role: str) -> bytes:
-        shard, files = self.shards.files(self.kept[index], ("image", "mask"))
-        if files is None or role not in files:
+    def _content(self, index: int, role: Role) -> bytes:
+        shard, files = self.shards.files(self.kept[index], (role,))
+        if role not in files:
             raise UnreadableImageError(self.mask_name(index), f"{shard} has changed since it was looked through")
-        return files[role][1]  # type: ignore[index]
+        return files[role][1]
 
 
 class HubMasks(MaskedFiles):

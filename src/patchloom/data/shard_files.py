@@ -11,12 +11,12 @@ import re
 import tarfile
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -105,8 +105,8 @@ def scan(shard: Path, roles: Roles, take: Collection[Role], each: object) -> Sca
             seekable = isinstance(archive.fileobj, io.BufferedReader)
             members = _headers(archive, size if seekable else None, roles, take, endings)
             for files in _groups(members):
-                starts.append(min(offset for _, (offset, _) in files.values()))
-                told({role: (name, content) for role, (name, (_, content)) in files.items()})
+                starts.append(min(at.member.offset for _, at in files.values()))
+                told({role: (name, at.content) for role, (name, at) in files.items()})
             # Where the end marker (empty blocks) is missing, tarfile takes the end of the file for the end.
             if seekable and archive.offset + tarfile.BLOCKSIZE > size:
                 damaged()
@@ -133,13 +133,68 @@ def read_images(
             return
 
 
+def read_image(shard: Path, start: int, roles: Roles, take: Collection[Role]) -> Files:
+    """Return the files of one image of a shard that is not compressed; those not asked for are not even read.
+
+    Args:
+        shard: The shard.
+        start: Where the image begins in it.
+        roles: What its files are.
+        take: Which of them are wanted.
+
+    Returns:
+        Those that are there; none where the shard is damaged.
+    """
+
+    def read(archive: tarfile.TarFile, files: dict[Role, tuple[str, _Entry]]) -> Files:
+        return {role: (name, _content(archive, at.member)) for role, (name, at) in files.items() if role in take}
+
+    return _at_image(shard, start, roles, read) or {}
+
+
+def name_of_image(shard: Path, start: int, roles: Roles) -> str | None:
+    """Return the name of the image that begins at a place in a shard, None where the shard is damaged."""
+    return _at_image(shard, start, roles, lambda _, files: files["image"][0])
+
+
+def _at_image(
+    shard: Path, start: int, roles: Roles, read: Callable[[tarfile.TarFile, dict[Role, tuple[str, _Entry]]], Content]
+) -> Content | None:
+    """Return what is read of the image that begins at a place, told its files; None where the shard is damaged."""
+    try:
+        with shard.open("rb") as file:
+            file.seek(start)
+            with tarfile.TarFile(fileobj=file) as archive:
+                files = next(_groups(_headers(archive, shard.stat().st_size, roles, (), set())), None)
+                return None if files is None else read(archive, files)
+    except DAMAGE:
+        return None
+
+
+class _Entry(NamedTuple):
+    """A file of a shard."""
+
+    member: tarfile.TarInfo
+    content: bytes
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return what a member holds: the archive goes on behind it, wherever its file stands."""
+    file: Any = archive.fileobj
+    file.seek(member.offset_data)
+    content: bytes = file.read(member.size)
+    if len(content) < member.size:
+        raise tarfile.ReadError(TRUNCATED)
+    return content
+
+
 def _nothing(files: object) -> None:
     return
 
 
 def _headers(
     archive: tarfile.TarFile, limit: int | None, roles: Roles, take: Collection[Role], endings: set[str]
-) -> Iterator[tuple[Role, str, tuple[int, bytes]]]:
+) -> Iterator[tuple[Role, str, _Entry]]:
     for member in archive:
         if limit is not None and member.offset_data + member.size > limit:
             raise tarfile.ReadError(TRUNCATED)
@@ -148,8 +203,7 @@ def _headers(
             if len(endings) < MOST_ENDINGS:
                 endings.add(ending)
             if (role := roles.of(ending)) is not None:
-                file = archive.extractfile(member) if role in take else None
-                yield role, member.name, (member.offset, b"" if file is None else file.read())
+                yield role, member.name, _Entry(member, _content(archive, member) if role in take else b"")
         archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every header otherwise
 
 

@@ -101,7 +101,7 @@ class ShardLabels:
     def _number(self, raw: int | str | Several) -> int | Wrong:
         if self.numbers:
             return raw if isinstance(raw, int) else Wrong(f"its label is not a whole number as others are: {raw!r}")
-        return self.places.get(str(raw), _unknown(str(raw)))  # type: ignore[arg-type]
+        return self.places.get(str(raw), _unknown(str(raw)))
 
 
 def raw_label(files: Files, content: dict[str, Any] | Wrong, asked: str | None, missing: Collection[str]) -> Raw:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from patchloom.data.base import Sample, Source, StreamSource, Unreadable, Unread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
 from patchloom.data.fields import CAPTION, IMAGE, LABEL, MASK, Field, Packed, caption_text, no_field
 from patchloom.data.sample import OnDemand
-from patchloom.data.shard_files import TRUNCATED, Files, Role, Roles, read_images, scan
+from patchloom.data.shard_files import TRUNCATED, Files, Role, Roles, name_of_image, read_image, read_images, scan
 from patchloom.data.shard_labels import Raw, ShardLabels, Wrong, caption_of, json_of, key_of, raw_label
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import printable
@@ -175,7 +176,8 @@ class ShardSource(StreamSource):
             yield from self._stored(shard, 0, -(-count // len(chosen)))
 
     def _stored(self, shard: int, start: int, count: int) -> Iterator[tuple[str, bytes]]:
-        for files in islice(read_images(self.shards[shard], start, self.roles, ("image",)), count):
+        images: tuple[Role, ...] = ("image",)
+        for files in islice(read_images(self.shards[shard], start, self.roles, images), count):
             name, data = files["image"]
             yield f"{self._names[shard]}/{name}", data
 
@@ -239,7 +241,7 @@ class ShardSource(StreamSource):
         if self.class_names is None:
             return None
         unknown = self._labels.of(None)
-        found = [unknown if isinstance(label, Wrong) else label for label in map(self._labels.of, self._raw)]
+        found: list[Any] = [unknown if isinstance(label, Wrong) else label for label in map(self._labels.of, self._raw)]
         table = np.stack(found).astype(np.float32) if self.multilabel else np.array(found, np.int64)
         return table[np.concatenate(self._written)] if len(self._written) else table[:0]
 
@@ -253,6 +255,12 @@ class ShardSource(StreamSource):
         """Return the name of the shard an image is in."""
         return self._names[int(np.searchsorted(self._firsts, image, "right")) - 1]
 
+    def image_name(self, image: int) -> str:
+        """Return the name of an image as its samples have it; that of its shard where that is damaged."""
+        shard, start = self.place(image)
+        name = name_of_image(self.shards[shard], start, self.roles)
+        return printable(self._names[shard] if name is None else f"{self._names[shard]}/{name}")
+
     def place(self, image: int) -> tuple[int, int]:
         """Return the shard of an image and where it begins in it, of shards that can be read by number."""
         shard = int(np.searchsorted(self._firsts, image, "right")) - 1
@@ -260,10 +268,10 @@ class ShardSource(StreamSource):
         assert starts is not None
         return shard, int(starts[image - self._firsts[shard]])
 
-    def files(self, image: int, take: Sequence[Role]) -> tuple[str, Files | None]:
+    def files(self, image: int, take: Sequence[Role]) -> tuple[str, Files]:
         """Return the name of the shard an image is in, and those of its files that are asked for."""
         shard, start = self.place(image)
-        return self._names[shard], next(read_images(self.shards[shard], start, self.roles, take), None)
+        return self._names[shard], read_image(self.shards[shard], start, self.roles, take)
 
     def fingerprint(self) -> str:
         """Return a short hash of the shards' names, sizes and times."""
@@ -295,17 +303,16 @@ class IndexedShards(Source):
 
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
-        return self.shards.sample(*self.shards.files(index, ("image", "label", "json", "caption")), self)
+        shard, files = self.shards.files(index, ("image", "label", "json", "caption"))
+        return self.shards.sample(shard, files or None, self)
 
     def caption(self, index: int) -> str:
-        """Return the caption of image number `index`; reads its files."""
-        shard, files = self.shards.files(index, ("image", "caption", "json"))
-        return "" if files is None else self.shards.caption_of(files, f"{shard}/{files['image'][0]}")
+        """Return the caption of image number `index`, read from its shard."""
+        return self.shards.caption_of(self.shards.files(index, ("caption", "json"))[1], self.key(index))
 
     def key(self, index: int) -> str:
-        """Return the name of image number `index` as its samples have it; reads its files."""
-        shard, files = self.shards.files(index, ("image",))
-        return printable(shard if files is None else f"{shard}/{files['image'][0]}")
+        """Return the name of image number `index` as its samples have it, read from the headers of its shard."""
+        return self.shards.image_name(index)
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and contents of images from all over the shards."""

@@ -133,8 +133,9 @@ def embed(
     with written_whole(path) as temporary:
         if path.suffix == ".npz":
             # Plain text arrays: readable without pickle.
-            text = {} if captions is None else {"captions": np.array(captions, dtype=np.str_)}
-            np.savez(temporary, files=np.array(features.keys, dtype=np.str_), labels=labels, vectors=vectors, **text)
+            arrays: dict[str, Any] = {} if captions is None else {"captions": np.array(captions, dtype=np.str_)}
+            arrays |= {"files": np.array(features.keys, dtype=np.str_), "labels": labels, "vectors": vectors}
+            np.savez(temporary, **arrays)
         else:
             _write_parquet(temporary, features.keys, labels, vectors, captions)
     return str(path)
