@@ -193,6 +193,17 @@ def test_which_file_of_a_shard_is_the_image_can_be_said(tmp_path):
         assert (source.read(0).image.numpy() == pixels(first).transpose(2, 0, 1)).all()
 
 
+def test_what_is_asked_for_is_part_of_the_fingerprint(tmp_path):
+    files = {f"{n}.{end}.png": png(pixels(n)) for n in range(2) for end in ("a", "b")}
+    name = write_tar(tmp_path / "a.tar", files)
+    assert len({open_source(name, image_field=one).fingerprint() for one in ("a", "b")}) == 2
+    write_images(tmp_path, 2)
+    rows = {column: [f"{tmp_path}/0.png", f"{tmp_path}/1.png"] for column in ("a", "b")}
+    made = datasets.Dataset.from_dict(rows).cast_column("a", datasets.Image()).cast_column("b", datasets.Image())
+    made.save_to_disk(tmp_path / "set")
+    assert len({open_source(f"hf:{tmp_path}/set", image_field=one).fingerprint() for one in ("a", "b")}) == 2
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "json", "hf"])
 @pytest.mark.parametrize("option", ["image_field", "label_field", "mask_field", "caption_field"])
 def test_a_field_that_is_not_there_is_refused_with_those_that_are(tmp_path, kind, option):

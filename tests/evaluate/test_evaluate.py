@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -410,3 +412,19 @@ def test_what_has_no_label_is_left_out_counted_and_listed(data, tmp_path):
     found = pl.evaluate("knn", test=f"{data['test']}/labels.csv", **settings)
     assert (found["n"], found["unlabelled_images"], found["unreadable_images"]) == (len(rows) - 1, 1, 0)
     assert found["skipped"] == [{"file": rows[0], "reason": "it has no label"}]
+
+
+def test_numbers_of_classes_in_shards_are_those_of_named_ones_in_order(data, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    images = sorted(Path(data["train"]).glob("*/*.png"))
+    numbers = {name: number for number, name in enumerate(sorted({image.parent.name for image in images}))}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for place, image in enumerate(images):
+            for ending, content in (("cls", b"%d" % numbers[image.parent.name]), ("png", image.read_bytes())):
+                member = tarfile.TarInfo(f"{place:02}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    shards = {"train": f"{tmp_path}/a.tar", "test": data["test"]}
+    result = pl.evaluate("knn", encoder="pixels", **shards, **QUICK)
+    assert result["accuracy"] == pl.evaluate("knn", encoder="pixels", **data, **QUICK)["accuracy"]
+    assert "a.tar has numbers of classes, and they are taken as those of" in capsys.readouterr().err

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +137,30 @@ def test_images_without_label_are_left_out_counted_and_listed(tmp_path, capsys):
     assert "6 of 18 images have no label and are left out: unsorted/0.png" in capsys.readouterr().err
     probe = choose_probe_data(open_source(data, missing="unsorted"), config)
     assert int(probe.reference.labels.min()) == int(probe.queries.labels.min()) == 0
+
+
+def test_shards_are_learnt_from_as_folders_are(tmp_path):
+    pytest.importorskip("webdataset")
+    folder(tmp_path / "train", "abc", 10)
+    images = sorted((tmp_path / "train").glob("*/*.png"))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, image in enumerate(images):
+            for ending, content in (("cls", image.parent.name.encode()), ("png", image.read_bytes())):
+                member = tarfile.TarInfo(f"{number:02}.{ending}")
+                written = b"" if (ending, number) == ("cls", 4) else content
+                member.size = len(written)
+                archive.addfile(member, io.BytesIO(written))
+    config = FinetuneConfig(data=f"{tmp_path}/a.tar", **SETTINGS, val_fraction=0.2, shots=3)
+    source, config = FinetuneMethod.open_data(config)
+    made = FinetuneMethod(config, source)
+    assert made.class_names == ["a", "b", "c"]
+    assert made.targets.counts.tolist() == [3, 3, 3]
+    assert len(made.test) == 6
+    assert made.unlabelled == ["a.tar/04.png"]
+    assert set(made.validate(torch.device("cpu"))["per_class_accuracy"]) == set("abc")
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    packed = f"{tmp_path}/b.tar.gz"
+    with pytest.raises(UsageError, match=r"1 images of .*b.tar.gz have no label.*unpack the shards"):
+        FinetuneMethod(FinetuneConfig(data=packed, **SETTINGS), open_source(packed))
+    with pytest.raises(UsageError, match="can only be read from front to back, so label_fraction, shots"):
+        FinetuneMethod(FinetuneConfig(data=packed, **SETTINGS, shots=2), open_source(packed))

@@ -132,6 +132,7 @@ class HuggingFaceSource(Source):
             raise MissingExtraError("datasets", "hf", f"hf:{dataset}") from error
         self.name = f"hf:{dataset}" + ("" if split == "train" else f":{split}")
         self.in_chans = in_chans
+        self._asked = image_field is not None
         try:
             if (Path(dataset) / "dataset_info.json").exists() or (Path(dataset) / "dataset_dict.json").exists():
                 loaded = datasets.load_from_disk(dataset)
@@ -206,8 +207,9 @@ class HuggingFaceSource(Source):
         return cell["bytes"] if cell and cell.get("bytes") else Path(cell["path"] if cell and cell["path"] else "")
 
     def fingerprint(self) -> str:
-        """Return a short hash of the table's own fingerprint."""
-        return hashlib.sha256(f"{self.name} {self.table._fingerprint}".encode()).hexdigest()[:16]
+        """Return a short hash of the table's own fingerprint, and of the column of images where it was asked for."""
+        asked = f" {self.column}" if self._asked else ""
+        return hashlib.sha256(f"{self.name} {self.table._fingerprint}{asked}".encode()).hexdigest()[:16]
 
 
 def _inner(kind: Any) -> Any:

@@ -274,8 +274,9 @@ class ShardSource(StreamSource):
         return self._names[shard], read_image(self.shards[shard], start, self.roles, take)
 
     def fingerprint(self) -> str:
-        """Return a short hash of the shards' names, sizes and times."""
-        digest = hashlib.sha256()
+        """Return a short hash of the shards' names, sizes and times, and of what is asked for in them."""
+        asked = (self.roles, self._missing)
+        digest = hashlib.sha256(repr(asked).encode() if asked != (Roles(), []) else b"")
         for name, shard in zip(self._names, self.shards, strict=True):
             status = shard.stat()
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
