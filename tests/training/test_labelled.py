@@ -135,7 +135,7 @@ def test_images_without_label_are_left_out_counted_and_listed(tmp_path, capsys):
     assert made.summary()["unlabelled_images"] == 6
     assert made.summary()["unlabelled"][0] == "unsorted/0.png"
     assert "6 of 18 images have no label and are left out: unsorted/0.png" in capsys.readouterr().err
-    probe = choose_probe_data(open_source(data, missing="unsorted"), config)
+    probe = choose_probe_data(open_source(data, missing="unsorted"), config, made.encoder)
     assert int(probe.reference.labels.min()) == int(probe.queries.labels.min()) == 0
 
 
