@@ -11,7 +11,7 @@ import timm
 import torch
 
 import patchloom as pl
-from patchloom.encoders import create_encoder
+from patchloom.encoders import create_encoder, input_size, kind_of
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.models import onnx_file as module
 from patchloom.models.bundle import bundle_fingerprint, read_lineage, save_bundle
@@ -22,6 +22,7 @@ ENCODERS = {
     "ccvit": ("ccvit_tiny_patch4_32", {"image_size": 16, **SMALL}),
     "vit": ("vit_tiny_patch16_224", {"image_size": 32, **SMALL}),
     "eva": ("eva02_tiny_patch14_224", {"image_size": 28, **SMALL}),
+    "clip": ("videomae_tiny_patch16_224", {"image_size": (4, 16, 32), **SMALL}),
 }
 
 
@@ -38,7 +39,7 @@ def make(kind: str = "ccvit", **options):
 def run_onnx(path: str, images: torch.Tensor) -> np.ndarray:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": images.numpy()})[0]
+    return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def test_onnx_gives_the_same_features_at_any_batch_size(onnx, kind, tmp_path):
     save_bundle(encoder, tmp_path / "b")
     out = pl.export(str(tmp_path / "b"), out=str(tmp_path / "deep" / "m.onnx"))
     for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, *encoder.patch_embed.img_size)
+        images = torch.randn(batch, 3, *input_size(encoder))
         np.testing.assert_allclose(run_onnx(out, images), encoder(images).numpy(), rtol=1e-3, atol=1e-4)
     model = onnx.load(out)
-    assert [value.name for value in model.graph.input] == ["images"]
+    assert [value.name for value in model.graph.input] == [f"{kind_of(encoder)}s"]
     assert [value.name for value in model.graph.output] == ["features"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["m.onnx"]
 

@@ -112,6 +112,19 @@ class Family:
         """Return the arguments that make an encoder for inputs of a size."""
         return {"img_size": size}
 
+    def shape_arguments(self, encoder: Any) -> dict[str, Any]:
+        """Return all arguments that make a module of its shape from a plain entry point of timm."""
+        block = encoder.blocks[0]
+        return {
+            **self.size_arguments(self.input_size(encoder)),
+            "patch_size": self.patch_shape(encoder)[-1],
+            "in_chans": self.in_chans(encoder),
+            "embed_dim": int(encoder.embed_dim),
+            "depth": len(encoder.blocks),
+            "num_heads": int(block.attn.num_heads),
+            "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
+        }
+
     def resize(self, encoder: Any, size: Grid) -> None:
         """Set the encoder up for inputs of another size, in place; patches fill it.
 

@@ -99,6 +99,19 @@ class BeitModels(Family):
 
     patch_embeds = (PatchEmbed,)
 
+    def shape_arguments(self, encoder: Any) -> dict[str, Any]:
+        """Return all arguments that make a module of its shape, with the positions and the pooling it has."""
+        block = encoder.blocks[0]
+        return super().shape_arguments(encoder) | {
+            "qkv_bias": block.attn.q_bias is not None,
+            "init_values": block.init_values,
+            "use_abs_pos_emb": encoder.pos_embed is not None,
+            "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
+            "use_shared_rel_pos_bias": encoder.rel_pos_bias is not None,
+            "global_pool": encoder.global_pool,
+            "use_fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
+        }
+
     def resize(self, encoder: Any, size: Grid) -> None:
         """Set the encoder up for images of another size, its tables by the published rule instead of timm's."""
         old_grid = plane(self.grid_size(encoder), "relative-position tables")

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchloom.base.sizes import size_text
 from patchloom.base.version import __version__
-from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, image_size, in_chans, set_image_size
+from patchloom.encoders import Encoder, create_encoder, depth, embed_dim, in_chans, input_size, kind_of, set_image_size
 from patchloom.encoders.insertion import Insertion, activate, active, insert, insertions, merge, plain, remove, serve
+from patchloom.encoders.patches import one_side
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_json, written_whole
 
@@ -121,7 +121,7 @@ def save_adapter(
         "encoder": encoder_path,
         "width": embed_dim(encoder),
         "depth": depth(encoder),
-        "image_size": list(image_size(encoder)),
+        "image_size": list(input_size(encoder)),
         "in_chans": in_chans(encoder),
         **({"reading": encoder.pretrained_cfg["reading"]} if encoder.pretrained_cfg.get("reading") else {}),
         "mean": list(encoder.pretrained_cfg["mean"]),
@@ -256,14 +256,14 @@ def _check_fits(about: dict[str, Any], path: str | Path, encoder: Encoder, own_h
 
 def _take_inputs(encoder: Encoder, own_hash: str, about: dict[str, Any], path: str | Path) -> None:
     """Set the encoder up for the images an adapter was trained on: their size, and what they are normalised by."""
-    size = (int(about["image_size"][0]), int(about["image_size"][1]))
+    size = tuple(int(side) for side in about["image_size"])
     statistics = {name: tuple(about[name]) for name in ("mean", "std")}
     alone = not insertions(encoder)
-    if size != image_size(encoder):
+    if size != input_size(encoder):
         if not alone:
             raise UsageError(
-                f"the adapter {path} was trained on images of {size_text(size)} pixels and the others here on "
-                f"{size_text(image_size(encoder))}; load it on an encoder of its own"
+                f"the adapter {path} was trained on {kind_of(encoder)}s of {one_side(size)} pixels and the others "
+                f"here on {one_side(input_size(encoder))}; load it on an encoder of its own"
             )
         cast(Any, encoder).hash_before_resize = own_hash
         set_image_size(encoder, size)

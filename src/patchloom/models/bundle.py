@@ -21,12 +21,11 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models.beit import Beit
 from torch import nn
 
 from patchloom.base.hub import fetching, reason
 from patchloom.base.version import __version__
-from patchloom.encoders import has_tokens, image_size, in_chans, input_size, size_arguments
+from patchloom.encoders import family_of, has_tokens, image_size, in_chans, input_size, size_arguments
 from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
 from patchloom.io import make_folder
@@ -95,7 +94,7 @@ def timm_config(encoder: Any) -> dict[str, Any]:
     architecture, model_args = creation_args["architecture"], dict(creation_args["model_args"])
     for prefix, name in TIMM_NAMES.items():
         if architecture.startswith(prefix):
-            architecture, model_args = name, _full_arguments(encoder) | model_args
+            architecture, model_args = name, family_of(encoder).shape_arguments(encoder) | model_args
     num_classes = int(encoder.num_classes)
     model_args.pop("num_classes", None)
     sides = input_size(encoder)[-2:]  # timm takes no more; frames are an argument of the model
@@ -346,31 +345,6 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _full_arguments(encoder: Any) -> dict[str, Any]:
-    """Return all arguments that rebuild a `Beit` or `VisionTransformer` registered here from a plain entry point."""
-    block = encoder.blocks[0]
-    shape = {
-        "img_size": tuple(encoder.patch_embed.img_size),
-        "patch_size": int(encoder.patch_embed.patch_size[0]),
-        "in_chans": int(encoder.patch_embed.proj.weight.shape[1]),
-        "embed_dim": int(encoder.embed_dim),
-        "depth": len(encoder.blocks),
-        "num_heads": int(block.attn.num_heads),
-        "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
-    }
-    if not isinstance(encoder, Beit):
-        return shape
-    return shape | {
-        "qkv_bias": block.attn.q_bias is not None,
-        "init_values": block.init_values,
-        "use_abs_pos_emb": encoder.pos_embed is not None,
-        "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
-        "use_shared_rel_pos_bias": encoder.rel_pos_bias is not None,
-        "global_pool": encoder.global_pool,
-        "use_fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
-    }
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

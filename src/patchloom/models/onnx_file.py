@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchloom.encoders import image_size, in_chans, normalize
+from patchloom.encoders import in_chans, input_size, kind_of, normalize
 from patchloom.errors import MissingExtraError
 from patchloom.io import make_folder
 
@@ -74,9 +74,9 @@ def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int, notes: d
         opset: ONNX operator set.
         notes: Metadata of the file.
     """
-    channels, (height, width) = in_chans(encoder), image_size(encoder)
+    shape = (in_chans(encoder), *input_size(encoder))
     generator = torch.Generator().manual_seed(0)
-    example = torch.rand(2, channels, height, width, generator=generator)
+    example = torch.rand(2, *shape, generator=generator)
     name = "logits" if encoder.num_classes else "features"
     model = model.eval()
     make_folder(path.parent)
@@ -90,13 +90,13 @@ def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int, notes: d
                 file,
                 dynamo=True,
                 opset_version=opset,
-                input_names=["images"],
+                input_names=[f"{kind_of(encoder)}s"],
                 output_names=[name],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 external_data=False,
                 verbose=False,
             )
-        _check(model, file, (channels, height, width))
+        _check(model, file, shape)
         if notes:
             import onnx
 
@@ -135,7 +135,7 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, file: Path, shape: tuple[int, int, int]) -> None:
+def _check(model: nn.Module, file: Path, shape: tuple[int, ...]) -> None:
     """Compare with onnxruntime at several batch sizes."""
     import onnxruntime
 
@@ -144,7 +144,7 @@ def _check(model: nn.Module, file: Path, shape: tuple[int, int, int]) -> None:
     for batch in (1, 3):
         images = torch.rand(batch, *shape, generator=generator)
         expected = model(images)
-        got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
         difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1.0))
         if got.shape != expected.shape or not difference <= TOLERANCE:
             raise ExportMismatchError(
