@@ -318,6 +318,7 @@ REFERENCES: dict[str, str] = {
     "dinov3": "systems.dinov3.published:load",
     "dvpt": "systems.dvpt.published:load",
     "dinov3_medical": "systems.dinov3.published:load",
+    "gcab": "systems.gcab.published:load",
     "ear": "systems.ear.published:load",
 }
 """Loaders of published checkpoints."""

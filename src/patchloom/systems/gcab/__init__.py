@@ -1,0 +1,1 @@
+"""Classes learnt task after task, with gated class-attention and drift compensation (GCAB-CFDC)."""
