@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, frames, micro, timm_families, video
+from patchloom.encoders import ccvit, cifar_resnet, convit, frames, micro, timm_families, video
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.encoder import Encoder
@@ -50,6 +50,7 @@ __all__ = [
     "ccvit",
     "cifar_resnet",
     "class_attention",
+    "convit",
     "create_backbone",
     "create_encoder",
     "depth",

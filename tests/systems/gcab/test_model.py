@@ -60,7 +60,7 @@ def test_regulariser_of_saturated_gates_is_nothing():
     gates = TaskGates(2, 3, 4)
     torch.nn.init.ones_(gates.width.weight)
     torch.nn.init.ones_(gates.hidden.weight)
-    assert float(gates.regulariser(1, 1.0)) == 0
+    assert float(gates.regulariser(1, 1.0).detach()) == 0
     assert gates.free(1) == 0
 
 

@@ -23,7 +23,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patchloom.encoders import Encoder, depth, embed, embed_dim, grid_size, num_prefix_tokens, run_blocks
+from patchloom.encoders import Encoder, depth, embed, embed_dim, num_patches, num_prefix_tokens, run_blocks
 from patchloom.errors import UsageError
 from patchloom.systems.gcab.block import GatedClassAttentionBlock
 from patchloom.systems.gcab.drift import DriftProjector, cascade
@@ -41,7 +41,7 @@ class Trunk(nn.Module):
     def __init__(self, encoder: Encoder, blocks: int | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.num_tokens = int(torch.Size(grid_size(encoder)).numel())
+        self.num_tokens = num_patches(encoder)
         self.dim = embed_dim(encoder)
         self.encoder.blocks = self.encoder.blocks[: depth(encoder) - 1 if blocks is None else blocks]
 
