@@ -106,6 +106,12 @@ def test_there_are_ranges_to_be_held_to():
 
 
 @EVERY
+def test_every_setting_has_a_text(settings):
+    texts = help_texts(settings)
+    assert [name for name in typed_fields(settings) if not texts.get(name)] == []
+
+
+@EVERY
 def test_tools_see_the_plain_types(settings):
     assert "Annotated" not in str(option_types(settings))
 

@@ -11,13 +11,15 @@ from patchloom.evaluate.config import EvaluationConfig
 from patchloom.explain.config import ExplainConfig
 from patchloom.terminal.groups import ABLATIONS, GROUPS, NEEDED, OWN, grouped
 from patchloom.training.config import TrainConfig
-from patchloom.training.labelled_config import LabelledConfig
+from patchloom.training.labelled_config import LabelledConfig, LossOptions
+from patchloom.training.options import ExpertOptions
 from patchloom.training.supervised_config import SupervisedConfig
 
+SHARED = (TrainConfig, ExpertOptions, LabelledConfig, LossOptions, SupervisedConfig, EvaluationConfig, ExplainConfig)
 METHODS = [(verb, name) for verb in registry.METHODS for name in registry.METHODS[verb]]
 
 
-@pytest.mark.parametrize("shared", [TrainConfig, LabelledConfig, SupervisedConfig, EvaluationConfig, ExplainConfig])
+@pytest.mark.parametrize("shared", SHARED)
 def test_what_methods_share_is_no_methods_own(shared):
     headed = {name for names in GROUPS.values() for name in names}
     assert {field.name for field in dataclasses.fields(shared)} - headed - {"adapters"} == set()

@@ -181,7 +181,10 @@ def test_encoders_that_cannot_be_adapted_are_refused(tmp_path, base):
     save_adapter(made("linear", base).encoder, tmp_path / "model")
     with pytest.raises(UsageError, match="set init_adapter="):
         made("linear", tmp_path)
-    for settings, said in (({"ema": 0.9}, "ema averages"), ({"strategy": "fsdp"}, "use strategy=ddp")):
+    for settings, said in (
+        ({"ema": 0.9}, "ema is 0.9, and this method does without"),
+        ({"strategy": "fsdp"}, "use strategy=ddp"),
+    ):
         with pytest.raises(UsageError, match=said):
             made("linear", base, **settings)
 

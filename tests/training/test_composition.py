@@ -34,6 +34,7 @@ from patchloom.training.config import TrainConfig
 from patchloom.training.failure import NonFiniteLossError
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics, series
+from patchloom.training.options import AverageOptions
 from patchloom.training.phases import Phase, Stage
 from patchloom.training.run import fit
 
@@ -56,9 +57,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(AverageOptions, TrainConfig):
+    """Those of every run, and a moving average."""
+
+
 def run(out: Path, method: type[Method], **changes: Any):
     options = {name: changes.pop(name) for name in ("source", "attach") if name in changes}
-    return fit("pretrain test", method, TrainConfig(out=str(out), **{**SETTINGS, **changes}), **options)
+    return fit("pretrain test", method, Settings(out=str(out), **{**SETTINGS, **changes}), **options)
 
 
 def weights(found) -> dict[str, torch.Tensor]:

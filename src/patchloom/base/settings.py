@@ -36,9 +36,12 @@ class Settings:
 
     Attributes:
         RECIPE: Defaults of inherited fields that are others here, by name; where there is more to say, `Cited`.
+        WITHOUT: Settings there were in an earlier version and that did nothing, with the value they had if they were
+            left alone; files of settings that hold them are still read.
     """
 
     RECIPE: ClassVar[Mapping[str, Any]] = {}
+    WITHOUT: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         """Declare the fields of the recipe anew, with the type they have, before the class becomes a dataclass."""
@@ -70,3 +73,11 @@ def typed_fields(settings: type) -> dict[str, Any]:
     """Return the fields of a settings class with their types, ranges and all."""
     hints = get_type_hints(settings, include_extras=True)
     return {name: hint for name, hint in hints.items() if name in getattr(settings, "__dataclass_fields__", {})}
+
+
+def done_without(settings: Any) -> dict[str, Any]:
+    """Return the names and idle values in `WITHOUT` of a class and of those it derives from; none of a function."""
+    names: dict[str, Any] = {}
+    for base in reversed(settings.__mro__ if isinstance(settings, type) else ()):
+        names |= vars(base).get("WITHOUT", {})
+    return names

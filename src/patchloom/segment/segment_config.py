@@ -10,10 +10,11 @@ from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.ranges import Factors, PositiveInt, Probability, Share
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(MaskSettings, TrainConfig):
+class SegmentConfig(ExpertOptions, AverageOptions, EncoderOptions, MaskSettings, TrainConfig):
     """Settings of a decoder on an encoder, frozen or trained along."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {

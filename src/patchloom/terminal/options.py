@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -17,7 +18,7 @@ from inspect import Parameter, signature
 from operator import or_
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from patchloom.base.settings import Cited
+from patchloom.base.settings import Cited, done_without
 from patchloom.base.sizes import is_size, parse_size
 from patchloom.errors import UsageError
 from patchloom.terminal.groups import grouped
@@ -151,6 +152,8 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
         else:
             about["default"] = parameters[option].default
         parser.add_argument(f"--{option}", **about)
+    for option in done_without(described):  # read from files of settings, and judged where settings are made
+        parser.add_argument(f"--{option}", type=Any, default=SUPPRESS, help=SUPPRESS)
     _group(parser, required, getattr(described, "ABLATIONS", ()))
     return parser
 

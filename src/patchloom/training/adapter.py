@@ -23,6 +23,7 @@ from patchloom.training.labelled import LabelledMethod
 from patchloom.training.lars import Lars
 from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
+from patchloom.training.options import ViewOptions
 
 if TYPE_CHECKING:
     from patchloom.report import Section
@@ -80,11 +81,6 @@ class AdapterMethod(LabelledMethod):
         from patchloom.models.adapters import find_adapter
 
         config, name = self.config, self.config.encoder
-        if config.init_from is not None:
-            raise UsageError(
-                f"init_from={config.init_from} gives weights to an architecture, and an adapter extends weights that "
-                f"are there; name them as encoder"
-            )
         if Path(name).exists():
             if find_adapter(name) is not None:
                 raise UsageError(f"{name} holds an adapter; give the encoder it extends, or set init_adapter={name}")
@@ -97,8 +93,9 @@ class AdapterMethod(LabelledMethod):
         return fetch_encoder(name, create_encoder, in_chans=config.in_chans, drop_path=config.drop_path)
 
     def transform(self) -> Transform:
-        """Return random crops and flips."""
+        """Return random crops and flips; a method without these settings has a transform of its own."""
         config = self.config
+        assert isinstance(config, ViewOptions)
         return PairedViews(
             self.input_size,
             scale=config.crop_scale,

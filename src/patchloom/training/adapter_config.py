@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from patchloom.base.choices import HeadPool
-from patchloom.base.ranges import Fraction, NonNegative, Probability, Shares
+from patchloom.base.ranges import Fraction
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
-from patchloom.training.labelled_config import LabelledConfig
+from patchloom.training.labelled_config import LabelledConfig, LossOptions
+from patchloom.training.options import ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(LabelledConfig):
+class AdapterConfig(LossOptions, LabelledConfig):
     """Settings of training an adapter; the recipe is AdaptFormer's for images (specification, section 3)."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {
@@ -29,27 +30,41 @@ class AdapterConfig(LabelledConfig):
         "clip_grad": Cited(None, "paper: no clipping"),
     }
 
+    WITHOUT: ClassVar[Mapping[str, Any]] = {
+        "init_from": None,
+        "layer_decay": 1.0,
+        "ema": None,
+        "experts": 0,
+        "expert_layers": "alternate",
+        "share_rate": 0.3,
+        "share_schedule": "linear",
+    }
+
     optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
     """Optimiser; paper: SGD with momentum"""
     momentum: Fraction = 0.9
     """Momentum of SGD and LARS; paper: 0.9"""
-    pool: HeadPool = "auto"
-    """What the classifier reads: auto (as the encoder pools), cls (token) or avg (mean over patches, then a norm)"""
-    train_pool_norm: bool = True
-    """Train the norm behind mean pooling, where the encoder has none there; paper: trained"""
-    crop_scale: Shares = (0.08, 1.0)
-    """Least and most share of the image's area that a crop takes; paper: 0.08 to 1"""
-    flip: Probability = 0.5
-    """Probability of the horizontal flip; paper: 0.5; 0 where left and right differ, as in digits"""
-    color_jitter: NonNegative = 0.0
-    """Strength of brightness, contrast and saturation changes, in [0, 1]; paper: none"""
     init_adapter: str | None = None
     """Adapter file, or run with one, to start from; of the same method, encoder and number of classes"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if self.ema is not None:
-            raise UsageError("ema averages the encoder's weights, and an adapter leaves them as they are; leave it out")
         if self.strategy == "fsdp":
             raise UsageError("fsdp shards weights that train, and an adapter has few; use strategy=ddp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadedAdapterConfig(ViewOptions, AdapterConfig):
+    """Settings of adapters whose classifier reads what the encoder pools."""
+
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "crop_scale": Cited((0.08, 1.0), "paper: 0.08 to 1"),
+        "flip": Cited(0.5, "paper: 0.5"),
+        "color_jitter": Cited(0.0, "in [0, 1]; paper: none"),
+    }
+
+    pool: HeadPool = "auto"
+    """What the classifier reads: auto (as the encoder pools), cls (token) or avg (mean over patches, then a norm)"""
+    train_pool_norm: bool = True
+    """Train the norm behind mean pooling, where the encoder has none there; paper: trained"""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import nn
 
@@ -13,26 +12,31 @@ from patchloom.training.attachment import Attachment
 from patchloom.training.ewa import average_experts_, average_ffn, expand_ffn, experts_of, share_rate_schedule
 
 if TYPE_CHECKING:
-    from patchloom.training.config import TrainConfig
     from patchloom.training.method import Method
+    from patchloom.training.options import ExpertOptions
 
 
 class ExpertsAveraging(Attachment):
-    """Huang et al. 2023, arXiv 2308.06093; what is shipped is the plain model."""
+    """Huang et al. 2023, arXiv 2308.06093; what is shipped is the plain model.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    Args:
+        options: How many experts, where, and how fast they approach each other.
+        trained: Whether the encoder starts from weights that were trained before.
+    """
+
+    def __init__(self, options: ExpertOptions, trained: bool) -> None:
+        self.options, self.trained = options, trained
 
     def attach(self, method: Method) -> None:
         """Turn feed-forwards into experts: copies where they are trained already, independent ones otherwise."""
-        config = self.config
+        options = self.options
         if not experts_of(method.encoder):
-            trained = config.init_from is not None or Path(config.encoder).exists()
-            expand_ffn(method.encoder, config.experts, config.expert_layers, "copy" if trained else "independent")
+            start: Literal["copy", "independent"] = "copy" if self.trained else "independent"
+            expand_ffn(method.encoder, options.experts, options.expert_layers, start)
 
     def after_step(self, method: Method) -> None:
         """Let the experts approach each other by the step's share."""
-        rate = share_rate_schedule(self.config.share_schedule, self.config.share_rate, method.total_steps)
+        rate = share_rate_schedule(self.options.share_schedule, self.options.share_rate, method.total_steps)
         average_experts_(experts_of(method.encoder), rate(method.step))
 
     def fold(self, model: nn.Module) -> nn.Module:

@@ -20,6 +20,7 @@ from patchloom.models.bundle import read_lineage
 from patchloom.training.callbacks import Interruption, Probe, SkippedImages
 from patchloom.training.method import Method
 from patchloom.training.metrics import read_metrics
+from patchloom.training.options import start_of
 from patchloom.training.report import write_run_report
 from patchloom.training.size import Advice
 
@@ -87,7 +88,7 @@ class Finish(Callback):
         """Return what made the model, and from which bundle."""
         config = method.config
         # A timm model's published weights are named by it, and have no lineage here.
-        parent = config.init_from or (config.encoder if Path(config.encoder).exists() else None)
+        parent = start_of(config) or (config.encoder if Path(config.encoder).exists() else None)
         return {
             "made_by": self.command,
             "data": method.source.describe(),

@@ -14,6 +14,7 @@ from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 from patchloom.models.bundle import bundle_channels, read_reading
 from patchloom.training.config import Config
+from patchloom.training.options import start_of
 
 
 def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]:
@@ -27,7 +28,7 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
         UsageError: The images cannot be opened or read as asked.
     """
     start: dict[str, Any] = {}
-    path = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
+    path = next((path for path in (start_of(config), config.encoder) if path and Path(path).exists()), None)
     if path is not None:
         start = read_reading(path)
         channels = bundle_channels(path)
@@ -82,7 +83,7 @@ def _has_statistics(config: Config) -> bool:
     """Return whether the run starts from a model of as many channels, which has its own."""
     return any(
         path and Path(path).exists() and bundle_channels(path) == config.in_chans
-        for path in (config.init_from, config.encoder)
+        for path in (start_of(config), config.encoder)
     )
 
 

@@ -19,7 +19,7 @@ from patchloom.data.subset import labelled_images
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
-from patchloom.training.labelled_config import LabelledConfig
+from patchloom.training.labelled_config import LabelledConfig, LossOptions
 from patchloom.training.long_tail import class_groups
 from patchloom.training.method import Method
 from patchloom.training.selection import class_counts, hold_out, limit_labels, long_tailed
@@ -89,9 +89,9 @@ class LabelledMethod(Method):
             kind=task,
             counts=counts,
             weighting=config.class_weights,
-            logit_adjustment=config.logit_adjustment,
+            logit_adjustment=config.logit_adjustment if isinstance(config, LossOptions) else 0.0,
             label_smoothing=0.0 if task == "multi" else config.label_smoothing,
-            distance=config.ordinal_distance,
+            distance=config.ordinal_distance if isinstance(config, LossOptions) else 0.0,
             groups=class_groups(counts.tolist()) if counts is not None and self.has_tail() else None,
         )
 

@@ -9,6 +9,7 @@ from annotated_types import Ge
 
 from patchloom.base.choices import Weighting
 from patchloom.base.ranges import Fraction, NonNegative, PositiveInt, Probability, Share
+from patchloom.base.settings import Settings
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
 
@@ -37,10 +38,6 @@ class LabelledConfig(TrainConfig):
     """How much a class counts in the loss: none (all alike), balanced (1/n), sqrt (1/√n) or effective number"""
     reweight_from: Fraction = 0.0
     """Share of the run, in [0, 1), from which class_weights count (deferred re-weighting); 0: from its start"""
-    logit_adjustment: NonNegative = 0.0
-    """For long-tailed classes: this times the log of a class's share is added to its logit in training; paper: 1"""
-    ordinal_distance: NonNegative = 0.0
-    """For grades: weight of the squared distance between cumulative distributions, beside cross-entropy"""
     label_smoothing: Probability = 0.0
     """Share of the target spread over all classes, where an image has one"""
 
@@ -51,3 +48,13 @@ class LabelledConfig(TrainConfig):
             raise UsageError("shots and label_fraction both say how many labels to learn from; give one of them")
         if self.groups is not None and self.test is not None:
             raise UsageError("groups says how to hold images out of data, and test gives others; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(Settings):
+    """What the loss against the labels knows of classes and grades."""
+
+    logit_adjustment: NonNegative = 0.0
+    """For long-tailed classes: this times the log of a class's share is added to its logit in training; paper: 1"""
+    ordinal_distance: NonNegative = 0.0
+    """For grades: weight of the squared distance between cumulative distributions, beside cross-entropy"""

@@ -38,6 +38,7 @@ from patchloom.training.config import TrainConfig, plain_settings
 from patchloom.training.failure import non_finite
 from patchloom.training.inputs import open_training_images, read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
+from patchloom.training.options import EncoderOptions, start_of
 from patchloom.training.phases import Phase, Span, Stage, only
 from patchloom.training.saved import steps_done
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
@@ -125,8 +126,8 @@ class Method(lp.LightningModule):
         encoder = start_encoder(
             config.encoder, create, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
         )
-        if config.init_from is not None:
-            load_weights(encoder, config.init_from, self.starting_weights)
+        if (start := start_of(config)) is not None:
+            load_weights(encoder, start, self.starting_weights)
         return read_as(encoder, config)
 
     def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -349,7 +350,7 @@ class Method(lp.LightningModule):
         config = self.config
         groups = parameter_groups(
             self,
-            layer_decay=config.layer_decay,
+            layer_decay=config.layer_decay if isinstance(config, EncoderOptions) else 1.0,
             layer=self.layer,
             depth=depth(self.encoder),
             decay=self.decays,

@@ -49,6 +49,7 @@ from patchloom.training.hardware import quiet
 from patchloom.training.health import CollapseWatch
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
+from patchloom.training.options import AverageOptions, ExpertOptions, start_of
 from patchloom.training.places import PLACES, relocated
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
@@ -221,9 +222,13 @@ def _tell_of_signals(trainer: lp.Trainer) -> None:
 
 def attachments_of(config: TrainConfig) -> list[Attachment]:
     """Return what the settings of every method can let ride on a run, in the order in which they act."""
-    experts = [ExpertsAveraging(config)] if config.experts else []
-    average = [MovingAverage(config.ema)] if config.ema is not None else []
-    return [*experts, *average]
+    found: list[Attachment] = []
+    if isinstance(config, ExpertOptions) and config.experts:
+        trained = start_of(config) is not None or Path(config.encoder).exists()
+        found.append(ExpertsAveraging(config, trained=trained))
+    if isinstance(config, AverageOptions) and config.ema is not None:
+        found.append(MovingAverage(config.ema))
+    return found
 
 
 def read_run(path: str | Path) -> Run:

@@ -14,20 +14,23 @@ from patchloom.base.ranges import (
     Probability,
     Proportion,
     Share,
-    Shares,
 )
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.labelled_config import LabelledConfig
+from patchloom.training.options import AverageOptions, EncoderOptions, ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(LabelledConfig):
+class SupervisedConfig(AverageOptions, EncoderOptions, ViewOptions, LabelledConfig):
     """Settings of training a whole classifier."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {
         "betas": (0.9, 0.999),
         "clip_grad": None,
         "label_smoothing": 0.1,
+        "crop_scale": (0.08, 1.0),
+        "color_jitter": Cited(0.4, "in force without RandAugment only"),
     }
 
     optimizer: Literal["adamw", "sgd", "lamb"] = "adamw"
@@ -52,14 +55,8 @@ class SupervisedConfig(LabelledConfig):
     """Probability of cutmix where both are on"""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment as timm spells it; null for none"""
-    color_jitter: NonNegative = 0.4
-    """Strength of colour jitter, in force without RandAugment only"""
     erasing: Probability = 0.25
     """Probability of random erasing"""
-    flip: Probability = 0.5
-    """Probability of the horizontal flip; 0 where left and right differ, as in digits"""
-    crop_scale: Shares = (0.08, 1.0)
-    """Least and most share of the image's area that a crop takes"""
     crop_padding: Count | None = None
     """Instead, a crop of the whole image with so many black pixels around it; 4 is usual for images of 32 pixels"""
     repeated_augmentation: PositiveInt = 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from patchloom.base.ranges import Count, Fraction, PositiveInt
-from patchloom.training.adapter_config import AdapterConfig
+from patchloom.training.adapter_config import HeadedAdapterConfig
 
 Placement = Literal["parallel", "sequential"]
 Norm = Literal["none", "in", "out"]
@@ -15,7 +15,7 @@ Input = Literal["residual", "normed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptFormerConfig(AdapterConfig):
+class AdaptFormerConfig(HeadedAdapterConfig):
     """Settings of AdaptFormer; the defaults are the paper's for images."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = ("scale", "learnable_scale", "placement", "input", "norm", "init", "blocks")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from patchloom.base.settings import Cited
-from patchloom.training.adapter_config import AdapterConfig
+from patchloom.training.adapter_config import HeadedAdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFitConfig(AdapterConfig):
+class BitFitConfig(HeadedAdapterConfig):
     """Settings of BitFit."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from patchloom.base.ranges import Count, Fraction, NonNegative, PositiveInt, Probability, Shares
+from patchloom.base.ranges import Count, Fraction, NonNegative, PositiveInt
+from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOptions, ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCViTConfig(TrainConfig):
+class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, TrainConfig):
     """Settings of CCViT; the defaults are the paper's recipe for a base encoder at 224 pixels."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -27,6 +30,11 @@ class CCViTConfig(TrainConfig):
         "interpolation",
         "target_interpolation",
     )
+
+    RECIPE: ClassVar[Mapping[str, Any]] = {
+        "crop_scale": Cited((0.2, 1.0), "paper: 0.2 to 1"),
+        "color_jitter": Cited(0.0, "paper: none, as it moves the tokens"),
+    }
 
     codebook: str | None = None
     """Codebook made by `patchloom tokenize fit` (folder or file); default: fitted on the training images first"""
@@ -56,12 +64,6 @@ class CCViTConfig(TrainConfig):
     """Let both branches share norm and token head; for target=token"""
     init_condenser: Literal["default", "trunc"] = "default"
     """Initialisation of the condenser's layers: PyTorch's, as published, or the encoder's"""
-    crop_scale: Shares = (0.2, 1.0)
-    """Least and most share of the image's area that a crop takes; paper: 0.2 to 1"""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip"""
-    color_jitter: NonNegative = 0.0
-    """Strength of colour jitter; paper: none, as it moves the tokens"""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of the view the encoder sees"""
     target_interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"

@@ -33,6 +33,15 @@ class DeiTLTConfig(DistillConfig):
         "repeated_augmentation": 3,
     }
 
+    WITHOUT: ClassVar[Mapping[str, Any]] = {
+        "logit_adjustment": 0.0,
+        "ordinal_distance": 0.0,
+        "experts": 0,
+        "expert_layers": "alternate",
+        "share_rate": 0.3,
+        "share_schedule": "linear",
+    }
+
     teacher: str
     """CNN trained on the same images: a run (adapt scratch --preset ldam_sam makes one), a bundle, or a timm name"""
     renormalize: bool = False
@@ -55,19 +64,15 @@ class DeiTLTConfig(DistillConfig):
     """Go on with mixup and cutmix where class weights count; paper: on ImageNet-LT and iNaturalist, not on CIFAR"""
     encoder: str = "deit_base_distilled_patch16_224"
     """Student: a distilled DeiT of timm, whose weights are drawn anew, or the path of a bundle or run to start from"""
-    pool: Literal["avg", "cls"] = "cls"
+    pool: Literal["cls"] = "cls"
     """What the heads read: each its own token"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if self.pool != "cls":
-            raise UsageError(f"pool is {self.pool}, but each head reads its own token; leave it out")
         if self.distillation == "soft" and self.class_weights != "none":
             raise UsageError(
                 "soft distillation cannot be weighted by class; set class_weights=none, or distillation=hard"
             )
         if self.weighted_labels and self.mixup_late:
             raise UsageError("mixed labels are not weighted by class; leave weighted_labels or mixup_late out")
-        if self.logit_adjustment or self.ordinal_distance or self.experts:
-            raise UsageError("deit_lt goes without logit_adjustment, ordinal_distance and experts; leave them out")

@@ -22,6 +22,7 @@ from patchloom.base.settings import Cited
 from patchloom.base.sizes import Size
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import EncoderOptions, ExpertOptions
 
 if TYPE_CHECKING:
     from patchloom.data.multicrop import Augmentation
@@ -73,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dinov2Config(TrainConfig):
+class Dinov2Config(ExpertOptions, EncoderOptions, TrainConfig):
     """Settings of DINOv2; the defaults are the published recipe for a large encoder, short schedule."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -104,6 +105,8 @@ class Dinov2Config(TrainConfig):
         "betas": (0.9, 0.999),
         "layer_decay": Cited(0.9, "paper: 0.9, large models 1"),
     }
+
+    WITHOUT: ClassVar[Mapping[str, Any]] = {"ema": None}  # the teacher is a moving average already
 
     image_size: Size | None = None
     """Side of the global crops in pixels, or height and width; paper: 224. Default: what the encoder was made for"""
@@ -249,8 +252,6 @@ class Dinov2Config(TrainConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if self.ema is not None:
-            raise UsageError("dinov2 ships its teacher, which is a moving average already; leave ema unset")
         if self.strategy == "fsdp":
             raise UsageError("dinov2 trains two networks in step, which strategy=fsdp would tear apart; use ddp")
         if self.koleo_weight > 0 and self.batch_size < 2:

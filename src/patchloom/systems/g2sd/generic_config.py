@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from patchloom.base.ranges import NonNegative, Positive, PositiveInt, Probability, Proportion, Shares
+from patchloom.base.ranges import NonNegative, Positive, PositiveInt, Proportion
 from patchloom.base.settings import Cited
 from patchloom.base.sizes import Size
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AverageOptions, CropOptions, EncoderOptions, ExpertOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class G2SDGenericConfig(TrainConfig):
+class G2SDGenericConfig(ExpertOptions, AverageOptions, EncoderOptions, CropOptions, TrainConfig):
     """Settings of G2SD's first stage; the defaults are the paper's for a small student at 224 pixels."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -36,6 +37,7 @@ class G2SDGenericConfig(TrainConfig):
         "weight_decay": Cited(0.05, "paper: 0.05, on everything but biases and norms"),
         "betas": Cited((0.9, 0.95), "paper: 0.9 and 0.95"),
         "clip_grad": Cited(None, "paper: no clipping"),
+        "crop_scale": Cited((0.2, 1.0), "paper: 0.2 to 1"),
     }
 
     teacher: str
@@ -62,9 +64,5 @@ class G2SDGenericConfig(TrainConfig):
     """Blocks of the student's decoder; paper: 4"""
     decoder_heads: PositiveInt | None = None
     """Attention heads of a decoder block; paper: 8 for small, 4 for tiny. Default: one for 32 channels"""
-    crop_scale: Shares = (0.2, 1.0)
-    """Least and most share of the image's area that a crop takes; paper: 0.2 to 1"""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip"""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of crops; paper: bicubic"""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from patchloom.training.adapter_config import AdapterConfig
+from patchloom.training.adapter_config import HeadedAdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(AdapterConfig):
+class LinearConfig(HeadedAdapterConfig):
     """Settings of the linear classifier; the recipe is that of AdaptFormer's comparison."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from patchloom.base.ranges import Fraction, PositiveInt
 from patchloom.base.settings import Cited
-from patchloom.training.adapter_config import AdapterConfig
+from patchloom.training.adapter_config import HeadedAdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(AdapterConfig):
+class LoRAConfig(HeadedAdapterConfig):
     """Settings of LoRA."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {

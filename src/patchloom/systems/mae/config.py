@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from patchloom.base.ranges import NonNegative, Positive, PositiveInt, Probability, Proportion, Shares
+from patchloom.base.ranges import Positive, PositiveInt, Proportion
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOptions, ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEConfig(TrainConfig):
+class MAEConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, TrainConfig):
     """Settings of MAE; the defaults are the paper's recipe for a base encoder at 224 pixels."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -47,6 +48,9 @@ class MAEConfig(TrainConfig):
         "weight_decay": Cited(0.05, "paper: 0.05, on everything but biases and norms"),
         "betas": Cited((0.9, 0.95), "paper: 0.9 and 0.95"),
         "clip_grad": Cited(None, "paper: no clipping"),
+        "crop_scale": Cited((0.2, 1.0), "paper: 0.2 to 1, and 0.5 to 1 on chest X-rays"),
+        "flip": Cited(0.5, "it mirrors the heart; published all the same"),
+        "color_jitter": Cited(0.0, "paper: none"),
     }
 
     mask_ratio: Proportion = 0.75
@@ -61,12 +65,6 @@ class MAEConfig(TrainConfig):
     """Normalise every target patch by its own mean and variance; paper: yes, and no on chest X-rays"""
     fixed_positions: bool = True
     """Absolute positions of a fresh encoder are sines and cosines that are not trained; paper: yes"""
-    crop_scale: Shares = (0.2, 1.0)
-    """Least and most share of the image's area that a crop takes; paper: 0.2 to 1, and 0.5 to 1 on chest X-rays"""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip (it mirrors the heart; published all the same)"""
-    color_jitter: NonNegative = 0.0
-    """Strength of colour jitter; paper: none"""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of crops; paper: bicubic"""
     mean: tuple[float, ...] | None = None

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from patchloom.base.choices import PromptDepth
-from patchloom.base.ranges import Count, Fraction
+from patchloom.base.ranges import Count, Fraction, Probability
 from patchloom.base.settings import Cited
-from patchloom.errors import UsageError
 from patchloom.training.adapter_config import AdapterConfig
 
 
@@ -27,6 +26,13 @@ class PromptCAMConfig(AdapterConfig):
         "drop_path": Cited(0.1, "paper: 0.1 for DINO, 0 for DINOv2"),
     }
 
+    WITHOUT: ClassVar[Mapping[str, Any]] = {
+        "pool": "auto",
+        "train_pool_norm": True,
+        "crop_scale": (0.08, 1.0),
+        "color_jitter": 0.0,
+    }
+
     depth: PromptDepth = "deep"
     """Prompts of its own for every block (deep), or one set through all blocks (shallow)"""
     prompt_dropout: Fraction = 0.1
@@ -35,9 +41,5 @@ class PromptCAMConfig(AdapterConfig):
     """Prompts in each block but the last, deep only; default: one per class, as published; 0 trains fastest"""
     force: bool = False
     """Allow more than 4096 classes"""
-
-    def __post_init__(self) -> None:
-        """Refuse values no run can have."""
-        super().__post_init__()
-        if self.pool != "auto":
-            raise UsageError(f"pool is {self.pool}, but prompt_cam reads its prompts and pools nothing; leave it out")
+    flip: Probability = 0.5
+    """Probability of a horizontal flip; paper: 0.5; 0 where left and right differ, as in digits"""

@@ -8,14 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from patchloom.base.ranges import Count, Factors, Fraction, NonNegative, Positive, PositiveInt, Probability, Shares
+from patchloom.base.ranges import Count, Factors, Fraction, NonNegative, Positive, PositiveInt
 from patchloom.base.settings import Cited, Settings
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AverageOptions, CropOptions, EncoderOptions, ExpertOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TOVVICRegConfig(TrainConfig):
+class TOVVICRegConfig(ExpertOptions, AverageOptions, EncoderOptions, CropOptions, TrainConfig):
     """Settings of TOV-VICReg; the defaults are those of the published run script."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -40,6 +41,8 @@ class TOVVICRegConfig(TrainConfig):
         "min_lr": Cited(0.0, "paper: 0"),
         "warmup_epochs": Cited(2.0, "paper: 2"),
         "clip_grad": Cited(None, "paper: no clipping"),
+        "crop_scale": Cited((0.08, 1.0), "paper: 0.08 to 1"),
+        "flip": Cited(0.5, "paper: 0.5"),
     }
 
     frames: PositiveInt = 3
@@ -76,12 +79,8 @@ class TOVVICRegConfig(TrainConfig):
     """Take no neighbours across the border of an episode; paper: borders are ignored"""
     drop_blank: bool = False
     """Leave out observations with a frame of which more than 99 % of the pixels are equal"""
-    crop_scale: Shares = (0.08, 1.0)
-    """Least and most share of a frame's area that a crop takes; paper: 0.08 to 1"""
     blur_sigma: Factors = (0.1, 0.2)
     """Least and most σ of the blur, in pixels; paper: 0.1 to 0.2, which changes nothing"""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip of a view; paper: 0.5"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have; let the channels be the frames."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from patchloom.base.choices import PromptDepth
 from patchloom.base.ranges import Fraction, PositiveInt
-from patchloom.training.adapter_config import AdapterConfig
+from patchloom.training.adapter_config import HeadedAdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VPTConfig(AdapterConfig):
+class VPTConfig(HeadedAdapterConfig):
     """Settings of visual prompt tuning; the recipe is that of AdaptFormer's comparison."""
 
     num_prompts: PositiveInt = 1
