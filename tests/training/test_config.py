@@ -25,7 +25,6 @@ NEEDED = {"data": "photos", "out": "runs/a"}
     [
         ("epochs", 0, "epochs is 0; it must be at least 1"),
         ("drop_path", 1.0, "drop_path is 1.0; it must be at least 0 and below 1"),
-        ("layer_decay", 0.0, "layer_decay is 0.0; it must be above 0 and at most 1"),
         ("lr", 0.0, "lr is 0.0; it must be above 0"),
         ("betas", (0.9, 1.0), "betas is"),
         ("precision", "bf16", "did you mean bf16-mixed"),
@@ -134,6 +133,7 @@ def test_settings_that_did_nothing_are_refused_where_they_ask_for_something(chan
         ({"experts": 1}, "experts is 1; it must be at least 2"),
         ({"experts": 4, "share_rate": 0.8}, "share_rate is 0.8; it must be at least 0 and at most 0.75"),
         ({"experts": 2, "strategy": "fsdp"}, "use strategy=ddp"),
+        ({"layer_decay": 0.0}, "layer_decay is 0.0; it must be above 0 and at most 1"),
         ({"ema": 1.0}, "ema is 1.0; it must be above 0 and below 1"),
     ],
 )

@@ -37,7 +37,7 @@ class Settings:
     Attributes:
         RECIPE: Defaults of inherited fields that are others here, by name; where there is more to say, `Cited`.
         WITHOUT: Settings there were in an earlier version and that did nothing, with the value they had if they were
-            left alone; files of settings that hold them are still read.
+            left alone: files of settings that hold them are still read. `Cited` says what to do instead of setting one.
     """
 
     RECIPE: ClassVar[Mapping[str, Any]] = {}
@@ -72,7 +72,7 @@ class Settings:
 def typed_fields(settings: type) -> dict[str, Any]:
     """Return the fields of a settings class with their types, ranges and all."""
     hints = get_type_hints(settings, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name in getattr(settings, "__dataclass_fields__", {})}
+    return {field.name: hints[field.name] for field in fields(settings)}
 
 
 def done_without(settings: Any) -> dict[str, Any]:

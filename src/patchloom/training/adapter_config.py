@@ -31,7 +31,7 @@ class AdapterConfig(LossOptions, LabelledConfig):
     }
 
     WITHOUT: ClassVar[Mapping[str, Any]] = {
-        "init_from": None,
+        "init_from": Cited(None, "an adapter extends the weights of encoder: name it there"),
         "layer_decay": 1.0,
         "ema": None,
         "experts": 0,

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 
 import yaml
 
-from patchloom.base.settings import done_without
+from patchloom.base.settings import Cited, done_without
 from patchloom.base.sizes import is_size, parse_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
@@ -52,7 +52,7 @@ class Auto(int):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(ProbeOptions, HardwareOptions, OptimizerOptions, ScheduleOptions, DataOptions, RunOptions):
+class TrainConfig(ProbeOptions, HardwareOptions, OptimizerOptions, ScheduleOptions, RunOptions, DataOptions):
     """Settings every run has.
 
     Attributes:
@@ -129,9 +129,10 @@ def _without(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     left = dict(values)
     for name, idle in done_without(config_class).items():
+        idle, remedy = idle if isinstance(idle, Cited) else (idle, "leave it out")
         given = left.pop(name, idle)
         if given not in (idle, list(idle) if isinstance(idle, tuple) else idle):
-            raise UsageError(f"{name} is {given!r}, and this method does without; leave it out")
+            raise UsageError(f"{name} is {given!r}, and this method does without; {remedy}")
 
     return left
 

@@ -61,7 +61,7 @@ def batch(made: Dinov2Method, count: int = 4) -> dict[str, torch.Tensor]:
         ({"local_size": 6}, "image size 6 is not divisible by patch size 4"),
         ({"image_size": 18}, "image size 18 is not divisible by patch size 4"),
         ({"batch_size": 1}, "batch_size=1 leaves KoLeo no neighbour"),
-        ({"ema": 0.9}, "ema is 0.9, and this method does without"),
+        ({"ema": 0.9}, "its teacher is a moving average already"),
         ({"strategy": "fsdp"}, "use ddp"),
         ({"centering": "sinkhorn"}, "did you mean sinkhorn_knopp"),
         ({"teacher_temp": 0.0}, "teacher_temp is 0.0; it must be above 0"),

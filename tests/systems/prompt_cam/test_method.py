@@ -13,6 +13,7 @@ from patchloom.models.adapters import add_adapters
 from patchloom.models.bundle import load, save_bundle
 from patchloom.systems.prompt_cam.method import PromptCAMConfig, PromptCAMMethod, TraitViews
 from patchloom.systems.prompt_cam.model import PromptCAM
+from patchloom.training.config import config_from_mapping
 
 SMALL = {
     "data": "digits",
@@ -96,8 +97,8 @@ def test_views_are_crops_of_the_whole_image_squeezed_to_a_square():
 
 
 def test_what_has_no_meaning_here_is_refused(base):
-    with pytest.raises(UsageError, match="prompt_cam reads its prompts"):
-        PromptCAMConfig(out="unused", encoder=str(base), pool="avg", **SMALL)
+    with pytest.raises(UsageError, match="pool is 'avg', and this method does without"):
+        config_from_mapping(PromptCAMConfig, {"out": "unused", "encoder": str(base), "pool": "avg", **SMALL})
     with pytest.raises(UsageError, match="helper_prompts is -1"):
         PromptCAMMethod(
             PromptCAMConfig(out="unused", encoder=str(base), helper_prompts=-1, **SMALL), open_source("digits")

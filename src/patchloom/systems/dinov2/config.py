@@ -106,7 +106,7 @@ class Dinov2Config(ExpertOptions, EncoderOptions, TrainConfig):
         "layer_decay": Cited(0.9, "paper: 0.9, large models 1"),
     }
 
-    WITHOUT: ClassVar[Mapping[str, Any]] = {"ema": None}  # the teacher is a moving average already
+    WITHOUT: ClassVar[Mapping[str, Any]] = {"ema": Cited(None, "its teacher is a moving average already")}
 
     image_size: Size | None = None
     """Side of the global crops in pixels, or height and width; paper: 224. Default: what the encoder was made for"""
