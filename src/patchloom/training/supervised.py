@@ -24,7 +24,7 @@ from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
 from patchloom.training.sam import SharpnessAware
 from patchloom.training.schedule import warmup_drops, warmup_steps
-from patchloom.training.supervised_config import SupervisedConfig
+from patchloom.training.supervised_config import PooledHeadOptions, SupervisedConfig
 
 
 class SupervisedMethod(LabelledMethod):
@@ -62,7 +62,8 @@ class SupervisedMethod(LabelledMethod):
         """Return the encoder with a fresh classifier."""
         encoder = super().build_encoder()
         config = self.config
-        model = as_classifier(encoder, len(self.class_names), config.pool, config.init_scale, config.drop_path)
+        pool = config.pool if isinstance(config, PooledHeadOptions) else "cls"
+        model = as_classifier(encoder, len(self.class_names), pool, config.init_scale, config.drop_path)
         model.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": self.class_names}  # timm's own place for them
         return model
 

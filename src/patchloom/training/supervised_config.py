@@ -17,8 +17,8 @@ from patchloom.base.ranges import (
 )
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
-from patchloom.training.labelled_config import LabelledConfig
-from patchloom.training.options import AverageOptions, EncoderOptions, ViewOptions
+from patchloom.training.labelled_config import LabelledConfig, LossOptions
+from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOptions, ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,6 @@ class SupervisedConfig(AverageOptions, EncoderOptions, ViewOptions, LabelledConf
     """Sharpness-aware minimisation: ρ, how far from the weights the gradient is taken; twice the time; 0 for none"""
     sam_rho_late: NonNegative | None = None
     """ρ from reweight_from on; default: as before"""
-    pool: Literal["avg", "cls"] = "avg"
-    """What the classifier of a ViT reads: the mean over patches or the class token"""
     mixup: NonNegative = 0.8
     """Alpha of mixup; 0 turns it off"""
     cutmix: NonNegative = 1.0
@@ -72,3 +70,11 @@ class SupervisedConfig(AverageOptions, EncoderOptions, ViewOptions, LabelledConf
                 "sharpness-aware minimisation needs whole gradients as they are: strategy=fsdp holds them in shards "
                 "and precision=16-mixed scales them; use ddp, and bf16-mixed or 32-true"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledHeadOptions(ExpertOptions, LossOptions):
+    """Of a classifier with one head on what the encoder pools."""
+
+    pool: Literal["avg", "cls"] = "avg"
+    """What the classifier of a ViT reads: the mean over patches or the class token"""

@@ -34,6 +34,7 @@ class DeiTLTConfig(DistillConfig):
     }
 
     WITHOUT: ClassVar[Mapping[str, Any]] = {
+        "pool": Cited("cls", "each head reads its own token"),
         "logit_adjustment": 0.0,
         "ordinal_distance": 0.0,
         "experts": 0,
@@ -64,8 +65,6 @@ class DeiTLTConfig(DistillConfig):
     """Go on with mixup and cutmix where class weights count; paper: on ImageNet-LT and iNaturalist, not on CIFAR"""
     encoder: str = "deit_base_distilled_patch16_224"
     """Student: a distilled DeiT of timm, whose weights are drawn anew, or the path of a bundle or run to start from"""
-    pool: Literal["cls"] = "cls"
-    """What the heads read: each its own token"""
 
     def __post_init__(self) -> None:
         """Refuse values no run can have."""

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from patchloom.base.settings import Cited
-from patchloom.training.labelled_config import LossOptions
-from patchloom.training.options import ExpertOptions
-from patchloom.training.supervised_config import SupervisedConfig
+from patchloom.training.supervised_config import PooledHeadOptions, SupervisedConfig
 
 MAE: dict[str, Any] = {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(ExpertOptions, LossOptions, SupervisedConfig):
+class FinetuneConfig(PooledHeadOptions, SupervisedConfig):
     """Settings of fine-tuning; the defaults are the paper's for a base encoder on ImageNet-1K."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

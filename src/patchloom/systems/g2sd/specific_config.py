@@ -10,15 +10,14 @@ from patchloom.base.ranges import NonNegative, Positive
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
 from patchloom.training.answers_config import AnswersConfig
-from patchloom.training.labelled_config import LossOptions
-from patchloom.training.options import ExpertOptions
+from patchloom.training.supervised_config import PooledHeadOptions
 
 # Of the weights that `DistilledVisionTransformer` draws, against a standard deviation of 0.02.
 INIT_SCALE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
-class G2SDSpecificConfig(ExpertOptions, LossOptions, AnswersConfig):
+class G2SDSpecificConfig(PooledHeadOptions, AnswersConfig):
     """Settings of G2SD's second stage; the defaults are the paper's on ImageNet-1K."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {

@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from patchloom.base.ranges import Positive, Share
 from patchloom.training.answers_config import AnswersConfig
-from patchloom.training.labelled_config import LossOptions
-from patchloom.training.options import ExpertOptions
+from patchloom.training.supervised_config import PooledHeadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitsConfig(ExpertOptions, LossOptions, AnswersConfig):
+class LogitsConfig(PooledHeadOptions, AnswersConfig):
     """Settings of plain distillation; the recipe is that of training from scratch."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {

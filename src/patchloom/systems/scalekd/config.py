@@ -12,12 +12,11 @@ from patchloom.base.choices import Scale
 from patchloom.base.ranges import Count, NonNegative, Positive, PositiveInt, Share
 from patchloom.base.settings import Cited
 from patchloom.training.distill_config import DistillConfig
-from patchloom.training.labelled_config import LossOptions
-from patchloom.training.options import ExpertOptions
+from patchloom.training.supervised_config import PooledHeadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleKDConfig(ExpertOptions, LossOptions, DistillConfig):
+class ScaleKDConfig(PooledHeadOptions, DistillConfig):
     """Settings of ScaleKD; the defaults are the paper's "traditional" recipe for convolutional students."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (

@@ -10,9 +10,7 @@ from typing import Any, ClassVar, Literal
 from patchloom.base.ranges import Positive
 from patchloom.base.settings import Cited
 from patchloom.errors import UsageError
-from patchloom.training.labelled_config import LossOptions
-from patchloom.training.options import ExpertOptions
-from patchloom.training.supervised_config import SupervisedConfig
+from patchloom.training.supervised_config import PooledHeadOptions, SupervisedConfig
 
 CNN = {
     "encoder": "cifar_resnet32",
@@ -37,7 +35,7 @@ CNN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScratchConfig(ExpertOptions, LossOptions, SupervisedConfig):
+class ScratchConfig(PooledHeadOptions, SupervisedConfig):
     """Settings of training from scratch; the defaults are DeiT's for a small or base ViT on ImageNet-1K."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
