@@ -75,7 +75,7 @@ class GatedClassAttentionBlock(nn.Module):
     @property
     def hidden(self) -> int:
         """H, the width of the MLP's middle."""
-        return self.mlp.fc1.out_features
+        return len(self.mlp.get_parameter("fc1.bias"))
 
     def forward(self, token: Tensor, patches: Tensor, gates: Gates) -> Tensor:
         """Return the token after it has seen the patches.

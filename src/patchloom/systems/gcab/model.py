@@ -128,7 +128,7 @@ class GCAB(nn.Module):
     @property
     def class_counts(self) -> list[int]:
         """Classes of each task so far."""
-        return [head.head.out_features for head in self.heads]
+        return [len(head.get_parameter("head.bias")) for head in self.heads]
 
     @property
     def task(self) -> int:
