@@ -39,7 +39,7 @@ from patchloom.training.failure import non_finite
 from patchloom.training.inputs import open_training_images, read_as
 from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
 from patchloom.training.options import EncoderOptions, start_of
-from patchloom.training.phases import Phase, Span, Stage, only
+from patchloom.training.phases import Loss, Phase, Span, Stage, phased_step
 from patchloom.training.saved import steps_done
 from patchloom.training.schedule import cosine, warmup_cosine, warmup_steps
 from patchloom.training.stream import TrainingStream, open_stream, stage_loader
@@ -104,7 +104,7 @@ class Method(lp.LightningModule):
         self.repeating = False
         self.last_batch_keys: list[str] = []
         self.latest: dict[str, float] = {}
-        self._held: list[tuple[dict[str, Any], int]] = []
+        self.held: list[tuple[dict[str, Any], int]] = []
 
     @classmethod
     def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
@@ -236,8 +236,9 @@ class Method(lp.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         if not self.automatic_optimization:
-            return self._phased_step(batch)
-        losses = self._checked(batch, self.training_loss)
+            phased_step(self, batch)
+            return None
+        losses = self.checked(batch, self.training_loss)
         if self.repeating:
             return losses["loss"]
         if self.logs_now():
@@ -245,44 +246,20 @@ class Method(lp.LightningModule):
         self.batches_done += 1  # here, because callbacks hear of a batch's end before the module does
         return losses["loss"]
 
-    def _checked(self, batch: dict[str, Any], loss: Callable[[dict[str, Any]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def checked(self, batch: dict[str, Any], loss: Loss) -> dict[str, Tensor]:
+        """Return what a loss makes of a batch.
+
+        Raises:
+            NonFiniteLossError: It is NaN or infinite.
+        """
         self.last_batch_keys = list(batch["key"])
         losses = loss(batch)
         if not torch.isfinite(losses["loss"]):
             raise non_finite(self, losses)
         return losses
 
-    def _phased_step(self, batch: dict[str, Any]) -> Tensor | None:
-        """Go through the phases, each with all batches of the step: the second sees what the first has learnt."""
-        self._held.append((batch, self.batches_done))
-        self.batches_done += 1
-        if len(self._held) < self.config.accumulate:
-            return None
-        held, self._held = self._held, []
-        total = torch.zeros((), device=self.device)
-        figures: dict[str, Any] = {"epoch": self.epochs(self.batches_done)}
-        self.before_step()
-        for phase, optimizer in zip(self.phases(), _as_list(self.optimizers()), strict=True):
-            if self.step % phase.every:
-                continue
-            lr, weight_decay = (phase.rates or self.rates)(self.step)
-            set_rates(optimizer, lr, weight_decay)
-            with only(phase, self):
-                for part, position in held:
-                    self.seed_draws(position)
-                    losses = self._checked(part, phase.loss)
-                    self.manual_backward(losses["loss"] / len(held))
-                optimizer.step()
-                optimizer.zero_grad()
-            total += losses["loss"].detach()
-            figures |= {f"{phase.name}_{name}": value.detach() for name, value in losses.items()}
-            figures |= {f"{phase.name}_lr": lr, f"{phase.name}_weight_decay": weight_decay}
-        if self.logs_now():
-            self.record(figures | {"loss": total})
-        self._end_step()
-        return None
-
-    def _end_step(self) -> None:
+    def end_step(self) -> None:
+        """Act after an optimiser step, and count it."""
         for part in self.attached:
             part.after_step(self)
         self.after_step()
@@ -386,7 +363,7 @@ class Method(lp.LightningModule):
             optimizer_closure = part.closure(self, optimizer_closure, optimizer)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # now, not before the next backward pass: the next forward pass then has their memory
-        self._end_step()
+        self.end_step()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clip the gradient of a phase; Lightning clips that of a single one itself."""
@@ -487,7 +464,3 @@ class Method(lp.LightningModule):
             "parameters": sum(p.numel() for p in self.encoder.parameters()),
             "trained_parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
         }
-
-
-def _as_list(optimizers: Any) -> list[Any]:
-    return list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]

@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from patchloom.training.optim import set_rates
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
+    from patchloom.training.method import Method
 
 Loss = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -65,8 +69,43 @@ class Span:
         return self.start + self.steps
 
 
+def phased_step(method: Method, batch: dict[str, Any]) -> None:
+    """Take a batch towards a step; the last of a step goes through the phases.
+
+    Each phase sees all batches of the step, the second what the first has learnt.
+    """
+    method.held.append((batch, method.batches_done))
+    method.batches_done += 1
+    if len(method.held) < method.config.accumulate:
+        return
+    held, method.held = method.held, []
+    total = torch.zeros((), device=method.device)
+    figures: dict[str, Any] = {"epoch": method.epochs(method.batches_done)}
+    method.before_step()
+    found: Any = method.optimizers()
+    optimizers = found if isinstance(found, (list, tuple)) else [found]
+    for phase, optimizer in zip(method.phases(), optimizers, strict=True):
+        if method.step % phase.every:
+            continue
+        lr, weight_decay = (phase.rates or method.rates)(method.step)
+        set_rates(optimizer, lr, weight_decay)
+        with _only(phase, method):
+            for part, position in held:
+                method.seed_draws(position)
+                losses = method.checked(part, phase.loss)
+                method.manual_backward(losses["loss"] / len(held))
+            optimizer.step()
+            optimizer.zero_grad()
+        total += losses["loss"].detach()
+        figures |= {f"{phase.name}_{name}": value.detach() for name, value in losses.items()}
+        figures |= {f"{phase.name}_lr": lr, f"{phase.name}_weight_decay": weight_decay}
+    if method.logs_now():
+        method.record(figures | {"loss": total})
+    method.end_step()
+
+
 @contextmanager
-def only(phase: Phase, module: nn.Module) -> Iterator[None]:
+def _only(phase: Phase, module: nn.Module) -> Iterator[None]:
     """Let the parameters of a phase alone take gradients."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     trained = {id(parameter) for name, parameter in module.named_parameters() if phase.trains(name)}
