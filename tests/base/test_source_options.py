@@ -82,6 +82,15 @@ def test_a_folder_that_may_hold_masks_is_noticed(tmp_path, capsys):
     assert "4 pairs of images differ in their suffix alone (0.*)" in capsys.readouterr().err
     open_source(str(tmp_path / "drawn"))
     assert "about 100% of the images are black and white alone" in capsys.readouterr().err
+    for number in range(4):
+        write(tmp_path / "beside" / f"{number}.png")
+        write(tmp_path / "beside" / f"{number}_mask.png")
+        write(tmp_path / "apart" / "images" / f"{number}.png")
+        write(tmp_path / "apart" / "masks" / f"{number}.png")
+    for name, field in (("beside", "_mask"), ("apart", "masks/")):
+        assert len(open_source(str(tmp_path / name))) == 8
+        assert f"if these are masks, leave them out with --mask_field {field}" in capsys.readouterr().err
+        assert len(open_source(str(tmp_path / name), mask_field=field)) == 4
 
 
 def test_images_of_a_sub_folder_named_missing_have_no_label(folder):

@@ -25,8 +25,8 @@ from torch import Tensor
 from patchloom.base.source_options import words
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.fields import MASK_ENDINGS
 from patchloom.data.folder import walk_images
-from patchloom.data.mask_pairs import ENDINGS
 from patchloom.data.mask_survey import open_mask
 from patchloom.data.reading import reading_options
 from patchloom.data.sample import Sample
@@ -488,7 +488,7 @@ def _top(key: str) -> str:
     return key.partition("/")[0] if "/" in key else ""
 
 
-def _stem(name: str, endings: Sequence[str] = ENDINGS) -> str:
+def _stem(name: str, endings: Sequence[str] = MASK_ENDINGS) -> str:
     stem = name.rpartition(".")[0]
     for ending in endings:
         stem = stem.removesuffix(ending)

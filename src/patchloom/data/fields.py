@@ -32,6 +32,9 @@ from patchloom.data.base import UnreadableImageError
 from patchloom.errors import UsageError
 
 MOST_NAMED = 20
+MASK_ENDINGS = ("_mask", "_label", "_labelIds")
+"""What names of masks end in, where they lie in a folder of their own."""
+MASK_FOLDERS = ("masks", "labels", "annotations", "annots")
 TEXT_SUFFIX = ".txt"
 
 
@@ -131,6 +134,20 @@ def stem(file: str) -> str:
     """Return a path without its last suffix."""
     head, dot, _ = file.rpartition(".")
     return head if dot and not head.endswith("/") and head else file
+
+
+def ending_beside(files: Iterable[str]) -> str | None:
+    """Return the ending of masks that lie beside their images, where all images have such a mask; else None.
+
+    >>> ending_beside(["a.jpg", "a_mask.png"])
+    '_mask'
+    """
+    stems = {stem(name) for name in files}
+    for ending in (*MASK_ENDINGS, "_seg"):
+        masks = {one for one in stems if one.endswith(ending) and one.removesuffix(ending) in stems}
+        if masks and {one.removesuffix(ending) for one in masks} == stems - masks:
+            return ending
+    return None
 
 
 def caption_text(raw: bytes | str, key: str) -> str:

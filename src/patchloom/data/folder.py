@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,19 @@ from PIL import Image
 from patchloom.base.source_options import choose, words
 from patchloom.data.base import UNLABELLED, Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import ARRAY_SUFFIXES, IMAGE_SUFFIXES, decode_image
-from patchloom.data.fields import CAPTION, IMAGE, MASK, TEXT_SUFFIX, Field, Packed, caption_text, file_rule, stem
+from patchloom.data.fields import (
+    CAPTION,
+    IMAGE,
+    MASK,
+    MASK_FOLDERS,
+    TEXT_SUFFIX,
+    Field,
+    Packed,
+    caption_text,
+    ending_beside,
+    file_rule,
+    stem,
+)
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
 from patchloom.io import printable
@@ -82,10 +94,12 @@ class FolderSource(Source):
             known = ", ".join(sorted(READ))
             others = f"; there are {_counted(passed)}" if passed else ""
             raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known}){others}")
-        image_of = self._of_fields(found, image_field, mask_field)
-        found = [file for file in found if file[0] in image_of]
+        image_of: Mapping[str, str] = {}
+        if texts or image_field is not None or mask_field is not None:
+            image_of = self._of_fields(found, image_field, mask_field)
+            found = [file for file in found if file[0] in image_of]
         names = [os.fsencode(name) for name, _, _ in found]
-        captions = [texts.get(image_of[name], "") for name, _, _ in found]
+        captions = [texts.get(image_of[name], "") for name, _, _ in found] if texts else []
         self.captions = any(captions)
         if self.captions:
             self.caption_files = Packed([os.fsencode(caption) for caption in captions])
@@ -100,7 +114,7 @@ class FolderSource(Source):
             _NOTICED.add(f"{self.name} passed over")
             notice(f"{self.name}: {sum(passed.values())} files are passed over for their suffix ({_counted(passed)})")
         told_apart = (include, exclude, image_field, mask_field) != (None,) * 4
-        _notice_masks(self.name, self.root, names, told_apart)
+        _notice_masks(self.name, self.root, [name for name, _, _ in found], told_apart)
 
     def _of_fields(
         self, found: list[tuple[str, int, int]], image_field: str | None, mask_field: str | None
@@ -283,35 +297,35 @@ def _why_unlabelled(names: list[bytes], tops: list[bytes | None], classes: list[
     return f"has one class, {name} ({count} in that sub-folder), and two at least are needed"
 
 
-def _notice_masks(name: str, root: Path, names: list[bytes], chosen: bool) -> None:
-    """Say when a folder looks as if masks lay among its images: pairs of one stem, or many of black and white."""
+def _notice_masks(name: str, root: Path, names: Sequence[str], chosen: bool) -> None:
+    """Say when a folder looks as if masks lay among its images, by their names or as many are black and white."""
     if chosen or name in _NOTICED:
         return
-    stems: dict[bytes, int] = {}
-    for one in names:
-        stem = one.rpartition(b".")[0]
-        stems[stem] = stems.get(stem, 0) + 1
+    stems = Counter(map(stem, names))
     pairs = sum(count > 1 for count in stems.values())
+    tops = {one.partition("/")[0] for one in names if "/" in one}
+    remedy = "--exclude, or take the others with --include"
     said = ""
     if pairs and 4 * pairs >= len(stems):
-        first = printable(os.fsdecode(next(stem for stem, count in stems.items() if count > 1)))
+        first = printable(next(one for one, count in stems.items() if count > 1))
         said = f"{pairs} pairs of images differ in their suffix alone ({first}.*)"
+    elif (ending := ending_beside(names)) is not None:
+        said, remedy = f"every image has another beside it whose name ends in {ending}", f"--mask_field {ending}"
+    elif "images" in tops and (masks := next((one for one in MASK_FOLDERS if one in tops), None)) is not None:
+        said, remedy = f"it has the folders images and {masks}", f"--mask_field {masks}/"
     elif (share := _two_tone_share(root, names)) >= 0.25:
         said = f"about {share:.0%} of the images are black and white alone"
     if said:
         _NOTICED.add(name)
-        print(
-            f"{name}: {said}; if these are masks, leave them out with --exclude, or take the others with --include",
-            file=sys.stderr,
-        )
+        print(f"{name}: {said}; if these are masks, leave them out with {remedy}", file=sys.stderr)
 
 
-def _two_tone_share(root: Path, names: list[bytes]) -> float:
+def _two_tone_share(root: Path, names: Sequence[str]) -> float:
     """Return the share of images, of a few, whose pixels are black or white but for one in a hundred."""
     places = np.linspace(0, len(names) - 1, min(len(names), LOOKED_AT)).astype(int)
     found = looked = 0
     for place in places.tolist():
-        file = root / os.fsdecode(names[place])
+        file = root / names[place]
         try:
             looked += 1
             if file.stat().st_size > MOST_BYTES:  # masks are small files; photographs are not worth decoding for this

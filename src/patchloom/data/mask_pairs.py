@@ -12,14 +12,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from patchloom.data.fields import file_rule, stem
+from patchloom.data.fields import MASK_ENDINGS, file_rule, stem
 from patchloom.data.folder import chosen_images
 from patchloom.errors import UsageError
 from patchloom.io import printable
 
 ListedFile = tuple[str, int, int]
 """Path below the folder, size, time."""
-ENDINGS = ("_mask", "_label", "_labelIds")
 
 
 class Part(NamedTuple):
@@ -135,20 +134,6 @@ def beside(
     return [MaskedImage(images[key], (Part(masks[key]),)) for key in sorted(images) if images[key] not in left_out]
 
 
-def ending_beside(files: Sequence[ListedFile]) -> str | None:
-    """Return the ending of masks that lie beside their images, where all images have such a mask; else None.
-
-    >>> ending_beside([("a.jpg", 1, 0), ("a_mask.png", 1, 0)])
-    '_mask'
-    """
-    stems = {stem(name) for name, _, _ in files}
-    for ending in (*ENDINGS, "_seg"):
-        masks = {one for one in stems if one.endswith(ending) and one.removesuffix(ending) in stems}
-        if masks and {one.removesuffix(ending) for one in masks} == stems - masks:
-            return ending
-    return None
-
-
 def _by_folder(images: dict[str, str], masks: Sequence[ListedFile]) -> list[MaskedImage] | None:
     """Return masks in a sub-folder per class, None where that is not how they lie."""
     parts: dict[str, list[Part]] = {stem: [] for stem in images}
@@ -189,7 +174,7 @@ def _complete(images: dict[str, str], found: dict[str, list[Part]]) -> list[Mask
 
 def _stem(name: str) -> str:
     stem = name.rpartition(".")[0]
-    for ending in ENDINGS:
+    for ending in MASK_ENDINGS:
         stem = stem.removesuffix(ending)
     return stem
 

@@ -26,9 +26,10 @@ from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.source_options import refuse_untaken
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
+from patchloom.data.fields import MASK_FOLDERS, ending_beside
 from patchloom.data.hub import HuggingFaceSource
 from patchloom.data.labels import LabelFileSource, is_label_file
-from patchloom.data.mask_pairs import ending_beside, list_images
+from patchloom.data.mask_pairs import list_images
 from patchloom.data.mask_question import MOST_GUESSED
 from patchloom.data.mask_settling import settle
 from patchloom.data.mask_survey import RGB, Survey, open_mask, survey_files
@@ -51,7 +52,6 @@ from patchloom.io import existing, printable
 FORMAT = 2
 MOST_LOOKED_AT = 500
 MOST_TOGETHER = 64
-MASK_FOLDERS = ("masks", "labels", "annotations", "annots")
 CAMVID = {
     "sky": (128, 128, 128),
     "building": (128, 0, 0),
@@ -341,7 +341,7 @@ def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[Mas
     if given.keys().isdisjoint(("image_field", "mask_field")) and (root / "images").is_dir() and masks is not None:
         return FolderMasks(root / "images", masks, **given), [root, root.parent]
     if "mask_field" not in given:
-        if (ending := ending_beside(list_images(root))) is None:
+        if (ending := ending_beside(file for file, _, _ in list_images(root))) is None:
             raise UsageError(
                 f"{name} must hold a folder images and a folder masks (or {', '.join(MASK_FOLDERS[1:])}), or a mask "
                 f"beside each image (a.jpg, a_mask.png); --mask_field says what masks are called otherwise (_seg, seg/)"
