@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 if TYPE_CHECKING:
+    from patchloom.report import Section
     from patchloom.training.method import Method
 
 
@@ -52,3 +53,11 @@ class Attachment(Callback):
     def fold(self, model: nn.Module) -> nn.Module:
         """Return what goes to disk for a model as it was trained; `model` itself stays as it is."""
         return model
+
+    def summary(self, method: Method) -> dict[str, Any]:
+        """Return figures for `summary.json`."""
+        return {}
+
+    def report_sections(self, method: Method) -> list[Section]:
+        """Return a part of the report."""
+        return []

@@ -120,6 +120,7 @@ class Finish(Callback):
             **{name: value for name, value in last.items() if name not in known},
             **self.probe.latest,
             **method.summary(),
+            **{name: value for part in method.attached for name, value in part.summary(method).items()},
             "advice": self.advice.lines,
             "unreadable_images": len(self.skipped.reasons),
             "images_per_second": round(images / seconds, 1),

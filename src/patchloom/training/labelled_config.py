@@ -12,10 +12,11 @@ from patchloom.base.ranges import Fraction, NonNegative, PositiveInt, Probabilit
 from patchloom.base.settings import Settings
 from patchloom.errors import UsageError
 from patchloom.training.config import TrainConfig
+from patchloom.training.options import AdversaryOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledConfig(TrainConfig):
+class LabelledConfig(AdversaryOptions, TrainConfig):
     """Settings of learning from labels."""
 
     test: str | None = None

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from patchloom.base.fractions import parse_epsilon
 from patchloom.base.ranges import (
     Count,
     Fraction,
@@ -209,6 +210,29 @@ class ExpertOptions(HardwareOptions):
             inside("share_rate", self.share_rate, Annotated[float, Ge(0), Le((self.experts - 1) / self.experts)])
             if self.strategy == "fsdp":
                 raise UsageError("experts cannot be averaged while fsdp holds them in shards; use strategy=ddp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversaryOptions(Settings):
+    """Adversarial training, on images attacked within ε."""
+
+    adversary: Literal["none", "dta", "pgd"] = "none"
+    """Learn from attacked images, too: through the encoder the run starts from (dta), or the model itself (pgd)"""
+    adversary_mix: Probability = 0.5
+    """Share of the loss that is on attacked images"""
+    adversary_eps: str | float = "10/255"
+    """Largest change of a pixel value in [0, 1] by an adversary, such as 8/255"""
+    adversary_steps: PositiveInt = 5
+    """Steps of an adversary on each batch"""
+    adversary_encoder: str | None = None
+    """Public encoder of adversary=dta where it is another than the run starts from: bundle, run or timm model"""
+
+    def __post_init__(self) -> None:
+        """Refuse a change of pixels that cannot be, and an encoder that nothing is attacked through."""
+        super().__post_init__()
+        parse_epsilon("adversary_eps", self.adversary_eps)
+        if self.adversary_encoder is not None and self.adversary != "dta":
+            raise UsageError(f"adversary_encoder belongs to adversary=dta, and it is {self.adversary}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

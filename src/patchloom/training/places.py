@@ -29,7 +29,7 @@ from patchloom.io import existing, printable
 
 SOURCES = frozenset({"data", "probe_data", "test"})
 """Settings that name data sources."""
-MODELS = frozenset({"encoder", "init_from", "teacher", "heads_from", "init_adapter"})
+MODELS = frozenset({"encoder", "init_from", "teacher", "heads_from", "init_adapter", "adversary_encoder"})
 """Settings that name models on disk, or in part known ones."""
 FILES = frozenset({"codebook", "groups"})
 """Settings that name other files."""

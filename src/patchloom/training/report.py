@@ -70,6 +70,8 @@ def _write_run_report(run_dir: Path, command: str, method: Method, probe: Probe,
             sections.append(health_section(rows, summary))
     else:
         sections += method.report_sections(torch.empty(0)) or [samples_section(method.source)]
+    for part in method.attached:
+        sections += part.report_sections(method)
     sections.append(settings_section(method))
     return write_report(
         run_dir / "report.html",

@@ -49,7 +49,7 @@ from patchloom.training.hardware import quiet
 from patchloom.training.health import CollapseWatch
 from patchloom.training.method import Method
 from patchloom.training.metrics import CSVMetrics
-from patchloom.training.options import AverageOptions, ExpertOptions, start_of
+from patchloom.training.options import AdversaryOptions, AverageOptions, ExpertOptions, start_of
 from patchloom.training.places import PLACES, relocated
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.saved import CHECKPOINTS, LAST, is_complete, saved_settings, usable_checkpoint
@@ -228,6 +228,9 @@ def attachments_of(config: TrainConfig) -> list[Attachment]:
         found.append(ExpertsAveraging(config, trained=trained))
     if isinstance(config, AverageOptions) and config.ema is not None:
         found.append(MovingAverage(config.ema))
+    if isinstance(config, AdversaryOptions) and config.adversary != "none":
+        # By its place: a system stands above the engine, which knows none.
+        found.append(registry.load("systems.dta.adversarial:AdversarialTraining").of(config))
     return found
 
 

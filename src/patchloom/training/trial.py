@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from patchloom.training.config import Auto, Config, TrainConfig
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
+    from patchloom.training.attachment import Attachment
     from patchloom.training.method import Method
 
 SECONDS = 30.0
@@ -57,7 +58,13 @@ class Tried:
         return self.batch_size / self.seconds
 
 
-def settle(config: Config, method_class: type[Method], source: Source | StreamSource, precision: str) -> Config:
+def settle(
+    config: Config,
+    method_class: type[Method],
+    source: Source | StreamSource,
+    precision: str,
+    attach: Sequence[Attachment] = (),
+) -> Config:
     """Return the settings with a batch size and a number of workers in place of `auto`.
 
     Args:
@@ -65,6 +72,7 @@ def settle(config: Config, method_class: type[Method], source: Source | StreamSo
         method_class: Takes the steps.
         source: The images.
         precision: Arithmetic of the run, as Lightning names it.
+        attach: What rides on the steps.
 
     Raises:
         UsageError: Not one image fits, processes start together, or the method cannot be tried.
@@ -79,6 +87,8 @@ def settle(config: Config, method_class: type[Method], source: Source | StreamSo
     start, settled = time.monotonic(), dict[str, Any]()
     with contextlib.redirect_stderr(io.StringIO()):  # what the run says, it says by itself
         method = method_class(config, source)
+        for part in attach:
+            part.attach(method)
     if method.phases():
         raise UsageError(f"{undecided[0]}=auto tries steps of one loss, and this method has several; give a number")
     sample, reading = _sample(method)

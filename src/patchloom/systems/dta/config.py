@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MinLen
 
+from patchloom.base.fractions import parse_epsilon, parse_fraction
 from patchloom.base.ranges import Count, PositiveInt
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
@@ -111,30 +112,13 @@ class DTAConfig(SourceOptions):
         super().__post_init__()
         for name in ("eps", "step_size"):
             object.__setattr__(self, name, parse_fraction(name, getattr(self, name)))
-        if not 0 < self.epsilon <= 1:
-            raise UsageError(f"eps is {self.epsilon:g}; it must be above 0 and at most 1, such as 8/255")
+        parse_epsilon("eps", self.eps)
         if not self.alpha > 0:
             raise UsageError(f"step_size is {self.alpha:g}; it must be above 0, such as 2/255")
         if "universal" in self.attacks and self.per == "sample":
             raise UsageError("universal is one noise for all images, so there is no per=sample for it; leave one out")
         if self.resume and self.overwrite:
             raise UsageError("resume keeps the attacks in out and overwrite deletes them; set one of them")
-
-
-def parse_fraction(name: str, value: str | float) -> float:
-    """Return a number that may be written as a fraction.
-
-    >>> parse_fraction("eps", "51/255"), parse_fraction("eps", 0.1)
-    (0.2, 0.1)
-
-    Raises:
-        UsageError: It is none.
-    """
-    top, slash, below = str(value).partition("/")
-    try:
-        return float(top) / float(below) if slash else float(top)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{name} is {value!r}; give a number such as 0.03 or 8/255") from error
 
 
 def listed(names: Any) -> list[Any]:

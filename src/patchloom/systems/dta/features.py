@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,7 +125,7 @@ def inputs_of(images: Tensor, encoder: Encoder) -> Tensor:
         images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
     parameter = next(encoder.parameters())
     images = images.to(parameter.device)
-    return normalize(images, encoder).to(torch.promote_types(images.dtype, parameter.dtype))
+    return normalize(images, encoder).to(parameter.dtype)
 
 
 def check_normalises(encoder: Encoder) -> None:
