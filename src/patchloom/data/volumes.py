@@ -1,8 +1,8 @@
 """Volumes (CT, MR) from NIfTI files: whole, or slice by slice as images: windowed, with square pixels, right way up.
 
-Specification `dinov2_radiology`, sections 2.1 and 2.8. A volume is brought to the axes of the body first (left to
-right, back to front, feet to head), so that scanners that store it otherwise make no difference; masks predicted on it
-go back to the file's own axes and affine.
+A volume is brought to the axes of the body first (left to right, back to front, feet to head), so that scanners that
+store it otherwise make no difference; masks predicted on it go back to the file's own axes and affine. The windows
+are those of the DINOv2 radiology benchmark (arXiv 2312.02366).
 
 >>> source = open_volumes("scans")  # doctest: +SKIP
 >>> source.read(0).value.shape  # doctest: +SKIP

@@ -93,7 +93,7 @@ class AnySizeVisionTransformer(VisionTransformer):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Any, ...]:
-        """Return patch tokens after some blocks, as the published method of this name does (specification, 2.1).
+        """Return patch tokens after some blocks, as the method of this name in DINOv2's code does.
 
         Args:
             x: (B, C, H, W) normalised images.

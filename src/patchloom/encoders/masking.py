@@ -23,7 +23,7 @@ ATTEMPTS = 10
 
 
 class BlockMaskGenerator:
-    """Block-wise masks (BEiT; CCViT specification, section 2.4), by default of an exact number of hidden patches.
+    """Block-wise masks of BEiT (arXiv 2106.08254), by default of an exact number of hidden patches, as in CCViT.
 
     Rectangles of random area and aspect are laid over the grid until the number is reached; where none fits any
     more, single patches make up the difference.
@@ -97,7 +97,7 @@ class BlockMaskGenerator:
 
 
 class ReplacementSampler:
-    """Uniformly random patches among the visible ones (CCViT specification, section 2.4).
+    """Uniformly random patches among the visible ones (CCViT, arXiv 2303.04664).
 
     Args:
         num_replaced: Patches to choose.

@@ -3,7 +3,7 @@
 Two element orders are in use in the field; a wrong one trains without complaint and is wrong all the same:
 
 - `"chw"`: channel first, then the axes (of images: row, column). CCViT's centroids and pixel targets, and the order in
-  which the kernel of a convolution that embeds patches flattens (CCViT specification, section 2.1).
+  which the kernel of a convolution that embeds patches flattens (CCViT, arXiv 2303.04664).
 - `"hwc"`: the axes, channel last. MAE's pixel targets.
 
 Patches themselves are always listed with the last axis fastest: row by row over the grid of an image.
@@ -112,7 +112,7 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalise every patch by its own mean and unbiased variance: (x - mean) / sqrt(var + eps).
 
     Computed and returned in float32 (float64 stays), because a nearly constant patch overflows float16.
-    A constant patch becomes zeros. Targets of CCViT's pixel loss (specification, section 2.7) and of MAE.
+    A constant patch becomes zeros. Targets of CCViT's pixel loss (arXiv 2303.04664) and of MAE (arXiv 2111.06377).
 
     Args:
         patches: (..., D), D >= 2, any real type.

@@ -17,7 +17,7 @@ EXTRA_ROWS = 3  # class to token, token to class, class to class
 
 
 def resize_relative_table(table: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
-    """Return a relative-position table for another grid (CCViT specification, section 2.10).
+    """Return a relative-position table for another grid, as BEiT's published fine-tuning does.
 
     Source positions are spaced in a geometric progression, dense near zero offset, so that near offsets keep
     their meaning and far ones are stretched; a cubic spline is read off at the target's offsets.

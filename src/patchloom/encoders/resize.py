@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def set_image_size(encoder: Model, size: int | Grid) -> Model:
     """Set the encoder, or another image model, up for inputs of another size, in place, and return it.
 
-    Absolute positions are resampled as timm does; relative-position tables as in section 2.10 of the CCViT
-    specification (bicubic, with a warning, where a grid is not square). `patchloom_args` follow.
+    Absolute positions are resampled as timm does; relative-position tables as in BEiT's published
+    code (bicubic, with a warning, where a grid is not square). `patchloom_args` follow.
 
     Args:
         encoder: The encoder.

@@ -16,7 +16,7 @@ from patchloom.training.options import ViewOptions
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(LossOptions, LabelledConfig):
-    """Settings of training an adapter; the recipe is AdaptFormer's for images (specification, section 3)."""
+    """Settings of training an adapter; the recipe is AdaptFormer's for images (arXiv 2205.13535)."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {
         "epochs": Cited(100, "paper: 100"),
