@@ -67,7 +67,7 @@ def test_the_middle_of_a_clip_is_the_frame_in_the_middle_of_the_tube_its_map_is_
 
 
 def test_the_words_of_a_text_are_written():
-    empty = PICTURES["text"](Sample(torch.zeros(0), 0, "t", {"text": ""}))
-    full = PICTURES["text"](Sample(torch.zeros(0), 0, "t", {"text": "a horse on a meadow " * 10}))
+    empty = PICTURES["text"](Sample(torch.zeros(0), 0, "t", {"caption": ""}))
+    full = PICTURES["text"](Sample(torch.zeros(0), 0, "t", {"caption": "a horse on a meadow " * 10}))
     assert not empty[..., 3].any()
     assert full.shape[0] > 2 * empty.shape[0]

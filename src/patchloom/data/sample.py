@@ -40,7 +40,7 @@ class Sample:
     """Name of the sample within its source: a relative path (as `patchloom.io.printable` writes it) or a stable id."""
     named: Mapping[str, Tensor | str] = field(default_factory=dict)
     """What else belongs to it: `mask` ((H, W) uint8, 255 where unknown), `caption` (empty where an image of a source
-    with captions has none), `text`, `spacing` …"""
+    with captions has none), `spacing` …"""
 
     @property
     def image(self) -> Tensor:

@@ -70,9 +70,10 @@ class VolumeView:
 
 def resampled(volume: Tensor, size: Sequence[int]) -> Tensor:
     """Return a volume (C, D, H, W) float at another (D, H, W): shorter axes averaged, longer ones interpolated."""
-    fewer = [min(have, side) for have, side in zip(volume.shape[1:], size, strict=True)]
-    reduced = F.adaptive_avg_pool3d(volume, fewer) if fewer != list(volume.shape[1:]) else volume
-    if fewer == list(size):
+    depth, height, width = (min(have, side) for have, side in zip(volume.shape[1:], size, strict=True))
+    fewer = depth, height, width
+    reduced = F.adaptive_avg_pool3d(volume, fewer) if fewer != tuple(volume.shape[1:]) else volume
+    if fewer == tuple(size):
         return reduced
     enlarged: Tensor = F.interpolate(reduced[None], size=list(size), mode="trilinear", align_corners=False)[0]
     return enlarged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,7 +103,8 @@ def _fresh(trained: Encoder, image_size: Size | None) -> Encoder:
     arguments.pop("img_size", None)
     for name in size_arguments(trained) if has_tokens(trained) else ():
         arguments.pop(name, None)
-    size, channels = image_size or input_size(trained), arguments.pop("in_chans")
+    size: Any = image_size or input_size(trained)
+    channels = arguments.pop("in_chans")
     fresh = create_backbone(creation_args["architecture"], image_size=size, in_chans=channels, **arguments)
     fresh.pretrained_cfg = {**trained.pretrained_cfg, "input_size": fresh.pretrained_cfg["input_size"]}
     return fresh

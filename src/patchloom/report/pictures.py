@@ -111,7 +111,7 @@ def _signal(sample: Sample) -> np.ndarray:
 
 def _text(sample: Sample) -> np.ndarray:
     """Return the words, or the numbers of the tokens where there are no words."""
-    words = sample.named.get("text")
+    words = sample.named.get("caption")
     told = words if isinstance(words, str) else " ".join(map(str, sample.value.flatten().tolist()))
     lines = textwrap.wrap(told if len(told) <= WORDS else told[: WORDS - 1] + "…", 70) or [""]
     font = ImageFont.load_default(size=13)

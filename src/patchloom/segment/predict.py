@@ -13,6 +13,7 @@ from PIL import Image
 from patchloom.base.progress import track
 from patchloom.data import open_source
 from patchloom.data.base import StreamSource, UnreadableImageError
+from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import unit
 from patchloom.encoders import in_chans
 from patchloom.errors import UsageError
@@ -34,6 +35,7 @@ def write_masks(
     encoder = model.backbone.encoder
     options: dict[str, Any] = {} if include is None else {"include": include}
     opened = open_source(images, in_chans=in_chans(encoder), model=encoder, **options)
+    require_kind(opened, ("image",), "segment predict")
     source = opened.by_index() if isinstance(opened, StreamSource) else opened
     make_folder(folder)
     counts = np.zeros(256, np.int64)

@@ -120,11 +120,11 @@ def advice(method: Method) -> list[str]:
         advices.append("One image is all there is: what is learnt holds for nothing else.")
     elif images is not None and images < FEW_IMAGES:
         advices.append(f"{images} images are all there is: too few to learn anything that holds for others.")
-    side, sides = _usual_side(source), input_size(method.encoder)[-2:]
-    if side is not None and side * BLOWN_UP <= max(sides):
+    side, (*_, height, width) = _usual_side(source), input_size(method.encoder)
+    if side is not None and side * BLOWN_UP <= max(height, width):
         advices.append(
             f"The {source.kind.plural} are about {side} pixels wide or high and are blown up to "
-            f"{size_text(sides)}: most of what the encoder sees was made up by the enlargement; a smaller "
+            f"{size_text((height, width))}: most of what the encoder sees was made up by the enlargement; a smaller "
             f"--image_size fits them."
         )
     return advices
