@@ -137,3 +137,13 @@ def test_a_label_file_that_is_not_there_is_named():
         open_source("there.csv")
     with pytest.raises(UsageError, match=r"no label file there\.csv"):
         open_source("there.csv:test")
+
+
+def test_a_parquet_file_that_holds_images_is_a_data_set_of_the_hub(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"image": [{"bytes": b"an image", "path": None}], "label": [1]}
+    parquet.write_table(pyarrow.table(rows), folder / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet holds images in the column image .*; give its folder as hf:"):
+        open_source(f"{folder}/a.parquet")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from patchloom.data import open_source
 from patchloom.data.base import Sample, Source, UnreadableImageError
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.tokenizers.centroid import CentroidTokenizer
@@ -297,3 +301,19 @@ def test_fit_with_faiss_agrees():
 def test_fit_refusals(source, changes, message):
     with pytest.raises(UsageError, match=message):
         CentroidTokenizer.fit(source, **({"k": 2, "patch_size": 4} | changes))
+
+
+def test_images_of_shards_are_drawn_by_class(tmp_path):
+    pytest.importorskip("webdataset")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(12):
+            buffer = io.BytesIO()
+            pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            for ending, content in (("cls", b"%d" % (number % 3)), ("png", buffer.getvalue())):
+                member = tarfile.TarInfo(f"{number:02}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    source = open_source(f"{tmp_path}/a.tar")
+    fitted = CentroidTokenizer.fit(source, 4, patch_size=8, image_size=16, iters=2, per_class=2)
+    assert fitted.facts["images"] == 6

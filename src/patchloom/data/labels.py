@@ -210,6 +210,12 @@ def _parquet(table: Path) -> tuple[list[str], Rows, set[str]]:
     except (OSError, pyarrow.ArrowException) as error:
         raise UsageError(f"{printable(table)} is no Parquet file: {' '.join(str(error).split())[:100]}") from error
     columns = [column.strip() for column in read.column_names]
+    for column, kind in zip(columns, read.schema.types, strict=True):
+        if column.lower() in IMAGE.columns and (pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind)):
+            raise UsageError(
+                f"{printable(table)} holds images in the column {column} and no names of files; give its folder as "
+                f"hf:{printable(table.parent)}"
+            )
     cells = [[_cell(value) for value in column.to_pylist()] for column in read.columns]
     lists = {
         column

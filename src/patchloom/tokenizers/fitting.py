@@ -227,8 +227,10 @@ def _of_source(
         resize = EvalTransform(image_size)
         transform = lambda image: resize(image)["image"]  # noqa: E731
 
+    if per_class is not None and isinstance(source, StreamSource):
+        source = source.by_index()
     if isinstance(source, StreamSource):
-        stream = _of_stream(source, transform, images, per_class, seed, ranks)
+        stream = _of_stream(source, transform, images, seed, ranks)
     else:
         stream = _of_map(source, transform, images, per_class, seed, ranks)
     return source.name, source.in_chans, reading_options(source), stream
@@ -268,14 +270,11 @@ def _of_stream(
     source: StreamSource,
     transform: Callable[[Tensor], Tensor],
     images: int | None,
-    per_class: int | None,
     seed: int,
     ranks: Ranks,
 ) -> Iterator[tuple[Tensor | None, int]]:
     from patchloom.data.base import Unreadable
 
-    if per_class is not None:
-        raise UsageError(f"{source.name} is a stream: images cannot be drawn per class; give images=N instead")
     count = source.num_samples if images is None else min(images, source.num_samples)
     share = -(-count // ranks.world)
     for sample in source.samples(epoch=0, seed=seed, rank=ranks.rank, world_size=ranks.world, count=count):
