@@ -32,6 +32,7 @@ from patchloom.base import stopping
 from patchloom.errors import UsageError
 from patchloom.io import write_text
 from patchloom.sweep.study import (
+    BESIDE,
     Cell,
     Outcome,
     Table,
@@ -43,8 +44,6 @@ from patchloom.sweep.study import (
 )
 
 KNOWN = ("data", "test", "encoder", "label_fractions", "shots", "seeds", "defaults", "methods", "isolate")
-# What an accuracy is read beside.
-BESIDE = ("balanced_accuracy", "majority_share")
 COLUMNS = {
     "trained_parameters": "trained parameters",
     "file_bytes": "file MB",

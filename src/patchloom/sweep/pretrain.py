@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_text
 from patchloom.sweep.study import (
+    BESIDE,
     Cell,
     Outcome,
     Table,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 KNOWN = ("data", "test", "train", "encoder", "steps", "minutes", "seeds", "defaults", "methods", "evaluate")
 UNTRAINED = "untrained"
-# What an accuracy is read beside.
-BESIDE = {"balanced_accuracy": "balanced accuracy", "majority_share": "commonest class"}
 TRIAL_STEPS = (5, 25)
 
 

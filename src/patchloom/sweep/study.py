@@ -31,6 +31,9 @@ from patchloom.io import check_place, make_folder, write_json, write_text
 
 CELLS = "cells"
 
+BESIDE = {"balanced_accuracy": "balanced accuracy", "majority_share": "commonest class"}
+"""What an accuracy is read beside: key in the figures, column of tables."""
+
 
 @dataclass(frozen=True)
 class Cell:

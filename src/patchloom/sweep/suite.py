@@ -28,6 +28,7 @@ from typing import Any
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import write_text
 from patchloom.sweep.study import (
+    BESIDE,
     CELLS,
     Cell,
     Outcome,
@@ -39,8 +40,6 @@ from patchloom.sweep.study import (
     write_csv,
 )
 
-# What an accuracy is read beside: key in the figures, column of tables.
-BESIDE = {"balanced_accuracy": "balanced accuracy", "majority_share": "commonest class"}
 KNOWN = ("encoders", "data", "protocols", "defaults")
 
 
