@@ -428,3 +428,11 @@ def test_numbers_of_classes_in_shards_are_those_of_named_ones_in_order(data, tmp
     result = pl.evaluate("knn", encoder="pixels", **shards, **QUICK)
     assert result["accuracy"] == pl.evaluate("knn", encoder="pixels", **data, **QUICK)["accuracy"]
     assert "a.tar has numbers of classes, and they are taken as those of" in capsys.readouterr().err
+
+
+def test_shards_without_labels_are_refused_before_an_image_is_read(data, tmp_path):
+    pytest.importorskip("webdataset")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(next(Path(data["train"]).glob("*/*.png")), "0001.png")
+    with pytest.raises(UsageError, match=r"a\.tar has no label \(its files and keys: png\)"):
+        pl.evaluate("knn", encoder="pixels", train=f"{tmp_path}/a.tar", test=data["test"], **QUICK)

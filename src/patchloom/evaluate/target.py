@@ -135,8 +135,8 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def _check_labels(source: Source | StreamSource, several: bool) -> None:
-    # The labels of a stream come with its images.
-    if isinstance(source, Source) and source.labels is None:
+    # The labels of a stream come with its images; what they are called is known.
+    if source.class_names is None if isinstance(source, StreamSource) else source.labels is None:
         raise no_labels(source)
     if source.multilabel and not several:
         raise UsageError(
