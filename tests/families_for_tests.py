@@ -73,6 +73,7 @@ class VolumeTransformer(Transformer):
 
 class Transformers(Family):
     patch_embeds = (Patches,)
+    stem = Family.stem | {"registers"}
 
     def patch_shape(self, encoder):
         return encoder.patch_embed.patch

@@ -23,6 +23,7 @@ from patchloom.encoders import (
     input_size,
     intermediate_layers,
     kind_of,
+    layer_of_parameter,
     normalize,
     patch_shape,
     plane_size,
@@ -129,6 +130,16 @@ def test_an_adapter_is_put_in_and_taken_out(case):
     assert not torch.allclose(encoder(inputs), before)
     remove(encoder)
     assert torch.equal(encoder(inputs), before)
+
+
+def test_every_parameter_has_a_layer(case):
+    encoder = case[0]
+    layers = {name: layer_of_parameter(encoder, name) for name, _ in encoder.named_parameters()}
+    assert layers["registers"] == layers["patch_embed.proj.weight"] == 0
+    assert layers["blocks.1.attn.qkv.weight"] == 2
+    assert layers["norm.bias"] == 4
+    with pytest.raises(UsageError, match="it is not known how far from the head 'other' is"):
+        layer_of_parameter(encoder, "other")
 
 
 def test_blocks_that_need_the_whole_grid_say_so():

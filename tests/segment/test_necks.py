@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import patchloom as pl
+from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.segment import MultiLevelNeck, SimpleFeaturePyramid, ViTNeck
+from patchloom.segment.backbone import Backbone
 from segment_support import randomised
 
 
@@ -84,3 +86,9 @@ def test_maps_of_stride_8_have_a_neck_of_their_own():
         ViTNeck("beit", 6, stride=4)
     loaded = pl.load_reference("segmentation_heads", neck.state_dict())
     torch.testing.assert_close(loaded(maps), levels)
+
+
+def test_an_encoder_of_clips_has_no_maps_for_decoders():
+    encoder = create_encoder("videomae_tiny_patch16_224", image_size=(4, 32, 32), depth=1)
+    with pytest.raises(UsageError, match="segmentation read are for grids of 2 axes, those of images; a grid of 2x2x2"):
+        Backbone(encoder)

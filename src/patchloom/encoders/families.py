@@ -62,12 +62,20 @@ class Family:
         drops_tokens: Patches can be left out of the row of tokens. Not so where blocks read a token's neighbours from
             its place in the row.
         takes_registers: The module takes `reg_tokens` and `no_embed_class`.
+        stem: Names of what stands before the blocks.
+        behind: Names of what stands behind or beside them; stem, blocks and these are all there is.
     """
 
     kind: ClassVar[str] = "image"
     patch_embeds: ClassVar[tuple[type[nn.Module], ...]] = ()
     drops_tokens: ClassVar[bool] = True
     takes_registers: ClassVar[bool] = False
+    stem: ClassVar[frozenset[str]] = frozenset(
+        {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"}
+    )
+    behind: ClassVar[frozenset[str]] = frozenset(
+        {"norm", "fc_norm", "head", "head_dist", "attn_pool", "rope", "rel_pos_bias"}
+    )
 
     # What it is.
 
@@ -87,6 +95,28 @@ class Family:
     def in_chans(self, encoder: Any) -> int:
         """Return the number of channels of an input."""
         return int(encoder.patch_embed.proj.weight.shape[1])
+
+    def layer_of(self, name: str, depth: int) -> int:
+        """Return the layer of a parameter for layer-wise learning rates, by its name in the encoder.
+
+        0 for embeddings and the norm behind them, i + 1 for block i, depth + 1 for the rest: head, final norm, learnt
+        frequencies of rotary positions, and a relative-position table shared by all blocks, as in the published code of
+        BEiT (Bao et al. 2021, arXiv 2106.08254). timm groups them in the same way, but for that table (embeddings) and
+        the final norm (last block).
+
+        Raises:
+            UsageError: The encoder has no parameter of that name.
+        """
+        first = name.split(".", 1)[0]
+        if first in self.stem:
+            return 0
+        if first == "blocks":
+            return int(name.split(".")[1]) + 1
+        if first in self.behind:
+            return depth + 1
+        raise UsageError(
+            f"it is not known how far from the head {name!r} is, so it has no learning rate; set layer_decay=1"
+        )
 
     # Other sizes.
 

@@ -49,13 +49,15 @@ def depth(encoder: nn.Module) -> int:
 
 
 def layer_of_parameter(encoder: nn.Module, name: str) -> int:
-    """Return the layer of a parameter of a model that is no ViT, as timm groups them.
+    """Return the layer of a parameter for layer-wise learning rates, by its name; of no ViT as timm groups them.
 
-    0 for the stem, up to `depth` for the last layer, depth + 1 for the head.
+    0 for the stem, up to `depth` for the last layer or block, depth + 1 for the head.
 
     Raises:
         UsageError: The model has no parameter of that name.
     """
+    if (family := find_family(encoder)) is not None:
+        return family.layer_of(name, depth(encoder))
     if name.startswith(_classifier_names(encoder)):
         return depth(encoder) + 1
     layers = _layers(encoder)

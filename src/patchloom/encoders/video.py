@@ -4,6 +4,7 @@ A patch is a tube of pixels through some frames; tokens come frame by frame, the
 a fixed sine-cosine position runs over all of them, so clips of any length and size can be read. AdaptFormer's video
 model is one of these.
 
+>>> import torch
 >>> from patchloom.encoders import create_encoder, feature_map, grid_size, patch_shape
 >>> encoder = create_encoder("videomae_tiny_patch16_224", image_size=(8, 32, 32))
 >>> grid_size(encoder), patch_shape(encoder)

@@ -26,6 +26,7 @@ from patchloom.encoders import (
     image_size,
     intermediate_layers,
     patch_size,
+    plane_size,
     set_image_size,
 )
 from patchloom.errors import UsageError, unknown_name
@@ -49,13 +50,14 @@ class Backbone(nn.Module):
         frozen: No gradients, and eval mode always.
 
     Raises:
-        UsageError: A block the encoder does not have.
+        UsageError: A block the encoder does not have, or an encoder that takes no images.
     """
 
     def __init__(
         self, encoder: Encoder, layers: Sequence[int] = (-1,), apply_norm: bool = True, frozen: bool = True
     ) -> None:
         super().__init__()
+        plane_size(encoder, "the maps that decoders of segmentation read")
         count = depth(encoder)
         for layer in layers:
             if not -count <= layer < count:

@@ -37,7 +37,7 @@ from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig, plain_settings
 from patchloom.training.failure import non_finite
 from patchloom.training.inputs import open_training_images, read_as
-from patchloom.training.optim import adamw, decays, layer_of, parameter_groups, set_rates
+from patchloom.training.optim import adamw, decays, parameter_groups, set_rates
 from patchloom.training.options import EncoderOptions, start_of
 from patchloom.training.phases import Loss, Phase, Span, Stage, phased_step
 from patchloom.training.saved import steps_done
@@ -175,8 +175,7 @@ class Method(lp.LightningModule):
         last = depth(self.encoder) + 1
         if not name.startswith("encoder."):
             return last
-        own = name.removeprefix("encoder.")
-        return layer_of(own, last - 1) if has_tokens(self.encoder) else layer_of_parameter(self.encoder, own)
+        return layer_of_parameter(self.encoder, name.removeprefix("encoder."))
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies to a parameter."""

@@ -9,15 +9,13 @@ from timm.optim import Lamb
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from patchloom.errors import UsageError
+from patchloom.encoders.families import Family
 
 Kind = Literal["adamw", "sgd", "lamb"]
 
 
+STEM = Family.stem
 NO_DECAY = ("bias", "pos_embed", "cls_token", "dist_token", "reg_token", "freqs")
-# What stands before the blocks of timm's ViTs, and what behind or beside them; these and the blocks are all they have.
-STEM = frozenset({"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"})
-HEAD = frozenset({"norm", "fc_norm", "head", "head_dist", "attn_pool", "rope", "rel_pos_bias"})
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -30,26 +28,12 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a ViT's parameter for layer-wise learning rates, by its name in the encoder.
-
-    0 for embeddings and the norm behind them, i + 1 for block i, depth + 1 for the rest: head, final norm, learnt
-    frequencies of rotary positions, and a relative-position table shared by all blocks, as in the published code of
-    BEiT (Bao et al. 2021, arXiv 2106.08254). timm groups them in the same way, but for that table (embeddings) and the
-    final norm (last block).
+    """Return the layer of a parameter of timm's ViTs by its name in the encoder, see `Family.layer_of`.
 
     Raises:
         UsageError: No ViT of timm has a parameter of that name.
     """
-    first = name.split(".", 1)[0]
-    if first in STEM:
-        return 0
-    if first == "blocks":
-        return int(name.split(".")[1]) + 1
-    if first in HEAD:
-        return depth + 1
-    raise UsageError(
-        f"it is not known how far from the head {name!r} is, so it has no learning rate; set layer_decay=1"
-    )
+    return Family().layer_of(name, depth)
 
 
 def parameter_groups(
