@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import patchloom as pl
 from patchloom import registry
@@ -170,6 +171,30 @@ def test_a_run_says_what_it_learnt_from_and_keeps_it(base, tmp_path):
     assert "Adversarial training" in run.report.read_text()
     kept = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     assert kept["AdversarialTraining"] == {"layers": [[layer]]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adversary", ["dta", "pgd"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(adversary, base, tmp_path, monkeypatch):
+    given = {**SMALL, "encoder": str(base), "adversary": adversary, "adversary_steps": 1, "bottleneck": 4}
+    given |= {"max_steps": 4, "checkpoint_every": 1, "report": False}
+    whole = pl.adapt("adaptformer", out=tmp_path / "whole", **given)
+    method_class = registry.method_class("adapt", "adaptformer")
+    original, steps = method_class.training_step, []
+
+    def killed(self, batch, batch_idx):
+        steps.append(batch_idx)
+        if len(steps) == 3:
+            raise RuntimeError("killed")
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method_class, "training_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            pl.adapt("adaptformer", out=tmp_path / "twice", **given)
+    again = pl.adapt("adaptformer", out=tmp_path / "twice", **given, resume=True)
+    once, twice = (load_file(run.model / "adapter.safetensors") for run in (whole, again))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 @pytest.mark.parametrize(
