@@ -21,6 +21,7 @@ import wrapt
 
 from patchloom.api import (
     adapt,
+    anomaly,
     attack,
     demo,
     distill,
@@ -48,6 +49,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "adapt",
+    "anomaly",
     "attack",
     "demo",
     "distill",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapt",
+    "anomaly",
     "attack",
     "demo",
     "distill",
@@ -151,6 +152,36 @@ def segment(
     from patchloom.training.run import train
 
     return train("segment", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def anomaly(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a detector of defects on good images alone, and measure it where there are defects to measure on.
+
+    Args:
+        method: Name of the method: ear.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Good images: a folder of MVTec AD's layout, a folder per kind of defect, good images alone …
+        encoder: Bundle, run, or name of a timm model that sees what stands out; default: edges.
+        **settings: Further fields of the method's settings class; `patchloom anomaly METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model`, its `report`, and its figures, `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.evaluate.anomaly.run import train
+
+    return train(method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def distill(

@@ -46,7 +46,7 @@ class Verb(NamedTuple):
     help: str
 
 
-METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "explain", "evaluate", "attack")
+METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "anomaly", "explain", "evaluate", "attack")
 
 COMMANDS: dict[str, Command | Verb] = {
     "demo": Command("from embedded photographs to a trained encoder and a report", "demo:demo", speaks=True),
@@ -67,6 +67,15 @@ COMMANDS: dict[str, Command | Verb] = {
     "segment": Verb("train a decoder that gives every pixel a class"),
     "segment predict": Command(
         "write the masks a trained decoder makes of images", "segment.commands:predict", positional=("run",)
+    ),
+    "anomaly": Verb("train a detector of defects on good images alone"),
+    "anomaly predict": Command(
+        "write scores, maps and overlays of images by a trained detector",
+        "evaluate.anomaly.commands:predict",
+        positional=("run",),
+    ),
+    "anomaly export": Command(
+        "write a trained detector as one ONNX file", "evaluate.anomaly.commands:export", positional=("run",)
     ),
     "explain": Verb("show what an encoder or a classifier looks at"),
     "adapt compare": Command(
@@ -171,7 +180,8 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, segment, explain, evaluate, attack, data or references.
+        verb: Show one list only: pretrain, adapt, distill, segment, anomaly, explain, evaluate, attack, data or
+            references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},
@@ -260,7 +270,7 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
-    settles = verb in ("pretrain", "adapt", "distill")
+    settles = verb in ("pretrain", "adapt", "distill", "anomaly")
     values = read_options(
         f"{verb} {method}", f"{entry.summary}.", config_class, rest, defaults, all_of_them=not settles
     )

@@ -247,6 +247,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "Downstream Transfer Attack: how far what is made from a public encoder is fooled through it",
         ),
     },
+    "anomaly": {
+        "ear": Entry(
+            "systems.ear.method:EARMethod",
+            "systems.ear.config:EARConfig",
+            "What stands out is excised and repaired; where the repair differs there is a defect (EAR)",
+        ),
+    },
     "explain": {
         "attention": Entry(
             "explain.commands:AttentionGallery",

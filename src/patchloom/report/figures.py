@@ -193,15 +193,18 @@ def nearest_neighbours(
     return Figure(png(stack(lines)), "Images with their nearest neighbours in feature space")
 
 
-def overlay(images: Tensor, maps: Tensor) -> Tensor:
-    """Return images in grey with a map painted over them, each map scaled to its own range.
+def overlay(images: Tensor, maps: Tensor, span: tuple[float, float] | None = None) -> Tensor:
+    """Return images in grey with a map painted over them, each map scaled to its own range, or all to `span`.
 
     The more attention, the stronger the paint: where there is little, the picture shows through.
     """
     size = (images.shape[-2], images.shape[-1])
     heat = F.interpolate(maps[:, None], size=size, mode="nearest")[:, 0]
-    low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
-    heat = (heat - low) / (high - low).clamp(min=1e-12)
+    if span is None:
+        low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
+    else:
+        low, high = (torch.tensor(end) for end in span)
+    heat = ((heat - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     colours = torch.from_numpy(_heat_colours())[(heat * 255).long()].permute(0, 3, 1, 2)
     grey = images.float().mean(1, keepdim=True).expand(-1, 3, -1, -1)
     strength = (0.45 + 0.35 * heat)[:, None]

@@ -27,11 +27,11 @@ from patchloom import registry
 from patchloom.errors import UsageError
 from patchloom.io import existing, printable
 
-SOURCES = frozenset({"data", "probe_data", "test"})
+SOURCES = frozenset({"data", "probe_data", "val_data", "test"})
 """Settings that name data sources."""
 MODELS = frozenset({"encoder", "init_from", "teacher", "heads_from", "init_adapter", "adversary_encoder"})
 """Settings that name models on disk, or in part known ones."""
-FILES = frozenset({"codebook", "groups"})
+FILES = frozenset({"codebook", "groups", "masks"})
 """Settings that name other files."""
 MADE = frozenset({"out", "cache"})
 """Settings that name what may have yet to be made."""
@@ -39,7 +39,10 @@ COPIED = {"codebook": "codebook.safetensors"}
 """Files that a run has a copy of, used where the original is gone."""
 PLACES = SOURCES | MODELS | FILES | MADE
 # What stands before the path in the name of a source, and names whose rest is no path.
-BEFORE_PATH = (*registry.OPENERS, "frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "hf")
+BEFORE_PATH = (
+    *registry.OPENERS,
+    *("frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "mvtec", "visa", "hf"),
+)
 NO_PATH = ("photos", "digits", "torchvision", "atari")
 NO_CACHE = ("auto", "none", "null", "off")
 

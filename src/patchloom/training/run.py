@@ -373,7 +373,7 @@ def _announce(method: Method, source: Source | StreamSource, trainer: lp.Trainer
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
     kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     print(
-        f"{config.encoder}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, {length}, "
+        f"{about['encoder']}: {about['parameters'] / 1e6:.1f} M parameters, {images} of {config.data}, {length}, "
         f"precision {_precision(config)}, {trainer.num_devices * trainer.num_nodes} × {kind}",
         file=sys.stderr,
     )

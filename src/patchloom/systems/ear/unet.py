@@ -9,7 +9,7 @@ torch.Size([2, 3, 33, 30])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class RecoveryUNet(nn.Module):
             raise UsageError(f"widths is {tuple(widths)}; give at least two numbers of channels")
         if output not in ("clamp", "sigmoid"):
             raise UsageError(f"output is {output!r}; it must be clamp or sigmoid")
-        self.in_channels, self.widths, self.output = in_channels, tuple(widths), output
+        self.in_channels, self.widths, self.output, self.kernel = in_channels, tuple(widths), output, kernel
         *levels, bottom = self.widths
         self.down = nn.ModuleList()
         before = in_channels
@@ -71,7 +71,19 @@ class RecoveryUNet(nn.Module):
             self.up.append(nn.ModuleDict({**level, "conv2": _layer(width, width, kernel)}))
             before = width
         self.out = nn.Conv2d(before, in_channels, kernel, padding=kernel // 2)
+        if output == "clamp":
+            # Fresh, the output lies around 0, and no gradient reaches a channel that is cut off everywhere.
+            nn.init.constant_(self.out.bias, 0.5)
         self.skip_filter = nn.ModuleList(nn.Identity() for _ in levels)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what rebuilds the network."""
+        return {
+            "in_channels": self.in_channels,
+            "widths": list(self.widths),
+            "output": self.output,
+            "kernel": self.kernel,
+        }
 
     @property
     def smallest_side(self) -> int:
