@@ -107,6 +107,7 @@ class EARMethod(Method):
         config = self.config
         widths = tuple(config.width * 2**level for level in range(4))
         network = RecoveryUNet(config.in_chans, widths, config.output)
+        network.pretrained_cfg = {"input_size": (config.in_chans, *self.input_size)}
         if config.init_from is not None:
             fill(network, load_ear(config.init_from).model.unet.state_dict())
         return network

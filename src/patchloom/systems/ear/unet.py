@@ -37,11 +37,14 @@ class RecoveryUNet(nn.Module):
         kernel: Side of the convolutions, odd (3).
 
     Attributes:
+        pretrained_cfg: As timm's models have it: `input_size`, the (C, H, W) it is meant for, where that was said.
         skip_filter: What each level's skip passes through on its way across, the first level first; identities.
 
     Raises:
         UsageError: Fewer than two widths, or an unknown output.
     """
+
+    pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class RecoveryUNet(nn.Module):
         kernel: int = 3,
     ) -> None:
         super().__init__()
+        self.pretrained_cfg = {}
         if len(widths) < 2 or min(widths) < 1:
             raise UsageError(f"widths is {tuple(widths)}; give at least two numbers of channels")
         if output not in ("clamp", "sigmoid"):
