@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+import pickle
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pytest
@@ -19,10 +22,14 @@ from patchloom.base.ranges import (
     Rising,
     Share,
     Shares,
+    checked,
     inside,
 )
 from patchloom.base.sizes import Size
 from patchloom.errors import UsageError
+
+if TYPE_CHECKING:
+    from patchloom.nowhere import Unknown
 
 
 @pytest.mark.parametrize(
@@ -89,3 +96,30 @@ def test_what_lies_inside_comes_back_as_it_is(hint, value):
 def test_sizes_come_back_in_their_shortest_form():
     assert inside("n", "64,64", Size | None) == 64
     assert inside("n", None, Size | None) is None
+
+
+@checked
+def drawn(rate: Fraction, name: Literal["a", "b"] = "a", *, count: PositiveInt | None = None, other: Unknown = None):
+    """Made up; the type of `other` is known to type checkers alone."""
+    return rate, name, count, other
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "words"),
+    [
+        ((1.0,), {}, "rate is 1.0; it must be at least 0 and below 1"),
+        ((0.5,), {"count": 0}, "count is 0; it must be at least 1"),
+        ((0.5, "c"), {}, "unknown name 'c'"),
+    ],
+)
+def test_arguments_of_functions_are_held_to_their_types(given, named, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        drawn(*given, **named)
+
+
+def test_a_checked_function_is_called_as_it_was_written():
+    assert drawn(0.5, other="anything") == (0.5, "a", None, "anything")
+    assert str(inspect.signature(drawn)).startswith("(rate: 'Fraction', name: ")
+    assert pickle.loads(pickle.dumps(drawn)) is drawn
+    with pytest.raises(TypeError, match=r"drawn\(\) missing 1 required positional argument: 'rate'"):
+        drawn()

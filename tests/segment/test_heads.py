@@ -128,7 +128,7 @@ def test_fresh_classifiers_are_small_and_unbiased():
         (lambda: UPerHead([8], 3), "several maps"),
         (lambda: UPerHead([8, 8], 3, channels=4)([torch.zeros(2, 8, 4, 4)]), "made for 2 maps and gets 1"),
         (lambda: LinearHead(8, 3)([torch.zeros(2, 7, 4, 4)]), "8 channels and the maps have 7"),
-        (lambda: LinearHead(8, 0), "at least one class"),
+        (lambda: LinearHead(8, 0), "num_classes is 0; it must be at least 1"),
         (lambda: LinearHead(8, 3, dropout=1.0), r"dropout is 1.0"),
         (lambda: LinearHead(8, 3, norm="batch"), "unknown norm 'batch'"),
         (lambda: BNHead([4, 4], 3, resize_factors=[1])([torch.zeros(1, 4, 2, 2)] * 2), "1 resize factors"),

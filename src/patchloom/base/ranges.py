@@ -16,17 +16,23 @@ patchloom.errors.UsageError: betas is (0.9, 1.0); each must be at least 0 and be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial, wraps
+from inspect import signature
 from itertools import pairwise
 from numbers import Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from annotated_types import BaseMetadata, DocInfo, Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
 
 from patchloom.base.sizes import checked_size, is_size
 from patchloom.errors import UsageError, unknown_name
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,30 @@ def inside(name: str, value: Any, hint: Any) -> Any:
         return None if value is None else checked_size(name, value)
     _check(name, value, hint, "it", value)
     return value
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Hold the arguments of a function to the ranges and choices in their types.
+
+    >>> @checked
+    ... def dropped(rate: Fraction): ...
+    >>> dropped(1.0)
+    Traceback (most recent call last):
+    ...
+    patchloom.errors.UsageError: rate is 1.0; it must be at least 0 and below 1
+    """
+    arguments = signature(function)
+    hints = cache(partial(_hints, function))
+
+    @wraps(function)
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
+        with suppress(TypeError):  # arguments that do not fit are told of by the call
+            for name, value in arguments.bind(*args, **kwargs).arguments.items():
+                if name in hints():
+                    _check(name, value, hints()[name], "it", value)
+        return function(*args, **kwargs)
+
+    return held
 
 
 def bounds(hint: Any) -> Iterator[Any]:
@@ -148,6 +178,15 @@ def _member(value: Any, kinds: Iterable[Any]) -> Any:
         return others[0]
     for kind in others:
         plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-        if isinstance(value, get_origin(plain) or (plain if isinstance(plain, type) else object)):
+        if (get_origin(plain) or plain) in type(value).__mro__:
             return kind
     return None
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of arguments, but for those that are imported for type checkers alone and have no ranges."""
+    hints = {}
+    for name, hint in function.__annotations__.items():
+        with suppress(NameError):
+            hints[name] = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+    return hints

@@ -16,11 +16,13 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from annotated_types import Ge
 
 from patchloom.base.progress import track
+from patchloom.base.ranges import Fraction, PositiveInt, checked
 from patchloom.data.frames import ABOUT, FRAMES, FrameSource, Recording, read_recording, reduced
 from patchloom.data.hub import CACHE
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
@@ -61,14 +63,13 @@ class AtariGame:
         MissingExtraError: gymnasium or ale-py is not installed.
     """
 
-    def __init__(self, game: str, frame_skip: int = 4, sticky: float = 0.25, size: int = 84) -> None:
+    @checked
+    def __init__(
+        self, game: str, frame_skip: PositiveInt = 4, sticky: Fraction = 0.25, size: Annotated[int, Ge(8)] = 84
+    ) -> None:
         gymnasium = _gymnasium()
         if game not in (known := list_games()):
             raise unknown_name("Atari game", game, known)
-        if frame_skip < 1 or size < 8:
-            raise UsageError(f"frame_skip is {frame_skip} and size {size}; at least 1 and 8 are needed")
-        if not 0 <= sticky < 1:
-            raise UsageError(f"sticky is {sticky}; it is a probability, at least 0 and below 1")
         self.game, self.frame_skip, self.sticky, self.size = game, frame_skip, sticky, size
         environment = gymnasium.make(
             f"ALE/{game}-v5",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.ranges import Factors, Probability, Shares, checked
 from patchloom.base.sizes import Size, checked_size, pair
 from patchloom.data.pixels import random_box, resize, shaped, shift_hue
 from patchloom.errors import UsageError
@@ -36,21 +37,16 @@ class TripletViews:
         UsageError: A value lies outside its range.
     """
 
+    @checked
     def __init__(
         self,
         size: Size,
         stack: int = 3,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        blur_sigma: tuple[float, float] = (0.1, 0.2),
-        flip: float = 0.5,
+        crop_scale: Shares = (0.08, 1.0),
+        blur_sigma: Factors = (0.1, 0.2),
+        flip: Probability = 0.5,
         balanced: bool = False,
     ) -> None:
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UsageError(f"crop_scale {crop_scale} must be two rising shares of the area in (0, 1]")
-        if not 0 < blur_sigma[0] <= blur_sigma[1]:
-            raise UsageError(f"blur_sigma {blur_sigma} must be two rising positive numbers, in pixels")
-        if not 0 <= flip <= 1:
-            raise UsageError(f"flip is {flip}; it is a probability, between 0 and 1")
         self.size, self.stack = checked_size("size", size), stack
         self.crop_scale, self.blur_sigma = crop_scale, blur_sigma
         self.flip, self.balanced = flip, balanced

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from patchloom.base import stopping
+from patchloom.base.ranges import Count, PositiveInt, checked
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.order import EpochOrder, Slot, Steps
 from patchloom.data.sample import Transform
@@ -121,22 +122,23 @@ class Loader:
             raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
 
 
+@checked
 def make_loader(
     source: Source | StreamSource,
     transform: Transform,
-    batch_size: int,
+    batch_size: PositiveInt,
     *,
     seed: int = 0,
     shuffle: bool,
-    num_workers: int = 2,
+    num_workers: Count = 2,
     rank: int = 0,
-    world_size: int = 1,
+    world_size: PositiveInt = 1,
     drop_last: bool = False,
     pin_memory: bool = False,
-    epoch_length: int | None = None,
-    repeats: int = 1,
-    accumulate: int = 1,
-    lanes: int | None = None,
+    epoch_length: PositiveInt | None = None,
+    repeats: PositiveInt = 1,
+    accumulate: PositiveInt = 1,
+    lanes: PositiveInt | None = None,
 ) -> Loader:
     """Return batches of a source.
 
@@ -164,17 +166,6 @@ def make_loader(
     Raises:
         UsageError: A value lies outside its range, or the source is empty.
     """
-    for name, value, low in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("world_size", world_size, 1),
-        ("epoch_length", 1 if epoch_length is None else epoch_length, 1),
-        ("repeats", repeats, 1),
-        ("accumulate", accumulate, 1),
-        ("lanes", 1 if lanes is None else lanes, 1),
-    ):
-        if value < low:
-            raise UsageError(f"{name} is {value}; it must be at least {low}")
     if not 0 <= rank < world_size:
         raise UsageError(f"rank is {rank}; with world_size {world_size} it must be from 0 to {world_size - 1}")
     options: dict[str, Any] = {"pin_memory": pin_memory, "num_workers": num_workers}

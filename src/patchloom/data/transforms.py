@@ -30,6 +30,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.choices import View
+from patchloom.base.ranges import Factors, Probability, Shares, checked
 from patchloom.base.sizes import Size, checked_size, pair
 from patchloom.data.deep_recipe import finetune_views
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, shaped, stretched, to_pil
@@ -61,27 +62,20 @@ class PairedViews:
         UsageError: A value lies outside its range, or the interpolation is unknown.
     """
 
+    @checked
     def __init__(
         self,
         size: Size,
         second_size: Size | None = None,
-        scale: tuple[float, float] = (0.2, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        scale: Shares = (0.2, 1.0),
+        ratio: Factors = (3 / 4, 4 / 3),
         interpolation: str = "bicubic",
         second_interpolation: str = "bicubic",
-        flip: float = 0.5,
-        color_jitter: float = 0.0,
+        flip: Probability = 0.5,
+        color_jitter: Probability = 0.0,
     ) -> None:
         self.size = checked_size("size", size)
         self.second_size = self.size if second_size is None else checked_size("second_size", second_size)
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise UsageError(f"crop scale {scale} must be two rising shares of the area in (0, 1]")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise UsageError(f"crop ratio {ratio} must be two rising positive numbers, width over height")
-        if not 0 <= flip <= 1:
-            raise UsageError(f"flip is {flip}; it is a probability, between 0 and 1")
-        if not 0 <= color_jitter <= 1:
-            raise UsageError(f"color_jitter is {color_jitter}; it is a strength between 0 and 1")
         self.scale, self.ratio = scale, ratio
         self.interpolation = _known(interpolation)
         self.second_interpolation = _known(second_interpolation)
@@ -242,26 +236,23 @@ class FinetuneTransform:
 
     normalized = True
 
+    @checked
     def __init__(
         self,
         size: Size,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        scale: tuple[float, float] = (0.08, 1.0),
+        scale: Shares = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: str = "bicubic",
         flip: float = 0.5,
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
         color_jitter: float = 0.4,
-        erasing: float = 0.25,
+        erasing: Probability = 0.25,
         padding: int | None = None,
     ) -> None:
         self.size = checked_size("size", size)
         self.padding = padding
-        if not 0 <= erasing <= 1:
-            raise UsageError(f"erasing is {erasing}; it is a probability, between 0 and 1")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise UsageError(f"crop scale {scale} must be two rising shares of the area in (0, 1]")
         self.mean, self.std = tuple(mean), tuple(std)
         self.scale, self.ratio = scale, ratio
         self.interpolation = _known(interpolation)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from patchloom.base.ranges import Count, PositiveInt, Share, checked
 from patchloom.encoders.patches import Grid, plane, shown
 from patchloom.errors import UsageError
 
@@ -40,20 +41,17 @@ class BlockMaskGenerator:
         UsageError: A number outside its range, or a grid of other than 2 axes.
     """
 
+    @checked
     def __init__(
         self,
         grid: Grid,
         num_masked: int,
-        min_block: int = 16,
-        max_block: int | None = None,
-        min_aspect: float = 0.3,
+        min_block: PositiveInt = 16,
+        max_block: PositiveInt | None = None,
+        min_aspect: Share = 0.3,
         exact: bool = True,
     ) -> None:
         _check_count(grid, num_masked)
-        if not 0 < min_aspect <= 1:
-            raise UsageError(f"min_aspect is {min_aspect}; it must be above 0 and at most 1")
-        if min_block < 1 or (max_block is not None and max_block < 1):
-            raise UsageError(f"min_block is {min_block} and max_block {max_block}; both must be at least 1")
         self.grid = plane(grid, "block masks")
         self.num_masked = num_masked
         self.min_block = min_block
@@ -106,9 +104,8 @@ class ReplacementSampler:
         UsageError: The number is negative, or more than are visible.
     """
 
-    def __init__(self, num_replaced: int) -> None:
-        if num_replaced < 0:
-            raise UsageError(f"num_replaced is {num_replaced}; it must be at least 0")
+    @checked
+    def __init__(self, num_replaced: Count) -> None:
         self.num_replaced = num_replaced
 
     def __call__(self, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -82,8 +82,6 @@ class TraitsGallery:
         """Explain, and write the gallery."""
         config = self.config
         check_out(config.out, config.overwrite)
-        if config.top < 1:
-            raise UsageError(f"top is {config.top}; show at least one head")
         if config.against is not None and config.class_name is None:
             raise UsageError(f"against={config.against} needs class_name: the class that is told from it")
         of_class = None if config.against is None else config.class_name
@@ -220,8 +218,6 @@ class CompareGallery:
         """Explain, and write the gallery."""
         config = self.config
         check_out(config.out, config.overwrite)
-        if config.pictured < 0:
-            raise UsageError(f"pictured is {config.pictured}; it must be at least 0")
         subject = open_subject(config, needs_classes=True)
         names = explainers_for(subject.model, config.methods)
         target, probabilities = _targets(config, subject)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.ranges import Fraction, PositiveInt, checked
 from patchloom.errors import UsageError
 
 T = TypeVar("T")
@@ -48,12 +49,9 @@ class Head(nn.Module):
         dropout: Probability of dropping a channel, in [0, 1).
     """
 
-    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
+    @checked
+    def __init__(self, channels: int, num_classes: PositiveInt, dropout: Fraction) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise UsageError(f"num_classes is {num_classes}; a head needs at least one class")
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout is {dropout}; it must be in [0, 1)")
         self.num_classes = num_classes
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.ranges import Count, PositiveInt, checked
 from patchloom.base.sizes import Size, checked_size, size_text
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError, unknown_name
@@ -28,6 +29,7 @@ PROTOCOLS = ("logistic", "knn")
 NEIGHBOURS = 20
 
 
+@checked
 def scaling(
     encoders: list[str],
     train: str,
@@ -37,11 +39,11 @@ def scaling(
     shots: list[float] | None = None,
     shots_by: Protocol = "nested",
     patients: str | None = None,
-    seeds: int = 3,
+    seeds: PositiveInt = 3,
     protocol: Literal["logistic", "knn"] = "logistic",
     untrained: bool = False,
-    batch_size: int = 128,
-    num_workers: int = 2,
+    batch_size: PositiveInt = 128,
+    num_workers: Count = 2,
     device: str = "auto",
     overwrite: bool = False,
     include: str | None = None,
@@ -102,8 +104,6 @@ def scaling(
     shot_counts = [1, 5, 10, 50] if shots is None else [int(s) if s == int(s) else s for s in sorted(set(shots))]
     for shot in shot_counts:
         check_shots(shot, shots_by, patients is not None)
-    if seeds < 1:
-        raise UsageError(f"seeds is {seeds}; it has to be at least 1")
     shared: dict[str, Any] = {"train": train, "test": test, "untrained": untrained, "batch_size": batch_size}
     shared |= SourceOptions(
         include=include,

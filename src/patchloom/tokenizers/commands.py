@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.ranges import Count, PositiveInt, checked
 from patchloom.base.sizes import Size, pair
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
@@ -21,25 +22,26 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf")
 
 
+@checked
 def fit_codebook(
     data: str,
     out: str,
-    k: int | None = None,
-    patch_size: int = 16,
+    k: PositiveInt | None = None,
+    patch_size: PositiveInt = 16,
     image_size: Size = 224,
-    images: int = 50_000,
-    per_class: int | None = None,
-    iters: int = 20,
-    seed: int = 1,
+    images: PositiveInt = 50_000,
+    per_class: PositiveInt | None = None,
+    iters: PositiveInt = 20,
+    seed: Count = 1,
     init: Literal["random", "kmeans++"] = "random",
-    max_points: int | None = None,
+    max_points: PositiveInt | None = None,
     backend: Literal["torch", "faiss"] = "torch",
     device: str = "auto",
-    memory_mb: int = 512,
+    memory_mb: PositiveInt = 512,
     overwrite: bool = False,
     include: str | None = None,
     exclude: str | None = None,
-    in_chans: int = 3,
+    in_chans: PositiveInt = 3,
     value_range: str = "auto",
     no_data: float | None = None,
     use_channels: str | None = None,

@@ -236,7 +236,7 @@ def test_batches_that_do_not_fit_are_refused(change, message):
         ({"centering": "sinkhorn"}, "did you mean sinkhorn_knopp"),
         ({"dino_weight": 0.0, "ibot_weight": 0.0}, "dino or ibot must be above 0"),
         ({"koleo_weight": -1.0}, "none may be negative"),
-        ({"nlayers": 0}, "a head has at least 1 layer"),
+        ({"nlayers": 0}, "nlayers is 0; it must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -25,6 +25,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.ranges import Fraction, PositiveInt, checked
 from patchloom.encoders import Encoder, depth, embed_dim
 from patchloom.encoders.heads import Pool
 from patchloom.encoders.insertion import Insertion
@@ -49,23 +50,17 @@ class BottleneckAdapter(nn.Module):
         UsageError: A value outside its range or an unknown option.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
-        bottleneck: int = 64,
+        bottleneck: PositiveInt = 64,
         scale: float | Literal["learnable"] = 0.1,
-        dropout: float = 0.1,
+        dropout: Fraction = 0.1,
         norm: Norm = "none",
         init: Init = "zero",
     ) -> None:
         super().__init__()
-        if bottleneck < 1:
-            raise UsageError(f"bottleneck is {bottleneck}; it must be at least 1")
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout is {dropout}; it must be at least 0 and below 1")
-        for kind, value, known in (("norm", norm, Norm), ("init", init, Init)):
-            if value not in get_args(known):
-                raise unknown_name(f"adapter {kind}", str(value), get_args(known))
         if isinstance(scale, str) and scale != "learnable":
             raise UsageError(f"scale is {scale!r}; give a number or learnable")
         self.down_proj = nn.Linear(dim, bottleneck)

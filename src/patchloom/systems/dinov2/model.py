@@ -25,6 +25,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import Encoder, embed_dim, final_norm, grid_size, num_prefix_tokens, run_blocks
 from patchloom.encoders.anysize import TIMM_RULE, PositionRule, embed_any_size
 from patchloom.encoders.batch_drop import LEAST_RATE, can_run_on_part, run_blocks_on_part, set_drop_path
@@ -61,19 +62,18 @@ class DINOHead(nn.Module):
         UsageError: `nlayers` below 1.
     """
 
+    @checked
     def __init__(
         self,
         in_dim: int,
         out_dim: int,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        nlayers: int = 3,
+        nlayers: PositiveInt = 3,
         use_bn: bool = False,
         mlp_bias: bool = True,
     ) -> None:
         super().__init__()
-        if nlayers < 1:
-            raise UsageError(f"nlayers is {nlayers}; a head has at least 1 layer")
         self.out_dim = out_dim
         layers: list[nn.Module] = []
         for width in [in_dim, *[hidden_dim] * (nlayers - 2)] if nlayers > 1 else []:

@@ -14,15 +14,13 @@ arXiv 2307.09787. The published code has a module of its own for every kind of e
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import Encoder, depth, embed_dim, final_norm, num_prefix_tokens
 from patchloom.encoders.insertion import Insertion
-from patchloom.errors import UsageError, unknown_name
 from patchloom.systems.dvpt.config import Pool
 
 
@@ -41,10 +39,9 @@ class SharedBottleneck(nn.Module):
         UsageError: A rank below 1.
     """
 
-    def __init__(self, dim: int, rank: int = 20, out_dim: int | None = None) -> None:
+    @checked
+    def __init__(self, dim: int, rank: PositiveInt = 20, out_dim: int | None = None) -> None:
         super().__init__()
-        if rank < 1:
-            raise UsageError(f"rank is {rank}; it must be at least 1")
         # PyTorch's own initial weights: with the gate at 0 both would be dead if one of them were 0 as well.
         self.down = nn.Linear(dim, rank)
         self.up = nn.Linear(rank, out_dim or dim)
@@ -87,23 +84,19 @@ class DVPT(Insertion):
     needs_mlp_branch = True
     carried = True
 
+    @checked
     def __init__(
         self,
         encoder: Encoder,
-        num_prompts: int = 50,
+        num_prompts: PositiveInt = 50,
         rank: int = 20,
-        share_every: int = 3,
+        share_every: PositiveInt = 3,
         dynamic: bool = True,
         pool: Pool = "prompts+class",
         num_classes: int | None = None,
         projection: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_prompts", num_prompts), ("share_every", share_every)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        if pool not in get_args(Pool):
-            raise unknown_name("pool", str(pool), get_args(Pool))
         self.arguments = {
             "num_prompts": num_prompts,
             "rank": rank,

@@ -15,6 +15,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import Encoder
 from patchloom.encoders.insertion import Insertion, place_of
 from patchloom.errors import UsageError
@@ -40,13 +41,16 @@ class PyramidPrompts(Insertion):
         UsageError: A value outside its range.
     """
 
+    @checked
     def __init__(
-        self, stages: Sequence[Sequence[Any]], widths: Sequence[int], num_prompts: int, rank: int, share_every: int
+        self,
+        stages: Sequence[Sequence[Any]],
+        widths: Sequence[int],
+        num_prompts: PositiveInt,
+        rank: PositiveInt,
+        share_every: PositiveInt,
     ) -> None:
         super().__init__()
-        for name, value in (("num_prompts", num_prompts), ("share_every", share_every)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
         self.num_prompts, self.share_every = num_prompts, share_every
         self.prompts, self.bottlenecks = nn.ParameterDict(), nn.ModuleDict()
         for stage, (blocks, width) in enumerate(zip(stages, widths, strict=True)):

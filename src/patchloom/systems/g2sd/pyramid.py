@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
 
@@ -34,10 +35,9 @@ class PyramidAdapter(nn.Module):
         UsageError: No level, or no channel.
     """
 
-    def __init__(self, levels: int = 5, channels: int = 256) -> None:
+    @checked
+    def __init__(self, levels: PositiveInt = 5, channels: PositiveInt = 256) -> None:
         super().__init__()
-        if min(levels, channels) < 1:
-            raise UsageError(f"levels is {levels} and channels {channels}; both must be at least 1")
         self.conv = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(levels))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:

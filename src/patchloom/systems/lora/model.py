@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import Encoder
 from patchloom.encoders.heads import Pool
 from patchloom.encoders.insertion import Insertion, Replacement
@@ -181,9 +182,8 @@ class LoRA(Readout, Insertion):
                     module.base_layer = base_layer
 
 
-def _check_targets(targets: Sequence[str], rank: int) -> None:
-    if rank < 1:
-        raise UsageError(f"rank is {rank}; it must be at least 1")
+@checked
+def _check_targets(targets: Sequence[str], rank: PositiveInt) -> None:
     if not targets:
         raise UsageError("targets is empty, so nothing would be trained but the head; use adapt linear for that")
     for target in targets:

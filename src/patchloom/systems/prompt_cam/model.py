@@ -17,12 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from patchloom.base.choices import PromptDepth as Depth
+from patchloom.base.ranges import Count, Fraction, checked
 from patchloom.encoders import (
     Encoder,
     embed,
@@ -35,7 +37,7 @@ from patchloom.encoders import (
 )
 from patchloom.encoders.attend import Group, Rewrite, attend_block, check_separable
 from patchloom.encoders.insertion import Insertion, Replacement, active, check_family, insert, insertions
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 
 NAME = "prompt_cam"
 """What the adapter is called on an encoder that `PromptCAM` was made of."""
@@ -351,20 +353,19 @@ def _check_images(encoder: Encoder, images: Tensor) -> None:
         )
 
 
-def _check(num_classes: int, depth: str, dropout: float, helpers: int | None, force: bool) -> None:
+@checked
+def _check(
+    num_classes: Annotated[int, Ge(2)],
+    depth: Depth,
+    prompt_dropout: Fraction,
+    helper_prompts: Count | None,
+    force: bool,
+) -> None:
     """Refuse what no model can be made of."""
-    if num_classes < 2:
-        raise UsageError(f"num_classes is {num_classes}; telling classes apart takes at least 2")
     if num_classes > MOST_CLASSES and not force:
         raise UsageError(
             f"num_classes is {num_classes}: every class is a token, and attention to more than {MOST_CLASSES:,} is "
             f"beyond most machines; set force to try, or take fewer classes"
         )
-    if depth not in get_args(Depth):
-        raise unknown_name("depth", depth, get_args(Depth))
-    if not 0 <= dropout < 1:
-        raise UsageError(f"prompt_dropout is {dropout}; it must be in [0, 1)")
-    if helpers is not None and helpers < 0:
-        raise UsageError(f"helper_prompts is {helpers}; it must be at least 0")
-    if helpers is not None and depth == "shallow":
+    if helper_prompts is not None and depth == "shallow":
         raise UsageError("helper_prompts belong to depth=deep; shallow prompts go through all blocks")

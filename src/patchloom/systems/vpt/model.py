@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patchloom.base.choices import PromptDepth as Depth
+from patchloom.base.ranges import Fraction, PositiveInt, checked
 from patchloom.encoders import Encoder, embed_dim
 from patchloom.encoders import depth as blocks_of
 from patchloom.encoders.heads import Pool
 from patchloom.encoders.insertion import Insertion
 from patchloom.encoders.readout import Readout
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 from patchloom.systems.adaptformer.model import chosen_blocks
 
 
@@ -59,12 +59,13 @@ class VisualPrompts(Readout, Insertion):
 
     kind = "vpt"
 
+    @checked
     def __init__(
         self,
         encoder: Encoder,
-        num_prompts: int = 1,
+        num_prompts: PositiveInt = 1,
         depth: Depth = "deep",
-        dropout: float = 0.0,
+        dropout: Fraction = 0.0,
         num_classes: int | None = None,
         pool: Pool = "auto",
         train_pool_norm: bool = True,
@@ -73,12 +74,6 @@ class VisualPrompts(Readout, Insertion):
         batch_norm: bool = True,
     ) -> None:
         super().__init__()
-        if depth not in get_args(Depth):
-            raise unknown_name("depth", str(depth), get_args(Depth))
-        if num_prompts < 1:
-            raise UsageError(f"num_prompts is {num_prompts}; it must be at least 1")
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.arguments = {
             "num_prompts": num_prompts,
             "depth": depth,
