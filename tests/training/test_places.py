@@ -37,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("probe_data", "chexpert:set:train:ones", "chexpert:{}/set:train:ones"),
         ("test", "labels.csv:test", "{}/labels.csv:test"),
         ("data", "frames:tr", "frames:{}/tr"),
+        ("data", "clips:tr", "clips:{}/tr"),
         ("data", "x-{00..01}.tar", "{}/x-{{00..01}}.tar"),
         ("data", "x-*.tar", "{}/x-*.tar"),
         ("encoder", "enc", "{}/enc"),

@@ -119,7 +119,9 @@ class Loader:
             yield held
         elif reports and self.batches_done == 0:
             key, reason = reports[0]
-            raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
+            raise UsageError(
+                f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
+            )
 
 
 @checked

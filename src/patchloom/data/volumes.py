@@ -371,7 +371,7 @@ def open_volumes(
         MissingExtraError: Without nibabel.
     """
     import_nibabel()
-    return VolumeSource(path, plane, channel, settings, coding)
+    return VolumeSource(path.removeprefix("volumes:"), plane, channel, settings, coding)
 
 
 def open_samples(path: Path, in_chans: int = 1) -> VolumeSource:

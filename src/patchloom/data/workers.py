@@ -77,7 +77,9 @@ class MapBatches(Dataset[Batch | UsageError]):
             if not self.replace:
                 return None
         key, reason = self._broken[0]
-        raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
+        raise UsageError(
+            f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
+        )
 
 
 class StreamBatches(IterableDataset[Batch | UsageError]):
@@ -169,7 +171,9 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
                     return readable
         if not readable:
             key, reason = broken[0]
-            raise UsageError(f"no image of '{self.source.name}' is readable; the first is '{key}': {reason}")
+            raise UsageError(
+                f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
+            )
         return readable
 
 

@@ -51,7 +51,7 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
             mean, std = channel_statistics(source)
         except UnreadableImageError as error:
             raise UsageError(
-                f"no image of '{source.name}' is readable; the first is '{error.key}': {error.reason}"
+                f"no {source.kind.name} of '{source.name}' is readable; the first is '{error.key}': {error.reason}"
             ) from error
         settled |= {"channel_mean": _rounded(mean.tolist()), "channel_std": _rounded(std.tolist())}
         notice(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource, no_labels
+from patchloom.data.kinds import require_kind
 from patchloom.data.subset import labelled_images
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import Encoder, normalize
@@ -258,6 +259,7 @@ def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source 
     assert config.test is not None
     options = {"by_index": True, **config.source_options()}
     test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **options)
+    require_kind(test, (source.kind.name,), f"what is measured beside {config.data}")
     names = list(source.class_names or [])
     if test.class_names is None:
         raise no_labels(test, "figures need labelled test images and ")
