@@ -62,7 +62,8 @@ def images(count: int, side: int) -> MemorySource:
 
 def said(count: int, side: int, steps: int, **changes: int) -> list[str]:
     config = TrainConfig(**{**BASICS, **changes})
-    return advice(SimpleNamespace(config=config, source=images(count, side), total_steps=steps, input_size=(64, 64)))
+    encoder = SimpleNamespace(pretrained_cfg={"input_size": (3, 64, 64)})
+    return advice(SimpleNamespace(config=config, source=images(count, side), total_steps=steps, encoder=encoder))
 
 
 def test_a_run_that_is_too_short_is_told_what_to_try():
