@@ -84,6 +84,18 @@ def test_a_broken_frame_or_one_of_another_size_leaves_its_clip_out_and_is_listed
     ]
 
 
+def test_what_stands_in_for_a_broken_clip_is_the_same_once_it_is_known_to_be_broken(videos):
+    for number in range(5):
+        (videos / f"a/short/{number}.png").write_bytes(b"no image")
+    source = open_source(f"clips:{videos}", clip_frames=4, clip_stride=1)
+    loader = make_loader(source, ClipView("crop", 8), 3, seed=3, shuffle=True, num_workers=0)
+    first = next(iter(loader))
+    loader.set_position(0)
+    again = next(iter(loader))
+    assert sorted(first["key"]) == ["a/exact", "b/long", "b/long"]
+    assert torch.equal(first["clip"], again["clip"])
+
+
 def test_one_value_range_holds_for_all_frames(tmp_path):
     for name, value in (("dark", 100), ("bright", 4000)):
         (tmp_path / name).mkdir()

@@ -314,6 +314,11 @@ def no_labels(source: Source | StreamSource, asked: str = "") -> UsageError:
     return UsageError(f"{asked}{source.name} {source.why_unlabelled or UNLABELLED}")
 
 
+def none_readable(source: Source | StreamSource, key: str, reason: str) -> UsageError:
+    """Return the error for a source none of whose samples can be read, from the first of them."""
+    return UsageError(f"no {source.kind.name} of '{source.name}' is readable; the first is '{key}': {reason}")
+
+
 def reading(source: Source | StreamSource) -> dict[str, object]:
     """Return how pixels are read and samples taken, where that is not a matter of course."""
     values: dict[str, object] = {"value_range": str(source.values)} if source.values != ValueRange() else {}

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from patchloom.base import stopping
 from patchloom.base.ranges import Count, PositiveInt, checked
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, none_readable
 from patchloom.data.order import EpochOrder, Slot, Steps
 from patchloom.data.sample import Transform
 from patchloom.data.stream_order import StreamOrder
@@ -119,9 +119,7 @@ class Loader:
             yield held
         elif reports and self.batches_done == 0:
             key, reason = reports[0]
-            raise UsageError(
-                f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
-            )
+            raise none_readable(self.source, key, reason)
 
 
 @checked

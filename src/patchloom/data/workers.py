@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
-from patchloom.data.base import Place, Source, StreamSource, Unreadable, UnreadableImageError
+from patchloom.data.base import Place, Source, StreamSource, Unreadable, UnreadableImageError, none_readable
 from patchloom.data.order import Slot, draw_seed
 from patchloom.data.pixels import alike
 from patchloom.data.sample import Sample, Transform, at_hand, transformed
@@ -77,9 +77,7 @@ class MapBatches(Dataset[Batch | UsageError]):
             if not self.replace:
                 return None
         key, reason = self._broken[0]
-        raise UsageError(
-            f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
-        )
+        raise none_readable(self.source, key, reason)
 
 
 class StreamBatches(IterableDataset[Batch | UsageError]):
@@ -171,9 +169,7 @@ class StreamBatches(IterableDataset[Batch | UsageError]):
                     return readable
         if not readable:
             key, reason = broken[0]
-            raise UsageError(
-                f"no {self.source.kind.name} of '{self.source.name}' is readable; the first is '{key}': {reason}"
-            )
+            raise none_readable(self.source, key, reason)
         return readable
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from patchloom.data import open_source
-from patchloom.data.base import Source, StreamSource, UnreadableImageError
+from patchloom.data.base import Source, StreamSource, UnreadableImageError, none_readable
 from patchloom.data.reading import reading_options
 from patchloom.data.survey import channel_statistics, notice
 from patchloom.encoders import Encoder
-from patchloom.errors import UsageError
 from patchloom.models.bundle import bundle_channels, read_reading
 from patchloom.training.config import Config
 from patchloom.training.options import start_of
@@ -50,9 +49,7 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
         try:
             mean, std = channel_statistics(source)
         except UnreadableImageError as error:
-            raise UsageError(
-                f"no {source.kind.name} of '{source.name}' is readable; the first is '{error.key}': {error.reason}"
-            ) from error
+            raise none_readable(source, error.key, error.reason) from error
         settled |= {"channel_mean": _rounded(mean.tolist()), "channel_std": _rounded(std.tolist())}
         notice(
             f"{source.name}: {config.in_chans} channels of mean {settled['channel_mean']} and standard deviation "
