@@ -170,3 +170,15 @@ def test_defaults_and_presets_lie_in_the_ranges(settings):
     assert made(settings)
     for preset in getattr(settings, "PRESETS", {}):
         assert made(settings, **preset_values(settings, preset))
+
+
+@EVERY
+def test_a_field_is_declared_anew_for_another_type_or_meaning_only(settings):
+    """A default alone is a line of the recipe: a field declared anew would have to repeat its range and its text."""
+    for base in settings.__mro__[1:]:
+        if not issubclass(base, Settings):
+            continue
+        inherited, said = typed_fields(base), help_texts(base)
+        for name in set(vars(settings)["__annotations__"]) & set(inherited) - set(vars(settings).get("RECIPE", {})):
+            same_type = typed_fields(settings)[name] == inherited[name]
+            assert not (same_type and help_texts(settings)[name] == said[name]), name

@@ -227,7 +227,7 @@ def test_initial_weights_are_the_published_ones():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decoder_depth": 0}, "decoder_depth is 0; the decoder has at least 1 block"),
+        ({"decoder_depth": 0}, "decoder_depth is 0; it must be at least 1"),
         ({"decoder_heads": 3}, "decoder_dim 16 is not divisible by decoder_heads 3"),
         ({"decoder_dim": 18, "decoder_heads": 2}, "divisible by 4, not 18"),
     ],

@@ -145,7 +145,7 @@ def test_share_rates():
 
 def test_what_cannot_be_is_refused():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
-    with pytest.raises(UsageError, match="experts is 1; a mixture needs at least 2"):
+    with pytest.raises(UsageError, match="num_experts is 1; it must be at least 2"):
         expand_ffn(vit, 1)
     with pytest.raises(UsageError, match="experts is 197, and an image has 196 patches to share out"):
         expand_ffn(vit, 197)

@@ -120,9 +120,10 @@ def list_games() -> list[str]:
     return sorted(name[4:-3] for name in gymnasium.registry if name.startswith("ALE/") and name.endswith("-v5"))
 
 
+@checked
 def record_atari(
     games: str | Sequence[str],
-    steps: int = STEPS,
+    steps: PositiveInt = STEPS,
     frame_skip: int = 4,
     seed: int = 0,
     *,
@@ -152,8 +153,6 @@ def record_atari(
         MissingExtraError: gymnasium or ale-py is not installed.
     """
     names = [name.strip() for name in games.split(",")] if isinstance(games, str) else list(games)
-    if steps < 1:
-        raise UsageError(f"steps is {steps}; record at least one frame")
     for name in names:
         if name not in (known := list_games()):
             raise unknown_name("Atari game", name, known)

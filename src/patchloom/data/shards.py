@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.base.source_options import words
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError, spread
 from patchloom.data.decode import IMAGE_SUFFIXES, decode_image
@@ -70,19 +71,18 @@ class ShardSource(StreamSource):
         MissingExtraError: webdataset is not installed.
     """
 
+    @checked
     def __init__(
         self,
         pattern: str | Path | Sequence[str | Path],
         in_chans: int = 3,
-        buffer_size: int = 1000,
+        buffer_size: PositiveInt = 1000,
         missing: str | None = None,
         image_field: str | None = None,
         label_field: str | None = None,
         mask_field: str | None = None,
         caption_field: str | None = None,
     ) -> None:
-        if buffer_size < 1:
-            raise UsageError(f"buffer_size is {buffer_size}; it must be at least 1")
         patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
         self.name = printable(", ".join(str(one) for one in patterns))
         self.in_chans = in_chans

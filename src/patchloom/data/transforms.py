@@ -30,7 +30,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.choices import View
-from patchloom.base.ranges import Factors, Probability, Shares, checked
+from patchloom.base.ranges import Factors, Probability, Share, Shares, checked
 from patchloom.base.sizes import Size, checked_size, pair
 from patchloom.data.deep_recipe import finetune_views
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, shaped, stretched, to_pil
@@ -139,9 +139,8 @@ class EvalTransform:
         UsageError: A value lies outside its range, or the interpolation is unknown.
     """
 
-    def __init__(self, size: Size, crop_pct: float = 0.875, interpolation: str = "bicubic") -> None:
-        if not 0 < crop_pct <= 1:
-            raise UsageError(f"crop_pct is {crop_pct}; it is a share, above 0 and at most 1")
+    @checked
+    def __init__(self, size: Size, crop_pct: Share = 0.875, interpolation: str = "bicubic") -> None:
         self.size = checked_size("size", size)
         self.crop_pct = crop_pct
         self.interpolation = _known(interpolation)

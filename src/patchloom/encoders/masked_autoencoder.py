@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import (
     Encoder,
     embed,
@@ -75,19 +76,18 @@ class MaskedAutoencoder(nn.Module):
         UsageError: A decoder whose width heads or positions do not divide, or without blocks.
     """
 
+    @checked
     def __init__(
         self,
         encoder: Encoder,
         decoder_dim: int = 512,
-        decoder_depth: int = 8,
+        decoder_depth: PositiveInt = 8,
         decoder_heads: int = 16,
         norm_pix_loss: bool = True,
         mask_ratio: float = 0.75,
         decoder_mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        if decoder_depth < 1:
-            raise UsageError(f"decoder_depth is {decoder_depth}; the decoder has at least 1 block")
         if decoder_heads < 1 or decoder_dim % decoder_heads:
             raise UsageError(f"decoder_dim {decoder_dim} is not divisible by decoder_heads {decoder_heads}")
         self.encoder = encoder

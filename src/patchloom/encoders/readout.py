@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from torch import nn
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.encoders import Encoder
 from patchloom.encoders.heads import NormalizedLinearHead, Pool, PoolNorm, needs_pool_norm, pool_replacements
 from patchloom.encoders.insertion import Replacement
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 
 
 class Readout:
@@ -31,10 +32,11 @@ class Readout:
     pool_norm: nn.Module | None
     replaces_norm: bool = False
 
+    @checked
     def make_readout(
         self,
         encoder: Encoder,
-        num_classes: int | None,
+        num_classes: PositiveInt | None,
         pool: Pool = "auto",
         train_pool_norm: bool = True,
         own_pool_norm: bool = False,
@@ -54,10 +56,6 @@ class Readout:
             UsageError: Fewer than two classes, an unknown pooling, or one the encoder cannot do; a copy of a norm that
                 the encoder does not have.
         """
-        if pool not in get_args(Pool):
-            raise unknown_name("pool", str(pool), get_args(Pool))
-        if num_classes is not None and num_classes < 1:
-            raise UsageError(f"num_classes is {num_classes}; it must be at least 1")
         self.pool = pool
         self.pool_norm = PoolNorm(encoder) if needs_pool_norm(encoder, pool) else None
         self.replaces_norm = own_pool_norm

@@ -19,14 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from patchloom.base.ranges import Fraction, checked
 from patchloom.encoders import Embedded, Encoder, depth, embed, grid_size, image_size, num_prefix_tokens, run_blocks
 from patchloom.encoders.insertion import active, insertions, plain
-from patchloom.errors import UsageError, unknown_name
+from patchloom.errors import UsageError
 from patchloom.systems.prompt_cam.model import ClassPrompts, PromptCAM
 
 Fusion = Literal["mean", "max", "min"]
@@ -85,7 +86,10 @@ def class_token_maps(model: nn.Module, images: Tensor, layer: int = -1) -> Tenso
 
 
 @torch.no_grad()
-def rollout(model: nn.Module, images: Tensor, fusion: Fusion = "mean", discard: float = 0.0, start: int = 0) -> Tensor:
+@checked
+def rollout(
+    model: nn.Module, images: Tensor, fusion: Fusion = "mean", discard: Fraction = 0.0, start: int = 0
+) -> Tensor:
     """Return attention multiplied through the blocks: how much of each patch reaches the class token.
 
     In each block the heads become one matrix, half of the identity is added for the residual connection, and rows
@@ -104,10 +108,6 @@ def rollout(model: nn.Module, images: Tensor, fusion: Fusion = "mean", discard: 
     Raises:
         UsageError: An unknown fusion, a share outside its range, or a block the encoder does not have.
     """
-    if fusion not in get_args(Fusion):
-        raise unknown_name("fusion", fusion, get_args(Fusion))
-    if not 0 <= discard < 1:
-        raise UsageError(f"discard is {discard}; it must be in [0, 1)")
     encoder = encoder_of(model)
     check_images(encoder, images)
     first = block_number(encoder, start)

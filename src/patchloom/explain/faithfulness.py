@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from patchloom.base.ranges import PositiveInt, checked
 from patchloom.errors import UsageError
 
 Unit = Literal["pixels", "patches"]
@@ -49,12 +50,13 @@ class Faithfulness(NamedTuple):
 
 
 @torch.no_grad()
+@checked
 def insertion_deletion(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
     saliency: Tensor,
     target: Tensor,
-    steps: int = 50,
+    steps: PositiveInt = 50,
     unit: Unit = "pixels",
     batch_size: int = 128,
 ) -> Faithfulness:
@@ -76,8 +78,6 @@ def insertion_deletion(
         raise UsageError(f"{len(images)} images have maps of shape {tuple(saliency.shape)}; expected (images, h, w)")
     if target.shape != (len(images),):
         raise UsageError(f"{len(images)} images have {tuple(target.shape)} targets; give one class for each image")
-    if steps < 1:
-        raise UsageError(f"steps is {steps}; it must be at least 1")
     ranks, count = pixel_ranks(saliency, (images.shape[-2], images.shape[-1]), unit)
     steps = count if unit == "patches" else min(steps, count)
     blurred, empty = blurred_start(images), torch.zeros_like(images)

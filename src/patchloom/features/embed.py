@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchloom.base.ranges import Count, PositiveInt, checked
 from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import check_place, written_whole
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
 
 
+@checked
 def embed(
     model: str,
     data: str,
     out: str,
     image_size: Size | None = None,
-    batch_size: int = 128,
-    num_workers: int = 2,
+    batch_size: PositiveInt = 128,
+    num_workers: Count = 2,
     device: str = "auto",
     pool: Literal["auto", "cls", "avg", "cls+avg"] = "auto",
     precision: Literal["32", "bf16", "16"] = "32",
@@ -38,8 +40,8 @@ def embed(
     no_data: float | None = None,
     use_channels: str | None = None,
     channel_files: str | None = None,
-    clip_frames: int | None = None,
-    clip_stride: int | None = None,
+    clip_frames: PositiveInt | None = None,
+    clip_stride: PositiveInt | None = None,
     image_field: str | None = None,
     label_field: str | None = None,
     mask_field: str | None = None,

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.base.ranges import Positive, checked
 from patchloom.errors import UsageError
 from patchloom.features.class_scores import ClassScores, class_scores
 
@@ -76,13 +77,14 @@ def knn_scores(
     return class_scores(predicted, test_labels)
 
 
+@checked
 def knn_votes(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
     *,
     ks: Sequence[int] = (20,),
-    temperature: float = 0.07,
+    temperature: Positive = 0.07,
     num_classes: int | None = None,
     leave_one_out: bool = False,
     block: int = 1024,
@@ -113,8 +115,6 @@ def knn_votes(
         UsageError: As for `knn_predict`; or `leave_one_out` with other test features than training features.
     """
     check_neighbours(train, train_labels, ks, leave_one_out, len(test))
-    if not temperature > 0:
-        raise UsageError(f"temperature is {temperature}; it must be above 0")
     classes = _class_count(train_labels, num_classes)
     most = len(train) - leave_one_out
     neighbour_counts = sorted({min(k, most) for k in ks})

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchloom.base.ranges import Positive, checked
 from patchloom.errors import UsageError
 from patchloom.features.knn import check_neighbours, nearest_neighbours
 
@@ -26,13 +27,14 @@ KS = (5, 20, 50, 100, 200)
 
 
 @torch.no_grad()
+@checked
 def mlknn_predict(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
     *,
     ks: Sequence[int] = KS,
-    smoothing: float = 1.0,
+    smoothing: Positive = 1.0,
     exclude_self: bool = False,
     leave_one_out: bool = False,
     block: int = 1024,
@@ -65,8 +67,6 @@ def mlknn_predict(
     check_neighbours(train, train_labels, ks, leave_one_out, len(test))
     if train_labels.ndim != 2:
         raise UsageError("ML-kNN is for several labels each, (n, L); take the vote of neighbours for classes")
-    if not smoothing > 0:
-        raise UsageError(f"smoothing is {smoothing}; it must be above 0")
     apart = exclude_self or leave_one_out
     most = len(train) - apart
     if most < 1:

@@ -142,14 +142,15 @@ def fit_codebook(
     return summary
 
 
+@checked
 def show_codebook(
     codebook: str,
     out: str | None = None,
     data: str | None = None,
     sort: Literal["hue", "frequency"] = "hue",
-    images: int = 8,
+    images: PositiveInt = 8,
     image_size: Size = 224,
-    seed: int = 0,
+    seed: Count = 0,
     overwrite: bool = False,
     include: str | None = None,
     exclude: str | None = None,

@@ -21,11 +21,13 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
+from patchloom.base.ranges import checked
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError, unknown_name
 
@@ -52,26 +54,18 @@ class RandomPartitionExperts(nn.Module):
         UsageError: Fewer than two experts, a feed-forward that is a mixture already, or an unknown word.
     """
 
+    @checked
     def __init__(
         self,
         ffn: nn.Module,
-        num_experts: int = 4,
+        num_experts: Annotated[int, Ge(2)] = 4,
         init: Literal["independent", "copy"] = "independent",
         scope: Literal["batch", "image"] = "batch",
         eval_mode: Literal["average", "random"] = "average",
     ) -> None:
         super().__init__()
-        if num_experts < 2:
-            raise UsageError(f"experts is {num_experts}; a mixture needs at least 2")
         if isinstance(ffn, RandomPartitionExperts):
             raise UsageError("this feed-forward is a mixture of experts already")
-        for name, value, known in (
-            ("init", init, ("independent", "copy")),
-            ("scope", scope, ("batch", "image")),
-            ("eval_mode", eval_mode, ("average", "random")),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ffn.modules()):
             warnings.warn("the running statistics of batch norms in a feed-forward are averaged too", stacklevel=2)
         self.experts = nn.ModuleList([ffn, *(copy.deepcopy(ffn) for _ in range(num_experts - 1))])

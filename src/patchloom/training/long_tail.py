@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.ranges import Fraction, checked
 from patchloom.errors import UsageError
 
 
@@ -78,7 +79,8 @@ def long_tail_subset(labels: np.ndarray, counts: Sequence[int], seed: int = 0) -
     return np.concatenate(kept)
 
 
-def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> Tensor:
+@checked
+def effective_number_weights(counts: Sequence[float], beta: Fraction = 0.9999) -> Tensor:
     """Return the weight of each class by its effective number of images (Cui et al. 2019); the weights sum to C.
 
     Args:
@@ -88,8 +90,6 @@ def effective_number_weights(counts: Sequence[float], beta: float = 0.9999) -> T
     Raises:
         UsageError: A class without image, whose weight would be infinite.
     """
-    if not 0 <= beta < 1:
-        raise UsageError(f"beta is {beta}; it must be at least 0 and below 1")
     if empty := [number for number, count in enumerate(counts) if count < 1]:
         raise UsageError(f"class {empty[0]} has no training image; remove the class or give it one")
     effective = 1.0 - np.power(beta, np.asarray(counts, dtype=np.float64))

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
-from patchloom.errors import UsageError
+from annotated_types import Ge
+
+from patchloom.base.ranges import Count, Fraction, PositiveInt, Probability, checked
 
 
+@checked
 def record_frames(
     games: str,
     out: str,
-    steps: int = 10_000,
+    steps: PositiveInt = 10_000,
     policy: str = "random",
-    epsilon: float = 0.05,
-    frame_skip: int = 4,
-    sticky: float = 0.25,
-    size: int = 84,
-    seed: int = 0,
+    epsilon: Probability = 0.05,
+    frame_skip: PositiveInt = 4,
+    sticky: Fraction = 0.25,
+    size: Annotated[int, Ge(8)] = 84,
+    seed: Count = 0,
     overwrite: bool = False,
 ) -> dict[str, object]:
     """Record frames of Atari games in time order, for `--data frames:OUT`.
@@ -43,8 +47,6 @@ def record_frames(
     from patchloom.evaluate.atari.record import ABOUT, AgentPlayer, find_agent, load_agent
 
     player: AgentPlayer | None = None
-    if not 0 <= epsilon <= 1:
-        raise UsageError(f"epsilon is {epsilon}; it is a share, between 0 and 1")
     if policy != "random":
         player = AgentPlayer(load_agent(policy), epsilon)
         size = int(json.loads((find_agent(policy) / ABOUT).read_text(encoding="utf-8"))["size"])
