@@ -37,3 +37,8 @@ def test_what_a_transform_reads_and_a_sample_lacks_is_named():
 def test_samples_travel_to_workers():
     again = pickle.loads(pickle.dumps(Sample(IMAGE, 1, "a", {"mask": IMAGE[0]})))
     assert (again.label, again.key, set(again.named)) == (1, "a", {"mask"})
+
+
+def test_what_asks_for_an_image_gets_no_clip():
+    with pytest.raises(UsageError, match="'a' has 4 axes in place of three"):
+        _ = Sample(torch.zeros(3, 2, 8, 8), 0, "a").image

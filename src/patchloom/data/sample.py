@@ -44,7 +44,13 @@ class Sample:
 
     @property
     def image(self) -> Tensor:
-        """The value, of a source of images."""
+        """The value, of a source of images.
+
+        Raises:
+            UsageError: It is no image.
+        """
+        if self.value.ndim != 3:
+            raise UsageError(f"images are taken here, and '{self.key}' has {self.value.ndim} axes in place of three")
         return self.value
 
 

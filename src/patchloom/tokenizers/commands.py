@@ -276,12 +276,14 @@ def _draw_images(
 
     from patchloom.data import open_source
     from patchloom.data.base import StreamSource, Unreadable, UnreadableImageError
+    from patchloom.data.kinds import require_kind
     from patchloom.data.pixels import alike
     from patchloom.data.transforms import EvalTransform
     from patchloom.encoders.patches import patch_grid
 
     patch_grid(pair(image_size), tokenizer.patch_size)
     source = open_source(data, in_chans=tokenizer.in_chans, **options)
+    require_kind(source, ("image",), "tokenize show")
     transform = EvalTransform(image_size)
     drawn: list[Tensor] = []
     if isinstance(source, StreamSource):
