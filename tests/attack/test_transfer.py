@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import patchloom as pl
-from patchloom.attack.measure import beyond, checks, figures_of
+from patchloom.attack.measure import beyond, checks, evaluate_transfer, figures_of
 from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.encoders.insertion import insert
@@ -21,6 +21,8 @@ from patchloom.errors import UsageError
 from patchloom.models.adapters import encoder_hash, save_adapter
 from patchloom.models.bundle import save_bundle
 from patchloom.systems.adaptformer.model import AdaptFormer
+from patchloom.systems.dta.attacks import RandomNoise
+from patchloom.systems.dta.features import PixelClassifier
 from small_images import write_images
 
 CLASSES = ["blue", "green", "red"]
@@ -129,6 +131,26 @@ def test_figures_are_those_of_the_stored_images(places, tmp_path):
         right.append(names[int(model((pixels - mean) / std).argmax())] == key.split("/")[0])
     row = next(row for row in run.summary["table"] if row["victim"] == "tuned")
     assert row["robust"] == pytest.approx(100 * sum(right) / len(right))
+    with (run.path / "predictions.csv").open() as file:
+        said = [one for one in csv.DictReader(file) if one["victim"] == "tuned"]
+    assert [one["image"] for one in said] == about["keys"]
+    assert [one["dta"] == one["class"] == one["image"].split("/")[0] for one in said] == right
+    assert 100 * sum(one["clean"] == one["class"] for one in said) / len(said) == pytest.approx(row["clean"])
+
+
+def test_a_loader_of_ones_own(places):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.rand(4, 3, 16, 16, generator=generator), torch.tensor([0, 1, 2, n])) for n in range(2)]
+    victim = PixelClassifier(pl.load(places / "tuned")).eval()
+    noise = RandomNoise(8 / 255, torch.Generator().manual_seed(1))
+    (row,) = evaluate_transfer({"noise": noise}, {"tuned": victim}, batches)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert row["clean"] == pytest.approx(100 * float((victim(images).argmax(1) == labels).double().mean()))
+    assert (row["attack"], row["victim"], row["n"]) == ("noise", "tuned", 8)
+    (rounded,) = evaluate_transfer({"same": lambda x: x}, {"tuned": victim}, batches, eps=1.0)
+    assert rounded["clean"] == row["clean"]
+    with pytest.raises(UsageError, match="no image to attack"):
+        evaluate_transfer({}, {}, [])
 
 
 def test_going_on_makes_what_is_missing_and_nothing_else(places, tmp_path, capsys):

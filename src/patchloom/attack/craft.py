@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class Crafter:
     subjects: Subjects
     search: DownstreamTransferAttack | None = None
 
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Hashes of the weights the attacker knows, by encoder."""
+        return fingerprints(self.subjects.encoders, self.subjects.encoder_names)
+
     def names(self) -> tuple[list[str], list[str]]:
         """Return the attacks to make, and reasons why some that were asked for are not."""
         wanted: list[str] = []
@@ -100,21 +106,20 @@ class Crafter:
             rows: Which of the images.
         """
         clean = self.subjects.images
-        if name in ("pap", "universal"):
-            return self._finished(self._universal(name, rows), clean[rows])
+        noise = self._universal(name) if name in ("pap", "universal") else None
         numbers = range(len(clean))[rows]
         made = []
         for place in range(numbers.start, numbers.stop, self.config.batch_size):
             some = slice(place, min(place + self.config.batch_size, numbers.stop))
-            attack = self._attack(name, victim, torch.Generator().manual_seed(self._seed(place)))
-            images = clean[some].to(self.subjects.device)
-            tanh = self.config.optimizer == "adam_tanh" and name in ("dta", "middle", "flat", "feature_l2", "last")
-            start = self._start(some, 1.0 if tanh else self.config.epsilon)
-            made.append(attack(images, some, start).cpu())
-        return self._finished(torch.cat(made), clean[rows])
-
-    def _finished(self, x: Tensor, images: Tensor) -> Tensor:
-        return quantised(x, images, self.config.epsilon) if self.config.quantise else x
+            if noise is not None:
+                x = inside(clean[some] + noise, clean[some], self.config.epsilon)
+            else:
+                attack = self._attack(name, victim, torch.Generator().manual_seed(self._seed(place)))
+                tanh = self.config.optimizer == "adam_tanh" and name in ("dta", "middle", "flat", "feature_l2", "last")
+                start = self._start(some, 1.0 if tanh else self.config.epsilon)
+                x = attack(clean[some].to(self.subjects.device), some, start).cpu()
+            made.append(quantised(x, clean[some], self.config.epsilon) if self.config.quantise else x)
+        return torch.cat(made)
 
     def _attack(self, name: str, victim: Victim | None, generator: torch.Generator) -> Callable[..., Tensor]:
         """Return what attacks a batch: (images, their rows, noise to begin with) to attacked images."""
@@ -182,8 +187,8 @@ class Crafter:
             generator=torch.Generator().manual_seed(self._seed(0)),
         )
 
-    def _universal(self, name: str, rows: slice) -> Tensor:
-        """Return images with one noise on all, made on the images the search looks at."""
+    def _universal(self, name: str) -> Tensor:
+        """Return one noise for all images (1, C, H, W), made on the images the search looks at."""
         config, device = self.config, self.subjects.device
         generator = torch.Generator().manual_seed(self._seed(0))
         if name == "pap":
@@ -199,8 +204,7 @@ class Crafter:
         images = self.subjects.images
         batches = [part.to(device) for part in images[:count].split(config.batch_size)]
         passes = max(UNIVERSAL_PASSES, -(-config.steps // len(batches)))
-        noise = universal_noise(attack, batches, passes=passes).cpu()
-        return inside(images[rows] + noise, images[rows], config.epsilon)
+        return universal_noise(attack, batches, passes=passes).cpu()
 
     def _start(self, rows: slice, eps: float) -> Tensor:
         """Return the noise that images begin with, each its own."""
@@ -223,9 +227,9 @@ def store(folder: Path, attacked: Tensor, images: Tensor, keys: Sequence[str], a
     if folder.exists():
         shutil.rmtree(folder)
     make_folder(folder)
-    delta = (attacked.double() - images.double()) * 255
+    delta = (attacked - images) * 255
     whole = bool((delta - delta.round()).abs().max() < 1e-3)
-    kept = delta.round().to(torch.int16) if whole else (attacked - images).float()
+    kept = delta.round().to(torch.int16) if whole else attacked - images
     with written_whole(folder / DELTAS) as temporary:
         save_file({"deltas": kept.contiguous()}, temporary, metadata={"unit": "1/255" if whole else "1"})
         temporary.chmod(0o644)
@@ -254,7 +258,7 @@ def stored(folder: Path, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, d
     if about.pop("keys", None) != list(keys) or kept.shape != images.shape:
         raise UsageError(f"{folder} holds attacks on other images than the data has now; choose another out")
     if kept.dtype == torch.int16:
-        attacked = (((images.double() * 255) + kept.double()).round() / 255).clamp(0, 1).to(images.dtype)
+        attacked = ((images * 255 + kept).round().double() / 255).to(images.dtype)
     else:
         attacked = images + kept
     return attacked, about

@@ -7,20 +7,24 @@ noise that does as much as an attack, an attack without knowledge of the victim 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import isnan
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchloom.attack.subjects import Victim
+from patchloom.errors import UsageError
 from patchloom.evaluate.statistics.intervals import LEVEL, paired_bootstrap
 from patchloom.evaluate.statistics.metrics import accuracy, exact_share
+from patchloom.systems.dta.ball import quantised
 from patchloom.systems.dta.success import attack_success
 
+Attack = Callable[[Tensor], Tensor]
+"""Takes images (B, C, H, W) in [0, 1], returns attacked ones."""
 WITHIN = 2.0
 """Points by which a white-box attack may fall short of another before it is a sign of masked gradients."""
 
@@ -44,6 +48,48 @@ def figures_of(clean: Tensor, attacked: Tensor, labels: Tensor) -> dict[str, Any
     found["asr_interval"] = None if not n_right else _percent(exact_share(fooled, n_right, LEVEL))
     found["robust_interval"] = _percent(exact_share(int((attacked.argmax(1) == labels).sum()), n, LEVEL))
     return {**found, "n": n, "n_right": n_right}
+
+
+def evaluate_transfer(
+    attacks: Mapping[str, Attack],
+    victims: Mapping[str, nn.Module],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    eps: float | None = None,
+) -> list[dict[str, Any]]:
+    """Return the table of attacks and victims for a loader of one's own.
+
+    Args:
+        attacks: Name to a callable from images (B, C, H, W) in [0, 1] to attacked ones.
+        victims: Name to a classifier of images in [0, 1], in eval mode; `PixelClassifier` makes one of a timm model.
+        loader: Batches of images and (B,) int64 classes in the victims' numbering.
+        eps: Where given, attacked images are rounded to 8 bits towards the clean ones, within this ε.
+
+    Returns:
+        A row for each attack and victim, see `figures_of`.
+
+    Raises:
+        UsageError: No image.
+    """
+    clean: dict[str, list[Tensor]] = {name: [] for name in victims}
+    said: dict[tuple[str, str], list[Tensor]] = {(name, victim): [] for victim in victims for name in attacks}
+    truth = []
+    for images, labels in loader:
+        truth.append(labels.cpu())
+        shown = {name: attack(images) for name, attack in attacks.items()}
+        with torch.no_grad():
+            for victim, model in victims.items():
+                clean[victim].append(model(images).float().cpu())
+                for name, x in shown.items():
+                    x = x if eps is None else quantised(x, images, eps)
+                    said[name, victim].append(model(x).float().cpu())
+    if not truth:
+        raise UsageError("the loader gives no image to attack")
+    labels = torch.cat(truth)
+    return [
+        {"attack": name, "victim": victim, **figures_of(torch.cat(clean[victim]), torch.cat(logits), labels)}
+        for (name, victim), logits in said.items()
+    ]
 
 
 def beyond(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, Any]:

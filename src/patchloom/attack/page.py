@@ -35,7 +35,7 @@ def sections(
     Args:
         config: The settings.
         subjects: Models and images.
-        attacked: Attacked images (n, C, H, W) by attack and, of a white-box attack, victim.
+        attacked: The first attacked images (pictured, C, H, W) by attack and, of a white-box attack, victim.
         said: Logits (n, classes) on them, by attack and victim.
         summary: The figures.
     """

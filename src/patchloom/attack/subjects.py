@@ -45,8 +45,8 @@ class Subjects:
     """What the attacker knows, in eval mode."""
     encoder_names: list[str]
     victims: list[Victim]
-    pictures: Tensor
-    """(n, C, H, W) images as they are read, of the first encoder's size."""
+    images: Tensor
+    """(n, C, H, W) clean images in [0, 1], of the first encoder's size, on the CPU."""
     keys: list[str]
     """Names of the images."""
     available: int
@@ -54,11 +54,6 @@ class Subjects:
     skipped: list[Any]
     """Images that could not be read."""
     device: torch.device
-
-    @property
-    def images(self) -> Tensor:
-        """Clean images (n, C, H, W) in [0, 1], on the CPU."""
-        return unit(self.pictures)
 
 
 def open_subjects(config: DTAConfig) -> Subjects:
@@ -94,12 +89,12 @@ def open_subjects(config: DTAConfig) -> Subjects:
             keys += batch["key"]
     if not pictures:
         raise UsageError(f"{config.data} holds no readable image")
-    truth, shown = torch.cat(labels), torch.cat(alike(pictures))
+    truth, shown = torch.cat(labels), unit(torch.cat(alike(pictures)))
     victims = []
     for name, model in models.items():
         classifier = PixelClassifier(model).eval()
         with torch.no_grad():
-            outputs = classifier(unit(shown[:1]).to(device)).shape[1]
+            outputs = classifier(shown[:1].to(device)).shape[1]
         own = _renumbered(truth, list(source.class_names or []), name, class_names(model), outputs)
         victims.append(Victim(name, classifier, own))
     for name, model in models.items():

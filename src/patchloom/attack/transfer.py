@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchloom.attack.craft import TITLES, Crafter, fingerprints, store, stored
 from patchloom.attack.measure import answers, beyond, checks, figures_of
 from patchloom.attack.page import sections
-from patchloom.attack.subjects import Subjects, Victim, open_subjects
+from patchloom.attack.subjects import Subjects, Victim, class_names, open_subjects
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
 from patchloom.io import check_place, make_folder, read_config, write_json, write_rows
@@ -30,7 +31,8 @@ from patchloom.sweep.study import markdown
 from patchloom.systems.dta.config import DTAConfig, listed
 from patchloom.training.config import CONFIG, dump_config
 
-SUMMARY, METRICS, REPORT, CURVES = "summary.json", "metrics.csv", "report.html", "curves.json"
+SUMMARY, METRICS, PREDICTIONS = "summary.json", "metrics.csv", "predictions.csv"
+REPORT, CURVES = "report.html", "curves.json"
 FREE_ON_RESUME = {"resume", "overwrite", "out", "num_workers", "device", "attacks", "pictured", "victim"}
 """Settings that may be others when a command goes on: what was made stays what it is."""
 OF_A_ROW = ("clean", "asr", "robust", "error", "flip")
@@ -91,13 +93,13 @@ class TransferAttack:
         said: dict[tuple[str, str], Tensor] = {}
         made: list[dict[str, Any]] = []
         for name in names:
-            for victim in subjects.victims:
-                if name == "white_box" or (name, "") not in attacked:
-                    target = victim if name == "white_box" else None
-                    x, about = self._made(out, name, target, crafter)
-                    attacked[name, target.name if target else ""] = x
+            x = torch.empty(0)
+            for number, victim in enumerate(subjects.victims):
+                if name == "white_box" or number == 0:  # others are made once, for all victims
+                    of_one = victim if name == "white_box" else None
+                    x, about = self._made(out, name, of_one, crafter)
+                    attacked[name, of_one.name if of_one else ""] = x[: config.pictured].clone()
                     made.append({"attack": name, **about})
-                x = attacked[name, victim.name if name == "white_box" else ""]
                 said[name, victim.name] = self._answers(subjects, victim, x)
         rows = [
             {"attack": name, "victim": v.name, **figures_of(clean[v.name], said[name, v.name], v.labels)}
@@ -116,6 +118,7 @@ class TransferAttack:
             found += checks(v.name, robust, pair, curves.get(v.name, {}), before, majority)
         summary = self._summary(crafter, rows, found, curves, made, left_out, time.monotonic() - began)
         _write_metrics(out / METRICS, rows)
+        _write_predictions(out / PREDICTIONS, subjects, clean, said)
         write_json(out / SUMMARY, summary)
         doubts = [row for row in found if not row["good"]]
         write_report(
@@ -142,7 +145,7 @@ class TransferAttack:
         subjects, config = crafter.subjects, self.config
         folder = out / name if victim is None else out / name / victim.name
         images = subjects.images
-        weights = fingerprints(subjects.encoders, subjects.encoder_names)
+        weights = crafter.weights
         of_victim = {} if victim is None else fingerprints([victim.model], [victim.name])
         kept = stored(folder, images, subjects.keys) if config.resume else None
         if kept is not None and kept[1].get("encoders") != weights:
@@ -317,6 +320,23 @@ def _write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
         ends = [*(row["asr_interval"] or ("", "")), *row["robust_interval"]]
         written.append([*("" if row[name] is None else row[name] for name in header[:9]), *ends])
     write_rows(path, header, written)
+
+
+def _write_predictions(
+    path: Path, subjects: Subjects, clean: dict[str, Tensor], said: dict[tuple[str, str], Tensor]
+) -> None:
+    """Write the class each victim names of each image, clean and under each attack."""
+    attacks = list(dict.fromkeys(name for name, _ in said))
+    written = []
+    for victim in subjects.victims:
+        columns = [
+            victim.labels,
+            *(one.argmax(1) for one in (clean[victim.name], *(said[n, victim.name] for n in attacks))),
+        ]
+        names = class_names(victim.model.model) or [str(number) for number in range(clean[victim.name].shape[1])]
+        for key, *row in zip(subjects.keys, *(column.tolist() for column in columns), strict=True):
+            written.append([key, victim.name, *(names[number] for number in row)])
+    write_rows(path, ["image", "victim", "class", "clean", *attacks], written)
 
 
 def _verdict(summary: dict[str, Any], doubts: list[dict[str, Any]]) -> str:

@@ -141,7 +141,7 @@ class DownstreamTransferAttack:
         Raises:
             UsageError: As for `FeatureAttack`.
         """
-        self._search(images, init)
+        self._search(images, init, keep=False)
         return self.scores[0]
 
     def __call__(self, images: Tensor, init: Tensor | None = None, watch: Watch | None = None) -> Tensor:
@@ -160,7 +160,7 @@ class DownstreamTransferAttack:
         check_images(images)
         if self.per == "dataset" and self.layers:
             return self.chosen()(images, init, watch)
-        reached = self._search(images, init)
+        reached = self._search(images, init, keep=self.warm_start)
         if self.per == "dataset":
             choices = [tuple(self.layers)] * len(images)
         else:
@@ -187,10 +187,11 @@ class DownstreamTransferAttack:
             raise UsageError("no layer was chosen yet; call search first")
         return self.attack.on(self.layers)
 
-    def _search(self, images: Tensor, init: Tensor | None) -> list[Tensor]:
-        """Score all candidates, keep what was chosen; return what the search made of the images, by candidate.
+    def _search(self, images: Tensor, init: Tensor | None, keep: bool) -> list[Tensor]:
+        """Score all candidates and remember what was chosen.
 
-        That is of the first encoder alone.
+        Returns:
+            With `keep`, what the search through the first encoder made of the images, by candidate; else nothing.
         """
         check_images(images)
         start = self.attack.start(images) if init is None else init
@@ -205,9 +206,10 @@ class DownstreamTransferAttack:
                 for place in range(0, len(images), SEARCH_BATCH):
                     some = slice(place, place + SEARCH_BATCH)
                     x = attack(images[some], None if start is None else start[some])
-                    parts.append(x)
+                    parts += [x] if keep else []
                     values.append(self._score(features, x, images[some], layer))
-                reached.append(torch.cat(parts))
+                if keep:
+                    reached.append(torch.cat(parts))
                 columns.append(torch.cat(values))
             self.scores.append(LayerScores(tuple(candidates), torch.stack(columns, 1), self.top_k))
             first = first or reached
