@@ -124,6 +124,46 @@ def test_several_labels_are_the_same_wherever_they_stand(tmp_path, kind, column,
     assert source.multilabel
 
 
+@pytest.mark.parametrize("kind", ["parquet", "json", "hf"])
+def test_lists_of_numbers_are_shares_of_every_label_or_the_numbers_of_some(tmp_path, kind):
+    (tmp_path / "a").mkdir()
+    shares = open_source(
+        written(kind, tmp_path / "a", "labels", [[0, 1, 1], [1, 0, 0], None, [0, 0, 0], [1, 1, 1]]), by_index=True
+    )
+    assert shares.class_names == ["0", "1", "2"]
+    expected = [[0, 1, 1], [1, 0, 0], [np.nan] * 3, [0, 0, 0], [1, 1, 1]]
+    assert np.array_equal(shares.labels, np.array(expected, np.float32), equal_nan=True)
+    (tmp_path / "b").mkdir()
+    numbers = open_source(written(kind, tmp_path / "b", "labels", [[2], [10, 2], [], [1], [0, 1]]), by_index=True)
+    assert numbers.class_names == ["0", "1", "2", "10"]
+    assert numbers.labels.tolist() == [[0, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]]
+
+
+def test_columns_and_keys_of_several_labels_are_chosen(tmp_path):
+    rows = [{"Edema": 1, "Effusion": None, "age": 70}, {"Edema": 0, "Effusion": 0.5, "age": 51}]
+    files = {}
+    for number, row in enumerate(rows):
+        files |= {f"{number}.png": png(pixels(number)), f"{number}.json": json.dumps(row).encode()}
+    name = write_tar(tmp_path / "a.tar", files)
+    write_images(tmp_path, 2)
+    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    made = datasets.Dataset.from_dict({"image": [f"{tmp_path}/{n}.png" for n in range(2)], **columns})
+    made.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    for source in (name, f"hf:{tmp_path}/set"):
+        opened = open_source(source, label_field="Edema,Effusion", by_index=True)
+        assert opened.class_names == ["Edema", "Effusion"]
+        assert np.array_equal(opened.labels, np.array([[1, np.nan], [0, 0.5]], np.float32), equal_nan=True)
+        with pytest.raises(UsageError, match=r"label_field is Efusion, and .*; did you mean Effusion\?"):
+            open_source(source, label_field="Edema,Efusion")
+
+
+def test_shards_of_nothing_but_masks_say_how_they_are_taken_for_images(tmp_path):
+    name = write_tar(tmp_path / "a.tar", {"1.mask.png": png(pixels(1))})
+    with pytest.raises(UsageError, match=r"mask.png is taken for a mask, --image_field mask.png for an image"):
+        open_source(name)
+    assert open_source(name, image_field="mask.png").num_samples == 1
+
+
 def test_columns_of_several_labels_are_chosen(tmp_path):
     write_images(tmp_path, 2)
     (tmp_path / "a.csv").write_text("file,Edema,Effusion,patient\n0.png,1,0,p7\n1.png,,1,p8\n")

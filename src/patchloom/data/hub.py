@@ -17,7 +17,7 @@ from patchloom.base.hub import fetching, reason
 from patchloom.base.source_options import words
 from patchloom.data.base import Sample, Source, UnreadableImageError, spread
 from patchloom.data.decode import decode_image
-from patchloom.data.fields import CAPTION, IMAGE, LABEL, LABELS, MASK, find
+from patchloom.data.fields import CAPTION, IMAGE, LABEL, LABELS, MASK, find, find_several
 from patchloom.data.labels import classes, several
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 
@@ -101,8 +101,8 @@ class HuggingFaceSource(Source):
         in_chans: 3 or 1.
         missing: Words that stand for a missing label, separated by commas.
         image_field: Column of the images; default: the first of images that is none of masks (see `fields`).
-        label_field: Column of the labels: classes, names, numbers, or lists of several of them; default: the first of
-            classes, else one by name.
+        label_field: Column of the labels: classes, names, numbers, or lists of several of them; or columns of several
+            labels, separated by commas. Default: the first of classes, else one by name.
         mask_field: Column of the masks, which are images.
         caption_field: Column of the captions, text or lists of it.
 
@@ -163,10 +163,12 @@ class HuggingFaceSource(Source):
         self._columns = {name: table.select_columns([name]) for name in wanted if name is not None}
         rest = [name for name, kind in kinds.items() if name != self.caption_column and _holds_labels(kind)]
         classes = [name for name in rest if isinstance(kinds[name], datasets.ClassLabel)]
-        column = find(LABEL, rest, label_field, self.name) if label_field is not None or not classes else classes[0]
-        column = column or find(LABELS, rest, None, self.name)
-        if column is not None:
-            self.labels, self.class_names = _labels(self.name, table, column, words(missing))
+        columns = find_several(LABEL, rest, label_field, self.name) or classes[:1]
+        columns = columns or [name for field in (LABEL, LABELS) if (name := find(field, rest, None, self.name))][:1]
+        if len(columns) > 1:
+            self.labels, self.class_names = _shares(self.name, table, columns)
+        elif columns:
+            self.labels, self.class_names = _labels(self.name, table, columns[0], words(missing))
         self.why_unlabelled = f"has no column of labels (its columns: {', '.join(kinds)})"
 
     def __len__(self) -> int:
@@ -234,8 +236,8 @@ def _labels(name: str, table: Any, column: str, missing: Sequence[str]) -> tuple
     inner = _inner(kind)
     known = list(inner.names) if hasattr(inner, "names") else None
     if kind is not inner:
-        words_ = [None if row is None else [known[one] if known else str(one) for one in row] for row in given]
-        labels, found = several(words_)
+        rows = [None if row is None else [known[one] if known else _name(one) for one in row] for row in given]
+        labels, found = several(rows)
         return (labels, found) if known is None else (_at(labels, found, known), known)
     if known is not None:
         return np.array([-1 if label is None else label for label in given], dtype=np.int64), known
@@ -243,6 +245,23 @@ def _labels(name: str, table: Any, column: str, missing: Sequence[str]) -> tuple
         raise UsageError(f"the column {column} of {name} holds numbers that are no classes, such as {given[0]}")
     cells = ["" if label is None else str(int(label) if isinstance(label, (bool, float)) else label) for label in given]
     return classes([cell.strip() for cell in cells], ("", *missing))
+
+
+def _name(value: Any) -> str | float:
+    return value if isinstance(value, str) else float(value)
+
+
+def _shares(name: str, table: Any, columns: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Return labels of a column each, shares from 0 to 1, NaN where nothing is given."""
+    labels = np.full((len(table), len(columns)), np.nan, np.float32)
+    for place, column in enumerate(columns):
+        for row, value in enumerate(table[column][:]):
+            if value is None:
+                continue
+            if isinstance(value, str) or not 0 <= value <= 1:
+                raise UsageError(f"the column {column} of {name} holds {value!r}; a label is 1, 0 or a share between")
+            labels[row, place] = value
+    return labels, list(columns)
 
 
 def _at(labels: np.ndarray, found: list[str], names: list[str]) -> np.ndarray:

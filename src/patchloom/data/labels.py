@@ -31,7 +31,7 @@ import csv
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ def _assigned(
     return _Columns(file, labels, mask, caption)
 
 
-def _csv(table: Path) -> tuple[list[str], Rows, set[str]]:
+def _csv(table: Path) -> tuple[list[str], Rows, dict[str, bool]]:
     """Return columns and rows of a table, cells as they stand, empty where there are none; no column holds lists."""
     # File names need not be UTF-8, see patchloom.io.
     with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:
@@ -190,7 +190,7 @@ def _csv(table: Path) -> tuple[list[str], Rows, set[str]]:
         reader.fieldnames = columns
         rows = [{column: row[column] or "" for column in columns} for row in reader]
     # Spreadsheets save lines of commas alone.
-    return columns, [row for row in rows if any(cell.strip() for cell in row.values())], set()
+    return columns, [row for row in rows if any(cell.strip() for cell in row.values())], {}
 
 
 def _written(cell: str) -> str:
@@ -198,8 +198,8 @@ def _written(cell: str) -> str:
     return _WHOLE.sub(r"\1", cell.strip())
 
 
-def _parquet(table: Path) -> tuple[list[str], Rows, set[str]]:
-    """Return columns and rows of a table as `_csv` does, and which columns hold lists; null is an empty cell."""
+def _parquet(table: Path) -> tuple[list[str], Rows, dict[str, bool]]:
+    """Return columns and rows of a table as `_csv` does, and which hold lists, of numbers or not; null is empty."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -218,9 +218,9 @@ def _parquet(table: Path) -> tuple[list[str], Rows, set[str]]:
             )
     cells = [[_cell(value) for value in column.to_pylist()] for column in read.columns]
     lists = {
-        column
+        column: not (pyarrow.types.is_string(kind.value_type) or pyarrow.types.is_large_string(kind.value_type))
         for column, kind in zip(columns, read.schema.types, strict=True)
-        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
     }
     return columns, [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)], lists
 
@@ -247,7 +247,7 @@ def _of_split(table: str, rows: Rows, columns: list[str], split: str) -> Rows:
 
 
 def _labels(
-    table: str, rows: Rows, columns: list[str], unknown: Sequence[str], lists: set[str]
+    table: str, rows: Rows, columns: list[str], unknown: Sequence[str], lists: Mapping[str, bool]
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Return labels and their names as `ListedSource` takes them; neither where no column holds any."""
     if not columns:
@@ -255,7 +255,8 @@ def _labels(
     if len(columns) > 1:
         labels, names = _shares(table, rows, columns, unknown), columns
     elif _holds_several(rows, columns[0], lists):
-        labels, names = several([_words_of(row[columns[0]], unknown) for row in rows])
+        numbers = lists.get(columns[0], False)
+        labels, names = several([_words_of(row[columns[0]], unknown, numbers) for row in rows])
     elif columns[0].lower() in LABEL.columns or not _all_shares(rows, columns[0], unknown):
         labels, names = classes([row[columns[0]] for row in rows], unknown)
     else:
@@ -263,17 +264,40 @@ def _labels(
     return labels, [printable(name) for name in names]
 
 
-def _holds_several(rows: Rows, column: str, lists: set[str]) -> bool:
+def _holds_several(rows: Rows, column: str, lists: Mapping[str, bool]) -> bool:
     """Return whether cells of a column name several labels: it holds lists, or is called so and has a | in it."""
     return column in lists or (column.lower() in LABELS.columns and any(BETWEEN in row[column] for row in rows))
 
 
-def _words_of(cell: str, unknown: Sequence[str]) -> list[str] | None:
-    return None if cell in unknown else [word for part in cell.split(BETWEEN) if (word := part.strip())]
+def _words_of(cell: str, unknown: Sequence[str], numbers: bool) -> list[str] | list[float] | None:
+    if cell in unknown:
+        return None
+    found = [word for part in cell.split(BETWEEN) if (word := part.strip())]
+    return [float(word) for word in found] if numbers else found
 
 
-def several(given: Sequence[Sequence[str] | None]) -> tuple[np.ndarray, list[str]]:
-    """Return labels (n, L) float32, 1 for those that are named, and the L names; NaN where None stands for unknown."""
+def are_vectors(given: Sequence[Sequence[object]]) -> bool:
+    """Return whether labels are a share of every label, from 0 to 1, and no numbers or names of those that are there.
+
+    >>> are_vectors([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]), are_vectors([[2.0, 5.0], [1.0]])
+    (True, False)
+    """
+    shares = all(isinstance(one, float) and 0 <= one <= 1 for row in given for one in row)
+    lengths = {len(row) for row in given}
+    return shares and len(lengths) == 1 and min(lengths) > 1
+
+
+def several(rows: Sequence[Sequence[str | float] | None]) -> tuple[np.ndarray, list[str]]:
+    """Return labels (n, L) float32 and their L names; NaN where None stands for unknown.
+
+    Args:
+        rows: Of each image the names of its labels, their numbers, or a share of every label (see `are_vectors`).
+    """
+    if are_vectors([row for row in rows if row is not None]):
+        length = next(len(row) for row in rows if row is not None)
+        shares = [[np.nan] * length if row is None else row for row in rows]
+        return np.array(shares, np.float32), [str(number) for number in range(length)]
+    given = [None if row is None else [one if isinstance(one, str) else str(int(one)) for one in row] for row in rows]
     names = number_order({word for words_ in given if words_ is not None for word in words_})
     number = {name: place for place, name in enumerate(names)}
     labels = np.zeros((len(given), len(names)), np.float32)

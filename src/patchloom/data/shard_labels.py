@@ -13,15 +13,16 @@ a share for each name. Numbers are the numbers of classes; names are numbered in
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from patchloom.base.source_options import words
 from patchloom.data.fields import CAPTION, LABEL, LABELS, Field, find
-from patchloom.data.labels import number_order
+from patchloom.data.labels import are_vectors, number_order
 from patchloom.data.shard_files import Files
 from patchloom.io import printable
 
@@ -64,7 +65,7 @@ class ShardLabels:
         sets = [one for one in known if isinstance(one, tuple) and one]
         single = [one for one in known if not isinstance(one, tuple)]
         if () in known or sets:
-            if not single and () not in known and _are_vectors(sets):
+            if not single and () not in known and are_vectors(sets):
                 return cls([str(number) for number in range(len(sets[0]))], several=True, vectors=True)
             names = {name for one in sets for name in _named(one)} | {str(one) for one in single}
             return cls(number_order(names) or None, several=True)
@@ -110,7 +111,7 @@ def raw_label(files: Files, content: dict[str, Any] | Wrong, asked: str | None, 
     Args:
         files: Those of the image.
         content: What its .json holds, see `json_of`.
-        asked: What the user says labels are called, a key of .json here.
+        asked: What the user says labels are called, a key of .json here, or keys of several with commas between.
         missing: Words that mean that nothing is known.
     """
     if "label" in files:
@@ -120,6 +121,8 @@ def raw_label(files: Files, content: dict[str, Any] | Wrong, asked: str | None, 
             return Wrong("its label is not UTF-8")
     if isinstance(content, Wrong):
         return content
+    if asked is not None and len(names := words(asked)) > 1 and asked not in content:
+        return _value({name: content.get(name) for name in names}, missing) if set(names) & content.keys() else None
     for field in (LABEL, LABELS):
         if (key := key_of(content, field, asked)) is not None and content[key] is not None:
             return _value(content[key], missing)
@@ -184,12 +187,6 @@ def _value(value: Any, missing: Collection[str]) -> Raw:
     if isinstance(value, list) and all(isinstance(one, (int, float)) for one in value):
         return tuple(float(one) for one in value)
     return Wrong(f"its label is neither a number, a name nor several of them: {str(value)[:80]}")
-
-
-def _are_vectors(sets: Sequence[Several]) -> bool:
-    """Return whether labels are shares from 0 to 1, as many for each image: [0, 1, 1], not [2, 5]."""
-    shares = all(isinstance(number, float) and 0 <= number <= 1 for one in sets for number in one)
-    return shares and len({len(one) for one in sets}) == 1
 
 
 def _named(several: Several) -> dict[str, float | None]:

@@ -56,7 +56,8 @@ class ShardSource(StreamSource):
             memory by each worker.
         missing: Words that stand for a missing label, separated by commas.
         image_field: What stands after the stem of images, `rgb.png`; default: an image that is no mask.
-        label_field: What stands after the stem of labels, or the key of .json files that holds them.
+        label_field: What stands after the stem of labels, or the key of .json files that holds them; or keys of several
+            labels, separated by commas.
         mask_field: What stands after the stem of masks, `seg.png`; default: see `fields`.
         caption_field: What stands after the stem of captions, or the key of .json files that holds them.
 
@@ -99,12 +100,17 @@ class ShardSource(StreamSource):
             if image_field is not None:
                 raise no_field(IMAGE, image_field, there, self.name)
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}")
+            masks = [ending for ending in there if self.roles.of(ending) == "mask"]
+            hint = f"; {masks[0]} is taken for a mask, --image_field {masks[0]} for an image" if masks else ""
+            raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}{hint}")
         asked: Sequence[tuple[Field, str | None, bool]] = (
             (LABEL, label_field, self._labelled),
             (MASK, mask_field, self.mask_names is not None),
             (CAPTION, caption_field, self.captions),
         )
+        several = words(label_field) if label_field not in self._there else []
+        if len(several) > 1 and (lacking := [name for name in several if name not in self._there]):
+            raise no_field(LABEL, lacking[0], there, self.name)
         for field, name, found in asked:
             if name is not None and not found:
                 raise no_field(field, name, there, self.name)
