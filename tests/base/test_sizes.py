@@ -63,3 +63,10 @@ def test_settings_read_back_and_an_older_run_of_one_side_goes_on():
 
 def test_a_size_is_said_as_people_say_it():
     assert (size_text(64), size_text((64, 64)), size_text((256, 128))) == ("64", "64", "256x128")
+
+
+def test_help_says_how_a_size_is_written(capsys):
+    with pytest.raises(SystemExit):
+        read_options("pretrain x", "", TrainConfig, ["--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert "(type: int or height,width, default: null)" in page

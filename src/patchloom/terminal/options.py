@@ -158,10 +158,20 @@ def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mappi
     return parser
 
 
+class _SizeOption:
+    """What reads a size; a help page shows how it reads."""
+
+    def __call__(self, value: Any) -> Any:
+        return parse_size(value)
+
+    def __repr__(self) -> str:
+        return "int or height,width"
+
+
 def _kind(option: str, hint: Any, described: Callable[..., Any]) -> Any:
     """Return what reads an option: sizes are written in several ways, and a trial settles what is `auto`."""
     if is_size(hint):
-        return parse_size
+        return _SizeOption()
     return hint | Literal["auto"] if option in getattr(described, "SETTLED", ()) else hint
 
 
