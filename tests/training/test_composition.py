@@ -373,25 +373,34 @@ class Motion(Method):
         return {"loss": F.cross_entropy(self.head(features), batch["label"])}
 
 
-def test_clips_train_and_are_probed_and_drawn_like_images(tmp_path):
+def moving(tmp_path, frames):
+    """Return the settings of a run on squares that go right or left."""
     for name, step in (("right", 2), ("left", -2)):
         for video in range(12):
             folder = tmp_path / "videos" / name / str(video)
             folder.mkdir(parents=True)
-            for frame in range(2):
+            for frame in range(frames):
                 picture = np.full((16, 16, 3), 30, np.uint8)
-                left = 6 + step * frame
+                left = 6 + step * frame % 6
                 picture[2 + video // 2 : 8 + video // 2, left : left + 4] = 220
                 Image.fromarray(picture).save(folder / f"{frame}.png")
     settings = {"data": f"clips:{tmp_path}/videos", "encoder": "videomae_tiny_patch16_224", "image_size": 16}
-    settings |= {"clip_frames": 2, "clip_stride": 1, "max_steps": 2, "probe_every": 1}
-    found = fit("pretrain test", Motion, TrainConfig(out=str(tmp_path / "run"), **(SETTINGS | settings)))
+    return settings | {"clip_frames": 2, "clip_stride": 1, "max_steps": 2}
+
+
+def test_clips_train_and_are_probed_and_drawn_like_images(tmp_path):
+    found = run(tmp_path / "run", Motion, **moving(tmp_path, 2), probe_every=1)
     assert found.summary["data"]["kind"] == "clip"
     assert found.summary["knn_accuracy"] >= 0
     report = found.report.read_text()
     assert "What is seen is the middle of each clip." in report
     assert "Left, a held-out clip" in report
     assert remembered(load(found.model))["clip_stride"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_windows_of_videos_resumes_to_the_bit(tmp_path):
+    resumed_equals_once(tmp_path, Motion, 5, **moving(tmp_path, 9) | {"max_steps": 6})
 
 
 def test_a_source_of_another_kind_is_refused_with_both_kinds_and_what_takes_it(tmp_path):
