@@ -59,7 +59,7 @@ def inflate_kernel(kernel: Tensor, sides: int | Grid, how: Inflation = "mean") -
         raise unknown_name("inflation", how, get_args(Inflation))
     if any(length < 1 for length in lengths):
         raise UsageError(f"an axis of {shown(lengths)} slices cannot be; it has at least 1")
-    spread = kernel[(slice(None), slice(None), *(None for _ in lengths))]
+    spread = kernel.reshape(*kernel.shape[:2], *(1 for _ in lengths), *kernel.shape[2:])
     shape = (*kernel.shape[:2], *lengths, *kernel.shape[2:])
     if how == "mean":
         return (spread / math.prod(lengths)).expand(shape).clone()

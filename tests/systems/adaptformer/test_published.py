@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import patchloom as pl
+from patchloom.encoders import feature_map, grid_size, input_size, kind_of, pooled
 from patchloom.encoders.insertion import insertions, remove
 from patchloom.errors import UsageError
 from patchloom.systems.published import import_reference
@@ -192,6 +193,18 @@ def test_what_is_loaded_trains_as_published(layout, clips):
     if "blocks.1.adaptmlp.down_proj.weight" in leaves:
         found = trained["adapters.adapter.adapters.1.down_proj.weight"].grad.double()
         torch.testing.assert_close(found, leaves["blocks.1.adaptmlp.down_proj.weight"].grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_video_model_is_an_encoder_of_clips_and_its_bundle_too(tmp_path):
+    state = published(video=True)
+    torch.save(state, tmp_path / "model.pth")
+    settings = {"num_heads": HEADS, "img_size": 16, "num_frames": 4}
+    import_reference("adaptformer", str(tmp_path / "model.pth"), str(tmp_path / "bundle"), settings)
+    model = pl.load(str(tmp_path / "bundle" / "adapter"))
+    assert (kind_of(model), input_size(model), grid_size(model)) == ("clip", (4, 16, 16), (2, 4, 4))
+    assert feature_map(model, CLIPS).shape == (2, WIDTH, 2, 4, 4)
+    assert pooled(model, CLIPS).shape == (2, WIDTH)
+    torch.testing.assert_close(model(CLIPS).double(), forward(state, CLIPS), atol=1e-5, rtol=1e-5)
 
 
 def test_the_norm_of_the_adapter_leaves_with_it_and_is_stored_with_it(tmp_path):

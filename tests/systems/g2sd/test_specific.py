@@ -123,7 +123,7 @@ def test_a_run_ships_a_model_that_timm_opens_and_evaluate_measures(teacher, tmp_
     assert {"label_loss", "teacher_loss"} <= run.summary.keys()
     report = run.report.read_text(encoding="utf-8")
     assert "Class and distillation heads" in report
-    assert "mean of both, which is shipped" in report
+    assert "mean of both heads, which is shipped" in report
     score = pl.evaluate("knn", encoder=str(run.model), train="digits", test="digits:test", num_workers=0)
     assert score["n"] == 450
     assert image_size(model) == (32, 32)

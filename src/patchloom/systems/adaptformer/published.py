@@ -25,11 +25,11 @@ VIDEO_FRAMES = 8
 SETTINGS = Settings(
     obeyed=(
         *("image_size", "num_heads", "scale", "placement", "pool", "norm", "input", "dropout", "drop_path"),
-        *("layer_norm_eps", "drop_rate"),
+        *("layer_norm_eps", "drop_rate", "num_frames"),
     ),
     idle=(
         *("window_size", "attn_drop_rate", "init_values", "init_scale", "fc_drop_rate", "ffn_adapter_init_option"),
-        *("num_frames", "all_frames", "sampling_rate", "num_segments", "fulltune", "inception", "embed_layer"),
+        *("all_frames", "sampling_rate", "num_segments", "fulltune", "inception", "embed_layer"),
         *("weight_init", "attn_drop", "num_sample", "model", "linprobe", "mask_ratio", "vpt"),
     ),
     fixed={
@@ -69,8 +69,8 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         **config: `num_heads` (default: 64 wide each), `scale` (default 0.1; a learnt one is in the file), `placement`
             (`parallel` or `sequential`), `norm` (`in` or `out`, where adapters have a layer norm), `img_size` (a side
             or (H, W), where the positions are of no square grid), `pool` (`token` or `avg`; has to agree), `dropout`
-            of the adapters in training (0.1; in video 0), `drop_path` (0), `layer_norm_eps` (1e-6). A published
-            configuration may be given whole, with its `tuning_config`.
+            of the adapters in training (0.1; in video 0), `num_frames` of a clip (8; others can be read), `drop_path`
+            (0), `layer_norm_eps` (1e-6). A published configuration may be given whole, with its `tuning_config`.
 
     Returns:
         A timm `VisionTransformer` that gives logits for (B, 3, H, W) images, or (B, 3, T, H, W) clips. What trains is
@@ -149,7 +149,9 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
     heads = int(config.get("num_heads") or max(1, width // 64))
     if width % heads:
         raise UsageError(f"num_heads={heads} does not divide the width of {width}")
-    positions: dict[str, Any] = {"pos_embed": "learn" if "pos_embed" in state else "none"}
+    arguments: dict[str, Any] = {"pos_embed": "learn" if "pos_embed" in state else "none"}
+    if video:
+        arguments = {"num_frames": int(config.get("num_frames") or VIDEO_FRAMES), "tubelet_size": kernel.shape[2]}
     return create_encoder(
         "videomae_base_patch16_224" if video else "vit_base_patch16_224",
         image_size=_image_size(state, config, patch),
@@ -164,7 +166,7 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Encoder:
         class_token="cls_token" in state,
         global_pool="avg" if pooled else "token",
         fc_norm=pooled,
-        **({"num_frames": VIDEO_FRAMES, "tubelet_size": kernel.shape[2]} if video else positions),
+        **arguments,
     )
 
 

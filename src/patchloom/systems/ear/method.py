@@ -110,7 +110,7 @@ class EARMethod(Method):
         network.pretrained_cfg = {"input_size": (config.in_chans, *self.input_size)}
         if config.init_from is not None:
             fill(network, load_ear(config.init_from).model.unet.state_dict())
-        return network
+        return cast(Encoder, network)  # what trains stands where other methods have their encoder
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -282,7 +282,7 @@ class EARMethod(Method):
         return {
             "encoder": f"U-Net of width {self.config.width} on {size_text(self.input_size)} pixels",
             "width": self.config.width,
-            "depth": len(self.encoder.widths),
+            "depth": len(cast(RecoveryUNet, self.encoder).widths),
             "parameters": count,
             "trained_parameters": count,
         }
