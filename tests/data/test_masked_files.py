@@ -147,6 +147,18 @@ def test_images_without_a_mask_are_left_out_and_told(tmp_path, capsys):
     assert "1 of 2 images have no mask and are left out: a.tar/1.png" in capsys.readouterr().err
 
 
+def test_rows_of_a_split_are_images_with_masks_of_their_own(tmp_path):
+    name = table(tmp_path, "mask")
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    splits = ["split", "train", "train", "test", "train"]
+    (tmp_path / "a.csv").write_text("\n".join(f"{line},{split}" for line, split in zip(lines, splits, strict=True)))
+    train = open_segmentation(f"{name}:train")
+    test = open_segmentation(f"{name}:test", coding=train.coding)
+    assert (len(train), len(test), test.key(0)) == (3, 1, "a/2.png")
+    assert np.array_equal(test.read_mask(0).numpy(), mask(2))
+    assert train.fingerprint() != test.fingerprint()
+
+
 def test_classes_are_named_by_a_file_beside_a_table_or_shards(tmp_path):
     for name in (table(tmp_path / "t", "mask"), shards(tmp_path / "t", "seg.png")):
         (tmp_path / "t" / "classes.txt").write_text("road\nsky\ntree\n")

@@ -212,11 +212,12 @@ class ShardSource(StreamSource):
             raise UnreadableImageError(shard, TRUNCATED)
         name, data = files["image"]
         key = printable(f"{shard}/{name}")
-        label = self._labels.of(raw_label(files, json_of(files), self._label_field, self._missing))
+        content = json_of(files)
+        label = self._labels.of(raw_label(files, content, self._label_field, self._missing))
         if isinstance(label, Wrong):
             raise UnreadableImageError(key, label.reason)
         image = decode_image(data, key, self.in_chans, "invert", how.values, how.channels)
-        caption = partial(self.caption_of, files, key)
+        caption = partial(_caption, caption_of(files, content, self._caption_field), key)
         return Sample(image, label, key, OnDemand(caption=caption) if self.captions else {})
 
     def caption_of(self, files: Files, key: str) -> str:
@@ -225,8 +226,7 @@ class ShardSource(StreamSource):
         Raises:
             UnreadableImageError: It is not UTF-8.
         """
-        raw = caption_of(files, json_of(files), self._caption_field)
-        return "" if raw is None else caption_text(raw, key)
+        return _caption(caption_of(files, json_of(files), self._caption_field), key)
 
     def by_index(self) -> IndexedShards:
         """Return the images by number.
@@ -328,6 +328,10 @@ class IndexedShards(Source):
     def fingerprint(self) -> str:
         """Return that of the shards."""
         return self.shards.fingerprint()
+
+
+def _caption(raw: bytes | str | None, key: str) -> str:
+    return "" if raw is None else caption_text(raw, key)
 
 
 def expand_shards(patterns: Iterable[str | Path]) -> list[Path]:

@@ -58,7 +58,10 @@ class SegmentMethod(DenseMethod):
 
     def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, MaskSource):
-            raise UsageError(f"{source.name} has no masks; segment takes what open_segmentation opens")
+            raise UsageError(
+                f"{source.name} has no masks; segment takes a folder with images and masks in it, FILE.csv, shards or "
+                f"hf:NAME with masks"
+            )
         super().__init__(config, source)
         self.test: MaskSource | None = None
         if config.probe_data is not None:
