@@ -74,6 +74,17 @@ def test_a_folder_per_kind_is_split_and_masks_lie_beside(tmp_path):
     assert [again.good.key(index) for index in range(7)] == [sets.good.key(index) for index in range(7)]
 
 
+def test_masks_beside_defects_may_be_told_by_their_ending(tmp_path):
+    for number in range(4):
+        picture(tmp_path / "ok" / f"{number}.png", number)
+        picture(tmp_path / "bent" / f"{number}.png", number)
+        mask(tmp_path / "bent" / f"{number}_mask.png")
+    sets = open_defects(str(tmp_path), test_share=0.5)
+    assert len(sets.good) == 2
+    assert sorted(sets.test.kinds) == ["bent"] * 4 + ["good"] * 2
+    assert sets.test.has_masks
+
+
 def test_good_images_alone_have_nothing_to_measure_on(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png", number)

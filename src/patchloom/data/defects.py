@@ -40,6 +40,8 @@ GOOD_CLASS, DEFECT_CLASS = 0, 1
 FEW_VALUES = 16
 """A mask of more values is soft: its defects are what is at least half as bright as its brightest pixel."""
 MOST_LOOKED_AT = 500
+EMBEDDED = ("photos", "digits")
+"""Words that mean embedded sets; ./photos is a folder."""
 SAME_FOLDER_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 
@@ -125,8 +127,9 @@ class DefectSource(Source):
         """Return a short hash of images, labels and masks."""
         digest = hashlib.sha256(self.images.fingerprint().encode() + self.labels.tobytes())
         for file in self.masks or ():
-            status = None if file is None else file.stat()
-            digest.update(repr(status and (file.name, status.st_size, status.st_mtime_ns)).encode())
+            if file is not None:
+                status = file.stat()
+                digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()[:16]
 
 
@@ -215,7 +218,7 @@ def _opened(
     seed: int,
     options: dict[str, Any],
 ) -> DefectSets:
-    if not root.is_dir():
+    if not root.is_dir() or name.partition(":")[0] in EMBEDDED:
         if name.startswith("mvtec:"):
             raise UsageError(f"there is no folder {root} ({name}){_categories(root.parent)}")
         images = open_source(name, labels="none", **options)
@@ -249,7 +252,7 @@ def _opened(
     held = np.sort(np.random.default_rng(seed).permutation(numbers)[:count])
     kinds = [_top(images.key(index)) for index in range(len(images))]
     kinds = ["good" if is_good else kind or "defect" for kind, is_good in zip(kinds, tops, strict=True)]
-    everything = _with_masks(name, images, (~tops).astype(int), kinds, root, masks)
+    everything = _with_masks(name, images, (~tops).astype(int).tolist(), kinds, root, masks)
     learnt = np.setdiff1d(numbers, held)
     chosen = np.sort(np.concatenate([held, np.flatnonzero(~tops)]))
     notice(
@@ -442,13 +445,27 @@ def _refuse_defects_among_good(source: DefectSource) -> None:
 
 
 def _open(root: Path, options: dict[str, Any]) -> Source:
-    """Return the images of a folder; of pairs of one name that are a picture and its mask, the pictures."""
-    if "include" not in options and "exclude" not in options and (suffix := _suffix_of_masks(root)) is not None:
-        notice(f"{printable(root)}: files *{suffix} are masks of the images of the same name")
-        options = {**options, "exclude": f"*{suffix},*{suffix.upper()}"}
+    """Return the images of a folder without the masks that lie among them, by their names or as one of each pair."""
+    if "include" not in options and "exclude" not in options:
+        if (ending := _ending_of_masks(root)) is not None:
+            notice(f"{printable(root)}: files *{ending}.* are masks of the images of the same name")
+            options = {**options, "exclude": f"*{ending}.*"}
+        elif (suffix := _suffix_of_masks(root)) is not None:
+            notice(f"{printable(root)}: files *{suffix} are masks of the images of the same name")
+            options = {**options, "exclude": f"*{suffix},*{suffix.upper()}"}
     source = open_source(str(root), labels="none", **options)
     assert isinstance(source, Source)
     return source
+
+
+def _ending_of_masks(root: Path) -> str | None:
+    """Return the ending of masks that lie beside their images, such as `_mask`: not every image has to have one."""
+    stems = {_stem(file, endings=()) for file, _, _ in walk_images(root)}
+    for ending in MASK_ENDINGS:
+        masks = {stem for stem in stems if stem.endswith(ending)}
+        if masks and all(mask.removesuffix(ending) in stems for mask in masks):
+            return ending
+    return None
 
 
 def _suffix_of_masks(root: Path) -> str | None:
@@ -465,8 +482,8 @@ def _suffix_of_masks(root: Path) -> str | None:
     if len(masks) != 1:
         return None
     for stem in sorted(suffixes)[:: max(1, len(suffixes) // FEW_VALUES)]:
-        file = root / f"{stem}{masks[0]}"
-        if file.is_file() and len(np.unique(np.asarray(open_mask(file, stem)))) > FEW_VALUES:
+        mask = root / f"{stem}{masks[0]}"
+        if mask.is_file() and len(np.unique(np.asarray(open_mask(mask, stem)))) > FEW_VALUES:
             return None
     return masks[0]
 

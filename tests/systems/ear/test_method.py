@@ -202,6 +202,7 @@ def test_saliency_suits_the_encoder(tmp_path):
         ({"baselines": "padim"}, "baseline"),
         ({"saliency": "cls_attention"}, "needs an encoder"),
         ({"saliency": "gradient", "encoder": "vit_tiny_patch16_224"}, "does not use the encoder"),
+        ({"drop_path": 0.1}, "drop_path has no meaning here"),
         ({"grad_checkpointing": True}, "for transformers"),
     ],
 )

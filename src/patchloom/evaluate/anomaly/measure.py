@@ -54,6 +54,10 @@ class Scored:
         """Greatest value of each map."""
         return [float(one.max()) for one in self.maps]
 
+    def forget_maps(self) -> None:
+        """Keep the greatest value of each map alone: the maps of many images are large."""
+        self.maps = [np.full((1, 1), peak, np.float32) for peak in self.peaks]
+
 
 @torch.no_grad()
 def score_images(

@@ -195,7 +195,8 @@ class PixelFigures:
             )
             # The draws are of the maps cut to bins: they are moved by what that changes.
             shift = value - drawn.value
-            found[name] = Interval(value, *(float(np.clip(end + shift, 0, 1)) for end in drawn[1:3]))
+            low, high = (float(np.clip(end + shift, 0, 1)) for end in drawn[1:3])
+            found[name] = Interval(value, low, high)
         return found
 
 

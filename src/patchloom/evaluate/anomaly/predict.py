@@ -49,7 +49,9 @@ def write_predictions(
     if threshold is not None:
         model.threshold.fill_(threshold)
     channels = saved.about["unet"]["in_channels"]
-    options = {name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None}
+    options: dict[str, Any] = {
+        name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None
+    }
     source = open_source(images, labels="none", in_chans=channels, model=saved.reading, **options)
     if not isinstance(source, Source):
         raise UsageError(f"{images} is a stream; give a folder of images")

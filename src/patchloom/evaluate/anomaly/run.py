@@ -77,6 +77,7 @@ def _measured(run: Run, command: str, config: EARConfig, good: Source, test: Def
             limits = thresholds_of(kept, validation is not None)
         scored[name] = score_images(detector, test, saved.image_size, what=f"defects by {name}", **asked)
         found[name] = figures(scored[name], *limits)
+        scored[name].forget_maps()
     own = found[ITSELF]
     if "undefined" in own:
         print(f"{test.name}: {own['undefined']}", file=sys.stderr)

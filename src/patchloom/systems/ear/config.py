@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from patchloom.base.ranges import NonNegative, PositiveInt, Probability, Proportion
 from patchloom.base.settings import Cited
-from patchloom.base.sizes import pair, size_text
+from patchloom.base.sizes import Size, pair, size_text
 from patchloom.errors import UsageError, unknown_name
 from patchloom.training.config import TrainConfig
 from patchloom.training.options import AverageOptions
@@ -56,6 +56,9 @@ class EARConfig(AverageOptions, TrainConfig):
     encoder: str = NO_ENCODER
     """What sees what stands out: a bundle, a run, or a timm model (its published weights are fetched; the paper has a
     DINO, such as vit_small_patch8_224.dino); none: the edges of the image"""
+    image_size: Size | None = None
+    """Side that images are resized to, or height and width (256,384), out of proportion; default: 256, or as many
+    pixels in the shape most images have"""
     saliency: Literal["auto", "cls_attention", "pca", "token_norm", "gradient"] = "auto"
     """What stands out: the class token's attention in the last block (paper), the first principal component of the
     patches, the length of the last attention's output, or edges; auto: cls_attention, pca where there is no class token
@@ -120,6 +123,12 @@ class EARConfig(AverageOptions, TrainConfig):
         if (self.encoder == NO_ENCODER) != (self.saliency == "gradient") and self.saliency != "auto":
             why = "needs an encoder" if self.encoder == NO_ENCODER else f"does not use the encoder {self.encoder}"
             raise UsageError(f"saliency={self.saliency} {why}; give another encoder, or leave saliency out")
+        if self.channel_mean is not None or self.drop_path:
+            name = "drop_path" if self.drop_path else "channel_mean"
+            raise UsageError(
+                f"{name} has no meaning here: the network takes images in [0, 1] and drops no layers, and the encoder "
+                f"has its own mean; leave it out"
+            )
         if self.strategy == "fsdp" or self.grad_checkpointing:
             raise UsageError("strategy=fsdp and grad_checkpointing are for transformers; leave them out")
 

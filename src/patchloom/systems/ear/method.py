@@ -136,6 +136,7 @@ class EARMethod(Method):
         count = len(self.source)
         chosen = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(int))
         for images, _, _ in self.views(SubsetSource(self.source, chosen), 1):
+            images = images.to(self.device)
             yield images, self.pipeline(self.encoder).mask(images)
 
     def load_prepared(self, run_dir: Path) -> None:

@@ -9,7 +9,7 @@ torch.Size([2, 3, 33, 30])
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class RecoveryUNet(nn.Module):
         self.out = nn.Conv2d(before, in_channels, kernel, padding=kernel // 2)
         if output == "clamp":
             # Fresh, the output lies around 0, and no gradient reaches a channel that is cut off everywhere.
-            nn.init.constant_(self.out.bias, 0.5)
+            nn.init.constant_(cast(Tensor, self.out.bias), 0.5)
         self.skip_filter = nn.ModuleList(nn.Identity() for _ in levels)
 
     def arguments(self) -> dict[str, Any]:
@@ -109,17 +109,23 @@ class RecoveryUNet(nn.Module):
                 f"a side is at least {self.smallest_side}"
             )
         x, skips = images, []
-        for level in self.down:
+        for level in map(_parts, self.down):
             x = level["conv2"](level["conv1"](x))
             skips.append(x)
             x = level["shrink"](x)
         x = self.bottom(x)
-        for level, skip, between in zip(self.up, reversed(skips), reversed(self.skip_filter), strict=True):
+        across = zip(reversed(skips), reversed(self.skip_filter), strict=True)
+        for level, (skip, between) in zip(map(_parts, self.up), across, strict=True):
             x = level["grow"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = torch.cat([x[..., : skip.shape[-2], : skip.shape[-1]], between(skip)], dim=1)
             x = level["conv2"](level["conv1"](x))
         x = self.out(x)
         return x.clamp(TINY, 1 - TINY) if self.output == "clamp" else x.sigmoid()
+
+
+def _parts(level: nn.Module) -> nn.ModuleDict:
+    assert isinstance(level, nn.ModuleDict)
+    return level
 
 
 def _layer(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
