@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import patchloom as pl
@@ -19,6 +20,7 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.anomaly.commands import export, predict
 from patchloom.evaluate.anomaly.measure import Scored, average_precision, defect_f1, figures, score_images
 from patchloom.evaluate.statistics.intervals import bootstrap_interval
+from patchloom.systems.ear.method import EARMethod
 from patchloom.systems.ear.model import EAR, RecoveryUNet
 from patchloom.systems.ear.saved import EncoderAsked, load_ear, save_ear
 
@@ -171,3 +173,24 @@ def test_good_images_alone_make_a_model_that_predicts(tmp_path, parts):
     assert "image_auroc" not in run.summary
     assert run.summary["calibration"]["threshold"] > 0
     assert predict(str(run.path), str(parts / "test"), str(tmp_path / "out"), device="cpu")["images"] == 10
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_off_goes_on_to_the_same_model(tmp_path, parts, monkeypatch):
+    settings = {"data": str(parts), "checkpoint_every": 2, **TINY, "max_steps": 7}
+    whole = pl.anomaly("ear", out=tmp_path / "whole", **settings)
+    loss = EARMethod.training_loss
+
+    def breaks(self, batch):
+        if self.step == 5:
+            raise RuntimeError("the power is out")
+        return loss(self, batch)
+
+    monkeypatch.setattr(EARMethod, "training_loss", breaks)
+    with pytest.raises(RuntimeError, match="the power is out"):
+        pl.anomaly("ear", out=tmp_path / "broken", **settings)
+    monkeypatch.setattr(EARMethod, "training_loss", loss)
+    again = pl.anomaly("ear", out=tmp_path / "broken", resume=True)
+    first, second = (load_file(run.path / "model/ear.safetensors") for run in (whole, again))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert (whole.path / "scores.csv").read_bytes() == (again.path / "scores.csv").read_bytes()
