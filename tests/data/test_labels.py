@@ -147,3 +147,9 @@ def test_a_parquet_file_that_holds_images_is_a_data_set_of_the_hub(folder):
     parquet.write_table(pyarrow.table(rows), folder / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet holds images in the column image .*; give its folder as hf:"):
         open_source(f"{folder}/a.parquet")
+
+
+def test_a_split_has_the_labels_of_the_whole_table(folder):
+    text = "file,labels,split\ndeep/a.png,x|y,train\ndeep/b.png,z,train\ndeep/c.png,y,test\n"
+    test = open_source(write(folder, text) + ":test")
+    assert (test.class_names, test.labels.tolist()) == (["x", "y", "z"], [[0, 1, 0]])

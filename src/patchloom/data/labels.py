@@ -113,6 +113,7 @@ class LabelFileSource(ListedSource):
         for column in {*found.labels, *(one for one in columns if one.lower() in SPLIT.columns)}:
             for row in rows:
                 row[column] = _written(row[column]) if table.suffix == ".csv" else row[column]
+        whole = rows
         if split:
             rows = _of_split(shown, rows, columns, split)
         if not rows:
@@ -121,7 +122,12 @@ class LabelFileSource(ListedSource):
         double = [one for one, count in zip(*np.unique(files, return_counts=True), strict=True) if count > 1]
         if double:
             raise UsageError(f"{shown} names {double[0]} {files.count(double[0])} times; give each image one row")
-        labels, names = _labels(shown, rows, found.labels, ("", *words(missing)), lists)
+        unknown = ("", *words(missing))
+        if len(found.labels) == 1 and _holds_several(whole, found.labels[0], lists, label_field is not None):
+            labels, names = _named_labels(rows, whole, found.labels[0], unknown, lists.get(found.labels[0], False))
+        else:
+            labels, names = _labels(shown, rows, found.labels, unknown)
+        names = None if names is None else [printable(one) for one in names]
         if names is None:
             self.why_unlabelled = f"has no column of labels (its columns: {', '.join(columns)})"
         fields = {MASK.name: found.mask, CAPTION.name: found.caption}
@@ -247,26 +253,29 @@ def _of_split(table: str, rows: Rows, columns: list[str], split: str) -> Rows:
 
 
 def _labels(
-    table: str, rows: Rows, columns: list[str], unknown: Sequence[str], lists: Mapping[str, bool]
+    table: str, rows: Rows, columns: list[str], unknown: Sequence[str]
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Return labels and their names as `ListedSource` takes them; neither where no column holds any."""
     if not columns:
         return None, None
-    if len(columns) > 1:
-        labels, names = _shares(table, rows, columns, unknown), columns
-    elif _holds_several(rows, columns[0], lists):
-        numbers = lists.get(columns[0], False)
-        labels, names = several([_words_of(row[columns[0]], unknown, numbers) for row in rows])
-    elif columns[0].lower() in LABEL.columns or not _all_shares(rows, columns[0], unknown):
-        labels, names = classes([row[columns[0]] for row in rows], unknown)
-    else:
-        labels, names = _shares(table, rows, columns, unknown), columns
-    return labels, [printable(name) for name in names]
+    if len(columns) == 1 and (columns[0].lower() in LABEL.columns or not _all_shares(rows, columns[0], unknown)):
+        return classes([row[columns[0]] for row in rows], unknown)
+    return _shares(table, rows, columns, unknown), columns
 
 
-def _holds_several(rows: Rows, column: str, lists: Mapping[str, bool]) -> bool:
-    """Return whether cells of a column name several labels: it holds lists, or is called so and has a | in it."""
-    return column in lists or (column.lower() in LABELS.columns and any(BETWEEN in row[column] for row in rows))
+def _named_labels(
+    rows: Rows, whole: Rows, column: str, unknown: Sequence[str], numbers: bool
+) -> tuple[np.ndarray, list[str]]:
+    """Return labels of rows whose cells name several, and the names in the whole table: splits have the same."""
+    labels, names = several([_words_of(row[column], unknown, numbers) for row in whole])
+    wanted = {id(row) for row in rows}
+    return labels[[id(row) in wanted for row in whole]], names
+
+
+def _holds_several(rows: Rows, column: str, lists: Mapping[str, bool], asked: bool) -> bool:
+    """Return whether cells of a column name several labels: it holds lists, or | in a column called so or asked for."""
+    called_so = asked or column.lower() in LABELS.columns
+    return column in lists or (called_so and any(BETWEEN in row[column] for row in rows))
 
 
 def _words_of(cell: str, unknown: Sequence[str], numbers: bool) -> list[str] | list[float] | None:
