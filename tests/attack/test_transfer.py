@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +193,45 @@ def test_two_encoders_and_a_choice_for_each_image(places, tmp_path):
     assert list(run.summary["layers"]) == ["VisionTransformer", "VisionTransformer'"]
     each = pl.attack("dta", **settings(places, tmp_path / "b", attacks=("dta",), per="sample", optimizer="adam_tanh"))
     assert each.summary["layers"] == "one for each image"
+
+
+def test_a_victim_of_another_size_resizes_and_that_is_said(places, tmp_path, capsys):
+    larger = create_encoder("vit_tiny_patch16_224", image_size=24, **SHAPE)
+    larger.reset_classifier(3)
+    given = settings(
+        places, tmp_path / "out", attacks=("dta",), victim={"larger": larger, "own": str(places / "tuned")}
+    )
+    run = pl.attack("dta", **given, momentum=1.0, diversity=0.5, smoothing=True)
+    told = capsys.readouterr().err
+    assert "larger takes images of 24x24 pixels and the encoder of 16x16" in told
+    assert "larger does not name its classes" in told
+    assert [row["victim"] for row in run.summary["table"]] == ["larger", "own"]
+
+
+def test_autoattack_is_that_of_torchattacks(places, tmp_path, monkeypatch):
+    given = settings(places, tmp_path / "out", attacks=("auto_attack",))
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(UsageError, match="pip install torchattacks"):
+        pl.attack("dta", **given)
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace())
+    with pytest.raises(UsageError, match="tuned has 3 classes and the losses of auto_attack compare 4"):
+        pl.attack("dta", **given)
+    asked = []
+
+    class AutoAttack:
+        def __init__(self, model, eps, n_classes, seed):
+            asked.append((eps, n_classes))
+
+        def __call__(self, images, labels):
+            return images + 1  # far out of the ball
+
+    monkeypatch.setitem(sys.modules, "torchattacks", SimpleNamespace(AutoAttack=AutoAttack))
+    four = pl.load(places / "public")
+    four.reset_classifier(4)
+    four.pretrained_cfg = {**four.pretrained_cfg, "label_names": [*CLASSES, "white"]}
+    run = pl.attack("dta", **{**given, "victim": {"four": four}})
+    assert asked == [(pytest.approx(8 / 255), 4)]
+    assert load_file(run.path / "auto_attack" / "four" / "deltas.safetensors")["deltas"].max() == 8
 
 
 def test_success_is_counted_over_what_was_right():

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from patchloom.encoders import depth, has_tokens
 from patchloom.errors import UsageError
 from patchloom.io import make_folder, write_json, written_whole
 from patchloom.systems.dta.attacks import PGD, FeatureAttack, FeatureNorm, RandomNoise, universal_noise
-from patchloom.systems.dta.ball import inside, quantised, uniform_noise
+from patchloom.systems.dta.ball import inside, quantised, still, uniform_noise
 from patchloom.systems.dta.config import DTAConfig
 from patchloom.systems.dta.features import FINAL, PixelClassifier
 from patchloom.systems.dta.model import DownstreamTransferAttack
 
 DELTAS, ABOUT, PICTURES = "deltas.safetensors", "attack.json", "images"
+FEWEST_CLASSES = 4
+"""AutoAttack's targeted losses compare the logits of so many classes."""
 UNIVERSAL_PASSES = 5
 """Times a universal noise goes through the images it is made on."""
 
@@ -50,6 +52,7 @@ TITLES = {
     "dta": "Downstream Transfer Attack",
     "universal": "Downstream Transfer Attack, one noise for all",
     "white_box": "PGD on the victim itself",
+    "auto_attack": "AutoAttack on the victim itself",
 }
 """What each attack is, for people."""
 
@@ -74,7 +77,11 @@ class Crafter:
         return fingerprints(self.subjects.encoders, self.subjects.encoder_names)
 
     def names(self) -> tuple[list[str], list[str]]:
-        """Return the attacks to make, and reasons why some that were asked for are not."""
+        """Return the attacks to make, and reasons why some that were asked for are not.
+
+        Raises:
+            UsageError: AutoAttack is asked for and is not installed, or a victim has too few classes for it.
+        """
         wanted: list[str] = []
         reasons = []
         for name in dict.fromkeys(self.config.attacks):
@@ -82,6 +89,9 @@ class Crafter:
                 reasons.append(f"pgd is left out: {self.subjects.encoder_names[0]} has no classes of its own")
             else:
                 wanted.append(name)
+        if "auto_attack" in wanted:
+            for victim in self.subjects.victims:
+                _check_auto_attack(victim)
         return wanted, reasons
 
     def search_layers(self) -> DownstreamTransferAttack:
@@ -137,6 +147,9 @@ class Crafter:
             return lambda images, rows, start: pgd(
                 images, None if labels is None else labels[rows].to(images.device), start
             )
+        if name == "auto_attack":
+            assert victim is not None
+            return partial(_auto_attack, victim, config.epsilon, int(generator.initial_seed() & 0x7FFF_FFFF))
         if name == "dta":
             search = self.search_layers()
             if config.per == "sample":
@@ -182,6 +195,9 @@ class Crafter:
             top_k=config.top_k,
             tokens=config.tokens,
             optimizer=config.optimizer,
+            momentum=config.momentum,
+            diversity=config.diversity,
+            smoothing=config.smoothing,
             restarts=config.restarts,
             deterministic=config.deterministic,
             generator=torch.Generator().manual_seed(self._seed(0)),
@@ -217,6 +233,28 @@ class Crafter:
 
     def _seed(self, place: int) -> int:
         return int(np.random.SeedSequence([self.config.seed, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_auto_attack(victim: Victim) -> None:
+    try:
+        import torchattacks  # noqa: F401
+    except ImportError as error:
+        raise UsageError("auto_attack is that of torchattacks; pip install torchattacks, or take white_box") from error
+    if victim.classes < FEWEST_CLASSES:
+        raise UsageError(
+            f"{victim.name} has {victim.classes} classes and the losses of auto_attack compare {FEWEST_CLASSES}; take "
+            f"white_box"
+        )
+
+
+def _auto_attack(victim: Victim, eps: float, seed: int, images: Tensor, rows: slice, start: Tensor) -> Tensor:
+    """Return images attacked by AutoAttack (Croce and Hein 2020, arXiv 2003.01690), which begins where it wants to."""
+    import torchattacks
+
+    attack = torchattacks.AutoAttack(victim.model, eps=eps, n_classes=victim.classes, seed=seed)
+    with torch.random.fork_rng(), still(victim.model):
+        x: Tensor = attack(images, victim.labels[rows].to(images.device))
+    return inside(x.detach(), images, eps)
 
 
 def store(folder: Path, attacked: Tensor, images: Tensor, keys: Sequence[str], about: dict[str, Any]) -> None:

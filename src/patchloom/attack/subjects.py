@@ -35,6 +35,8 @@ class Victim:
     """Takes images in [0, 1], gives logits; in eval mode."""
     labels: Tensor
     """(n,) int64 true classes in the model's own numbering."""
+    classes: int
+    """Number of its classes."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def open_subjects(config: DTAConfig) -> Subjects:
         with torch.no_grad():
             outputs = classifier(shown[:1].to(device)).shape[1]
         own = _renumbered(truth, list(source.class_names or []), name, class_names(model), outputs)
-        victims.append(Victim(name, classifier, own))
+        victims.append(Victim(name, classifier, own, outputs))
     for name, model in models.items():
         if image_size(model) != image_size(first):
             notice(

@@ -28,7 +28,7 @@ from patchloom.errors import UsageError
 from patchloom.io import check_place, make_folder, read_config, write_json, write_rows
 from patchloom.report.page import write_report
 from patchloom.sweep.study import markdown
-from patchloom.systems.dta.config import DTAConfig, listed
+from patchloom.systems.dta.config import OF_VICTIM, DTAConfig, listed
 from patchloom.training.config import CONFIG, dump_config
 
 SUMMARY, METRICS, PREDICTIONS = "summary.json", "metrics.csv", "predictions.csv"
@@ -95,8 +95,8 @@ class TransferAttack:
         for name in names:
             x = torch.empty(0)
             for number, victim in enumerate(subjects.victims):
-                if name == "white_box" or number == 0:  # others are made once, for all victims
-                    of_one = victim if name == "white_box" else None
+                if name in OF_VICTIM or number == 0:  # others are made once, for all victims
+                    of_one = victim if name in OF_VICTIM else None
                     x, about = self._made(out, name, of_one, crafter)
                     attacked[name, of_one.name if of_one else ""] = x[: config.pictured].clone()
                     made.append({"attack": name, **about})

@@ -9,16 +9,31 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MinLen
 
 from patchloom.base.fractions import parse_epsilon, parse_fraction
-from patchloom.base.ranges import Count, PositiveInt
+from patchloom.base.ranges import Count, NonNegative, PositiveInt, Probability
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 
 AttackName = Literal[
-    "noise", "pgd", "feature_l2", "last", "middle", "flat", "pap", "mi", "di", "ti", "dta", "universal", "white_box"
+    "noise",
+    "pgd",
+    "feature_l2",
+    "last",
+    "middle",
+    "flat",
+    "pap",
+    "mi",
+    "di",
+    "ti",
+    "dta",
+    "universal",
+    "white_box",
+    "auto_attack",
 ]
 """What can be tried; `systems/dta.md` in the documentation has a line on each."""
 Level = Annotated[int, Ge(1), Le(255)]
 """A change of a pixel in 1/255."""
+OF_VICTIM: frozenset[str] = frozenset({"white_box", "auto_attack"})
+"""Attacks that know the victim, and are made for each."""
 DEFAULT_ATTACKS: tuple[AttackName, ...] = (
     "noise",
     "pgd",
@@ -45,7 +60,7 @@ class DTAConfig(SourceOptions):
     out: str
     """Folder for attacked images, figures and report; empty or absent unless resume or overwrite is set"""
     attacks: Annotated[tuple[AttackName, ...], MinLen(1)] = DEFAULT_ATTACKS
-    """Attacks to make, such as [noise,dta,white_box]; also mi, di, ti and universal"""
+    """Attacks to make, such as [noise,dta,white_box]; also mi, di, ti, universal and auto_attack (torchattacks)"""
     eps: str | float = "10/255"
     """ε, the largest change of a pixel value in [0, 1], such as 8/255"""
     step_size: str | float = "2/255"
@@ -68,6 +83,12 @@ class DTAConfig(SourceOptions):
     """Tokens whose cosine counts; patches leaves out class token and registers"""
     optimizer: Literal["sign", "adam_tanh"] = "sign"
     """How feature attacks step: signs of gradients (paper), or Adam on a tanh (OpenTAI's taiadv)"""
+    momentum: NonNegative = 0.0
+    """Momentum of dta's steps; 1 as published for MI"""
+    diversity: Probability = 0.0
+    """Chance that images are shrunk and padded at random before a step of dta; 0.5 as published for DI"""
+    smoothing: bool = False
+    """Smooth dta's gradients, as TI does"""
     restarts: PositiveInt = 1
     """Random starts of which each image keeps the best"""
     quantise: bool = True
@@ -115,6 +136,8 @@ class DTAConfig(SourceOptions):
         parse_epsilon("eps", self.eps)
         if not self.alpha > 0:
             raise UsageError(f"step_size is {self.alpha:g}; it must be above 0, such as 2/255")
+        if self.optimizer == "adam_tanh" and (self.momentum or self.smoothing):
+            raise UsageError("momentum and smoothing belong to optimizer=sign; Adam has its own")
         if "universal" in self.attacks and self.per == "sample":
             raise UsageError("universal is one noise for all images, so there is no per=sample for it; leave one out")
         if self.resume and self.overwrite:
