@@ -107,3 +107,10 @@ def test_a_remembered_range_is_no_matter_to_sources_without_files():
     assert len(open_source("digits", model=remembered)) > 0
     with pytest.raises(UsageError, match="value_range is 0,4000, which the source digits cannot obey"):
         open_source("digits", value_range="0,4000")
+
+
+@pytest.mark.parametrize("method", ["mae", "ccvit", "dinov2"])
+def test_an_encoder_of_clips_is_refused_by_methods_of_images(method, tmp_path):
+    settings = {**TINY, "encoder": "videomae_tiny_patch16_224", "max_steps": 1}
+    with pytest.raises(UsageError, match="the encoder takes clips, and this method is for images"):
+        pl.pretrain(method, data="photos", out=str(tmp_path / "run"), **settings)

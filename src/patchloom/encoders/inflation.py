@@ -64,7 +64,10 @@ def inflate_kernel(kernel: Tensor, sides: int | Grid, how: Inflation = "mean") -
     if how == "mean":
         return (spread / math.prod(lengths)).expand(shape).clone()
     inflated = kernel.new_zeros(shape)
-    inflated[(slice(None), slice(None), *(length // 2 for length in lengths))] = kernel
+    middle = inflated
+    for length in lengths:
+        middle = middle.select(2, length // 2)
+    middle.copy_(kernel)
     return inflated
 
 

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from patchloom.data.kinds import KINDS
 from patchloom.data.pixels import unit
 from patchloom.data.sample import Transform
 from patchloom.encoders import (
@@ -28,6 +29,7 @@ from patchloom.encoders import (
     embed_dim,
     has_tokens,
     image_size,
+    kind_of,
     layer_of_parameter,
 )
 from patchloom.encoders.create import recompute_blocks
@@ -90,6 +92,9 @@ class Method(lp.LightningModule):
         self.started = time.monotonic()
         self.seconds_before = 0.0
         self.encoder: Encoder = self.build_encoder()
+        if (kind := kind_of(self.encoder)) not in ("image", *self.kinds):
+            wanted = " or ".join(KINDS[name].plural for name in self.kinds)
+            raise UsageError(f"the encoder takes {KINDS[kind].plural}, and this method is for {wanted}")
         if config.grad_checkpointing:
             recompute_blocks(self.encoder)
         self.attached: Sequence[Attachment] = ()
