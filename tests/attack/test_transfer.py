@@ -149,7 +149,7 @@ def test_a_loader_of_ones_own(places):
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert row["clean"] == pytest.approx(100 * float((victim(images).argmax(1) == labels).double().mean()))
     assert (row["attack"], row["victim"], row["n"]) == ("noise", "tuned", 8)
-    (rounded,) = evaluate_transfer({"same": lambda x: x}, {"tuned": victim}, batches, eps=1.0)
+    (rounded,) = evaluate_transfer(lambda x: x, {"tuned": victim}, batches, eps=1.0)
     assert rounded["clean"] == row["clean"]
     with pytest.raises(UsageError, match="no image to attack"):
         evaluate_transfer({}, {}, [])

@@ -51,7 +51,7 @@ def figures_of(clean: Tensor, attacked: Tensor, labels: Tensor) -> dict[str, Any
 
 
 def evaluate_transfer(
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Attack] | Attack,
     victims: Mapping[str, nn.Module],
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
@@ -60,7 +60,7 @@ def evaluate_transfer(
     """Return the table of attacks and victims for a loader of one's own.
 
     Args:
-        attacks: Name to a callable from images (B, C, H, W) in [0, 1] to attacked ones.
+        attacks: Name to a callable from images (B, C, H, W) in [0, 1] to attacked ones; or one such callable.
         victims: Name to a classifier of images in [0, 1], in eval mode; `PixelClassifier` makes one of a timm model.
         loader: Batches of images and (B,) int64 classes in the victims' numbering.
         eps: Where given, attacked images are rounded to 8 bits towards the clean ones, within this ε.
@@ -71,6 +71,7 @@ def evaluate_transfer(
     Raises:
         UsageError: No image.
     """
+    attacks = attacks if isinstance(attacks, Mapping) else {"attack": attacks}
     clean: dict[str, list[Tensor]] = {name: [] for name in victims}
     said: dict[tuple[str, str], list[Tensor]] = {(name, victim): [] for victim in victims for name in attacks}
     truth = []

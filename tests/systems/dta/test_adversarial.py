@@ -124,6 +124,18 @@ def test_pgd_raises_the_loss_of_the_model_that_learns(base):
     assert plain({**batch, "image": attacked})["loss"] > noisy
 
 
+def test_an_attack_of_ones_own(base):
+    method = made("finetune", base)
+    riding = AdversarialTraining(lambda images: (images + 0.02).clamp(0, 1))
+    plain = method.training_loss
+    riding.attach(method)
+    batch = batch_of(method)
+    attacked = shown(method, riding.attacked(method, batch, plain))
+    assert torch.allclose(attacked, (shown(method, batch["image"]) + 0.02).clamp(0, 1), atol=1e-5)
+    assert riding.summary(method) == {"adversary": {"kind": "function", "mix": 0.5}}
+    assert "attacked by function" in riding.report_sections(method)[0].text
+
+
 def test_without_a_share_the_run_is_the_plain_one(base):
     method = made("linear", base)
     batch = batch_of(method)

@@ -51,7 +51,8 @@ class AdversarialTraining(Attachment):
 
     Args:
         adversary: `dta` attacks through the encoder the run starts from, at the block a search on images of the first
-            step finds most vulnerable; `pgd` through the model that learns.
+            step finds most vulnerable; `pgd` through the model that learns. Or an attack of your own, from images
+            (B, C, H, W) in [0, 1] to attacked ones, for which nothing but `mix` counts.
         mix: λ, the share of the loss that is on attacked images; at 0 the run is the plain one.
         eps: ε, the largest change of a pixel value in [0, 1].
         steps: Steps of each attack; each goes 2/255, or as far as it takes to cross the ball.
@@ -63,19 +64,21 @@ class AdversarialTraining(Attachment):
 
     def __init__(
         self,
-        adversary: Literal["dta", "pgd"] = "dta",
+        adversary: Literal["dta", "pgd"] | Callable[[Tensor], Tensor] = "dta",
         mix: float = 0.5,
         eps: float = EPS,
         steps: int = STEPS,
         encoder: Any = None,
     ) -> None:
-        if adversary not in ("dta", "pgd"):
-            raise unknown_name("adversary", adversary, ("dta", "pgd"))
+        self.own = adversary if callable(adversary) else None
+        if self.own is None and adversary not in ("dta", "pgd"):
+            raise unknown_name("adversary", str(adversary), ("dta", "pgd"))
         if not 0 <= mix <= 1:
             raise UsageError(f"mix is {mix}; it is a share, in [0, 1]")
         if adversary == "pgd" and encoder is not None:
             raise UsageError("pgd goes through the model that learns; another encoder belongs to adversary=dta")
-        self.adversary, self.mix, self.eps, self.steps = adversary, mix, parse_epsilon("eps", eps), steps
+        self.adversary = adversary if isinstance(adversary, str) else type(adversary).__name__
+        self.mix, self.eps, self.steps = mix, parse_epsilon("eps", eps), steps
         self.step_size = max(STEP_SIZE, self.eps / steps)
         self.named = encoder
         self.attack: DownstreamTransferAttack | None = None
@@ -98,7 +101,7 @@ class AdversarialTraining(Attachment):
             raise UsageError("adversarial training is for methods that learn from labels, with one optimiser")
         if self.adversary == "pgd" and method.config.strategy == "fsdp":
             raise UsageError("adversary=pgd goes through the model within a step, which fsdp does not allow; use ddp")
-        if self.adversary == "dta":
+        if self.own is None and self.adversary == "dta":
             self.attack = DownstreamTransferAttack(
                 self._public(method), self.eps, self.step_size, self.steps, self.steps, warm_start=False
             )
@@ -119,7 +122,9 @@ class AdversarialTraining(Attachment):
         shown = shown.float()
         generator = torch.Generator().manual_seed(torch.initial_seed())  # seeded by the place of the batch
         start = uniform_noise(shown, self.eps, generator)
-        if self.attack is not None:
+        if self.own is not None:
+            x = self.own(shown)
+        elif self.attack is not None:
             x = self._through_encoder(method, shown, start)
         else:
 
@@ -183,8 +188,9 @@ class AdversarialTraining(Attachment):
 
     def summary(self, method: Method) -> dict[str, Any]:
         """Return what images were attacked by."""
-        about: dict[str, Any] = {"kind": self.adversary, "mix": self.mix, "eps": self.eps, "steps": self.steps}
-        about |= {"step_size": self.step_size}
+        about: dict[str, Any] = {"kind": self.adversary, "mix": self.mix}
+        if self.own is None:
+            about |= {"eps": self.eps, "steps": self.steps, "step_size": self.step_size}
         if self.layers:
             about["layers"] = [list(layers) for layers in self.layers]
         return {"adversary": about}
@@ -197,9 +203,10 @@ class AdversarialTraining(Attachment):
         how = {
             "dta": f"attacked through the public encoder{where} (Downstream Transfer Attack)",
             "pgd": "attacked through the model itself (projected gradient descent)",
-        }[self.adversary]
+        }.get(self.adversary, f"attacked by {self.adversary}")
+        size = "as it was made" if self.own is not None else f"ε {self.eps * 255:g}/255, {self.steps} steps"
         text = (
-            f"{self.mix:.0%} of the loss was on images {how}, ε {self.eps * 255:g}/255, {self.steps} steps. Measure "
+            f"{self.mix:.0%} of the loss was on images {how}, {size}. Measure "
             f"what it is worth by attacks that were not trained against: patchloom attack dta --encoder ENCODER "
             f"--victim {method.config.out} --data TEST. Withstanding attacks through the encoder is not withstanding "
             f"an attacker who knows the model."
