@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchloom.attack.subjects import Subjects, Victim, has_classes
+from patchloom.base.progress import track
+from patchloom.data.survey import notice
 from patchloom.encoders import depth, has_tokens
 from patchloom.errors import UsageError
 from patchloom.io import make_folder, write_json, written_whole
@@ -102,6 +104,8 @@ class Crafter:
             if config.per == "dataset":
                 count = min(config.search_images, len(self.subjects.keys))
                 images = self.subjects.images[:count].to(self.subjects.device)
+                blocks = ", ".join(str(len(one)) for one in attack.candidates)
+                notice(f"searching the most vulnerable of {blocks} blocks on {count} images …")
                 reach = 1.0 if config.optimizer == "adam_tanh" else config.epsilon
                 attack.search(images, self._start(slice(0, count), reach))
             self.search = attack
@@ -119,7 +123,9 @@ class Crafter:
         noise = self._universal(name) if name in ("pap", "universal") else None
         numbers = range(len(clean))[rows]
         made = []
-        for place in range(numbers.start, numbers.stop, self.config.batch_size):
+        places = range(numbers.start, numbers.stop, self.config.batch_size)
+        said = name if victim is None else f"{name} on {victim.name}"
+        for place in track(places, said, unit="batch"):
             some = slice(place, min(place + self.config.batch_size, numbers.stop))
             if noise is not None:
                 x = inside(clean[some] + noise, clean[some], self.config.epsilon)
