@@ -122,6 +122,8 @@ class LabelFileSource(ListedSource):
         double = [one for one, count in zip(*np.unique(files, return_counts=True), strict=True) if count > 1]
         if double:
             raise UsageError(f"{shown} names {double[0]} {files.count(double[0])} times; give each image one row")
+        labels: np.ndarray | None
+        names: list[str] | None
         unknown = ("", *words(missing))
         if len(found.labels) == 1 and _holds_several(whole, found.labels[0], lists, label_field is not None):
             labels, names = _named_labels(rows, whole, found.labels[0], unknown, lists.get(found.labels[0], False))
