@@ -155,9 +155,12 @@ def test_a_loader_of_ones_own(places):
         evaluate_transfer({}, {}, [])
 
 
-def test_going_on_makes_what_is_missing_and_nothing_else(places, tmp_path, capsys):
+def test_going_on_makes_what_is_missing_and_nothing_else(places, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    first = pl.attack("dta", **settings(places, out, attacks=("noise", "dta", "last")))
+    monkeypatch.chdir(places)
+    here = {"encoder": "public", "victim": "tuned,adapted", "data": "images"}
+    first = pl.attack("dta", **settings(places, out, attacks=("noise", "dta", "last"), **here))
+    monkeypatch.chdir(tmp_path)  # places lead there from anywhere
     kept = (out / "dta" / "deltas.safetensors").stat().st_mtime_ns
     (out / "last" / "attack.json").unlink()  # as if killed before the end
     capsys.readouterr()

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from patchloom.report.page import write_report
 from patchloom.sweep.study import markdown
 from patchloom.systems.dta.config import OF_VICTIM, DTAConfig, listed
 from patchloom.training.config import CONFIG, dump_config
+from patchloom.training.places import absolute
 
 SUMMARY, METRICS, PREDICTIONS = "summary.json", "metrics.csv", "predictions.csv"
 REPORT, CURVES = "report.html", "curves.json"
@@ -263,7 +265,7 @@ def check_out(config: DTAConfig) -> None:
     if not (path / CONFIG).exists():
         raise UsageError(f"{path} is not empty and holds no attacks; choose another out")
     if config.resume:
-        saved, now = read_config(path / CONFIG), _plain(config)
+        saved, now = read_config(path / CONFIG), _plain(config, anywhere=True)
         for name, value in now.items():
             if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
                 raise UsageError(
@@ -279,25 +281,32 @@ def _claim(config: DTAConfig) -> Path:
     if config.overwrite and out.exists():
         shutil.rmtree(out)
     make_folder(out)
-    dump_config(_plain(config), out / CONFIG, "attack dta")
+    dump_config(_plain(config, anywhere=True), out / CONFIG, "attack dta")
     return out
 
 
-def _plain(config: DTAConfig) -> dict[str, Any]:
-    """Return settings as YAML has them; a module stands as the name of its class."""
+def _plain(config: DTAConfig, anywhere: bool = False) -> dict[str, Any]:
+    """Return settings as YAML has them; a module stands as the name of its class.
+
+    Args:
+        config: The settings.
+        anywhere: Let places on disk lead there from any folder.
+    """
     values = {one.name: getattr(config, one.name) for one in fields(config)} | {"resume": False, "overwrite": False}
+
+    def placed(name: str, one: Any) -> str:
+        text = type(one).__name__ if isinstance(one, nn.Module) else str(one)
+        return str(absolute(name, text)) if anywhere and not isinstance(one, nn.Module) else text
+
+    values["data"] = placed("data", config.data)
     for name in ("encoder", "victim"):
         given = values[name]
-        if isinstance(given, dict):
-            values[name] = {str(key): _said(one) for key, one in given.items()}
+        if isinstance(given, Mapping):
+            values[name] = {str(key): placed("encoder", one) for key, one in given.items()}
         else:
-            said = [_said(one) for one in ([given] if isinstance(given, nn.Module) else listed(given))]
-            values[name] = ",".join(said)
+            models = [given] if isinstance(given, nn.Module) else listed(given)
+            values[name] = ",".join(placed("encoder", one) for one in models)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _said(one: Any) -> str:
-    return type(one).__name__ if isinstance(one, nn.Module) else str(one)
 
 
 def _layers(search: Any, names: list[str]) -> dict[str, Any]:
