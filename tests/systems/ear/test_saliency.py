@@ -130,7 +130,7 @@ def test_the_first_component_is_that_of_the_singular_values():
     assert found.argmax(1).tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("size", [(8, 9), (40, 30), (16, 16)])
+@pytest.mark.parametrize("size", [(8, 9), (40, 30), (16, 16), (15, 19), (1, 3), (16, 7)])
 def test_resizing_by_matrices_is_interpolation(size):
     images = images_of(1, 3, 16, 20)
     expected = F.interpolate(images, size, mode="bilinear", antialias=True)

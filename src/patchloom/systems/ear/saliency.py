@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,9 +168,15 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resizing(before: int, after: int) -> Tensor:
-    """Return what one side of an image is multiplied by, (after, before)."""
-    unit = torch.eye(before, dtype=torch.float64)[None, None]
-    return F.interpolate(unit, (after, before), mode="bilinear", antialias=True)[0, 0]
+    """Return what one side of an image is multiplied by, (after, before): triangles, wider where pixels get fewer."""
+    scale = before / after
+    width = max(scale, 1.0)
+    centres = scale * (np.arange(after) + 0.5)[:, None]
+    places = np.arange(before)[None]
+    first, last = (np.floor(centres + side * width + 0.5) for side in (-1, 1))
+    weights = np.clip(1 - np.abs(places + 0.5 - centres) / width, 0, None) * (places >= first) * (places < last)
+    # A list, not an array: what is traced for ONNX takes it for a constant.
+    return torch.tensor((weights / weights.sum(1, keepdims=True)).tolist(), dtype=torch.float64)
 
 
 def stretched(saliency: Tensor, raw: Tensor | None = None) -> Tensor:
