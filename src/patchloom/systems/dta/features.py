@@ -1,5 +1,6 @@
 """What attacks and victims see of a timm model: pixels in, features of blocks or logits out, normalisation inside.
 
+>>> import torch
 >>> from patchloom.encoders import create_encoder
 >>> encoder = create_encoder("vit_tiny_patch16_224", image_size=64).eval()
 >>> features = BlockFeatures(encoder)
