@@ -233,3 +233,107 @@ def backbone(s: State, images: Tensor, settings: dict) -> list[Tensor]:
             added = F.interpolate(added, scale_factor=scale, mode="bilinear", align_corners=False)
         maps[i] = batch_norm(s, f"norm{i + 1}", maps[i] + added)
     return maps
+
+
+def layout(
+    width: int = 12,
+    depth: int = 4,
+    grid: int = 4,
+    middle: int = 18,
+    values: int = 12,
+    heads: int = 3,
+    points: int = 2,
+    conv: int = 4,
+    extra: int = 4,
+    to_vit: tuple[bool, ...] = (True,) * 4,
+    interacts: bool = True,
+    gammas: bool = True,
+    unused: bool = True,
+) -> State:
+    """Return the tensors of a backbone under the published names, all random.
+
+    `unused` adds what the published segmentation code makes for stages without an exchange and never uses.
+    """
+    state: State = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def add(name: str, *shape: int) -> None:
+        state[name] = torch.randn(shape, generator=generator) * 0.2
+
+    def layer(name: str, out: int, *into: int) -> None:
+        add(f"{name}.weight", out, *into)
+        add(f"{name}.bias", out)
+
+    def norm(name: str, dim: int = width) -> None:
+        layer(name, dim)
+
+    def batch_norm(name: str, dim: int = width) -> None:
+        norm(name, dim)
+        add(f"{name}.running_mean", dim)
+        state[f"{name}.running_var"] = 0.5 + torch.rand(dim, generator=generator)
+        state[f"{name}.num_batches_tracked"] = torch.tensor(3)
+
+    def conv_ffn(name: str) -> None:
+        layer(f"{name}.fc1", width // 4, width)
+        layer(f"{name}.dwconv.dwconv", width // 4, 1, 3, 3)
+        layer(f"{name}.fc2", width, width // 4)
+
+    def attending(name: str) -> None:
+        for part in ("query_norm", "feat_norm", "ffn_norm"):
+            norm(f"{name}.{part}")
+        layer(f"{name}.attn.sampling_offsets", heads * 3 * points * 2, width)
+        layer(f"{name}.attn.attention_weights", heads * 3 * points, width)
+        layer(f"{name}.attn.value_proj", values, width)
+        layer(f"{name}.attn.output_proj", width, values)
+        conv_ffn(f"{name}.ffn")
+
+    add("pos_embed", 1, 1 + grid**2, width)
+    layer("patch_embed.proj", width, 3, 16, 16)
+    for number in range(depth):
+        norm(f"blocks.{number}.norm1")
+        norm(f"blocks.{number}.norm2")
+        layer(f"blocks.{number}.attn.qkv", 3 * width, width)
+        layer(f"blocks.{number}.attn.proj", width, width)
+        layer(f"blocks.{number}.mlp.fc1", 2 * width, width)
+        layer(f"blocks.{number}.mlp.fc2", width, 2 * width)
+        if gammas:
+            add(f"blocks.{number}.gamma1", width)
+            add(f"blocks.{number}.gamma2", width)
+    add("level_embed", 3, width)
+    for number, into in ((0, 3), (3, conv), (6, conv)):
+        add(f"spm.stem.{number}.weight", conv, into, 3, 3)
+        batch_norm(f"spm.stem.{number + 1}", conv)
+    for number, out, into in ((2, 2 * conv, conv), (3, 4 * conv, 2 * conv), (4, 4 * conv, 4 * conv)):
+        add(f"spm.conv{number}.0.weight", out, into, 3, 3)
+        batch_norm(f"spm.conv{number}.1", out)
+    for number, into in enumerate((conv, 2 * conv, 4 * conv, 4 * conv), 1):
+        layer(f"spm.fc{number}", width, into, 1, 1)
+    for stage, exchanges in enumerate(to_vit):
+        name = f"interactions.{stage}"
+        if exchanges or unused:
+            layer(f"{name}.mrfp.fc1", middle, width)
+            layer(f"{name}.mrfp.fc2", width, middle)
+            for number in range(1, 7):
+                side = 3 if number % 2 else 5
+                layer(f"{name}.mrfp.dwconv.dwconv{number}", middle // 2, 1, side, side)
+            for number in range(1, 4):
+                batch_norm(f"{name}.mrfp.dwconv.bn{number}", middle)
+        if exchanges:
+            attending(f"{name}.cti_tov")
+            add(f"{name}.cti_tov.gamma", width)
+        back = [f"{name}.cti_toc"]
+        if stage == len(to_vit) - 1:
+            back += [f"{name}.extra_CTIs.{number}" for number in range(extra)]
+        for part in back:
+            norm(f"{part}.query_norm")
+            norm(f"{part}.feat_norm")
+            if part != back[0]:
+                norm(f"{part}.ffn_norm")
+                conv_ffn(f"{part}.ffn")
+            if interacts:
+                attending(f"{part}.cfinter")
+    add("up.weight", width, width, 2, 2)
+    add("up.bias", width)
+    for number in range(1, 5):
+        batch_norm(f"norm{number}")
+    return state

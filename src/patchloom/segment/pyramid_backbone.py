@@ -12,6 +12,7 @@ the segmentation code of BEiT (arXiv 2106.08254), which CCViT and G2SD use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -59,11 +60,11 @@ class SegmentationModel(nn.Module):
     """A backbone and what decodes its maps.
 
     Args:
-        backbone: Images to maps.
+        backbone: Images to maps; a `PyramidBackbone`, or another that has an `encoder`.
         decoder: Maps to logits; its `auxiliary_logits`, where it has them, are those of the head for training.
     """
 
-    def __init__(self, backbone: PyramidBackbone, decoder: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
@@ -71,7 +72,7 @@ class SegmentationModel(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The plain ViT."""
-        return self.backbone.encoder
+        return cast(Encoder, self.backbone.encoder)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K, H / 4, W / 4) of normalised images (B, C, H, W)."""

@@ -30,7 +30,12 @@ def small(vit=None, **settings):
 def published_names(model: ViTCoMer) -> dict[str, torch.Tensor]:
     state = {}
     for name, value in model.state_dict().items():
-        state[name.removeprefix("encoder.").replace("ls1.gamma", "gamma1").replace("ls2.gamma", "gamma2")] = value
+        state[
+            name.removeprefix("encoder.")
+            .removeprefix("adapter.")
+            .replace("ls1.gamma", "gamma1")
+            .replace("ls2.gamma", "gamma2")
+        ] = value
     return state
 
 
@@ -76,9 +81,9 @@ def test_everything_but_what_stands_behind_the_blocks_learns():
 
 def test_stages_without_an_exchange_have_no_modules_for_it():
     model = small(use_to_vit=[True, False, True, False], use_to_cnn=[False, True, True, True])
-    assert [part.mrfp is None for part in model.interactions] == [False, True, False, True]
-    assert [part.cti_toc is None for part in model.interactions] == [True, False, False, False]
-    assert [len(part.extra_CTIs) for part in model.interactions] == [0, 0, 0, 4]
+    assert [part.mrfp is None for part in model.adapter.interactions] == [False, True, False, True]
+    assert [part.cti_toc is None for part in model.adapter.interactions] == [True, False, False, False]
+    assert [len(part.extra_CTIs) for part in model.adapter.interactions] == [0, 0, 0, 4]
 
 
 @pytest.mark.parametrize(

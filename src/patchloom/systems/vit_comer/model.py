@@ -14,7 +14,7 @@ Parameters other than the ViT's bear the published names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -55,6 +55,55 @@ def equal_stages(blocks: int, count: int = 4) -> list[tuple[int, int]]:
     return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
 
 
+class CoMerAdapter(nn.Module):
+    """What ViT-CoMer adds to a ViT: the CNN, the exchanges, and what makes maps of both, under the published names.
+
+    Args:
+        dim: Width D of the ViT.
+        in_chans: Channels of the images.
+        conv_width: Channels of the CNN's stem.
+        interactions: The stages' exchanges.
+    """
+
+    def __init__(
+        self, dim: int, in_chans: int, conv_width: int, interactions: Iterable[ConvTransformerInteraction]
+    ) -> None:
+        super().__init__()
+        self.spm = SpatialPriorCNN(conv_width, dim, in_chans)
+        self.level_embed = nn.Parameter(torch.zeros(3, dim))
+        self.interactions = nn.ModuleList(interactions)
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.BatchNorm2d(dim) for _ in range(4))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the published code does."""
+        for part in (self.spm, self.interactions, self.up):
+            part.apply(_init_weights)
+        for module in self.interactions.modules():
+            if isinstance(module, MultiScaleDeformableAttention):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the CNN's map (B, D, H / 4, W / 4) and its pyramid (B, 21 n, D) of strides 8, 16 and 32."""
+        c1, *levels = self.spm(images)
+        return c1, torch.cat([x + embed for x, embed in zip(levels, self.level_embed, strict=True)], dim=1)
+
+    def maps(self, c1: Tensor, c: Tensor, vit: Sequence[Tensor], height: int, width: int) -> list[Tensor]:
+        """Return maps of strides 4, 8, 16 and 32, with the ViT's tokens (B, N, D) for each in them, normed."""
+        shapes = pyramid_shapes(height, width)
+        c2, c3, c4 = (as_map(x, shape) for x, shape in zip(split_levels(c, height, width), shapes, strict=True))
+        maps = [self.up(c2) + c1, c2, c3, c4]
+        for number, tokens in enumerate(vit):
+            added = as_map(tokens, (height, width))
+            if number != 2:
+                added = F.interpolate(added, size=maps[number].shape[-2:], mode="bilinear", align_corners=False)
+            maps[number] = maps[number] + added
+        return [norm(x) for norm, x in zip((self.norm1, self.norm2, self.norm3, self.norm4), maps, strict=True)]
+
+
 class ViTCoMer(nn.Module):
     """Images to maps of strides 4, 8, 16 and 32, all as wide as the encoder.
 
@@ -85,7 +134,7 @@ class ViTCoMer(nn.Module):
 
     Attributes:
         encoder: The ViT.
-        spm: The CNN.
+        adapter: What is added to it.
         out_channels: Width of the maps.
         strides: Of the maps.
 
@@ -132,44 +181,21 @@ class ViTCoMer(nn.Module):
         self.windows = _checked_windows(encoder, window_size)
         self.out_channels = dim
         self.channels = [dim] * len(self.strides)
-        self.spm = SpatialPriorCNN(conv_width, dim, in_chans(encoder))
-        self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        flags = [
-            _by_stage(name, value, len(self.stages))
+        count = len(self.stages)
+        switches = [
+            _by_stage(name, value, count)
             for name, value in (
                 ("use_to_vit", use_to_vit),
                 ("use_to_cnn", use_to_cnn),
                 ("cnn_interaction", cnn_interaction),
             )
         ]
-        self.interactions = nn.ModuleList(
-            ConvTransformerInteraction(
-                dim,
-                int(dim * mrfp_ratio),
-                deform_heads,
-                num_points,
-                deform_ratio,
-                cffn_ratio,
-                drop_path,
-                init_values,
-                *(flag[number] for flag in flags),
-                num_extra=num_extra if number + 1 == len(self.stages) else 0,
-            )
-            for number in range(len(self.stages))
+        sizes = (int(dim * mrfp_ratio), deform_heads, num_points, deform_ratio, cffn_ratio, drop_path, init_values)
+        exchanges = (
+            ConvTransformerInteraction(dim, *sizes, *of_stage, num_extra=num_extra if number + 1 == count else 0)
+            for number, of_stage in enumerate(zip(*switches, strict=True))
         )
-        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
-        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.BatchNorm2d(dim) for _ in self.strides)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all weights but the encoder's anew, as the published code does."""
-        for part in (self.spm, self.interactions, self.up):
-            part.apply(_init_weights)
-        for module in self.interactions.modules():
-            if isinstance(module, MultiScaleDeformableAttention):
-                module.reset_parameters()
-        nn.init.normal_(self.level_embed)
+        self.adapter = CoMerAdapter(dim, in_chans(encoder), conv_width, exchanges)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return (B, D, H / 4, W / 4), … (B, D, H / 32, W / 32) of normalised images (B, C, H, W).
@@ -178,18 +204,18 @@ class ViTCoMer(nn.Module):
             UsageError: A side is no multiple of 32; or the coarsest map of a batch in training is a single pixel.
         """
         height, width = self._grid(images)
-        c1, *levels = self.spm(images)
-        c = torch.cat([tokens + embed for tokens, embed in zip(levels, self.level_embed, strict=True)], dim=1)
+        c1, c = self.adapter.pyramid(images)
         embedded, prefix = self._embedded(images, (height, width))
         front, x = embedded.x[:, :prefix], embedded.x[:, prefix:]
         after = []
-        for (first, last), interaction in zip(self.stages, self.interactions, strict=True):
+        for (first, last), interaction in zip(self.stages, self.adapter.interactions, strict=True):
             # What goes along in front of the patches, blocks change and exchanges leave alone.
             blocks = _Stage(self, embedded, front, range(first, last + 1), (height, width))
             x, c = interaction(x, c, [blocks], height, width)
             front = blocks.front
             after.append(x)
-        return self._maps(c1, c, after, height, width)
+        vit = {"per_stage": after, "last": after[-1:] * len(self.strides), None: []}[self.vit_features]
+        return self.adapter.maps(c1, c, vit, height, width)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         sides = images.shape[-2], images.shape[-1]
@@ -217,20 +243,6 @@ class ViTCoMer(nn.Module):
         if isinstance(self.encoder, VisionTransformer):
             return replace(embedded, x=embedded.x[:, prefix:]), 0
         return embedded, prefix
-
-    def _maps(self, c1: Tensor, c: Tensor, after: list[Tensor], height: int, width: int) -> list[Tensor]:
-        """Return the pyramid's maps with the ViT's in them, normed."""
-        shapes = pyramid_shapes(height, width)
-        c2, c3, c4 = (as_map(x, shape) for x, shape in zip(split_levels(c, height, width), shapes, strict=True))
-        maps = [self.up(c2) + c1, c2, c3, c4]
-        if self.vit_features is not None:
-            tokens = after if self.vit_features == "per_stage" else after[-1:] * len(maps)
-            for number, x in enumerate(tokens):
-                vit = as_map(x, (height, width))
-                if number != 2:
-                    vit = F.interpolate(vit, size=maps[number].shape[-2:], mode="bilinear", align_corners=False)
-                maps[number] = maps[number] + vit
-        return [norm(x) for norm, x in zip((self.norm1, self.norm2, self.norm3, self.norm4), maps, strict=True)]
 
 
 class _Stage:
