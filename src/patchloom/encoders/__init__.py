@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, convit, frames, micro, timm_families, video
+from patchloom.encoders import ccvit, cifar_resnet, convit, frames, hyena_vit, micro, timm_families, video
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.encoder import Encoder
@@ -62,6 +62,7 @@ __all__ = [
     "frames",
     "grid_size",
     "has_tokens",
+    "hyena_vit",
     "image_size",
     "in_chans",
     "input_size",

@@ -118,6 +118,10 @@ class Family:
             f"it is not known how far from the head {name!r} is, so it has no learning rate; set layer_decay=1"
         )
 
+    def undecayed(self, encoder: Any) -> set[str]:
+        """Return the names of parameters that weight decay leaves alone besides vectors, biases and positions."""
+        return set()
+
     # Other sizes.
 
     def sides(self, own: Grid, size: int | Grid) -> Grid:

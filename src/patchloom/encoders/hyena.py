@@ -38,8 +38,8 @@ CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 class HyenaND(nn.Module):
     """The operator: gates and long convolutions of linear maps of the tokens.
 
-    The tokens' maps x_0 … x_{O-1} and v are smoothed over 3 places; then comes O - 1 times a gate and a long convolution,
-    v = k_o ∗ (v · x), and a last gate x_0.
+    The tokens' maps x_0 … x_{O-1} and v are smoothed over 3 places; then comes O - 1 times a gate and a long
+    convolution, v = k_o ∗ (v · x), and a last gate x_0.
 
     Long convolutions run from the first corner of the grid on; `direction` is what shows tokens the rest of it:
 

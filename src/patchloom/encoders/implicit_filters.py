@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchloom.encoders.patches import Grid, shown
-from patchloom.encoders.precision import at_least_float32
+from patchloom.encoders.precision import at_least_float32, without_autocast
 from patchloom.errors import UsageError, unknown_name
 
 Kind = Literal["joint", "product", "explicit"]
@@ -36,14 +36,14 @@ class ImplicitFilterND(nn.Module):
     """Filters of all long convolutions of an operator.
 
     Places n along an axis of L are t = n / (L - 1) and the features z = (t, cos(f w), -sin(f w)) with w = 2 π n / L and
-    (emb_dim - 1) / 2 frequencies f from 1e-4; z is learnt. A network sin-activated with learnt frequencies makes
-    filters of them, and a window exp(-t |δ|) lets them fall off.
+    (emb_dim - 1) / 2 frequencies f from 1e-4; z is learnt, and axes of the same length share it. A network, whose
+    activations are sines of learnt frequencies, makes filters of them, and a window exp(-t |δ|) lets them fall off.
 
     On another grid the same functions are evaluated at other places: z and t are interpolated between their values.
 
     Args:
         channels: C.
-        shape: The grid, of 1, 2 or 3 axes. The features have as many places as its longest side.
+        shape: The grid, of 1, 2 or 3 axes.
         order: O; there are O - 1 filters of C channels each.
         width: Width of the networks.
         emb_dim: Features of a place along an axis, odd, at least 3.
@@ -61,7 +61,6 @@ class ImplicitFilterND(nn.Module):
     """
 
     trained_grid: Tensor
-    t: Tensor
 
     def __init__(
         self,
@@ -101,9 +100,9 @@ class ImplicitFilterND(nn.Module):
             self.filter = nn.Parameter(torch.empty(order - 1, channels, *shape))
             self.reset_parameters()
             return
-        places = max(shape)
-        self.z = nn.Parameter(torch.empty(1, places, emb_dim))
-        self.register_buffer("t", torch.linspace(0, 1, places).view(1, -1, 1))
+        sides = dict.fromkeys(self.shape)
+        self.z = nn.ParameterList(torch.empty(1, side, emb_dim) for side in sides)
+        self._set_times([torch.linspace(0, 1, side).view(1, -1, 1) for side in sides])
         self.freq = nn.Parameter(torch.empty(1, width))
         widths = (emb_dim * (axes if kind == "joint" else 1), *[width] * (HIDDEN_LAYERS + 1))
         self.networks = nn.ModuleList(
@@ -125,9 +124,11 @@ class ImplicitFilterND(nn.Module):
         if self.kind == "explicit":
             self.filter.normal_()
             return
-        places, bands = self.z.shape[1], (self.emb_dim - 1) // 2
-        angles = torch.linspace(1e-4, bands - 1, bands) * (2 * math.pi * torch.arange(places) / places).unsqueeze(1)
-        self.z.copy_(torch.cat([torch.linspace(0, 1, places).unsqueeze(1), angles.cos(), -angles.sin()], 1))
+        bands = (self.emb_dim - 1) // 2
+        for z in self.z:
+            places = z.shape[1]
+            angles = torch.linspace(1e-4, bands - 1, bands) * (2 * math.pi * torch.arange(places) / places).unsqueeze(1)
+            z.copy_(torch.cat([torch.linspace(0, 1, places).unsqueeze(1), angles.cos(), -angles.sin()], 1))
         self.freq.fill_(1.0)
         if self.window != "none":
             self.deltas.copy_(torch.linspace(SLOWEST, FASTEST, self.deltas.shape[1]))
@@ -145,7 +146,7 @@ class ImplicitFilterND(nn.Module):
             raise UsageError(f"filters of {len(self.shape)} axes have none on a grid of {shown(grid)}")
         if self.kind == "explicit":
             return at_least_float32(self._at(self.filter, grid))
-        with torch.autocast(self.z.device.type, enabled=False):
+        with without_autocast(self.freq.device):
             found = self._product(grid) if self.kind == "product" else self._joint(grid)
         return found.movedim(-1, 0).unflatten(0, (self.order - 1, self.channels))
 
@@ -159,14 +160,17 @@ class ImplicitFilterND(nn.Module):
             raise UsageError(
                 f"filters of a grid of {shown(self.shape)} are not made for {shown(grid)}: the axes differ"
             )
-        self.shape = tuple(grid)
         with torch.no_grad():
             if self.kind == "explicit":
-                self.filter = nn.Parameter(self._at(self.filter, self.shape), self.filter.requires_grad)
-                return
-            places = max(grid)
-            self.z = nn.Parameter(_interpolated(self.z, places), self.z.requires_grad)
-            self.t = _interpolated(self.t, places)
+                self.filter = nn.Parameter(self._at(self.filter, tuple(grid)), self.filter.requires_grad)
+            else:
+                first = {side: grid.index(side) for side in grid}
+                features = [self._features(axis, side) for side, axis in first.items()]
+                times = [self._times(axis, side) for side, axis in first.items()]
+                learn = self.z[0].requires_grad
+                self.z = nn.ParameterList(nn.Parameter(z.unsqueeze(0).clone(), learn) for z in features)
+                self._set_times([t.unsqueeze(0).clone() for t in times])
+        self.shape = tuple(grid)
 
     def extra_repr(self) -> str:
         """Say what it is made of."""
@@ -176,9 +180,9 @@ class ImplicitFilterND(nn.Module):
         """Return (*grid, filters) as the product of a function of each axis."""
         result: Any = 1.0
         for axis, (side, network) in enumerate(zip(grid, self.networks, strict=True)):
-            x = self._through(network, F.linear(self._features(side), network[0].weight, network[0].bias))
+            x = self._through(network, F.linear(self._features(axis, side), network[0].weight, network[0].bias))
             if self.window != "none":
-                decay = torch.exp(-self._times(side) * at_least_float32(self.deltas[axis]).abs())
+                decay = torch.exp(-self._times(axis, side) * at_least_float32(self.deltas[axis]).abs())
                 x = x * (decay + (at_least_float32(self.shift[axis]) if self.window == "learned" else 0.0))
             result = result * _along(x, axis, len(grid))
         found: Tensor = result
@@ -190,7 +194,7 @@ class ImplicitFilterND(nn.Module):
         axes = len(grid)
         x: Any = network[0].bias
         for axis, (side, weight) in enumerate(zip(grid, network[0].weight.chunk(axes, dim=1), strict=True)):
-            x = x + _along(F.linear(self._features(side), weight), axis, axes)
+            x = x + _along(F.linear(self._features(axis, side), weight), axis, axes)
         result = self._through(network, x)
         if self.window == "none":
             return result
@@ -202,7 +206,7 @@ class ImplicitFilterND(nn.Module):
                 times = torch.arange(side, device=result.device, dtype=result.dtype).unsqueeze(1) * step
                 rates = self.deltas[0]
             else:
-                times, rates = self._times(side), self.deltas[axis]
+                times, rates = self._times(axis, side), self.deltas[axis]
             decay = decay * _along(torch.exp(-times * at_least_float32(rates).abs()), axis, axes)
         if self.sqrt_decay:
             decay = decay**0.5
@@ -214,11 +218,21 @@ class ImplicitFilterND(nn.Module):
             x = layer(torch.sin(at_least_float32(self.freq[0]) * x))
         return x
 
-    def _features(self, side: int) -> Tensor:
-        return _interpolated(self.z, side)[0]
+    def _features(self, axis: int, side: int) -> Tensor:
+        """Return z (side, emb_dim) of an axis."""
+        return _interpolated(self.z[self._number(axis)], side)[0]
 
-    def _times(self, side: int) -> Tensor:
-        return at_least_float32(_interpolated(self.t, side)[0])
+    def _times(self, axis: int, side: int) -> Tensor:
+        """Return t (side, 1) of an axis."""
+        return at_least_float32(_interpolated(getattr(self.t, str(self._number(axis))), side)[0])
+
+    def _set_times(self, times: list[Tensor]) -> None:
+        self.t = nn.Module()
+        for number, values in enumerate(times):
+            self.t.register_buffer(str(number), values)
+
+    def _number(self, axis: int) -> int:
+        return list(dict.fromkeys(self.shape)).index(self.shape[axis])
 
     def _at(self, filters: Tensor, grid: Grid) -> Tensor:
         """Return explicit filters on another grid, linearly interpolated along each axis."""

@@ -1,8 +1,8 @@
 """Convolutions as long as the grid they run over, causal from its first corner: y[i] = Σ_{a ≤ i} k[a] u[i - a].
 
 Poli et al. 2023, "Hyena Hierarchy", arXiv 2302.10866; on grids of several axes Zimerman and Wolf 2024,
-"Multi-Dimensional Hyena for Spatial Inductive Bias", arXiv 2309.13600. By Fourier transforms of the grid doubled along every axis, or, for
-small grids and as the reference, as the sums they stand for.
+"Multi-Dimensional Hyena for Spatial Inductive Bias", arXiv 2309.13600. By Fourier transforms of the grid doubled along
+every axis, or, for small grids and as the reference, as the sums they stand for.
 
 >>> import torch
 >>> u, k = torch.randn(2, 3, 5, 7), torch.randn(3, 5, 7)
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from patchloom.encoders.patches import Grid
-from patchloom.encoders.precision import at_least_float32
+from patchloom.encoders.precision import at_least_float32, without_autocast
 from patchloom.errors import UsageError
 
 
@@ -66,7 +66,7 @@ def direct_long_conv(u: Tensor, k: Tensor, skip: Tensor | None = None, scale: Te
         kernel, signal = kernel.double(), signal.double()
     axes = tuple(range(1, rank + 1))
     before = [pad for side in reversed(k.shape[1:]) for pad in (side - 1, 0)]
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         convolved = convolution(F.pad(signal, before), kernel.flip(axes).unsqueeze(1), groups=len(k))
     return _skipped(convolved, signal, skip).to(u.dtype)
 

@@ -255,6 +255,10 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
     block = encoder.blocks[number]
     attention = getattr(block, "attn", block)  # blocks with attention and MLP side by side attend by themselves
     seen: list[Tensor] = []
+    if not hasattr(attention, "fused_attn"):
+        raise UsageError(
+            f"block {number} of this {type(encoder).__name__} mixes its tokens without attention to look at"
+        )
     fused = attention.fused_attn
     # Unfused, every attention of timm passes its softmax through this dropout.
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))

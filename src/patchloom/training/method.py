@@ -33,6 +33,7 @@ from patchloom.encoders import (
     layer_of_parameter,
 )
 from patchloom.encoders.create import recompute_blocks
+from patchloom.encoders.families import find_family
 from patchloom.errors import UsageError
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.training.attachment import Attachment
@@ -184,7 +185,9 @@ class Method(lp.LightningModule):
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies to a parameter."""
-        return decays(name, parameter)
+        family = find_family(self.encoder)
+        left_alone = set() if family is None else family.undecayed(self.encoder)
+        return decays(name, parameter) and not any(name.endswith(f".{own}") for own in left_alone)
 
     def phases(self) -> list[Phase]:
         """Return the parts of a step with several optimisers; by default none: `training_loss` is the whole step."""
