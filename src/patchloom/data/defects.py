@@ -183,7 +183,9 @@ def open_defects(
     return DefectSets(sets.good, open_tested(test, masks=masks, good=good, **read))
 
 
-def open_tested(name: str, *, masks: str | None = None, good: str = GOOD, **options: Any) -> DefectSource:
+def open_tested(
+    name: str, *, masks: str | None = None, good: str = GOOD, masked: bool = True, **options: Any
+) -> DefectSource:
     """Open images to measure on: good ones in a sub-folder of one of the names of `good`, defects in the others.
 
     Without such a sub-folder every image has a defect.
@@ -192,6 +194,7 @@ def open_tested(name: str, *, masks: str | None = None, good: str = GOOD, **opti
         name: The folder.
         masks: Folder of masks, as for `open_defects`.
         good: Names of sub-folders of good images.
+        masked: Look for masks; not where images alone are judged.
         **options: For the images, see `open_source`.
 
     Raises:
@@ -205,7 +208,9 @@ def open_tested(name: str, *, masks: str | None = None, good: str = GOOD, **opti
     tops = [_top(images.key(index)) for index in range(len(images))]
     labels = [GOOD_CLASS if top.lower() in words_of_good else DEFECT_CLASS for top in tops]
     kinds = ["good" if label == GOOD_CLASS else top or "defect" for top, label in zip(tops, labels, strict=True)]
-    return _with_masks(name, images, labels, kinds, root, masks)
+    return (
+        _with_masks(name, images, labels, kinds, root, masks) if masked else DefectSource(name, images, labels, kinds)
+    )
 
 
 def _opened(

@@ -34,7 +34,9 @@ class VisionTransformers(Family):
         """Return what enters the first block, with positions resampled for another grid."""
         if type(encoder)._pos_embed is not self.module._pos_embed:
             return super().add_positions_at(encoder, x, grid, rule)
-        tokens = [token.expand(len(x), -1, -1) for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+        tokens = [
+            token.expand(x.shape[0], -1, -1) for token in (encoder.cls_token, encoder.reg_token) if token is not None
+        ]
         positions = encoder.pos_embed
         if positions is not None:
             prefix = 0 if encoder.no_embed_class else int(encoder.num_prefix_tokens)
@@ -130,7 +132,7 @@ class BeitModels(Family):
 
     def add_positions(self, encoder: Any, x: Tensor) -> Embedded:
         """Return what enters the first block, and the bias all blocks share."""
-        x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
         bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None
@@ -144,7 +146,7 @@ class BeitModels(Family):
                 "crops have that size, or take one with a shared table (ccvit_*) or with absolute positions (vit_*)"
             )
         own = self.grid_size(encoder)
-        x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([encoder.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if encoder.pos_embed is not None:
             x = x + resample_positions(encoder.pos_embed, own, grid, 1, rule)
         bias = None

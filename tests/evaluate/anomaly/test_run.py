@@ -129,13 +129,16 @@ def test_a_grey_deep_and_a_transparent_image_are_scored(tmp_path, model):
 
 @pytest.mark.slow
 @pytest.mark.extra("onnx")
-def test_the_whole_pipeline_in_onnx_gives_the_same(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("vit_tiny_patch16_224", "cls_attention"), ("beit_base_patch16_224", "pca")]
+)
+def test_the_whole_pipeline_in_onnx_gives_the_same(tmp_path, name, kind):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    encoder = create_encoder("vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    encoder = create_encoder(name, image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
     save_bundle(encoder, tmp_path / "encoder")
-    saliency, asked = open_saliency(str(tmp_path / "encoder"))
+    saliency, asked = open_saliency(str(tmp_path / "encoder"), kind)
     pipeline = EAR(saliency, RecoveryUNet(widths=(4, 6, 8, 10)), mosaic_cell=16).eval()
     pipeline.calibrate([0.1, 0.5], [0.1, 0.5])
     # Larger than the encoder's images, and than what the exporter folds into constants by itself.
@@ -147,8 +150,8 @@ def test_the_whole_pipeline_in_onnx_gives_the_same(tmp_path):
     found = dict(zip(names, session.run(None, {"images": images.numpy()}), strict=True))
     with torch.no_grad():
         expected = load_ear(tmp_path / "model").model(images)
-    for name in ("anomaly_map", "pred_score", "mask"):
-        np.testing.assert_allclose(found[name], expected[name].numpy(), atol=1e-4)
+    for output in ("anomaly_map", "pred_score", "mask"):
+        np.testing.assert_allclose(found[output], expected[output].numpy(), atol=1e-4)
     assert float(session.get_modelmeta().custom_metadata_map["threshold"]) == pytest.approx(0.498)
     with pytest.raises(UsageError, match="exists"):
         export(str(tmp_path / "model"), str(tmp_path / "ear.onnx"))

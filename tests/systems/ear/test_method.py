@@ -59,6 +59,20 @@ def test_some_good_images_are_held_out_for_the_threshold(parts, tmp_path):
     assert split_good(few, method.config) == (few, few)
 
 
+def test_images_for_the_threshold_may_be_named_and_need_no_masks(parts, tmp_path):
+    (parts / "ground_truth/square/001_mask.png").rename(tmp_path / "away.png")
+    try:
+        method = made(parts, tmp_path, val_data=str(parts / "test"), probe_data=str(parts / "train"), masks=None)
+        method.step = 1
+        found = method.validate(torch.device("cpu"))
+    finally:
+        (tmp_path / "away.png").rename(parts / "ground_truth/square/001_mask.png")
+    assert len(method.source) == 24
+    assert method.calibration["rule"] == "best F1"
+    assert method.calibration["images"] == 10
+    assert found["threshold"] == method.calibration["threshold"]
+
+
 def test_the_loss_has_its_parts_and_what_is_excised_is_what_scoring_excises(parts, tmp_path, bundle):
     method = made(parts, tmp_path, encoder=bundle)
     batch = batch_of(method)

@@ -59,7 +59,7 @@ def open_validation(config: EARConfig, good: Source) -> DefectSource | None:
     if config.val_data is None:
         return None
     options = {**config.source_options(), **reading_options(good), "in_chans": config.in_chans}
-    return open_tested(config.val_data, good=config.good, **options)
+    return open_tested(config.val_data, good=config.good, masked=False, **options)
 
 
 def usual_shape(source: Source) -> Size:
