@@ -103,6 +103,6 @@ def test_files_passed_over_for_their_suffix_are_counted(tmp_path, capsys):
         (tmp_path / name).write_text("no image")
     with pytest.raises(UsageError, match=r"there are \.txt 2, "):
         open_source(str(tmp_path))
-    Image.fromarray(SMOOTH).save(tmp_path / "a.png")
+    Image.fromarray(SMOOTH).save(tmp_path / "z.png")
     open_source(str(tmp_path))
     assert "4 files are passed over for their suffix (.txt 2, " in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_each_kind_of_label_has_its_evaluation(data, tables):
         pl.evaluate("knn", encoder="pixels", **tables, **QUICK)
     with pytest.raises(UsageError, match=r"smoothing is 0\.0"):
         pl.evaluate("multilabel", encoder="pixels", smoothing=0.0, **tables, **QUICK)
-    with pytest.raises(UsageError, match="k is 0"):
+    with pytest.raises(UsageError, match=r"ks is \[0\]; each must be at least 1"):
         pl.evaluate("multilabel", encoder="pixels", ks=[0], **tables, **QUICK)
     with pytest.raises(UsageError, match="unknown probe"):
         pl.evaluate("multilabel", encoder="pixels", probe="svm", **tables, **QUICK)
