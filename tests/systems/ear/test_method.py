@@ -71,6 +71,8 @@ def test_images_for_the_threshold_may_be_named_and_need_no_masks(parts, tmp_path
     assert method.calibration["rule"] == "best F1"
     assert method.calibration["images"] == 10
     assert found["threshold"] == method.calibration["threshold"]
+    with pytest.raises(UsageError, match="has no good images"):
+        made(parts, tmp_path, val_data=str(parts / "test/square"))
 
 
 def test_the_loss_has_its_parts_and_what_is_excised_is_what_scoring_excises(parts, tmp_path, bundle):

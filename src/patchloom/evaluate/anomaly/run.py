@@ -142,6 +142,7 @@ def _baseline(
         masking="random",
         encoder="none",
         saliency="auto",
+        init_from=None,
         baselines="",
         report=False,
         resume=True,

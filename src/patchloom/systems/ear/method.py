@@ -60,7 +60,8 @@ class EARMethod(Method):
 
     Attributes:
         saliency: What stands out; frozen.
-        held_out: Images the threshold is set on.
+        held_out: Good images the threshold is set on.
+        tested: Images that are named for it instead; None where there are none.
         mosaic_cell: Side of the mosaic's cells; known once training begins.
         calibration: What the threshold was set on and what it is; empty before.
     """
@@ -76,6 +77,11 @@ class EARMethod(Method):
         learnt, held_out = split_good(source, config)
         super().__init__(config, learnt)
         self.held_out: Source = held_out
+        self.tested = open_validation(config, source)
+        if self.tested is not None and self.tested.labels.all():
+            raise UsageError(
+                f"val_data={config.val_data} has no good images ({config.good}), and a threshold needs some"
+            )
         self.saliency, self.asked = open_saliency(
             config.encoder, config.saliency, in_chans=config.in_chans, head_fusion=config.head_fusion
         )
@@ -203,7 +209,7 @@ class EARMethod(Method):
         training = network.training
         model = self.pipeline(network.eval())
         scores, peaks, losses, labels = [], [], [], []
-        tested = open_validation(self.config, self.source)
+        tested = self.tested
         for images, _, truth in self.views(self.held_out if tested is None else tested, self.config.score_batch_size):
             images = images.to(device)
             found = model(images)
