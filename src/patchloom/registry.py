@@ -327,6 +327,7 @@ REFERENCES: dict[str, str] = {
     "dinov3_medical": "systems.dinov3.published:load",
     "gcab": "systems.gcab.published:load",
     "ear": "systems.ear.published:load",
+    "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
 }
 """Loaders of published checkpoints."""

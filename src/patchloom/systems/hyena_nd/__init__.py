@@ -1,0 +1,1 @@
+"""Published checkpoints of Hyena N-D; its encoders are `encoders/hyena_vit.py`."""
