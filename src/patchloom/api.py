@@ -315,6 +315,8 @@ def explain(
 def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> nn.Module:
     """Return the timm module of a bundle (or of a run folder, whose `model/` is meant), in eval mode.
 
+    Of a run of `adapt gcab` it is the whole: normalised images (B, C, H, W) to logits (B, classes of all tasks).
+
     Args:
         path: The bundle or run.
         adapters: Runs or files of adapters to put in (a list, or a mapping from names); the first of them acts, and
@@ -323,9 +325,9 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     Raises:
         UsageError: `path` holds no bundle, or an adapter was made for another encoder.
     """
-    from patchloom.models.bundle import load as load_bundle
+    from patchloom.models.bundle import load_model
 
-    return load_bundle(path, adapters)
+    return load_model(path, adapters)
 
 
 def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **config: Any) -> nn.Module:

@@ -93,6 +93,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.prompt_cam.config:PromptCAMConfig",
             "Prompt-CAM: a prompt per class in a frozen encoder, whose attention shows what was decided by",
         ),
+        "gcab": Entry(
+            "systems.gcab.method:GCABMethod",
+            "systems.gcab.config:GCABConfig",
+            "GCAB: classes learnt task after task, without forgetting and without keeping old images",
+        ),
     },
     "distill": {
         "logits": Entry(
@@ -331,6 +336,10 @@ REFERENCES: dict[str, str] = {
     "vit_comer": "systems.vit_comer.published:load",
 }
 """Loaders of published checkpoints."""
+
+
+MODELS: dict[str, str] = {"gcab.json": "systems.gcab.saved:load_tasks"}
+"""What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 
 
 def load(place: str) -> Any:

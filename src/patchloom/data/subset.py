@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,46 @@ class SubsetSource(Source):
         """Return a short hash of the source and the indices."""
         digest = hashlib.sha256(self.source.fingerprint().encode() + self.indices.tobytes())
         return digest.hexdigest()[:16]
+
+
+class ClassesSource(SubsetSource):
+    """The images of some classes of a source, which are numbered in another order; images without label stay.
+
+    >>> from patchloom.data import open_source
+    >>> source = ClassesSource(open_source("digits"), ["7", "new", "3"])
+    >>> source.class_names, sorted(set(source.labels.tolist()))
+    (['7', 'new', '3'], [0, 2])
+
+    Args:
+        source: Images of which each has one class.
+        names: The classes in their new order; there may be some that the source does not have.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str]) -> None:
+        assert source.labels is not None
+        places = {name: number for number, name in enumerate(names)}
+        known = [places.get(name, -2) for name in source.class_names or []]
+        self.numbers = np.array([*known, -1], dtype=np.int64)  # the last is that of no label, -1
+        numbered = self.numbers[source.labels]
+        super().__init__(source, np.flatnonzero(numbered != -2))
+        self.class_names = list(names)
+        self.labels = numbered[self.indices]
+
+    def read(self, index: int) -> Sample:
+        """Return image number `index` with the new number of its class."""
+        return self._numbered(super().read(index))
+
+    def draw(self, index: int, generator: torch.Generator) -> Sample:
+        """Return image number `index` as it is trained on, likewise."""
+        return self._numbered(super().draw(index, generator))
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the source, the indices and the order of the classes."""
+        digest = hashlib.sha256(super().fingerprint().encode() + self.numbers.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _numbered(self, sample: Sample) -> Sample:
+        return replace(sample, label=int(self.numbers[int(sample.label)]))
 
 
 def labelled_images(source: Source) -> tuple[Source, list[str]]:

@@ -255,18 +255,20 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
     block = encoder.blocks[number]
     attention = getattr(block, "attn", block)  # blocks with attention and MLP side by side attend by themselves
     seen: list[Tensor] = []
-    if not hasattr(attention, "fused_attn"):
+    if not hasattr(attention, "attn_drop"):
         raise UsageError(
             f"block {number} of this {type(encoder).__name__} mixes its tokens without attention to look at"
         )
-    fused = attention.fused_attn
+    fused = getattr(attention, "fused_attn", None)  # one that is never fused, as ConViT's, has no switch
     # Unfused, every attention of timm passes its softmax through this dropout.
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    attention.fused_attn = False
+    if fused is not None:
+        attention.fused_attn = False
     try:
         run_blocks(encoder, replace(embedded, x=x), start=number, stop=number + 1)
     finally:
-        attention.fused_attn = fused
+        if fused is not None:
+            attention.fused_attn = fused
         hook.remove()
     prefix, added = num_prefix_tokens(encoder), getattr(block, "extra_tokens", 0)
     # Tokens that were put in front are always keys; where only the encoder's own ask, they are no queries.

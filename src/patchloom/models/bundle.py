@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from patchloom import registry
 from patchloom.base.hub import fetching, reason
 from patchloom.base.version import __version__
 from patchloom.encoders import family_of, has_tokens, image_size, in_chans, input_size, size_arguments
@@ -181,6 +182,27 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     return model.eval()
 
 
+def load_model(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> nn.Module:
+    """Return the module of a bundle or run as it answers, in eval mode, see `load`.
+
+    A model that is more than an encoder, as the tasks of `adapt gcab` are, comes as a whole.
+
+    Raises:
+        UsageError: There is no bundle, it is damaged, or an adapter was made for another encoder, or for a model that
+            takes none.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if (
+            opener := next((place for name, place in registry.MODELS.items() if (folder / name).exists()), None)
+        ) is not None:
+            if adapters:
+                raise UsageError(f"{path} is more than an encoder, and takes no adapters; leave them out")
+            whole: nn.Module = registry.load(opener)(path)  # by its place: systems stand above bundles
+            return whole
+    encoder: nn.Module = load(path, adapters)
+    return encoder
+
+
 def open_encoder(model: str | Path | nn.Module) -> Any:
     """Return a trained encoder as a user names it.
 
@@ -301,6 +323,15 @@ def _build(architecture: str, num_classes: int, arguments: dict[str, Any], folde
     except (TypeError, RuntimeError, AssertionError) as error:
         raise UsageError(f"the bundle in {folder} asks for a {architecture} that cannot be built: {error}") from error
     return model
+
+
+def check_rebuilds(encoder: Any) -> None:
+    """Refuse a module that a bundle could not give back, before time is spent on it.
+
+    Raises:
+        UsageError: Says what would be missing.
+    """
+    _check_rebuilds(timm_config(encoder), dict(encoder.state_dict()))
 
 
 def _check_rebuilds(config: dict[str, Any], state: dict[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ images, kinds of targets, class weights, metrics and the report's table come wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,9 +41,11 @@ class LabelledMethod(Method):
         test: What is measured on, or None.
         targets: Loss and metrics.
         figures: Those of the latest validation; empty before there was one.
+        normalises: Whether data workers hand out images that are normalised for the encoder.
     """
 
     needs_labels = True
+    normalises: ClassVar[bool] = False
     config: LabelledConfig
 
     def __init__(self, config: LabelledConfig, source: Source | StreamSource) -> None:
@@ -56,7 +58,7 @@ class LabelledMethod(Method):
         task = _task(config, source)
         if isinstance(source, StreamSource):
             learnt: Source | StreamSource = source
-            test = None if config.test is None else _open_test(config, source)
+            test = None if config.test is None else self.open_test(config, source)
             counts = None
             if config.label_fraction < 1 or (config.shots, config.groups, config.imbalance) != (None, None, None):
                 raise UsageError(
@@ -70,7 +72,7 @@ class LabelledMethod(Method):
                 )
         else:
             if config.test is not None:
-                learnt, test = source, _open_test(config, source)
+                learnt, test = source, self.open_test(config, source)
                 if isinstance(test, Source):
                     test, unlabelled = labelled_images(test)
                     self.unlabelled = [*self.unlabelled, *unlabelled]
@@ -81,7 +83,7 @@ class LabelledMethod(Method):
             if config.imbalance is not None:
                 learnt = long_tailed(learnt, config.imbalance, config.imbalance_kind)
             learnt = limit_labels(learnt, fraction=config.label_fraction, shots=config.shots, seed=config.seed)
-            counts = class_counts(learnt)
+            counts = self.count_classes(learnt)
         super().__init__(config, learnt)
         self.test = test
         self.figures: dict[str, Any] = {}
@@ -95,6 +97,22 @@ class LabelledMethod(Method):
             distance=config.ordinal_distance if isinstance(config, LossOptions) else 0.0,
             groups=class_groups(counts.tolist()) if counts is not None and self.has_tail() else None,
         )
+
+    def open_test(self, config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
+        """Return the images that `test` names.
+
+        Raises:
+            UsageError: They have no labels, or classes that the images to learn from do not have.
+        """
+        return _open_test(config, source)
+
+    def count_classes(self, learnt: Source) -> Tensor:
+        """Return the number of images of each class to learn from, (C,) int64, or of images with each label.
+
+        Raises:
+            UsageError: A class without an image.
+        """
+        return class_counts(learnt)
 
     @classmethod
     def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
@@ -137,7 +155,11 @@ class LabelledMethod(Method):
 
     @torch.no_grad()
     def outputs(
-        self, answer: Callable[[Tensor], Tensor], device: torch.device, model: torch.nn.Module
+        self,
+        answer: Callable[[Tensor], Tensor],
+        device: torch.device,
+        model: torch.nn.Module,
+        images: Source | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what is said of the test images, and their labels in the order of the outputs.
 
@@ -145,17 +167,19 @@ class LabelledMethod(Method):
             answer: Takes images (B, C, H, W) in [0, 1] of the encoder's size, returns (B, …).
             device: Where it computes.
             model: Is put into eval mode meanwhile.
+            images: Some of the test images; default: all.
 
         Raises:
             UsageError: No test image can be read.
         """
-        assert self.test is not None
+        test = self.test if images is None else images
+        assert test is not None
         config = self.config
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         answers, labels = [], []
         loader = make_loader(
-            self.test,
+            test,
             EvalTransform(self.input_size),
             config.batch_size,
             seed=0,
@@ -170,10 +194,10 @@ class LabelledMethod(Method):
         for module, training in modes:
             module.training = training
         if not answers:
-            raise UsageError(f"{self.test.name} holds no readable image to measure on")
+            raise UsageError(f"{test.name} holds no readable image to measure on")
         targets = torch.cat(labels)
-        if isinstance(self.test, Source) and self.test.class_names != self.class_names:
-            targets = _renumbered(targets, self.test.class_names or [], self.class_names)
+        if isinstance(test, Source) and test.class_names != self.class_names:
+            targets = _renumbered(targets, test.class_names or [], self.class_names)
         return torch.cat(answers), targets
 
     def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
@@ -254,15 +278,25 @@ def _task(config: LabelledConfig, source: Source | StreamSource) -> Literal["sin
     return config.task
 
 
-def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
-    """Return the test images; their classes have to be among those learnt."""
+def open_test_images(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
+    """Return the images that `test` names, read as the settings say.
+
+    Raises:
+        UsageError: They cannot be opened, have no labels, or are of another kind than those of `source`.
+    """
     assert config.test is not None
     options = {"by_index": True, **config.source_options()}
     test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **options)
     require_kind(test, (source.kind.name,), f"what is measured beside {config.data}")
-    names = list(source.class_names or [])
     if test.class_names is None:
         raise no_labels(test, "figures need labelled test images and ")
+    return test
+
+
+def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
+    """Return the test images; their classes have to be among those learnt."""
+    test = open_test_images(config, source)
+    names = list(source.class_names or [])
     unknown = [name for name in test.class_names if name not in names]
     if unknown:
         raise UsageError(

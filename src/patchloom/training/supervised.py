@@ -24,7 +24,7 @@ from patchloom.training.method import Transform
 from patchloom.training.optim import make_optimizer, parameter_groups
 from patchloom.training.sam import SharpnessAware
 from patchloom.training.schedule import warmup_drops, warmup_steps
-from patchloom.training.supervised_config import PooledHeadOptions, SupervisedConfig
+from patchloom.training.supervised_config import AugmentationConfig, PooledHeadOptions, SupervisedConfig
 
 
 class SupervisedMethod(LabelledMethod):
@@ -35,6 +35,7 @@ class SupervisedMethod(LabelledMethod):
     """
 
     any_backbone = True
+    normalises = True
     config_class: ClassVar[type[TrainConfig]] = SupervisedConfig
     config: SupervisedConfig
 
@@ -69,25 +70,7 @@ class SupervisedMethod(LabelledMethod):
 
     def transform(self) -> Transform:
         """Return timm's augmentation for training classifiers; its images are normalised for the encoder."""
-        config = self.config
-        pretrained = self.encoder.pretrained_cfg
-        if config.auto_augment and (config.in_chans != 3 or self.source.values.known):
-            colour = "" if config.in_chans == 3 else ", and changes of colour"
-            notice(
-                f"images of {config.data} are deep or of other than 3 channels: RandAugment leaves out what is defined "
-                f"by 8-bit grey levels (equalise, posterise, SolarizeAdd){colour}"
-            )
-        return FinetuneTransform(
-            self.input_size,
-            mean=pretrained["mean"],
-            std=pretrained["std"],
-            scale=config.crop_scale,
-            flip=config.flip,
-            auto_augment=config.auto_augment,
-            color_jitter=config.color_jitter,
-            erasing=config.erasing,
-            padding=config.crop_padding,
-        )
+        return classifier_augmentation(self.config, self.encoder, self.input_size, self.source)
 
     def repeats(self) -> int:
         """Return how often an image comes in a row."""
@@ -145,6 +128,37 @@ class SupervisedMethod(LabelledMethod):
             warmup = warmup_steps(config.warmup_epochs, self.steps_per_epoch, self.total_steps)
             lr = warmup_drops(step, self.total_steps, warmup, self.peak_lr(), config.lr_drops, config.lr_drop)
         return lr, weight_decay
+
+
+def classifier_augmentation(
+    config: AugmentationConfig, encoder: Encoder, size: tuple[int, int], source: Source | StreamSource
+) -> Transform:
+    """Return timm's augmentation for training classifiers; says what of it deep images go without.
+
+    Args:
+        config: Settings.
+        encoder: Images are normalised for it.
+        size: Height and width.
+        source: The images.
+    """
+    pretrained = encoder.pretrained_cfg
+    if config.auto_augment and (config.in_chans != 3 or source.values.known):
+        colour = "" if config.in_chans == 3 else ", and changes of colour"
+        notice(
+            f"images of {config.data} are deep or of other than 3 channels: RandAugment leaves out what is defined "
+            f"by 8-bit grey levels (equalise, posterise, SolarizeAdd){colour}"
+        )
+    return FinetuneTransform(
+        size,
+        mean=pretrained["mean"],
+        std=pretrained["std"],
+        scale=config.crop_scale,
+        flip=config.flip,
+        auto_augment=config.auto_augment,
+        color_jitter=config.color_jitter,
+        erasing=config.erasing,
+        padding=config.crop_padding,
+    )
 
 
 def as_classifier(

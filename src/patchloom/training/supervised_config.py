@@ -22,7 +22,19 @@ from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOpt
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(AverageOptions, EncoderOptions, ViewOptions, LabelledConfig):
+class AugmentationConfig(ViewOptions, LabelledConfig):
+    """Settings of learning from labels on images augmented as timm does for classifiers."""
+
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm spells it; null for none"""
+    erasing: Probability = 0.25
+    """Probability of random erasing"""
+    crop_padding: Count | None = None
+    """Instead, a crop of the whole image with so many black pixels around it; 4 is usual for images of 32 pixels"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(AverageOptions, EncoderOptions, AugmentationConfig):
     """Settings of training a whole classifier."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {
@@ -51,12 +63,6 @@ class SupervisedConfig(AverageOptions, EncoderOptions, ViewOptions, LabelledConf
     """Alpha of cutmix; 0 turns it off"""
     switch_prob: Probability = 0.5
     """Probability of cutmix where both are on"""
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment as timm spells it; null for none"""
-    erasing: Probability = 0.25
-    """Probability of random erasing"""
-    crop_padding: Count | None = None
-    """Instead, a crop of the whole image with so many black pixels around it; 4 is usual for images of 32 pixels"""
     repeated_augmentation: PositiveInt = 1
     """Times each image comes in a row, augmented anew; an epoch then goes through one part in so many of the images"""
     init_scale: NonNegative = 1.0

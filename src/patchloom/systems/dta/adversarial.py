@@ -34,7 +34,6 @@ from patchloom.training.adapter import AdapterMethod
 from patchloom.training.attachment import Attachment
 from patchloom.training.labelled import LabelledMethod
 from patchloom.training.options import start_of
-from patchloom.training.supervised import SupervisedMethod
 
 if TYPE_CHECKING:
     from patchloom.report import Section
@@ -216,7 +215,7 @@ class AdversarialTraining(Attachment):
 
 def _scale(method: Method, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return mean and standard deviation that a batch was normalised by; None where it was not."""
-    if not isinstance(method, SupervisedMethod):
+    if not isinstance(method, LabelledMethod) or not method.normalises:
         return None
     config = method.encoder.pretrained_cfg
     mean, std = (torch.tensor(config[name]) for name in ("mean", "std"))
