@@ -54,6 +54,16 @@ def images_for(encoder: Any, count: int = 2) -> torch.Tensor:
     return torch.randn(count, in_chans(encoder), height, width, generator=torch.Generator().manual_seed(1))
 
 
+def test_attention_that_is_never_fused_is_seen():
+    encoder = create_encoder("gcab_convit_micro_patch4_32").eval()
+    images = images_for(encoder)
+    block = encoder.blocks[-1]
+    encoder(images)  # positions are set at the first pass
+    x, _ = run_blocks(encoder, embed(encoder, images), stop=depth(encoder) - 1)
+    rows = block.attn.get_attention(block.norm1(x)).mean(2)
+    torch.testing.assert_close(class_attention(encoder, images), rows)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_add_up_to_timms_forward(name):
     encoder = randomised(name, 56 if "14" in name else 64)

@@ -47,7 +47,7 @@ def made(kind, base, **settings):
 
 
 @pytest.mark.parametrize(
-    "kind", [name for name in registry.METHODS["adapt"] if name not in ("finetune", "scratch", "prompt_cam")]
+    "kind", [name for name in registry.METHODS["adapt"] if name not in ("finetune", "scratch", "prompt_cam", "gcab")]
 )
 def test_every_method_learns_and_touches_nothing_else(kind, base):
     if kind == "lora":

@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapt adaptformer": {},
     "adapt dvpt": {},
     "adapt prompt_cam": {},
+    "adapt gcab": {"tasks": 2},
     "distill logits": {"encoder": "test_resnet"},
     "distill scalekd": {"encoder": "cifar_resnet20"},
     "distill deit_lt": {"encoder": "deit_micro_distilled_patch4_32"},

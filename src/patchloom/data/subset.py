@@ -70,11 +70,12 @@ class ClassesSource(SubsetSource):
     Args:
         source: Images of which each has one class.
         names: The classes in their new order; there may be some that the source does not have.
+        shown: Those of them whose images are taken; default: all.
     """
 
-    def __init__(self, source: Source, names: Sequence[str]) -> None:
+    def __init__(self, source: Source, names: Sequence[str], shown: Sequence[str] | None = None) -> None:
         assert source.labels is not None
-        places = {name: number for number, name in enumerate(names)}
+        places = {name: number for number, name in enumerate(names) if shown is None or name in shown}
         known = [places.get(name, -2) for name in source.class_names or []]
         self.numbers = np.array([*known, -1], dtype=np.int64)  # the last is that of no label, -1
         numbered = self.numbers[source.labels]

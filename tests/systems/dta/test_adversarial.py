@@ -27,6 +27,7 @@ SMALL = {
     "accelerator": "cpu",
 }
 OF_KIND = {"lora": {"targets": ("q", "v")}, "adaptformer": {"bottleneck": 4}, "finetune": {"mixup": 0.0, "cutmix": 0.0}}
+OF_KIND |= {"gcab": {"tasks": 1}}
 EPS = 8 / 255
 
 
@@ -45,19 +46,22 @@ def made(kind, base, **settings):
     config = method_class.config_class(
         out="unused", encoder=str(base), **{**SMALL, **OF_KIND.get(kind, {}), **settings}
     )
-    return method_class(config, open_source("digits"))
+    method = method_class(config, open_source("digits"))
+    if kind == "gcab":  # what a run does where a task begins
+        method.model.add_task(10)
+    return method
 
 
 def batch_of(method, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (8, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    normalised = hasattr(method, "mix")
+    normalised = method.normalises
     images = normalize(pixels / 255, method.encoder) if normalised else pixels
     return {"image": images, "label": torch.arange(8) % 10, "key": [str(n) for n in range(8)]}
 
 
 def shown(method, images):
-    if images.dtype == torch.uint8 or not hasattr(method, "mix"):
+    if images.dtype == torch.uint8 or not method.normalises:
         return images.float() / (255 if images.dtype == torch.uint8 else 1)
     mean, std = (torch.tensor(method.encoder.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return images * std + mean

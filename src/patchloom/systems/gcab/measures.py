@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,11 @@ def measured(logits: Tensor, labels: Tensor, task_of_classes: Tensor) -> dict[st
         shares = [float(hits[own == task].double().mean()) if count else None for task, count in enumerate(counts)]
         figures[name] = shares
     return figures
+
+
+def is_whole(figures: Mapping[str, Any]) -> bool:
+    """Return whether figures of `measured` are of images of all tasks so far."""
+    return None not in figures.get("by_task", [None])
 
 
 def wilson(hits: int, images: int) -> list[float]:

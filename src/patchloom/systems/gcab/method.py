@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.sizes import pair, size_text
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.subset import ClassesSource, SubsetSource, labelled_images
 from patchloom.data.survey import notice
@@ -23,7 +24,7 @@ from patchloom.models.bundle import check_rebuilds
 from patchloom.models.bundle import load as load_bundle
 from patchloom.systems.gcab.config import FROZEN, ROOM, TASKS, GCABConfig
 from patchloom.systems.gcab.gates import steepness
-from patchloom.systems.gcab.measures import accuracies, measured
+from patchloom.systems.gcab.measures import accuracies, is_whole, measured
 from patchloom.systems.gcab.model import GCAB, Tasks
 from patchloom.systems.gcab.saved import TaskRecord, build, read_record, rebuild, save_tasks, settings_of
 from patchloom.systems.gcab.tasks import plan, read_plan
@@ -69,7 +70,8 @@ class GCABMethod(LabelledMethod):
         self.history: list[dict[str, Any]] = [] if record is None else list(record.history)
         self.images_before = [] if record is None else record.class_images
         self.augmentation: Transform | None = None
-        super().__init__(config, ClassesSource(source, [name for task in self.tasks for name in task]))
+        names, new = ([name for task in self.tasks[start:] for name in task] for start in (0, self.before))
+        super().__init__(config, ClassesSource(source, names, new))
         self.model = self.build_model(record)
         check_rebuilds(self.encoder)
 
@@ -96,7 +98,7 @@ class GCABMethod(LabelledMethod):
             settled["tasks"] = len(new)
         if config.max_tasks is None:
             settled["max_tasks"] = room(config, tasks)
-        left = [name for name in source.class_names if not any(name in task for task in tasks)]
+        left = [name for name in source.class_names if not any(name in task for task in new)]
         sizes = ", ".join(str(len(task)) for task in new)
         said = f"{len(new)} {'task' if len(new) == 1 else 'tasks'} of {sizes} classes"
         if "max_tasks" in settled and config.learner not in FROZEN:
@@ -149,6 +151,20 @@ class GCABMethod(LabelledMethod):
 
     # What learns.
 
+    def build_encoder(self) -> Encoder:
+        """Return the encoder; that of a run gone on from as it is.
+
+        Raises:
+            UsageError: Another image size than that run's, beside what every method refuses.
+        """
+        path, size = self.config.continue_from, self.config.image_size
+        if path is not None and size is not None and pair(size) != (known := image_size(load_bundle(path))):
+            raise UsageError(
+                f"image_size is {size_text(size)} and {path} learnt from images of {size_text(known)}; drift between "
+                f"tasks holds for one size only, so leave image_size out"
+            )
+        return super().build_encoder()
+
     def build_model(self, record: TaskRecord | None) -> Tasks:
         """Return what learns, with the tasks in it that a run gone on from has learnt."""
         config = self.config
@@ -160,11 +176,6 @@ class GCABMethod(LabelledMethod):
         }
         if record is not None:
             assert config.continue_from is not None
-            if image_size(self.encoder) != image_size(load_bundle(config.continue_from)):
-                raise UsageError(
-                    f"{config.continue_from} learnt from images of another size than {config.image_size}; drift "
-                    f"between tasks holds for one size only, so leave image_size out"
-                )
             return rebuild(self.encoder, record, config.continue_from, **training)
         settings = {
             **training,
@@ -279,9 +290,11 @@ class GCABMethod(LabelledMethod):
         figures: dict[str, Any] = {"task": number}
         if (answers := self.answers(self.device)) is not None:
             figures |= measured(*answers, self.model.task_of_classes())
+            unseen = [str(task) for task, count in enumerate(figures["images_by_task"], 1) if not count]
+            of = f"; no test images of task {', '.join(unseen)}, so nothing of what is forgotten" if unseen else ""
             notice(
-                f"after task {number}: {figures['accuracy']:.1%} of {figures['images']} images of {self.seen} classes, "
-                f"{figures['task_aware_accuracy']:.1%} where the task is known"
+                f"after task {number}: {figures['accuracy']:.1%} of {figures['images']} images, "
+                f"{figures['task_aware_accuracy']:.1%} where the task is known{of}"
             )
         if isinstance(self.model, GCAB) and self.model.gated:
             figures |= {"reserved": self.reserved(number), "free": self.model.gates.free(number)}
@@ -304,19 +317,20 @@ class GCABMethod(LabelledMethod):
         if answers is None:
             return {}
         aware = measured(*answers, self.model.task_of_classes())
-        self.figures = self.measure(*answers) | {"task_aware_accuracy": aware["task_aware_accuracy"]}
+        self.figures = self.measure(*answers) | {"accuracy_task_known": aware["task_aware_accuracy"]}
         return self.figures
 
     def results(self) -> dict[str, Any]:
-        """Return the accuracies after each task, and what they come to."""
+        """Return the accuracies after each task, and what they come to; None where a task had no test images."""
         matrices = {"accuracy": "by_task", "task_aware_accuracy": "by_task_aware"}
         found: dict[str, Any] = {}
         for name, by_task in matrices.items():
             prefix = "task_aware_" if name != "accuracy" else ""
             rows = [filled(figures.get(by_task), len(self.history)) for figures in self.history]
             found[f"{prefix}accuracy_matrix"] = rows
-            found[f"{prefix}accuracy_by_task"] = [figures.get(name) for figures in self.history]
-            found[f"{prefix}intervals_by_task"] = [figures.get(f"{prefix}interval") for figures in self.history]
+            whole = [figures if is_whole(figures) else {} for figures in self.history]
+            found[f"{prefix}accuracy_by_task"] = [figures.get(name) for figures in whole]
+            found[f"{prefix}intervals_by_task"] = [figures.get(f"{prefix}interval") for figures in whole]
             if rows:
                 known = accuracies(rows, found[f"{prefix}accuracy_by_task"])
                 found |= {f"{prefix}{figure}": value for figure, value in known.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from patchloom.report import Figure, Section, curves
+from patchloom.systems.gcab.measures import is_whole
 
 SHOWN = 6
 """Classes of a task that are listed."""
@@ -52,7 +53,7 @@ def spoken(results: dict[str, Any]) -> str:
 
 def accuracy_figures(history: list[dict[str, Any]]) -> list[Figure]:
     """Return accuracy on all classes seen over tasks, with intervals; nothing of a single task."""
-    rows = [figures for figures in history if "accuracy" in figures]
+    rows = [figures for figures in history if is_whole(figures)]
     if len(rows) < 2:
         return []
     x = [float(figures["task"]) for figures in rows]
@@ -75,9 +76,16 @@ def listed(tasks: list[list[str]], history: list[dict[str, Any]]) -> list[dict[s
         for name, prefix in (("task unknown", ""), ("task known", "task_aware_")):
             if f"{prefix}accuracy" in figures:
                 low, high = figures[f"{prefix}interval"]
-                row[name] = f"{figures[f'{prefix}accuracy']:.1%} ({low:.1%} to {high:.1%})"
+                row[name] = f"{figures[f'{prefix}accuracy']:.1%} ({low:.1%} to {high:.1%}){of(figures)}"
         rows.append(row)
     return rows
+
+
+def of(figures: dict[str, Any]) -> str:
+    """Return which tasks figures are of, where it is not all so far."""
+    if is_whole(figures):
+        return ""
+    return " on task " + ", ".join(str(task) for task, count in enumerate(figures["images_by_task"], 1) if count)
 
 
 def matrix(rows: list[list[float | None]]) -> list[dict[str, object]]:
