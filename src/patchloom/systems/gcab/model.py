@@ -184,7 +184,7 @@ class GCAB(Tasks):
     ) -> None:
         super().__init__()
         if num_heads is None:
-            num_heads = int(encoder.blocks[0].attn.num_heads)
+            num_heads = _heads(encoder)
         self.trunk = Trunk(encoder, blocks)
         dim = self.trunk.dim
         self.block = GatedClassAttentionBlock(dim, num_heads, mlp_ratio, drop_path)
@@ -351,6 +351,17 @@ class GCAB(Tasks):
             masks[name] = torch.zeros_like(parameters[name])
             masks[name][:tasks] = 1
         self._protected = {name: (mask > 0, parameters[name].detach().clone()) for name, mask in masks.items()}
+
+
+def _heads(encoder: Encoder) -> int:
+    """Return the heads of an encoder's blocks; of one whose blocks have none, as many as make them 64 wide."""
+    block = encoder.blocks[0]
+    known = getattr(getattr(block, "attn", block), "num_heads", None)
+    return (
+        int(known)
+        if known
+        else next(n for n in range(max(1, embed_dim(encoder) // 64), 0, -1) if embed_dim(encoder) % n == 0)
+    )
 
 
 def _protect_again(model: GCAB, _: object) -> None:
