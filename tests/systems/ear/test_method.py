@@ -117,6 +117,21 @@ def test_random_masking_empties_a_third_and_no_masking_nothing(parts, tmp_path):
     assert not made(parts, tmp_path, masking="none")._training_masks(batch["key"], images).any()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "by gradient) is excised, a mosaic of 4 x 4 pixels is left"),
+        ({"hint": "empty"}, "nothing is left in its place"),
+        ({"masking": "none"}, "Nothing is excised"),
+    ],
+)
+def test_the_report_says_what_was_excised(parts, tmp_path, settings, words):
+    method = made(parts, tmp_path, **settings)
+    (section,) = method.report_sections(torch.empty(0))
+    assert words in section.text
+    assert len(section.figures) == 1
+
+
 def test_the_cells_of_the_mosaic_are_settled_once_and_kept(parts, tmp_path):
     method = made(parts, tmp_path, mosaic_scale=None)
     (tmp_path / "run").mkdir()

@@ -104,7 +104,9 @@ def test_missing_and_left_over_tensors_are_named_as_in_the_file():
         pl.load_reference("ear", {"encoder.weight": torch.ones(1)})
 
 
-@pytest.mark.parametrize(("setting", "value"), [("filters", [3, 64, 128, 256, 512]), ("ksize", 5), ("dim_c", 1)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("filters", [3, 64, 128, 256, 512]), ("ksize", 5), ("dim_c", 1), ("width", 64)]
+)
 def test_settings_that_contradict_the_tensors_are_refused(setting, value):
     with pytest.raises(UsageError, match="tensors say"):
         pl.load_reference("ear", published(), **{setting: value})

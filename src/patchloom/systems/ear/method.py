@@ -264,14 +264,24 @@ class EARMethod(Method):
         found = [saved.model(picture[None].to(self.device)) for picture in pictures]
         how = "learnt from" if self.calibration.get("learnt_from") else "not learnt from"
         text = (
-            f"Good images that were {how}: what stands out (by {self.saliency.kind}) is excised, a mosaic of "
-            f"{self.mosaic_cell} x {self.mosaic_cell} pixels is left as a hint, and the network repairs it. Where a "
-            f"repaired image differs there is a defect; on these there should be none. Threshold of the score: "
+            f"Good images that were {how}. {self._excision_text()} Where a repaired image differs there is a defect; "
+            f"on these there should be none. Threshold of the score: "
             f"{self.calibration.get('threshold', float('nan')):.4g} ({self.calibration.get('rule', 'not set')}, "
             f"{self.calibration.get('images', 0)} images)."
         )
         figure = recovery_figure(pictures, found, highest=self.calibration.get("pixel_threshold"))
         return [Section(title="Excision and recovery", text=text, figures=[figure])]
+
+    def _excision_text(self) -> str:
+        """Return what is excised and what is left in its place, in a sentence."""
+        if self.config.masking == "none":
+            return "Nothing is excised: the network gives back what it sees."
+        left = {
+            "mosaic": f"a mosaic of {self.mosaic_cell} x {self.mosaic_cell} pixels is left as a hint",
+            "blur": "a blurred image is left as a hint",
+            "empty": "nothing is left in its place",
+        }[self.config.hint]
+        return f"What stands out (by {self.saliency.kind}) is excised, {left}, and the network repairs it."
 
     def summary(self) -> dict[str, Any]:
         """Return how images are cut and judged."""

@@ -38,7 +38,7 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     if filters is not None and len(filters) == len(widths) + 1 and filters[0] == channels:
         # The published list begins with the channels of the image.
         config = {name: value for name, value in config.items() if name != "filters"} | {"widths": list(filters[1:])}
-    inferred = {"in_channels": channels, "kernel": kernel, "widths": list(widths)}
+    inferred = {"in_channels": channels, "kernel": kernel, "widths": list(widths), "width": widths[0]}
     settled = SETTINGS.settle(config, inferred)
     model = RecoveryUNet(channels, widths, settled.get("output", "clamp"), kernel)
     return fill(model, {_ours(name, len(widths)): value for name, value in state.items()}, published=_theirs(widths))
