@@ -85,6 +85,21 @@ def test_masks_beside_defects_may_be_told_by_their_ending(tmp_path):
     assert sets.test.has_masks
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_without_folders_of_kinds_masks_say_which_images_are_good(tmp_path, apart):
+    for number in range(10):
+        picture(tmp_path / "data" / f"kos{number:02}" / "Part0.jpg", number)
+        beside = tmp_path / "data" / f"kos{number:02}" / "Part0_label.bmp"
+        mask(
+            tmp_path / "masks" / f"kos{number:02}" / "Part0.png" if apart else beside,
+            None if number < 7 else (1, 1, 4, 4),
+        )
+    sets = open_defects(str(tmp_path / "data"), masks=str(tmp_path / "masks") if apart else None, test_share=0.3)
+    assert len(sets.good) == 5
+    assert sorted(sets.test.kinds) == ["defect"] * 3 + ["good"] * 2
+    assert {sets.test.key(number)[:5] for number in np.flatnonzero(sets.test.labels)} == {"kos07", "kos08", "kos09"}
+
+
 def test_good_images_alone_have_nothing_to_measure_on(tmp_path):
     for number in range(3):
         picture(tmp_path / f"{number}.png", number)

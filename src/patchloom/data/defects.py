@@ -1,7 +1,8 @@
 """Images of good parts to learn from, and of good and defect ones to measure on, with masks of the defects.
 
 Folders as data sets of this kind have them: MVTec AD and BTech (`train/good`, `test/KIND`, `ground_truth/KIND`), VisA
-(a table of splits), a folder per kind of defect beside one of good parts, or nothing but good parts.
+(a table of splits), a folder per kind of defect beside one of good parts, images with masks of which those of good ones
+are empty (KolektorSDD), or nothing but good parts.
 
 >>> sets = open_defects("data/bottle")  # doctest: +SKIP
 >>> len(sets.good), sets.test.kinds[:2]  # doctest: +SKIP
@@ -237,15 +238,21 @@ def _opened(
     if name.startswith("mvtec:"):
         raise UsageError(f"{root} is no category of MVTec AD: it has no folder train{_categories(root)}")
     images = _open(root, options)
-    if not of_good or len(of_good) == len(folders):
-        if len(folders) > 1 and not of_good:
+    keys = [images.key(index) for index in range(len(images))]
+    if of_good:
+        is_good = np.array([_top(key).lower() in good for key in keys])
+        kinds = ["good" if one else _top(key) or "defect" for key, one in zip(keys, is_good, strict=True)]
+    else:
+        is_good = np.array(_without_defect(keys, images, root, None if test is not None else masks))
+        kinds = ["good" if one else "defect" for one in is_good]
+        if len(folders) > 1 and is_good.all():
             notice(
                 f"{printable(name)}: all {len(images)} images in its {len(folders)} sub-folders are taken for good; "
                 f"where one alone is, --good names it"
             )
+    if is_good.all():
         return DefectSets(_good_alone(name, images, root), None)
-    tops = np.array([_top(images.key(index)).lower() in good for index in range(len(images))])
-    numbers = np.flatnonzero(tops)
+    numbers = np.flatnonzero(is_good)
     if test is not None:
         return DefectSets(_good_alone(name, SubsetSource(images, numbers), root), None)
     count = round(test_share * len(numbers))
@@ -255,16 +262,20 @@ def _opened(
             f"some have to be learnt from and some measured on"
         )
     held = np.sort(np.random.default_rng(seed).permutation(numbers)[:count])
-    kinds = [_top(images.key(index)) for index in range(len(images))]
-    kinds = ["good" if is_good else kind or "defect" for kind, is_good in zip(kinds, tops, strict=True)]
-    everything = _with_masks(name, images, (~tops).astype(int).tolist(), kinds, root, masks)
+    everything = _with_masks(name, images, (~is_good).astype(int).tolist(), kinds, root, masks)
     learnt = np.setdiff1d(numbers, held)
-    chosen = np.sort(np.concatenate([held, np.flatnonzero(~tops)]))
+    chosen = np.sort(np.concatenate([held, np.flatnonzero(~is_good)]))
     notice(
         f"{printable(name)}: {len(learnt)} good images to learn from; measured on {count} other good ones and on "
-        f"{int((~tops).sum())} with defects"
+        f"{int((~is_good).sum())} with defects"
     )
     return DefectSets(_good_alone(name, SubsetSource(images, learnt), root), everything.part(chosen))
+
+
+def _without_defect(keys: Sequence[str], images: Source, root: Path, masks: str | None) -> list[bool]:
+    """Return which images have no mask, or one that shows nothing; all, where there are no masks."""
+    files = _beside(keys, root, images) if masks is None else find_masks(keys, existing(masks))
+    return [file is None or not bool(read_defect(file, key).any()) for key, file in zip(keys, files, strict=True)]
 
 
 def _mvtec(
