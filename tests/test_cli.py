@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -35,7 +36,7 @@ from patchloom import cli, registry
 for words in [*cli.COMMANDS, *(f"{verb} {name}" for verb in registry.METHODS for name in registry.METHODS[verb])]:
     with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
         cli.main([*words.split(), "--help"])
-    assert "--" in page.getvalue(), words
+    assert "--" in page.getvalue() and " at 0x" not in page.getvalue(), words
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     assert cli.main(["list"]) == 0
     assert cli.main(["completion", "bash"]) == 0
@@ -71,7 +72,7 @@ def test_every_entry_stands_for_a_method_its_settings_and_its_summary(verb):
     for name, entry in registry.METHODS[verb].items():
         method = registry.method_class(verb, name)
         assert registry.settings_class(verb, name) is method.config_class, name
-        assert method.__doc__.strip().splitlines()[0] == f"{entry.summary}.", name
+        assert method.__doc__.strip().splitlines()[0] == entry.sentence, name
     with pytest.raises(UsageError, match=r"unknown .* 'nothing'"):
         registry.entry(verb, "nothing")
 
@@ -165,6 +166,10 @@ class Settings:
     """go on"""
     batch_size: int = 8
     """images"""
+    area: tuple[float, float] = (0.2, 1.0)
+    """share of the image"""
+    blocks: tuple[int, ...] | None = None
+    """numbers of blocks"""
 
 
 def parse(*arguments: str) -> dict[str, object]:
@@ -198,7 +203,34 @@ def test_switches_need_no_value(switch, value):
 def test_config_file_gives_options_and_the_command_line_wins(tmp_path):
     (tmp_path / "run.yaml").write_text("out: from_file\nbatch_size: 16\n")
     values = parse("--config", str(tmp_path / "run.yaml"), "--batch_size", "32")
-    assert values == {"out": "from_file", "batch_size": 32, "resume": False}
+    assert values == {"out": "from_file", "batch_size": 32, "resume": False, "area": (0.2, 1.0), "blocks": None}
+
+
+def test_a_setting_of_a_file_that_is_none_is_named_with_the_file_and_the_nearest(tmp_path):
+    (tmp_path / "run.yaml").write_text("out: x\nbatch_siez: 16\n")
+    with pytest.raises(
+        UsageError, match=r"run.yaml has batch_siez, and patchloom made up has no .*did you mean --batch_size"
+    ):
+        parse("--config", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize("written", [["--area", "0.5,1"], ["--area=0.5,1"], ["--area", "[0.5, 1]"]])
+def test_numbers_need_commas_and_no_brackets(written):
+    assert parse("--out", "x", *written)["area"] == (0.5, 1.0)
+    assert parse("--out", "3,4", "--blocks", "1,-2")["blocks"] == (1, -2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--area", "0.5"], "--area: expected numbers with commas between them, got 0.5"),
+        (["--area", "1,2,3"], "--area: expected 2 numbers, got "),
+        (["--blocks", "1,a"], "--blocks: expected numbers with commas between them or null, got 1,a"),
+    ],
+)
+def test_other_than_numbers_are_refused_in_plain_words(given, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        parse("--out", "x", *given)
 
 
 def test_missing_config_file_is_bad_usage(tmp_path):

@@ -37,6 +37,11 @@ def test_the_method_of_the_guide_trains_and_its_bundle_opens(rotation, tmp_path)
     assert pl.load(str(run.model)).num_features == 128
 
 
+def test_its_summary_is_the_question_its_class_asks(rotation):
+    sentence = registry.entry("pretrain", "rotation").sentence
+    assert registry.method_class("pretrain", "rotation").__doc__ == sentence == "Which way up is the image?"
+
+
 def test_an_unknown_setting_of_it_is_refused_with_the_nearest(rotation, tmp_path):
     with pytest.raises(pl.UsageError, match="did you mean turns"):
         pl.pretrain("rotation", data="photos", out=str(tmp_path / "run"), turn=2)

@@ -271,9 +271,7 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
     settles = verb in ("pretrain", "adapt", "distill", "anomaly")
-    values = read_options(
-        f"{verb} {method}", f"{entry.summary}.", config_class, rest, defaults, all_of_them=not settles
-    )
+    values = read_options(f"{verb} {method}", entry.sentence, config_class, rest, defaults, all_of_them=not settles)
     return partial(getattr(api, verb), method, **values)
 
 

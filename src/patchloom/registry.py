@@ -23,6 +23,11 @@ class Entry(NamedTuple):
     settings: str
     summary: str
 
+    @property
+    def sentence(self) -> str:
+        """The summary with its full stop, unless it asks something; also the first line of the class."""
+        return self.summary if self.summary.endswith("?") else f"{self.summary}."
+
 
 METHODS: dict[str, dict[str, Entry]] = {
     "pretrain": {

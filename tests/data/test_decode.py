@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from patchloom.data import open_source
 from patchloom.data.base import UnreadableImageError
 from patchloom.data.decode import decode_image
 from patchloom.data.value_range import ValueRange
@@ -124,3 +126,18 @@ def test_missing_files_and_other_channels():
         decode_image(Path("no/such/image.png"), "image.png")
     with pytest.raises(UnreadableImageError, match=r"it has 3 channels, not 4 \(in_chans=3 takes them\)"):
         decode_image(encoded(Image.new("RGB", (8, 8))), "x", in_chans=4)
+
+
+def test_an_array_without_pixels_is_unreadable(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((0, 5), np.uint16))
+    with pytest.raises(UnreadableImageError, match="no pixels: its shape is 1x0x5"):
+        decode_image(tmp_path / "a.npy", "a.npy", 1)
+
+
+def test_a_tiff_without_a_page_is_called_damaged_wherever_it_is_looked_at(tmp_path, caplog):
+    (tmp_path / "a.tif").write_bytes(b"II*\0xxxx")
+    with pytest.raises(UnreadableImageError, match="a damaged TIFF: no page is found"):
+        decode_image(tmp_path / "a.tif", "a.tif", 1)
+    logging.getLogger("tifffile").setLevel(logging.NOTSET)
+    open_source(str(tmp_path), in_chans=5)
+    assert not caplog.records

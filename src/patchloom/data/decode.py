@@ -121,8 +121,14 @@ def to_tensor(stored: Stored, in_chans: int, values: ValueRange, channels: tuple
 
 
 def scale(stored: Stored, values: ValueRange) -> np.ndarray:
-    """Return the pixels (C, H, W) of a stored image as float32 in [0, 1], or as uint8."""
+    """Return the pixels (C, H, W) of a stored image as float32 in [0, 1], or as uint8.
+
+    Raises:
+        ValueError: There are none.
+    """
     pixels = stored.pixels
+    if not pixels.size:
+        raise ValueError(f"it has no pixels: its shape is {'x'.join(map(str, pixels.shape))}")
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
     if stored.top is not None and not (values.given and stored.top != 1):

@@ -145,10 +145,7 @@ def _check_size(width: int, height: int) -> None:
 def _tiff(encoded: bytes, plain: bool) -> Stored | None:
     if plain and _is_8_bit_picture(encoded):
         return None
-    import tifffile
-
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by the error
-    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+    with open_tiff(io.BytesIO(encoded)) as file:
         page: Any = file.pages[0]
         _check_size(page.imagewidth, page.imagelength)
         samples = int(page.samplesperpixel)
@@ -183,6 +180,24 @@ def _is_8_bit_picture(encoded: bytes) -> bool:
             return not deep and image.mode in _PICTURES
     except Exception:  # not one of Pillow's
         return False
+
+
+def open_tiff(file: Any) -> Any:
+    """Return a TIFF opened by tifffile, a path or a file, that holds a page; use it in a `with`.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is said by the error
+    opened = tifffile.TiffFile(file)
+    try:
+        opened.pages[0]
+    except IndexError as error:
+        opened.close()
+        raise ValueError("it is a damaged TIFF: no page is found in it") from error
+    return opened
 
 
 def count_pages(file: Any) -> int:

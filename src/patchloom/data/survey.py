@@ -22,7 +22,7 @@ from torch import Tensor
 
 from patchloom.data.base import Sample, Source, StreamSource, UnreadableImageError, spread
 from patchloom.data.dicom import is_dicom
-from patchloom.data.stored import Stored, count_pages, is_tiff, read_stored
+from patchloom.data.stored import Stored, count_pages, is_tiff, open_tiff, read_stored
 from patchloom.data.value_range import ValueRange, camera_bits, kind_of
 
 HEADERS, DECODED, PIXELS = 200, 100, 400_000_000
@@ -243,9 +243,7 @@ class Survey:
 
     def worth_decoding(self, data: Path | bytes, key: str, first_page: bool) -> bool:
         """Look at the header of a TIFF: count its pages, and tell whether its values are deep."""
-        import tifffile
-
-        with tifffile.TiffFile(data if isinstance(data, Path) else io.BytesIO(data)) as file:
+        with open_tiff(data if isinstance(data, Path) else io.BytesIO(data)) as file:
             page: Any = file.pages[0]
             pages = count_pages(file) if len(file.pages) > 1 else 1
             if pages > 1 and first_page:

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from functools import reduce
 from inspect import Parameter, signature
 from operator import or_
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from patchloom.base.settings import Cited, done_without
@@ -118,9 +119,12 @@ def _refuse_unknown(name: str, given: Sequence[str], hints: Mapping[str, Any]) -
     for word in given:
         spelled = word.removeprefix("--").split("=")[0]
         if word.startswith("--") and spelled.split(".")[0].removeprefix("no_") not in {*hints, "config", "help"}:
-            near = get_close_matches(spelled, hints, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(f'--{n}' for n in near)}?" if near else ""
-            raise UsageError(f"patchloom {name} has no option --{spelled}{hint} (--help lists them)")
+            raise UsageError(f"patchloom {name} has no option --{spelled}{_near(spelled, hints)} (--help lists them)")
+
+
+def _near(spelled: str, hints: Mapping[str, Any]) -> str:
+    near = get_close_matches(spelled, hints, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(f'--{name}' for name in near)}?" if near else ""
 
 
 def _parser(name: str, summary: str, described: Callable[..., Any], hints: Mapping[str, Any]) -> ArgumentParser:
@@ -191,9 +195,18 @@ def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any
     switches = {name for name, hint in hints.items() if hint is bool}
     try:
         spelled = _with_negative_values(_spelled_out_switches(given, switches))
+        spelled = _with_brackets(spelled, {name for name, hint in hints.items() if _is_tuple_of_numbers(hint)})
         namespace = parser.parse_args(spelled, defaults=defaults)
     except ArgumentError as error:
-        raise UsageError(_plain_words(" ".join(str(error).split()))) from error
+        complaint = " ".join(str(error).split())
+        if unknown := re.search(
+            r"Option '([\w.]+)' is not accepted", complaint
+        ):  # words of the line were looked at before
+            spelled, file = unknown[1], option(given, "config")
+            raise UsageError(
+                f"{file} has {spelled}, and {parser.prog} has no such option{_near(spelled, hints)}"
+            ) from error
+        raise UsageError(_plain_words(complaint)) from error
     values: dict[str, Any] = namespace.as_dict()
     values.pop("config", None)
     return values
@@ -234,13 +247,37 @@ def _with_negative_values(given: Sequence[str]) -> list[str]:
     return joined
 
 
+def _is_tuple_of_numbers(hint: Any) -> bool:
+    kinds = [
+        kind
+        for kind in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+        if kind is not type(None)
+    ]
+    return all(get_origin(kind) is tuple and {*get_args(kind)} <= {int, float, ...} for kind in kinds)
+
+
+def _with_brackets(given: Sequence[str], names: set[str]) -> list[str]:
+    """Let numbers be written with commas alone: `--crop_scale 0.2,1` for `--crop_scale [0.2,1]`."""
+    bracketed: list[str] = []
+    for argument in given:
+        before = bracketed[-1] if bracketed else ""
+        name, equals, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        if name.removeprefix("--") in names and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", value):
+            argument = f"{name}=[{value}]" if equals else f"[{value}]"
+        bracketed.append(argument)
+    return bracketed
+
+
 def _plain_words(complaint: str) -> str:
     """Rewrite a complaint of the parser about a value in the words of the command line."""
     complaint = re.sub(r'Parser key "([\w.]+)":', r"--\1:", complaint)
     union = re.search(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", complaint)
     if union:
-        kinds = re.sub(r"<class '(\w+)'>", r"\1", union[1]).replace("NoneType", "null").replace(", ", " or ")
+        kinds = re.sub(r"tuple\[.*?\]", "numbers with commas between them", union[1])
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds).replace("NoneType", "null").replace(", ", " or ")
         complaint = f"{complaint[: union.start()]}expected {kinds}, got {union[2]}"
+    complaint = complaint.replace("Expected a <class 'tuple'>.", "expected numbers with commas between them,")
+    complaint = re.sub(r"Expected a tuple with (\d+) elements\.", r"expected \1 numbers,", complaint)
     complaint = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1,", complaint)
     complaint = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\.", r"expected one of \1;", complaint)
     complaint = complaint.replace("Got value:", "got")
