@@ -297,7 +297,7 @@ def _open_test(config: LabelledConfig, source: Source | StreamSource) -> Source 
     """Return the test images; their classes have to be among those learnt."""
     test = open_test_images(config, source)
     names = list(source.class_names or [])
-    unknown = [name for name in test.class_names if name not in names]
+    unknown = [name for name in test.class_names or [] if name not in names]
     if unknown:
         raise UsageError(
             f"the test images {config.test} show classes that {config.data} does not have: {', '.join(unknown[:3])}; "

@@ -166,6 +166,15 @@ def test_tasks_added_without_test_images_of_old_classes_say_nothing_of_forgettin
     assert not {"forgetting", "last_accuracy", "average_incremental_accuracy"} & later.summary.keys()
 
 
+def test_a_batch_nobody_chose_fits_the_smallest_task(tmp_path):
+    (tmp_path / "tasks.yaml").write_text("- ['0', '1', '2', '3', '4', '5']\n- ['6']\n")
+    changes = {"tasks": None, "class_order": None, "shots": None, "task_file": str(tmp_path / "tasks.yaml")}
+    config = config_from_mapping(GCABConfig, {**SETTINGS, **changes, "out": "unused"})
+    source = open_source("digits")
+    images = GCABMethod.images_to_learn_from(config, source)
+    assert images == int((source.labels == source.class_names.index("6")).sum())
+
+
 @pytest.mark.parametrize("learner", ["finetune", "linear", "nearest_mean"])
 def test_baselines_learn_the_same_tasks(tmp_path, learner):
     found = run(tmp_path / learner, learner=learner, class_order="3,1,0", tasks=2, epochs=1)
@@ -209,12 +218,13 @@ def test_a_frozen_encoder_stands_still_and_has_no_projectors(tmp_path):
     [
         ({"class_order": "3,1", "tasks": 3}, "tasks is 3 and there are 2 classes"),
         ({"max_tasks": 2}, "there are 3 tasks and max_tasks is 2"),
-        ({"batch_size": 32}, "task 1 has 16 images to learn from, fewer than a batch of 32"),
+        ({"batch_size": 32}, "task 1 has 16 images to learn from, fewer than a step of 32"),
         ({"precision": "16-mixed"}, "precision=16-mixed cannot hold the gradients of the gates"),
         ({"task_file": "tasks.yaml"}, "leave tasks and class_order out"),
         ({"class_weights": "balanced"}, "leave class_weights and label_smoothing out"),
         ({"task": "ordinal"}, "task is ordinal"),
         ({"strategy": "fsdp"}, "use ddp"),
+        ({"learner": "nearest_mean", "devices": 2}, "class means are taken by one process"),
         ({"continue_from": "photos"}, "there is no bundle at photos"),
         ({"continue_from": "photos", "encoder": "vit_tiny_patch16_224"}, "leave encoder out"),
     ],

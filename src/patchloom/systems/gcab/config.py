@@ -100,5 +100,7 @@ class GCABConfig(EncoderOptions, AugmentationConfig):
                 raise UsageError("continue_from brings its own encoder; leave encoder out")
             if self.init_from is not None:
                 raise UsageError("continue_from brings its own weights; leave init_from out")
+        if self.learner == "nearest_mean" and (self.devices != 1 or self.nodes > 1):
+            raise UsageError("class means are taken by one process; set devices and nodes to 1")
         if self.adversary != "none" and self.learner == "nearest_mean":
             raise UsageError("class means do not learn from attacked images; leave adversary out")

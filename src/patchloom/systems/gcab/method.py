@@ -110,12 +110,15 @@ class GCABMethod(LabelledMethod):
 
     @classmethod
     def images_to_learn_from(cls, config: Any, source: Source | StreamSource) -> int | None:
-        """Return about how many images a task has."""
+        """Return about how many images the smallest task has: a batch has to fit all."""
         count = super().images_to_learn_from(config, source)
-        if count is None or not isinstance(source, Source) or source.class_names is None:
+        if count is None or not isinstance(source, Source) or source.class_names is None or source.multilabel:
             return count
         record = None if config.continue_from is None else read_record(config.continue_from)
-        return max(1, count // (len(planned(config, source, record)) - (0 if record is None else len(record.tasks))))
+        tasks = planned(config, source, record)[0 if record is None else len(record.tasks) :]
+        images = dict(zip(source.class_names, class_sizes(source), strict=True))
+        smallest = min(sum(images[name] for name in task) for task in tasks)
+        return max(1, count * smallest // len(source))
 
     def open_test(self, config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
         """Return the images of `test` that are of classes of this run; classes of earlier tasks may be among them.
@@ -201,9 +204,9 @@ class GCABMethod(LabelledMethod):
         for number, task in enumerate(self.tasks[self.before :], self.before + 1):
             start, end = end, end + len(task)
             images = np.flatnonzero((self.source.labels >= start) & (self.source.labels < end))
-            if len(images) < (at_once := config.batch_size * self.trainer.world_size):
+            if len(images) < (at_once := config.batch_size * config.accumulate * self.trainer.world_size):
                 raise UsageError(
-                    f"task {number} has {len(images)} images to learn from, fewer than a batch of {at_once}; lower "
+                    f"task {number} has {len(images)} images to learn from, fewer than a step of {at_once}; lower "
                     f"batch_size"
                 )
             once = 1 if config.learner == "nearest_mean" else None
@@ -374,6 +377,13 @@ class GCABMethod(LabelledMethod):
             history=self.history,
         )
         save_tasks(self.model, record, path)
+
+
+def class_sizes(source: Source) -> list[int]:
+    """Return the number of images of each class."""
+    if source.labels is None:
+        return []
+    return np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names or [])).tolist()
 
 
 def planned(config: GCABConfig, source: Source, record: TaskRecord | None) -> list[list[str]]:
