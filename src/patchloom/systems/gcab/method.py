@@ -44,7 +44,7 @@ LITTLE = 0.01
 
 
 class GCABMethod(LabelledMethod):
-    """An encoder learns classes task after task.
+    """GCAB: classes learnt task after task, without forgetting and without keeping old images.
 
     Attributes:
         tasks: Names of the classes of each task, those of the run that is gone on from among them.
