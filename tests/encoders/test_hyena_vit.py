@@ -10,6 +10,8 @@ import torch
 
 import patchloom as pl
 from patchloom.encoders import (
+    attends,
+    class_attention,
     create_encoder,
     embed,
     feature_map,
@@ -23,8 +25,10 @@ from patchloom.encoders import (
 from patchloom.encoders.anysize import embed_any_size
 from patchloom.encoders.hyena import HyenaND
 from patchloom.encoders.hyena_vit import MIXERS, hyena_vit
+from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.errors import UsageError
 from patchloom.models.bundle import save_bundle
+from patchloom.systems.dinov2.model import DINOv2
 from patchloom.training.optim import parameter_groups
 
 MICRO = "hyena_vit_micro_patch4_32"
@@ -220,3 +224,31 @@ def test_what_does_not_go_is_refused(options, message):
 def test_a_mask_of_attention_is_refused():
     with pytest.raises(UsageError, match="no attention to mask"):
         made().blocks[0](torch.zeros(1, 16, 24), attn_mask=torch.zeros(16, 16))
+
+
+def test_a_masked_autoencoder_is_for_encoders_that_can_leave_patches_out():
+    with pytest.raises(UsageError, match="whole grid"):
+        MaskedAutoencoder(made(), decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    MaskedAutoencoder(made(mixer="attention"), decoder_dim=8, decoder_depth=1, decoder_heads=2)
+
+
+def test_where_the_operator_is_there_is_no_attention_to_look_at():
+    encoder = made(mixer="hyena_then_attention")
+    assert [attends(encoder, number) for number in range(3)] == [False, False, True]
+    assert class_attention(encoder, torch.zeros(1, 3, 16, 16)).shape == (1, 2, 16)
+    with pytest.raises(UsageError, match="without attention"):
+        class_attention(encoder, torch.zeros(1, 3, 16, 16), layer=0)
+
+
+@pytest.mark.parametrize("pool", ["avg", "first"])
+def test_self_distillation_takes_what_stands_for_the_class_token(pool):
+    encoder, images = made(global_pool=pool), torch.randn(4, 3, 16, 16)
+    student = DINOv2(encoder, out_dim=8, hidden_dim=8, bottleneck_dim=4).student
+    masks = torch.zeros(4, 16, dtype=torch.bool)
+    masks[:, 3] = True
+    with torch.no_grad():
+        found = student.crops(images, masks)
+        torch.testing.assert_close(found.classes, encoder(images))
+        torch.testing.assert_close(found.patches, tokens(encoder, images).patches[:, 3])
+        smaller = student.crops(images[..., :8, :8], masks[:, :4], hide=True)
+    assert smaller.classes.shape == (4, 24)

@@ -30,6 +30,7 @@ from patchloom.encoders.relative_positions import resize_relative_table
 from patchloom.encoders.resize import set_image_size
 from patchloom.encoders.stages import (
     Tokens,
+    attends,
     class_attention,
     embed,
     feature_map,
@@ -47,6 +48,7 @@ __all__ = [
     "Family",
     "Grid",
     "Tokens",
+    "attends",
     "ccvit",
     "cifar_resnet",
     "class_attention",

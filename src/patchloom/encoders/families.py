@@ -61,6 +61,7 @@ class Family:
         patch_embeds: Classes of patch embeddings that are one convolution `proj` and a `norm`, token by token.
         drops_tokens: Patches can be left out of the row of tokens. Not so where blocks read a token's neighbours from
             its place in the row.
+        has_class_token: There can be one. Where not, what `global_pool` makes of the patches stands for it.
         takes_registers: The module takes `reg_tokens` and `no_embed_class`.
         stem: Names of what stands before the blocks.
         behind: Names of what stands behind or beside them; stem, blocks and these are all there is.
@@ -69,6 +70,7 @@ class Family:
     kind: ClassVar[str] = "image"
     patch_embeds: ClassVar[tuple[type[nn.Module], ...]] = ()
     drops_tokens: ClassVar[bool] = True
+    has_class_token: ClassVar[bool] = True
     takes_registers: ClassVar[bool] = False
     stem: ClassVar[frozenset[str]] = frozenset(
         {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"}

@@ -199,6 +199,7 @@ class HyenaTransformers(VisionTransformers):
 
     takes_registers = False
     drops_tokens = False
+    has_class_token = False
 
     def undecayed(self, encoder: Any) -> set[str]:
         """Return the names of learnt places, frequencies and rates, unless they decay as published."""

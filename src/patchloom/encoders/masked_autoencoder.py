@@ -28,6 +28,7 @@ from patchloom.encoders import (
     Encoder,
     embed,
     embed_dim,
+    family_of,
     final_norm,
     grid_size,
     in_chans,
@@ -73,7 +74,8 @@ class MaskedAutoencoder(nn.Module):
         decoder_mlp_ratio: Hidden width of a decoder block's MLP over the decoder's; paper: 4.
 
     Raises:
-        UsageError: A decoder whose width heads or positions do not divide, or without blocks.
+        UsageError: A decoder whose width heads or positions do not divide, or without blocks; an encoder whose blocks
+            need the whole grid of patches.
     """
 
     @checked
@@ -90,6 +92,11 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if decoder_heads < 1 or decoder_dim % decoder_heads:
             raise UsageError(f"decoder_dim {decoder_dim} is not divisible by decoder_heads {decoder_heads}")
+        if not family_of(encoder).drops_tokens:
+            raise UsageError(
+                f"masked autoencoders show the encoder some patches only, and the blocks of a {type(encoder).__name__} "
+                f"need the whole grid; take another encoder, or a method that keeps all patches (dinov2)"
+            )
         self.encoder = encoder
         self.norm_pix_loss = norm_pix_loss
         self.mask_ratio = mask_ratio

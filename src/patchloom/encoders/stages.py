@@ -235,6 +235,12 @@ def new_blocks(encoder: Encoder, count: int, drop_path: float | None = None) -> 
     return blocks
 
 
+def attends(encoder: Encoder, layer: int = -1) -> bool:
+    """Return whether a block, counted from 0 or negative from the end, mixes its tokens by attention."""
+    block = encoder.blocks[_block_number(encoder, layer)]
+    return hasattr(getattr(block, "attn", block), "attn_drop")
+
+
 def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor:
     """Return where the class token looks: its attention over the patches.
 
@@ -255,7 +261,7 @@ def class_attention(encoder: Encoder, images: Tensor, layer: int = -1) -> Tensor
     block = encoder.blocks[number]
     attention = getattr(block, "attn", block)  # blocks with attention and MLP side by side attend by themselves
     seen: list[Tensor] = []
-    if not hasattr(attention, "attn_drop"):
+    if not attends(encoder, number):
         raise UsageError(
             f"block {number} of this {type(encoder).__name__} mixes its tokens without attention to look at"
         )

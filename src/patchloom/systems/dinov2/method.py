@@ -11,6 +11,7 @@ arXiv 2304.07193; "RAD-DINO: Exploring Scalable Medical Image Encoders Beyond Te
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ class Dinov2Method(Method):
             batch_drop=config.batch_drop and not config.compile,
             rule=DINOV2_RULE if num_prefix_tokens(self.encoder) == 1 else TIMM_RULE,
         )
+        if self.image_token != "class token":
+            print(f"there is no class token: the {self.image_token} stands for an image", file=sys.stderr)
         if config.heads_from is not None:
             load_heads(self.model, config.heads_from)
         if config.gram_from is not None and self.model.anchor is not None:
@@ -126,6 +129,13 @@ class Dinov2Method(Method):
             if self.model.student.ibot_head is not None:
                 self.model.student.ibot_head.requires_grad_(False)
         self.transform()  # refuses crops that do not fit before anything is written
+
+    @property
+    def image_token(self) -> str:
+        """What of the output stands for a whole image."""
+        if num_prefix_tokens(self.encoder):
+            return "class token"
+        return "first patch" if self.encoder.global_pool == "token" else "mean over patches"
 
     def build_encoder(self) -> Encoder:
         """Return a fresh encoder with the layer scale and registers asked for, or the one training continues from."""
@@ -363,7 +373,8 @@ class Dinov2Method(Method):
             "local_size": self.local_size if self.config.local_crops else None,
             "prototypes": self.config.out_dim,
             "head_parameters": sum(p.numel() for n, p in model.student.named_parameters() if "_head." in n),
-            "registers": num_prefix_tokens(self.encoder) - 1,
+            "registers": max(num_prefix_tokens(self.encoder) - 1, 0),
+            "image_token": self.image_token,
             "batch_drop": model.student.part_rate > 0,
             "anchor": None if model.gram is None else self.config.gram_from or model.gram.anchor,
         }

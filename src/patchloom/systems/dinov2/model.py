@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from patchloom.base.ranges import PositiveInt, checked
-from patchloom.encoders import Encoder, embed_dim, final_norm, grid_size, num_prefix_tokens, run_blocks
+from patchloom.encoders import Encoder, embed_dim, family_of, final_norm, grid_size, num_prefix_tokens, run_blocks
 from patchloom.encoders.anysize import TIMM_RULE, PositionRule, embed_any_size
 from patchloom.encoders.batch_drop import LEAST_RATE, can_run_on_part, run_blocks_on_part, set_drop_path
 from patchloom.errors import UsageError, unknown_name
@@ -152,10 +152,12 @@ class Distilled(nn.Module):
             x, _ = run_blocks(self.encoder, embedded)
         # The norm acts on each token alone, so only the rows that are asked for go through it.
         prefix = num_prefix_tokens(self.encoder)
-        if every:
+        mean = prefix == 0 and self.encoder.global_pool != "token"
+        if every or mean:
             whole = final_norm(self.encoder, x)
             patches = whole[:, prefix:]
-            return Crops(whole[:, 0], whole[:0, 0] if masks is None else patches[masks], patches)
+            classes = patches.mean(1) if mean else whole[:, 0]
+            return Crops(classes, whole[:0, 0] if masks is None else patches[masks], patches if every else None)
         rows = x[:, 0] if masks is None else torch.cat([x[:, 0], x[:, prefix:][masks]])
         normed = final_norm(self.encoder, rows)
         return Crops(normed[: len(x)], normed[len(x) :])
@@ -176,7 +178,8 @@ class DINOv2(nn.Module):
     """Student and teacher with the DINO, iBOT and KoLeo losses (`SSLMetaArch` of the published code).
 
     Args:
-        encoder: Encoder without head that has a class token; becomes the student's. The teacher starts as its copy.
+        encoder: Encoder without head that has a class token, or is of a kind that cannot have one, whose pooled patches
+            stand for it; becomes the student's. The teacher starts as its copy.
         out_dim: Prototypes K of the image-level head; paper: 65 536, large models 131 072.
         hidden_dim: Width of the heads' hidden layers; paper: 2048.
         bottleneck_dim: Width of the normalised vector; paper: 256 (384 for large models' image-level head).
@@ -239,7 +242,7 @@ class DINOv2(nn.Module):
         super().__init__()
         if centering not in ("centering", "sinkhorn_knopp"):
             raise unknown_name("centering", centering, ("centering", "sinkhorn_knopp"))
-        if num_prefix_tokens(encoder) == 0:
+        if num_prefix_tokens(encoder) == 0 and family_of(encoder).has_class_token:
             raise UsageError("DINOv2 needs an encoder with a class token; this one has none")
         if min(dino_weight, ibot_weight, koleo_weight) < 0 or dino_weight + ibot_weight == 0:
             raise UsageError(

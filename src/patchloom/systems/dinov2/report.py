@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Source
-from patchloom.encoders import class_attention, grid_size, normalize
+from patchloom.encoders import attends, class_attention, grid_size, normalize
 from patchloom.report import Section, curves, image_grid
 from patchloom.report.figures import overlay
 from patchloom.training.metrics import read_metrics, series
@@ -23,7 +23,8 @@ POOL, PROTOTYPES, EXAMPLES = 256, 6, 8
 
 def sections(method: Dinov2Method, images: Tensor) -> list[Section]:
     """Return the sections of a run for held-out images (n, C, H, W) uint8."""
-    return [attention_section(method, images), *teacher_section(method), prototype_section(method, images)]
+    seen = [attention_section(method, images)] if attends(method.model.teacher.encoder) else []
+    return [*seen, *teacher_section(method), prototype_section(method, images)]
 
 
 def attention_section(method: Dinov2Method, images: Tensor) -> Section:
