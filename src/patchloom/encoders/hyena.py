@@ -168,12 +168,14 @@ class HyenaND(nn.Module):
         *gates, v = smooth.split(self.dim, dim=1)
         kernels, skips, scale = self.filters(grid), self.skip.unflatten(0, (self.order - 1, -1)), self._scale()
         everywhere = tuple(range(-rank, 0))
+        # Graphs for other runtimes, such as ONNX, know no transforms of complex numbers; sums are the same to rounding.
+        summed = self.backend == "direct" or _is_exporting()
+        convolve = direct_long_conv if summed else fft_long_conv
         for number, gate in enumerate(reversed(gates[1:])):
             v = self.dropout(v * gate)
             turned = self.direction == "reverse_first" and number == 0
             if turned:
                 v = v.flip(everywhere)
-            convolve = direct_long_conv if self.backend == "direct" else fft_long_conv
             v = convolve(v, kernels[number], skips[number], scale)
             if turned:
                 v = v.flip(everywhere)
@@ -201,6 +203,11 @@ class HyenaND(nn.Module):
         )
         side = places.sqrt() if rank == 2 else places ** (1 / rank)
         return 0.5 / side
+
+
+def _is_exporting() -> bool:
+    """Return whether a graph is made for elsewhere; before torch 2.7 one cannot tell that from one for here."""
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 def _flips(rank: int) -> list[tuple[int, ...]]:

@@ -17,6 +17,7 @@ from patchloom.data.pixels import unit
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import (
     Encoder,
+    attends,
     class_attention,
     depth,
     grid_size,
@@ -144,8 +145,9 @@ class Health:
                 norms[number].append(tokens_of_layer.patches.float().norm(dim=-1).cpu())
                 if room > 0:
                     patches[number].append(tokens_of_layer.patches[:room].float().cpu())
-                    shares = attention_entropy(class_attention(encoder, images[:room], number))
-                    entropy[number].append(shares.mean(0).cpu())
+                    if attends(encoder, number):
+                        shares = attention_entropy(class_attention(encoder, images[:room], number))
+                        entropy[number].append(shares.mean(0).cpu())
         if not labels:
             raise UsageError(f"{source.name} holds no readable image")
         return (
@@ -153,7 +155,7 @@ class Health:
             torch.cat(labels),
             [torch.cat(parts) for parts in norms],
             [torch.cat(parts) for parts in patches],
-            [float(torch.stack(parts).mean()) for parts in entropy],
+            [float(torch.stack(parts).mean()) if parts else None for parts in entropy],
         )
 
     def _views(self, encoder: Encoder, source: Source, device: torch.device, which: str) -> Tensor:
@@ -211,11 +213,11 @@ def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:
         naming = {"commonest class every time": figures["majority_share"]}
         title = "Linear probe by layer"
         drawn.append(curves(probed, x_label="block", y_label="share", title=title, references=naming))
-    drawn += [
-        curves({name: (range(len(figures[name])), figures[name])}, x_label="block", y_label=unit, title=title)
-        for name, (title, unit) in titles.items()
-        if name in figures
-    ]
+    for name, (title, label) in titles.items():
+        known = {block: value for block, value in enumerate(figures[name]) if value is not None}
+        if known:
+            line = {name: (list(known), list(known.values()))}
+            drawn.append(curves(line, x_label="block", y_label=label, title=title))
     plain = {name: figures[name] for name in ("rankme", "effective_rank", "cosine", "alignment", "uniformity")}
     assert config.report is not None
     write_report(

@@ -23,6 +23,7 @@ from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import (
     Encoder,
+    attends,
     class_attention,
     depth,
     embed,
@@ -45,8 +46,8 @@ class Observed(NamedTuple):
     """(n,) int64 class or game of each; zeros where there is one."""
     names: list[str]
     """Names of the groups."""
-    attentions: Tensor
-    """(n, heads, N) attention of the class token over the patches in the last block."""
+    attentions: Tensor | None
+    """(n, heads, N) attention of the class token over the patches in the last block; None where that has none."""
     blocks: list[Tensor]
     """(n, D) first token after each block."""
     following: Tensor
@@ -89,7 +90,8 @@ def observe(
         now, later = normalize(now, encoder), normalize(later, encoder)
         features.append(pooled(encoder, now).float().cpu())
         after.append(pooled(encoder, later).float().cpu())
-        attentions.append(class_attention(encoder, now).float().cpu())
+        if attends(encoder):
+            attentions.append(class_attention(encoder, now).float().cpu())
         _, taps = run_blocks(encoder, embed(encoder, now), taps=range(1, depth(encoder) + 1))
         for number, recorded in enumerate(blocks):
             token = taps[number + 1]
@@ -102,9 +104,8 @@ def observe(
     vectors = torch.cat(features)
     names = source.class_names or [source.name]
     following = F.cosine_similarity(vectors, torch.cat(after))
-    return Observed(
-        vectors, torch.tensor(groups), list(names), torch.cat(attentions), [torch.cat(b) for b in blocks], following
-    )
+    looks = torch.cat(attentions) if attentions else None
+    return Observed(vectors, torch.tensor(groups), list(names), looks, [torch.cat(b) for b in blocks], following)
 
 
 def representation_report(

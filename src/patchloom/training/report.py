@@ -18,7 +18,7 @@ from patchloom.data.kinds import KINDS
 from patchloom.data.pixels import alike, unit
 from patchloom.data.reading import parse_channels
 from patchloom.data.sample import Sample, transformed
-from patchloom.encoders import class_attention, feature_map, grid_size, has_tokens, normalize, pooled
+from patchloom.encoders import attends, class_attention, feature_map, grid_size, has_tokens, normalize, pooled
 from patchloom.features.extract import side_of
 from patchloom.report import Figure, Section, attention_maps, curves, nearest_neighbours, pca_features, write_report
 from patchloom.report.pictures import middle_images, sample_figure
@@ -185,9 +185,8 @@ def feature_sections(encoder: torch.nn.Module, images: Tensor, shown: Tensor, me
     inputs = normalize(pixels, encoder)
     sections = []
     middle = f" What is seen is the middle of each {method.source.kind.name}." if images.ndim > 4 else ""
-    what = "last feature map"
-    if has_tokens(encoder):
-        what = "patch features"
+    what = "patch features" if has_tokens(encoder) else "last feature map"
+    if has_tokens(encoder) and attends(encoder):
         attention = class_attention(encoder, inputs).float().cpu()
         maps = attention.unflatten(2, grid_size(encoder, tuple(images.shape[2:])))
         pictures, maps = middle_images(pixels.cpu(), maps)

@@ -27,6 +27,7 @@ from patchloom.systems.ccvit.model import (
     MIMOutput,
     initialize_as_beit,
     pixel_targets,
+    require_class_token,
 )
 from patchloom.tokenizers.centroid import CentroidTokenizer
 from patchloom.tokenizers.commands import ProgressLine
@@ -48,6 +49,7 @@ class CCViTMethod(Method):
 
     def __init__(self, config: CCViTConfig, source: Source | StreamSource) -> None:
         super().__init__(config, source)
+        require_class_token(self.encoder)
         fresh = config.init_from is None and not Path(config.encoder).exists()
         if fresh:
             initialize_as_beit(self.encoder)

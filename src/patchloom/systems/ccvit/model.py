@@ -90,8 +90,7 @@ class CentroidMIM(nn.Module):
         early_layers = default_early_layers(blocks) if early_layers is None else early_layers
         if not 1 <= early_layers <= blocks:
             raise UsageError(f"early_layers is {early_layers}; it must be 1 to {blocks}, the encoder's depth")
-        if num_prefix_tokens(backbone) == 0:
-            raise UsageError("CCViT needs an encoder with a class token; this one has none")
+        require_class_token(backbone)
         self.encoder = backbone
         self.vocab_size = vocab_size
         self.early_layers = early_layers
@@ -277,6 +276,16 @@ def pixel_targets(images: Tensor, size: int) -> Tensor:
 def default_early_layers(blocks: int) -> int:
     """Return the paper's depth of the early tap (9 of 12, 21 of 24), or the like for other depths."""
     return blocks - 3 if blocks >= 6 else max(1, blocks - 1)
+
+
+def require_class_token(encoder: Encoder) -> None:
+    """Refuse an encoder without class token.
+
+    Raises:
+        UsageError: It has none.
+    """
+    if num_prefix_tokens(encoder) == 0:
+        raise UsageError("CCViT needs an encoder with a class token; this one has none")
 
 
 def initialize_as_beit(encoder: Encoder) -> None:
