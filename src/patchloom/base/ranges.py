@@ -16,6 +16,7 @@ patchloom.errors.UsageError: betas is (0.9, 1.0); each must be at least 0 and be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,8 +121,11 @@ def _check(name: str, value: Any, hint: Any, subject: str, whole: Any) -> None:
     """Refuse `value`, an element of `whole` or all of it."""
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        _check(name, value, arguments[0], subject, whole)
+        if arguments[0] is not float:
+            _check(name, value, arguments[0], subject, whole)
         _check_bounds(name, value, hint, subject, whole)
+    elif hint is float:
+        _check_finite(name, value, subject, whole)
     elif kind in (Union, UnionType):
         if not (value is None and NoneType in arguments) and (fitting := _member(value, arguments)) is not None:
             _check(name, value, fitting, subject, whole)
@@ -150,6 +154,13 @@ def _check_bounds(name: str, value: Any, hint: Any, subject: str, whole: Any) ->
     for one in found:
         if not _holds(value, one):
             raise UsageError(f"{name} is {whole}; {_SHAPES[type(one)].format(one)}")
+    if plain is float:
+        _check_finite(name, value, subject, whole)
+
+
+def _check_finite(name: str, value: Any, subject: str, whole: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} is {whole}; {subject} must be a finite number")
 
 
 def _holds(value: Any, bound: Any) -> bool:

@@ -47,6 +47,7 @@ from patchloom.data.reading import Reading, remembered
 from patchloom.data.shards import ShardSource, is_shards
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable
+from patchloom.registry import OPENERS
 
 # Raised when the same masks would be counted otherwise than before.
 FORMAT = 2
@@ -331,6 +332,10 @@ def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[Mas
         refuse_untaken(ShardSource, name, given)
         shards = ShardSource(name, **given)
         return ShardMasks(shards), [shards.shards[0].parent]
+    if (word in OPENERS or word in ("atari", "frames")) and rest:
+        raise UsageError(
+            f"{word}:… are no images with masks; give a folder with images/ and masks/, or a table or shards with masks"
+        )
     root = existing(name)
     if not root.is_dir():
         raise UsageError(

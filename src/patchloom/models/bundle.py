@@ -128,7 +128,9 @@ def made_from(encoder: Any) -> dict[str, Any]:
     if creation_args is None:
         creation_args = {"architecture": known.get("architecture"), "model_args": getattr(encoder, "_model_args", {})}
     if creation_args["architecture"] is None:
-        raise UsageError(f"a {type(encoder).__name__} cannot be saved as a bundle; make it by timm")
+        raise UsageError(
+            f"a {type(encoder).__name__} has no name to be made again by; register it with timm and make it by create_encoder"
+        )
     dropped = {*REGULARISERS, "num_classes"}
     arguments = {name: value for name, value in creation_args["model_args"].items() if name not in dropped}
     # Size and channels as they are now, whatever the encoder was made with.

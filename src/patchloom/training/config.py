@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -201,4 +202,4 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         with suppress(ValueError):
             return float(value)
     expected = " or ".join(kind.__name__ for kind in plain)
-    raise UsageError(f"{name} is {value!r}; expected {expected}")
+    raise UsageError(f"{name} is {shorten(repr(value), 80, placeholder=' …')}; expected {expected}")
