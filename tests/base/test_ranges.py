@@ -54,6 +54,8 @@ if TYPE_CHECKING:
         (tuple[Count, Positive], (1, 0.0), "n is (1, 0.0); value 2 must be above 0"),
         (tuple[Fraction, Fraction], (0.9,), "n is (0.9,); give 2 values"),
         (tuple[Proportion, ...] | None, (0.5, 1.0), "n is (0.5, 1.0); each must be above 0 and below 1"),
+        (Shares, 0.5, "n is 0.5; expected several values"),
+        (tuple[Fraction, Fraction] | None, 0.5, "n is 0.5; expected several values"),
         (list[PositiveInt], [3, 0], "n is [3, 0]; each must be at least 1"),
         (Annotated[tuple[int, ...], Len(1)], (), "n is (); give at least 1"),
         (Annotated[tuple[int, ...], MaxLen(1)], (1, 2), "n is (1, 2); give at most 1"),

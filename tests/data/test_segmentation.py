@@ -108,6 +108,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path, change, message):
 
 
 def test_no_such_folder_is_refused():
+    for name in ("clips:nowhere", "volumes:nowhere", "frames:nowhere"):
+        with pytest.raises(UsageError, match=f"{name} are no images with masks"):
+            open_segmentation(name)
     with pytest.raises(UsageError, match="there is no folder 'nowhere'"):
         open_segmentation("nowhere")
 

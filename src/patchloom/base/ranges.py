@@ -132,6 +132,8 @@ def _check(name: str, value: Any, hint: Any, subject: str, whole: Any) -> None:
     elif kind is Literal:
         if value not in arguments:
             raise unknown_name(name, str(value), [str(choice) for choice in arguments])
+    elif kind in (tuple, list) and not isinstance(value, Iterable):
+        raise UsageError(f"{name} is {whole}; expected several values, [{whole}, …]")
     elif kind in (tuple, list) and isinstance(value, tuple | list):
         open_ended = kind is list or arguments[-1] is Ellipsis
         if not open_ended and len(value) != len(arguments):

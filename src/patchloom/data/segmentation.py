@@ -334,7 +334,7 @@ def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[Mas
         return ShardMasks(shards), [shards.shards[0].parent]
     if (word in OPENERS or word in ("atari", "frames")) and rest:
         raise UsageError(
-            f"{word}:… are no images with masks; give a folder with images/ and masks/, or a table or shards with masks"
+            f"{name} are no images with masks; give a folder with images/ and masks/, or a table or shards with masks"
         )
     root = existing(name)
     if not root.is_dir():

@@ -129,7 +129,8 @@ def made_from(encoder: Any) -> dict[str, Any]:
         creation_args = {"architecture": known.get("architecture"), "model_args": getattr(encoder, "_model_args", {})}
     if creation_args["architecture"] is None:
         raise UsageError(
-            f"a {type(encoder).__name__} has no name to be made again by; register it with timm and make it by create_encoder"
+            f"a {type(encoder).__name__} has no name to be made again by; register it with timm, and make it by "
+            "create_encoder"
         )
     dropped = {*REGULARISERS, "num_classes"}
     arguments = {name: value for name, value in creation_args["model_args"].items() if name not in dropped}
