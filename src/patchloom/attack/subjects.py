@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, image_size, in_chans
 from patchloom.errors import UsageError
 from patchloom.features.extract import torch_device
-from patchloom.models.bundle import open_encoder
+from patchloom.models.bundle import load_model, open_encoder
 from patchloom.systems.dta.config import DTAConfig, listed
 from patchloom.systems.dta.features import PixelClassifier, check_normalises
 
@@ -66,7 +66,7 @@ def open_subjects(config: DTAConfig) -> Subjects:
     """
     device = torch_device(config.device)
     encoders = {name: _opened(one, device) for name, one in _named(config.encoder, "encoder").items()}
-    models = {name: _opened(one, device) for name, one in _named(config.victim, "victim").items()}
+    models = {name: open_victim(one, device) for name, one in _named(config.victim, "victim").items()}
     first = next(iter(encoders.values()))
     for name, model in models.items():
         if not has_classes(model):
@@ -169,8 +169,22 @@ def _short(one: Any) -> str:
     return parts[-1] if parts else str(one)
 
 
+def open_victim(one: Any, device: torch.device) -> Encoder:
+    """Return a model to be attacked, in eval mode, as it answers: of a bundle that is more than an encoder the whole.
+
+    Raises:
+        UsageError: There is no such model, or it does not say how images are normalised.
+    """
+    if isinstance(one, nn.Module) or not Path(str(one)).exists():
+        return _opened(one, device)
+    return _ready(cast(Encoder, load_model(str(one))), device)
+
+
 def _opened(one: Any, device: torch.device) -> Encoder:
-    model = open_encoder(one)
+    return _ready(open_encoder(one), device)
+
+
+def _ready(model: Encoder, device: torch.device) -> Encoder:
     check_normalises(model)
     return model.eval().to(device)
 

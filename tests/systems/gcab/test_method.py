@@ -114,6 +114,18 @@ def test_the_encoder_of_the_bundle_is_an_encoder_like_any_other(three):
     assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 96)
 
 
+def test_what_learnt_tasks_is_attacked_as_the_classifier_it_is(three):
+    from patchloom.attack.subjects import class_names, has_classes, open_victim
+    from patchloom.systems.dta.features import PixelClassifier
+
+    victim, model = open_victim(three.path, torch.device("cpu")), pl.load(three.path)
+    assert has_classes(victim)
+    assert class_names(victim) == model.class_names
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(PixelClassifier(victim)(images), model(normalize(images, model)))
+
+
 @pytest.mark.parametrize("at", [10, *(pytest.param(at, marks=pytest.mark.slow) for at in (6, 9))])
 def test_a_run_cut_off_in_a_task_resumes_to_the_bit(tmp_path, monkeypatch, at):
     once = run(tmp_path / "once")

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchloom.encoders import Encoder, depth
+from patchloom.encoders import Encoder, depth, image_size, in_chans
 from patchloom.errors import UsageError
 from patchloom.io import write_json, written_whole
 from patchloom.models.bundle import bundle_fingerprint, find_bundle
@@ -150,7 +150,8 @@ def rebuild(encoder: Encoder, record: TaskRecord, path: str | Path, **settings: 
     if isinstance(model, GCAB):
         model.teacher = None  # that of the next task is made when it begins
     model.class_names, model.task_names = record.class_names, record.tasks
-    model.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": record.class_names}
+    taken = (in_chans(encoder), *image_size(encoder))
+    model.pretrained_cfg = {**encoder.pretrained_cfg, "label_names": record.class_names, "input_size": taken}
     return model
 
 
