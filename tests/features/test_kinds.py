@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import patchloom as pl
 from families_for_tests import CASES
 from patchloom.data import MemorySource, Sample
 from patchloom.data.kinds import KINDS, Kind
-from patchloom.encoders import normalize
+from patchloom.encoders import create_encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.features.extract import extract
 from patchloom.features.knn import knn_scores
@@ -46,3 +47,10 @@ def test_features_and_neighbours(name):
     torch.testing.assert_close(layered.vectors[:, 24:], expected)
     scores = knn_scores(features.vectors[:6], features.labels[:6], features.vectors[6:], features.labels[6:], k=2)
     assert scores.accuracy == 1
+
+
+@pytest.mark.parametrize("name", ["segmentation", "volumes", "volume_segmentation"])
+def test_what_reads_images_alone_says_so_of_an_encoder_of_clips(name, tmp_path):
+    encoder = create_encoder("videomae_tiny_patch16_224", image_size=(4, 32, 32), depth=1)
+    with pytest.raises(UsageError, match=f"the encoder takes clips, and evaluate {name} is for encoders of images"):
+        pl.evaluate(name, encoder=encoder, train=str(tmp_path), test=str(tmp_path))

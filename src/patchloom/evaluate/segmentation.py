@@ -32,6 +32,7 @@ from patchloom.evaluate.mask_reading import report_masks
 from patchloom.evaluate.segmentation_config import SegmentationConfig
 from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.target import resolve_encoder
+from patchloom.features.inputs import require_image_encoder
 from patchloom.io import write_bytes
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
@@ -66,6 +67,7 @@ class Segmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("the segmentation probe needs an encoder with patch tokens; raw pixels have none")
+        require_image_encoder(encoder, "evaluate segmentation")
         train, test = open_pair(
             config.train, config.test, in_chans(encoder), config, **(remembered(encoder) | config.source_options())
         )

@@ -46,6 +46,7 @@ from patchloom.evaluate.statistics.overlap import (
 )
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.evaluate.volume_segmentation_config import VolumeSegmentationConfig
+from patchloom.features.inputs import require_image_encoder
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import Areas, areas, dice, hausdorff
@@ -77,6 +78,7 @@ class VolumeSegmentation:
         encoder = resolve_encoder(config)  # type: ignore[arg-type]  # asks for four settings, which these have too
         if encoder is None:
             raise UsageError("segmentation needs an encoder with patch tokens; raw pixels have none")
+        require_image_encoder(encoder, "evaluate volume_segmentation")
         refuse_untaken(open_volumes, config.train, config.source_options())
         train = open_volumes(config.train, plane=config.plane, channel=config.channel, settings=config)
         test = open_volumes(config.test, plane=config.plane, channel=config.channel, coding=train.coding)

@@ -36,6 +36,7 @@ from patchloom.evaluate.volumes_config import VolumesConfig
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
+from patchloom.features.inputs import require_image_encoder
 
 
 class Bags(NamedTuple):
@@ -65,6 +66,7 @@ class Volumes:
         encoder = resolve_encoder(config)
         if encoder is None:
             raise UsageError("volumes need an encoder; raw pixels of slices of all sizes make no features")
+        require_image_encoder(encoder, "evaluate volumes")
         refuse_untaken(open_volumes, config.train, config.source_options())
         train, test = (
             open_volumes(name, plane=config.plane, channel=config.channel) for name in (config.train, config.test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.kinds import KINDS, require_kind
 from patchloom.encoders import Encoder, kind_of
+from patchloom.errors import UsageError
 
 
 def kinds_of(encoder: Encoder | None) -> tuple[str, ...]:
@@ -21,3 +22,17 @@ def require_taken(source: Source | StreamSource, encoder: Encoder | None) -> Non
         UsageError: Names both kinds, and the methods that take the source's.
     """
     require_kind(source, kinds_of(encoder), "a vector of raw pixels" if encoder is None else "the encoder")
+
+
+def require_image_encoder(encoder: Encoder, what: str) -> None:
+    """Refuse an encoder of anything but images.
+
+    Args:
+        encoder: The encoder.
+        what: What needs one of images, such as `evaluate segmentation`.
+
+    Raises:
+        UsageError: Names what it takes.
+    """
+    if (kind := kind_of(encoder)) != "image":
+        raise UsageError(f"the encoder takes {KINDS[kind].plural}, and {what} is for encoders of images")

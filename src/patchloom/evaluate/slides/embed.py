@@ -34,6 +34,7 @@ from patchloom.evaluate.slides.store import TileStore
 from patchloom.evaluate.slides.tissue import Tiles, TileSettings, find_tiles
 from patchloom.evaluate.slides.wsi import Slide, find_slides, need_openslide
 from patchloom.features.extract import torch_device
+from patchloom.features.inputs import require_image_encoder
 from patchloom.io import write_json
 from patchloom.training.config import config_from_mapping
 
@@ -156,6 +157,7 @@ def _prepared(config: EmbedConfig) -> Encoder:
     encoder = resolve_encoder(EvaluationConfig(train="", test="", **chosen))
     if encoder is None:
         raise UsageError("raw pixels are no tile features; name an encoder")
+    require_image_encoder(encoder, "slides embed")
     if in_chans(encoder) != 3:
         raise UsageError(f"the encoder takes {in_chans(encoder)} channels; slides have 3 (RGB)")
     encoder = copy.deepcopy(encoder) if isinstance(config.encoder, nn.Module) else encoder
