@@ -122,6 +122,7 @@ def test_every_method_explains_all_its_options(verb, capsys):
         (["pretrain"], "needs the name of a method"),
         (["pretrain", "ccvti"], "did you mean ccvit"),
         (["pretrain", "ccvit", "--epoch", "3"], "did you mean --epochs"),
+        (["pretrain", "ccvit", "--steps", "3"], "did you mean --max_steps or"),
         (["pretrain", "ccvit", "--data", "photos"], "missing --out"),
         (
             ["pretrain", "ccvit", "--data", "photos", "--out", "x", "--lr", "fast"],

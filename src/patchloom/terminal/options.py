@@ -12,7 +12,6 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from functools import reduce
 from inspect import Parameter, signature
 from operator import or_
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from patchloom.base.settings import Cited, done_without
 from patchloom.base.sizes import is_size, parse_size
-from patchloom.errors import UsageError
+from patchloom.errors import UsageError, near_names
 from patchloom.terminal.groups import grouped
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def _refuse_unknown(name: str, given: Sequence[str], hints: Mapping[str, Any]) -
 
 
 def _near(spelled: str, hints: Mapping[str, Any]) -> str:
-    near = get_close_matches(spelled, hints, n=3, cutoff=0.5)
+    near = near_names(spelled, hints)
     return f"; did you mean {' or '.join(f'--{name}' for name in near)}?" if near else ""
 
 
