@@ -28,6 +28,7 @@ def test_a_resumed_run_forgets_what_it_will_do_again(tmp_path):
     again.log_metrics({"loss": -1.0}, step=20)
     again.save()
     assert series(read_metrics(tmp_path / "metrics.csv"), "loss") == ([0, 10, 20], [0.0, 10.0, -1.0])
+    assert [line.split(",")[0] for line in again.path.read_text().splitlines()] == ["step", "0", "10", "20"]
 
 
 @pytest.mark.parametrize("end", ["20,0.5", "20,0.5,", "\0\0\0\0", "x,y,z\n"])

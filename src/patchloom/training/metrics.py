@@ -25,7 +25,8 @@ class CSVMetrics(Logger):
         super().__init__()
         self.path = path
         self.saved_at = 0.0
-        self.rows: dict[int, dict[str, float]] = {int(row["step"]): row for row in read_metrics(path)}
+        known = ((int(row["step"]), row) for row in read_metrics(path))
+        self.rows: dict[int, dict[str, float]] = {step: row | {"step": step} for step, row in known}
 
     @property
     def name(self) -> str:
