@@ -169,6 +169,27 @@ def test_tasks_are_added_a_day_later_and_what_is_reserved_stays_to_the_bit(three
     assert "left out: 0, 1, 2, 3, 4" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_from_another_resumes_by_the_command_that_began_it(three, tmp_path, monkeypatch):
+    monkeypatch.chdir(three.path.parent)
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("encoder", "image_size", "tasks")}
+    settings |= {"continue_from": "three", "class_order": "9", "out": tmp_path / "later", "epochs": 2}
+    original, count = GCABMethod.training_step, []
+
+    def failing(self, batch, batch_idx):
+        count.append(1)
+        if len(count) == 2:
+            raise RuntimeError("cut off")
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GCABMethod, "training_step", failing)
+        with pytest.raises(RuntimeError, match="cut off"):
+            pl.adapt("gcab", **settings)
+    found = pl.adapt("gcab", **settings, resume=True)
+    assert found.summary["tasks_learnt"] == 4
+    assert pl.load(found.path).class_names[-1] == "9"
+
+
 def test_tasks_added_without_test_images_of_old_classes_say_nothing_of_forgetting(three, tmp_path):
     old = {"continue_from": str(three.path), "class_order": "8", "test": None}
     later = run(tmp_path / "later", **old, epochs=1, shots=16)

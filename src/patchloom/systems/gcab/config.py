@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from patchloom.base.ranges import NonNegative, Positive, PositiveInt
@@ -96,7 +97,8 @@ class GCABConfig(EncoderOptions, AugmentationConfig):
         if self.task not in ("auto", "single"):
             raise UsageError(f"task is {self.task}; classes that come in tasks are one per image, so leave it out")
         if self.continue_from is not None:
-            if self.encoder not in (ENCODER, self.continue_from):
+            # A resumed run has it as an absolute path, and may be given it as it was.
+            if self.encoder != ENCODER and Path(self.encoder).resolve() != Path(self.continue_from).resolve():
                 raise UsageError("continue_from brings its own encoder; leave encoder out")
             if self.init_from is not None:
                 raise UsageError("continue_from brings its own weights; leave init_from out")
