@@ -68,6 +68,9 @@ COMMANDS: dict[str, Command | Verb] = {
     "segment predict": Command(
         "write the masks a trained decoder makes of images", "segment.commands:predict", positional=("run",)
     ),
+    "segment export": Command(
+        "write a trained decoder with its encoder as one ONNX file", "segment.commands:export", positional=("run",)
+    ),
     "anomaly": Verb("train a detector of defects on good images alone"),
     "anomaly predict": Command(
         "write scores, maps and overlays of images by a trained detector",

@@ -167,6 +167,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "segment.segment_config:SegmentConfig",
             "The radiology benchmark's, shaped like the upper half of a U-Net",
         ),
+        "vit_comer": Entry(
+            "systems.vit_comer.method:ViTCoMerMethod",
+            "systems.vit_comer.config:ViTCoMerConfig",
+            "A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both (ViT-CoMer)",
+        ),
     },
     "evaluate": {
         "compare": Entry(
@@ -309,6 +314,11 @@ OPENERS: dict[str, str] = {
 }
 """What opens `WORD:PATH`, by word: called with the path, and with those of `labels`, `in_chans`, the source options and
 what the model's bundle remembers of them that it has arguments for."""
+
+DECODERS: dict[str, str] = {
+    "vit_comer": "systems.vit_comer.parts:build",
+}
+"""Decoders of `segment` that are systems of their own: what makes the parts of such a model (`segment.build`)."""
 
 REFERENCES: dict[str, str] = {
     "adaptformer": "systems.adaptformer.published:load",

@@ -27,7 +27,16 @@ Plane = Literal["axial", "coronal", "sagittal"]
 """Along which axis of the body slices follow one another."""
 HeadName = Literal["linear", "bn", "dinov3", "multilayer", "upernet", "setr", "unet"]
 """Decoders of segmentation."""
-DECODER_BLOCKS = {"linear": 1, "bn": 1, "dinov3": 1, "multilayer": 4, "upernet": 4, "setr": 1, "unet": 5}
+DECODER_BLOCKS = {
+    "linear": 1,
+    "bn": 1,
+    "dinov3": 1,
+    "multilayer": 4,
+    "upernet": 4,
+    "setr": 1,
+    "unet": 5,
+    "vit_comer": 4,
+}
 """Of how many blocks of an encoder each takes the maps."""
 MILHeadName = Literal["meanpool", "abmil", "chowder", "dsmil", "transmil", "hiptmil"]
 """How the tiles of a slide become one answer."""

@@ -9,14 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from patchloom.base.choices import DECODER_BLOCKS, HeadName
+from patchloom.base.choices import DECODER_BLOCKS
 from patchloom.encoders import Encoder, depth, embed_dim, patch_size
 from patchloom.errors import UsageError
+from patchloom.registry import DECODERS, load
 from patchloom.segment.backbone import Backbone, choose_layers
 from patchloom.segment.heads import BNHead, FCNHead, LinearHead, SETRUPHead
 from patchloom.segment.necks import ViTNeck
@@ -30,7 +31,8 @@ class Parts(NamedTuple):
     """The parts of a segmentation model."""
 
     backbone: Backbone
-    """Images to maps."""
+    """Images to maps; of a system of its own, a module with a backbone's attributes, and with what it has besides the
+    encoder as `adapter`."""
     neck: nn.Module | None
     """Maps to a pyramid; None where the head takes the maps themselves."""
     head: nn.Module
@@ -51,13 +53,14 @@ class Parts(NamedTuple):
 def build_parts(
     encoder: Encoder,
     num_classes: int,
-    name: HeadName,
+    name: str,
     *,
     layers: tuple[int, ...] | None = None,
     blocks: Literal["last", "spread"] = "last",
     apply_norm: bool | None = None,
     width: int = 512,
     frozen: bool = True,
+    settings: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Return an encoder with a fresh decoder.
 
@@ -70,10 +73,18 @@ def build_parts(
         apply_norm: Apply the encoder's final norm to each map; default: yes, but for upernet.
         width: Width of upernet and, halved, of its auxiliary head and of setr.
         frozen: Whether the encoder stays as it is.
+        settings: Further settings of a decoder that is a system of its own (`registry.DECODERS`).
 
     Raises:
         UsageError: The encoder has too few blocks, or not those named.
     """
+    if name in DECODERS:
+        if apply_norm:
+            raise UsageError(f"apply_norm is about maps of single blocks, which {name} takes as they are; leave it out")
+        build = load(DECODERS[name])
+        chosen = layers or choose_layers(depth(encoder), DECODER_BLOCKS[name], blocks)
+        made = build(encoder, num_classes, layers=chosen, width=width, frozen=frozen, **(settings or {}))
+        return cast(Parts, made)
     dim, count, needed = embed_dim(encoder), depth(encoder), DECODER_BLOCKS[name]
     if layers is None and needed > count:
         raise UsageError(f"head {name} takes the maps of {needed} blocks and the encoder has {count}; name layers")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from patchloom.base.choices import HeadName
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import normalize
 from patchloom.errors import UsageError
@@ -27,9 +26,10 @@ class DenseMethod(Method):
     Attributes:
         head_name: The decoder.
         parts: Backbone, neck and heads. The encoder is a module of the method already; the backbone is a view of it.
+        adapter: What a backbone has besides the encoder; None for the encoder's maps as they are.
     """
 
-    head_name: ClassVar[HeadName]
+    head_name: ClassVar[str]
     probed = False
 
     def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
@@ -37,6 +37,7 @@ class DenseMethod(Method):
             raise UsageError(f"{source.name} has no classes")
         super().__init__(config, source)
         self.parts = self.build_decoder(len(source.class_names))
+        self.adapter = getattr(self.parts.backbone, "adapter", None)
         self.neck, self.head, self.aux_head = self.parts.neck, self.parts.head, self.parts.auxiliary
 
     def build_decoder(self, num_classes: int) -> Parts:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchloom.base.progress import track
-from patchloom.base.sizes import compact
+from patchloom.base.sizes import Size, compact
 from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
@@ -89,7 +89,7 @@ class SegmentMethod(DenseMethod):
         """Return the encoder with the weights it has: of a bundle, published, or fresh where that is asked for."""
         config = self.config
         sizes: dict[str, Any] = {"in_chans": config.in_chans, "drop_path": config.drop_path}
-        sizes["image_size"] = config.image_size
+        sizes["image_size"] = self.encoder_size()
         if Path(config.encoder).exists() or config.untrained or config.init_from is not None:
             encoder = start_encoder(config.encoder, create_encoder, **sizes)
         else:
@@ -122,7 +122,16 @@ class SegmentMethod(DenseMethod):
             apply_norm=config.apply_norm,
             width=config.width,
             frozen=not config.train_encoder,
+            settings=self.decoder_settings(),
         )
+
+    def decoder_settings(self) -> dict[str, Any]:
+        """Return further settings of a decoder that is a system of its own, which its model on disk remembers."""
+        return {}
+
+    def encoder_size(self) -> Size | None:
+        """Return the size of images that the encoder is set up for; None: its own."""
+        return self.config.image_size
 
     def loss_options(self) -> dict[str, Any]:
         """Return what of `decoder_loss` is chosen."""
@@ -139,6 +148,7 @@ class SegmentMethod(DenseMethod):
             config.short_side,
             source.coding,
             source.palette,
+            settings=self.decoder_settings(),
         )
 
     @torch.no_grad()

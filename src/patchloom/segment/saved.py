@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from patchloom.base.choices import HeadName
 from patchloom.base.sizes import Size, checked_size, compact, pair
 from patchloom.data.mask_survey import RGB
 from patchloom.data.mask_transforms import resized_size
@@ -24,6 +23,7 @@ from patchloom.segment.layers import resize
 
 WEIGHTS, ABOUT = "decoder.safetensors", "decoder.json"
 FORMAT = 1
+OF_ENCODER = "backbone.encoder."
 
 
 class Segmenter(nn.Module):
@@ -38,23 +38,25 @@ class Segmenter(nn.Module):
         coding: How the masks were read that it learnt from.
         palette: Colours by class.
         class_names: Names by class; default: those of the coding.
+        settings: Further settings of a decoder that is a system of its own.
     """
 
     def __init__(
         self,
         parts: Parts,
-        head_name: HeadName,
+        head_name: str,
         width: int,
         crop: Size,
         short_side: int | None,
         coding: MaskCoding | None,
         palette: list[RGB],
         class_names: list[str] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.neck, self.head = parts.backbone, parts.neck, parts.head
         self.head_name, self.width, self.crop, self.short_side = head_name, width, crop, short_side
-        self.coding, self.palette = coding, palette
+        self.coding, self.palette, self.settings = coding, palette, dict(settings or {})
         self.class_names = list(coding.names) if coding is not None else list(class_names or [])
 
     @property
@@ -80,7 +82,7 @@ class Segmenter(nn.Module):
 
 def save_segmenter(model: Segmenter, path: Path) -> None:
     """Write the decoder beside the encoder's bundle in a folder."""
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(OF_ENCODER)}
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path / WEIGHTS)
     about = {
         "format": FORMAT,
@@ -88,6 +90,7 @@ def save_segmenter(model: Segmenter, path: Path) -> None:
         "layers": list(model.backbone.layers),
         "apply_norm": model.backbone.apply_norm,
         "width": model.width,
+        "settings": model.settings,
         "crop": model.crop,
         "short_side": model.short_side,
         "class_names": model.class_names,
@@ -104,7 +107,7 @@ def fill_decoder(model: Segmenter, state: dict[str, Tensor]) -> None:
         ValueError: They are not those of such a decoder.
     """
     missing, extra = model.load_state_dict(state, strict=False)
-    lost = [name for name in missing if not name.startswith("backbone.")]
+    lost = [name for name in missing if not name.startswith(OF_ENCODER)]
     if lost or extra:
         raise ValueError(f"its tensors are not those of {model.head_name}: {', '.join([*lost, *extra][:4])}")
 
@@ -131,10 +134,11 @@ def load_segmenter(path: str | Path) -> Segmenter:
             layers=tuple(about["layers"]),
             apply_norm=about["apply_norm"],
             width=about["width"],
+            settings=about.get("settings"),
         )
         palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
         sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
-        model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"])
+        model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"], about.get("settings"))
         fill_decoder(model, state)
     except UsageError:
         raise

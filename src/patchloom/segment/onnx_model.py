@@ -1,0 +1,55 @@
+"""A segmentation model as one ONNX file: images to logits of their size."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from patchloom.base.sizes import Size, checked_size, pair
+from patchloom.encoders import in_chans, normalize, set_image_size
+from patchloom.errors import UsageError
+from patchloom.io import check_place
+from patchloom.models.onnx_file import export_module, input_notes, need_onnx
+from patchloom.segment.backbone import Backbone
+from patchloom.segment.layers import resize
+from patchloom.segment.saved import Segmenter, load_segmenter
+
+
+class FullSize(nn.Module):
+    """A segmenter whose logits have the size of the images.
+
+    Args:
+        model: The segmenter.
+        normalized: Take images in [0, 1].
+    """
+
+    def __init__(self, model: Segmenter, normalized: bool = False) -> None:
+        super().__init__()
+        self.model, self.normalized = model, normalized
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K, H, W) of images (B, C, H, W)."""
+        pixels = normalize(images, self.model.backbone.encoder) if self.normalized else images
+        return resize(self.model(pixels), images.shape[-2:])
+
+
+def write_onnx(run: str, out: str, *, image_size: Size | None, opset: int, normalized: bool, overwrite: bool) -> str:
+    """Write the file; see `commands.export` for what goes in, comes out and is raised."""
+    need_onnx()
+    path = check_place(out)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
+    if path.is_dir() or not path.suffix:
+        raise UsageError(f"{out} is no name of a file; write one such as {out}/model.onnx")
+    model = load_segmenter(run)
+    size = pair(model.crop if image_size is None else checked_size("image_size", image_size))
+    encoder = model.backbone.encoder
+    if isinstance(model.backbone, Backbone):  # others resample positions in passing
+        set_image_size(encoder, size)
+    notes = input_notes(encoder, normalized=normalized) | {"class_names": json.dumps(model.class_names)}
+    shape = (in_chans(encoder), *size)
+    with torch.no_grad():  # what blocks do to keep less for gradients is no part of the graph
+        export_module(FullSize(model, normalized), encoder, shape, path, opset, outputs=["logits"], notes=notes)
+    return out
