@@ -14,7 +14,9 @@ from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.models.bundle import save_bundle
-from patchloom.segment.saved import load_segmenter
+from patchloom.segment.build import build_parts
+from patchloom.segment.commands import export
+from patchloom.segment.saved import Segmenter, load_segmenter, save_segmenter
 from patchloom.systems.vit_comer.method import ViTCoMerMethod
 from patchloom.systems.vit_comer.parts import CoMerBackbone, add_layer_scale, build, takes_any_size
 from patchloom.training.run import resolve
@@ -44,8 +46,7 @@ def weights(run):
 
 
 @pytest.mark.slow
-def test_a_run_learns_measures_predicts_and_goes_into_onnx(bundle, folders, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_a_run_learns_measures_and_predicts(bundle, folders, tmp_path):
     train, test = folders
     settings = {**FAST, "data": train, "encoder": bundle, "max_steps": 50, "lr": 1e-2, "layer_decay": 1.0}
     settings |= {"conv_width": 16, "drop_path": 0.0}
@@ -60,16 +61,27 @@ def test_a_run_learns_measures_predicts_and_goes_into_onnx(bundle, folders, tmp_
         image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
         assert said.shape == (50, 66)
         assert np.array_equal(said, model.segment(image).numpy())
-    file = tmp_path / "96.onnx"
-    assert main(["segment", "export", str(run.path), "--out", str(file), "--image_size", "96"]) == 0
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    images = torch.randn(2, 3, 96, 96)
+    # The encoder is a bundle like any other, with the factors that were trained.
+    assert pl.load(str(run.path)).blocks[0].ls1.gamma.shape == (32,)
+
+
+@pytest.mark.slow
+def test_a_model_goes_into_onnx_at_another_size_than_it_was_trained_at(bundle, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    encoder = pl.load(bundle)
+    save_bundle(encoder, tmp_path / "model")
+    settings = {"conv_width": 4, "num_points": 2, "num_extra": 0, "mrfp_ratio": 1.5}
+    parts = build_parts(encoder, 3, "vit_comer", width=16, blocks="spread", settings=settings)
+    model = Segmenter(parts, "vit_comer", 16, 64, None, None, [(0, 0, 0)] * 3, ["a", "b", "c"], settings).eval()
+    save_segmenter(model, tmp_path / "model")
+    file = export(str(tmp_path / "model"), str(tmp_path / "96.onnx"), image_size=96)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 96, 96)
     (found,) = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
         expected = torch.nn.functional.interpolate(model(images), size=(96, 96), mode="bilinear")
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
-    # The encoder is a bundle like any other, with the factors that were trained.
-    assert pl.load(str(run.path)).blocks[0].ls1.gamma.shape == (32,)
 
 
 @pytest.mark.slow
