@@ -44,6 +44,6 @@ def test_what_does_not_fit_is_refused(pyramid):
     with pytest.raises(UsageError, match="is 9 wide, and must be even"):
         MultiReceptiveFieldPyramid(6, 9)
     with pytest.raises(UsageError, match="multiples of 32"):
-        ConvFFN(8, 6)(pyramid, 3, 8)
+        ConvFFN(8, 6)(pyramid.float(), 3, 8)
     with pytest.raises(UsageError, match="has 84 tokens, not 126"):
-        ConvFFN(8, 6)(pyramid, 4, 4)
+        ConvFFN(8, 6)(pyramid.float(), 4, 4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def reference_points(shapes: Shapes, like: Tensor | None = None) -> Tensor:
         shapes: (height, width) of each map.
         like: A tensor of the type and device wanted; default: float32.
     """
-    about = {} if like is None else {"dtype": at_least_float32(like[:0]).dtype, "device": like.device}
+    about: dict[str, Any] = {} if like is None else {"dtype": at_least_float32(like[:0]).dtype, "device": like.device}
     rows = []
     for height, width in shapes:
         y = (torch.arange(height, **about) + 0.5) / height

@@ -191,9 +191,10 @@ class ViTCoMer(nn.Module):
             )
         ]
         sizes = (int(dim * mrfp_ratio), deform_heads, num_points, deform_ratio, cffn_ratio, drop_path, init_values)
+        extras = [0] * (count - 1) + [num_extra]
         exchanges = (
-            ConvTransformerInteraction(dim, *sizes, *of_stage, num_extra=num_extra if number + 1 == count else 0)
-            for number, of_stage in enumerate(zip(*switches, strict=True))
+            ConvTransformerInteraction(dim, *sizes, to_vit, to_cnn, interacts, extra)
+            for to_vit, to_cnn, interacts, extra in zip(*switches, extras, strict=True)
         )
         self.adapter = CoMerAdapter(dim, in_chans(encoder), conv_width, exchanges)
 

@@ -110,7 +110,7 @@ def crop_size(encoder: Encoder) -> tuple[int, int]:
 
 def add_layer_scale(encoder: Encoder) -> None:
     """Give the blocks of a plain ViT the factors that ViT-CoMer trains, at 1; other encoders stay as they are."""
-    blocks = list(encoder.blocks) if isinstance(encoder, VisionTransformer) else []
+    blocks: list[Any] = list(encoder.blocks) if isinstance(encoder, VisionTransformer) else []
     if not blocks or not all(isinstance(getattr(block, "ls1", None), nn.Identity) for block in blocks):
         return
     for block in blocks:

@@ -226,7 +226,7 @@ def _backbone(state: dict[str, Tensor], config: dict[str, Any], inferred: Mappin
         fc_norm=False,
         final_norm=False,
     )
-    vit_features = settings.get("vit_features") or FLAVOURS[settings["flavour"]]
+    vit_features: Any = settings.get("vit_features") or FLAVOURS[settings["flavour"]]
     ratios = {name: hidden.ratio for name in ("cffn_ratio", "deform_ratio") if (hidden := inferred[name]) is not None}
     middle = inferred["dim_ratio"]
     model = ViTCoMer(
@@ -270,7 +270,8 @@ def _deformable(settings: Mapping[str, Any], rows: int | None) -> tuple[int, int
 
 def _windows(settings: Mapping[str, Any], depth: int) -> list[int | None] | None:
     """Return the side of each block's windows; `window_attn` says which blocks have those of `window_size`."""
-    sizes, switches = settings.get("window_size"), settings.get("window_attn")
+    sizes: Any = settings.get("window_size")
+    switches: Any = settings.get("window_attn")
     if switches is None:  # a list with gaps in it says both
         given = isinstance(sizes, (list, tuple)) and not all(sizes)
         return list(sizes) if given else None

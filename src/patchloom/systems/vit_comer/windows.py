@@ -23,7 +23,7 @@ def check_windowed(block: nn.Module) -> None:
     Raises:
         UsageError: It is none of a plain ViT.
     """
-    attention = getattr(block, "attn", None)
+    attention: Any = getattr(block, "attn", None)
     plain = type(block) is Block and type(attention) is Attention
     if not plain or not all(isinstance(part, nn.Identity) for part in (attention.q_norm, attention.k_norm)):
         raise UsageError(
@@ -82,5 +82,6 @@ def run_windowed(block: Any, x: Tensor, grid: tuple[int, int], window: int, reco
         return out
 
     if recompute and torch.is_grad_enabled():
-        return checkpoint(run, x, use_reentrant=False)  # type: ignore[no-any-return]
+        again: Tensor = checkpoint(run, x, use_reentrant=False)
+        return again
     return run(x)
