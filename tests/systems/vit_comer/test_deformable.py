@@ -137,3 +137,12 @@ def test_what_does_not_fit_is_refused():
     tokens = torch.randn(1, 30, 12)
     with pytest.raises(UsageError, match="was made for 3 maps and gets 2"):
         module(tokens, reference_points(SHAPES[:2]), tokens, SHAPES[:2])
+
+
+def test_the_core_is_that_of_transformers():
+    pytest.importorskip("transformers")
+    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention as Theirs
+
+    value, places, weights = (x.float() for x in drawn())
+    expected = Theirs()(value, torch.tensor(SHAPES), SHAPES, torch.tensor([0, 24, 30]), places, weights, 64)
+    torch.testing.assert_close(ms_deform_attn(value, SHAPES, places, weights), expected, rtol=0, atol=1e-5)
