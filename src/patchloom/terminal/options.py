@@ -198,13 +198,10 @@ def _parse(parser: ArgumentParser, given: Sequence[str], hints: Mapping[str, Any
         namespace = parser.parse_args(spelled, defaults=defaults)
     except ArgumentError as error:
         complaint = " ".join(str(error).split())
-        if unknown := re.search(
-            r"Option '([\w.]+)' is not accepted", complaint
-        ):  # words of the line were looked at before
-            spelled, file = unknown[1], option(given, "config")
-            raise UsageError(
-                f"{file} has {spelled}, and {parser.prog} has no such option{_near(spelled, hints)}"
-            ) from error
+        # Words of the line were looked at before: what is unknown stands in the file.
+        if unknown := re.search(r"Option '([\w.]+)' is not accepted", complaint):
+            file, name = option(given, "config"), str(unknown[1])
+            raise UsageError(f"{file} has {name}, and {parser.prog} has no such option{_near(name, hints)}") from error
         raise UsageError(_plain_words(complaint)) from error
     values: dict[str, Any] = namespace.as_dict()
     values.pop("config", None)
