@@ -200,6 +200,9 @@ class Method(lp.LightningModule):
     def enter_stage(self, number: int) -> None:
         """Get ready for a stage (new heads, new tasks); a resumed run calls it for those it has passed, in turn."""
 
+    def enter_trial(self) -> None:
+        """Get ready for a few steps outside a run, in the stage that takes most memory; by default as made."""
+
     def attachments(self) -> list[Attachment]:
         """Return what the method itself lets ride on the run; none by default."""
         return []

@@ -87,6 +87,7 @@ def settle(
     start, settled = time.monotonic(), dict[str, Any]()
     with contextlib.redirect_stderr(io.StringIO()):  # what the run says, it says by itself
         method = method_class(config, source)
+        method.enter_trial()
         for part in attach:
             part.attach(method)
     if method.phases():

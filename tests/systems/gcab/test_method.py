@@ -208,6 +208,12 @@ def test_a_batch_nobody_chose_fits_the_smallest_task(tmp_path):
     assert images == int((source.labels == source.class_names.index("6")).sum())
 
 
+def test_what_auto_leaves_open_is_settled_by_steps_of_the_last_task(tmp_path, capsys):
+    found = run(tmp_path / "auto", num_workers="auto", class_order="3,1,0", tasks=2, epochs=1)
+    assert "num_workers=auto:" in capsys.readouterr().err
+    assert found.summary["tasks_learnt"] == 2
+
+
 @pytest.mark.parametrize("learner", ["finetune", "linear", "nearest_mean"])
 def test_baselines_learn_the_same_tasks(tmp_path, learner):
     found = run(tmp_path / learner, learner=learner, class_order="3,1,0", tasks=2, epochs=1)

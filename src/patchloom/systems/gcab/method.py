@@ -219,8 +219,13 @@ class GCABMethod(LabelledMethod):
         torch.manual_seed(hash((self.config.seed, task)) & 0x7FFF_FFFF_FFFF_FFFF)
         self.model.add_task(len(self.tasks[task]))
         self.model.train()
-        if self.trainer.is_global_zero and number:
+        if number and self._trainer is not None and self.trainer.is_global_zero:
             notice(f"task {task + 1} of {len(self.tasks)}: {', '.join(self.tasks[task][:8])}")
+
+    def enter_trial(self) -> None:
+        """Begin all tasks: the last one takes most."""
+        for number in range(len(self.tasks) - self.before):
+            self.enter_stage(number)
 
     def transform(self) -> Transform:
         """Return the paper's augmentation; its images are normalised for the encoder. Class means take images as is."""
