@@ -157,7 +157,8 @@ class HyenaND(nn.Module):
     def _mixed(self, projected: Tensor, grid: Grid) -> Tensor:
         """Return (B, *grid, C') for projections (B, *grid, (O + 1) C)."""
         rank = len(grid)
-        smooth = self.short_filter(projected.movedim(-1, 1))
+        # Channels in front in memory, too: transforms of what lies apart are slow.
+        smooth = self.short_filter(projected.movedim(-1, 1).contiguous())
         if self.causal:
             smooth = smooth[..., : grid[0]]
         if self.direction == "shared4":  # (B, h (O + 1) C, …) -> (B h, (O + 1) C, …)

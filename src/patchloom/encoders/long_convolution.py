@@ -85,25 +85,27 @@ def fast_length(least: int) -> int:
 
 
 class _LongConvolution(torch.autograd.Function):
-    """The convolution, which keeps its two real inputs alone and transforms them anew on the way back."""
+    """The convolution, which keeps the two transforms alone; its way back takes as many as its way there."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(u, k)
-        return _convolved(u, k)
+        grid = tuple(k.shape[1:])
+        of_u, of_k = _spectrum(u, grid), _spectrum(k, grid)
+        ctx.save_for_backward(of_u, of_k)
+        ctx.grid = grid
+        return _cropped(of_u * of_k, grid)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        u, k = ctx.saved_tensors
-        grid = tuple(k.shape[1:])
-        spectrum = _spectrum(grad, grid)
-        of_u = of_k = None
-        if ctx.needs_input_grad[0]:
-            of_u = _cropped(spectrum * _spectrum(k, grid).conj(), grid)
+        of_u, of_k = ctx.saved_tensors
+        spectrum = _spectrum(grad, ctx.grid)
+        grad_u = grad_k = None
         if ctx.needs_input_grad[1]:
-            of_k = _cropped((spectrum * _spectrum(u, grid).conj()).sum(0), grid)
-        return of_u, of_k
+            grad_k = _cropped(of_u.conj_physical().mul_(spectrum).sum(0), ctx.grid)
+        if ctx.needs_input_grad[0]:
+            grad_u = _cropped(spectrum.mul_(of_k.conj_physical()), ctx.grid)
+        return grad_u, grad_k
 
 
 def _convolved(u: Tensor, k: Tensor) -> Tensor:
@@ -112,20 +114,23 @@ def _convolved(u: Tensor, k: Tensor) -> Tensor:
 
 
 def _spectrum(x: Tensor, grid: Grid) -> Tensor:
-    """Return the transform of (..., *grid) padded so that nothing wraps around; zeros are not transformed."""
+    """Return the transform of (..., *grid), padded so that nothing wraps around.
+
+    Axes come in another order, each in its turn the last one: transforms along others are slow. Lines of zeros are not
+    transformed.
+    """
     lengths = [fast_length(2 * side - 1) for side in grid]
-    spectrum = torch.fft.rfft(x, n=lengths[-1], dim=-1)
+    spectrum = torch.fft.rfft(x.contiguous(), n=lengths[-1])
     for axis, length in enumerate(reversed(lengths[:-1]), start=2):
-        spectrum = torch.fft.fft(spectrum, n=length, dim=-axis)
+        spectrum = torch.fft.fft(spectrum.movedim(-axis, -1), n=length)
     return spectrum
 
 
 def _cropped(spectrum: Tensor, grid: Grid) -> Tensor:
     """Return the places of the grid of an inverse transform; what is cut off is not transformed further."""
-    rank = len(grid)
-    for axis, side in zip(range(rank, 1, -1), grid, strict=False):
-        spectrum = torch.fft.ifft(spectrum, dim=-axis).narrow(-axis, 0, side)
-    return torch.fft.irfft(spectrum, n=fast_length(2 * grid[-1] - 1), dim=-1)[..., : grid[-1]]
+    for axis, side in zip(range(len(grid), 1, -1), grid, strict=False):
+        spectrum = torch.fft.ifft(spectrum)[..., :side].movedim(-1, -axis)
+    return torch.fft.irfft(spectrum, n=fast_length(2 * grid[-1] - 1))[..., : grid[-1]]
 
 
 def _skipped(convolved: Tensor, u: Tensor, skip: Tensor | None) -> Tensor:
