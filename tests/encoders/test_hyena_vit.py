@@ -71,6 +71,19 @@ def test_which_blocks_have_the_operator(mixer, expected):
             assert blocks_with_it(create_encoder(MICRO, mixer=published, **shape)) == expected
 
 
+def test_hybrids_have_names_of_their_own():
+    names = timm.list_models("hyena_vit_micro_patch4_32*")
+    with torch.device("meta"):
+        blocks = {name.removeprefix(MICRO): blocks_with_it(timm.create_model(name)) for name in names}
+    assert blocks == {
+        "": "hhhh",
+        "_hyena_then_attention": "hhha",
+        "_attention_then_hyena": "aaah",
+        "_alternate": "haha",
+        "_attention": "aaaa",
+    }
+
+
 def test_even_blocks_begin_at_the_last_corner_and_odd_ones_at_the_first():
     directions = [block.attn.direction for block in create_encoder(MICRO).blocks]
     assert directions == ["reverse_first", "forward", "reverse_first", "forward"]

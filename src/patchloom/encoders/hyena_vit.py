@@ -270,32 +270,35 @@ SIDES = {4: 32, 8: 64, 16: 224}
 """Sides of the images by those of the patches: CIFAR's, Tiny-ImageNet's, ImageNet's."""
 MICRO = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 4, "img_size": 32}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"hyena_vit_{size}_patch{patch}": _cfg(side) for size in SIZES for patch, side in SIDES.items()},
-        "hyena_vit_micro_patch4_32": _small_cfg("head"),
-    }
-)
+SUFFIXES: dict[str, Mixer] = {
+    "": "hyena",
+    "_hyena_then_attention": "hyena_then_attention",
+    "_attention_then_hyena": "attention_then_hyena",
+    "_alternate": "alternate",
+    "_attention": "attention",
+}
+"""Ends of the names of models that have the operator in some blocks, or in none."""
+MODELS = {
+    "hyena_vit_micro_patch4_32": (MICRO, _small_cfg("head")),
+    **{
+        f"hyena_vit_{size}_patch{patch}": ({**shape, "patch_size": patch, "img_size": side}, _cfg(side))
+        for size, shape in SIZES.items()
+        for patch, side in SIDES.items()
+    },
+}
+
+default_cfgs = generate_default_cfgs({name + suffix: cfg for name, (_, cfg) in MODELS.items() for suffix in SUFFIXES})
 
 
-def _register(size: str, patch: int) -> None:
-    name = f"hyena_vit_{size}_patch{patch}"
-
+def _register(name: str, shape: dict[str, int], mixer: Mixer) -> None:
     def make(pretrained: bool = False, **kwargs: Any) -> HyenaTransformer:
-        shape = {**SIZES[size], "patch_size": patch, "img_size": SIDES[patch]}
-        return _create(name, pretrained, **{**shape, **kwargs})
+        return _create(name, pretrained, **{**shape, "mixer": mixer, **kwargs})
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"DeiT's {size} size with the Hyena operator, for images of {SIDES[patch]} pixels."
+    make.__doc__ = f"Width {shape['embed_dim']}, {shape['depth']} blocks; mixer: {mixer}."
     register_model(make)
 
 
-for _size in SIZES:
-    for _patch in SIDES:
-        _register(_size, _patch)
-
-
-@register_model
-def hyena_vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> HyenaTransformer:
-    """Width 96, 4 blocks, patches of 4 pixels of images of 32: what a laptop trains in minutes."""
-    return _create("hyena_vit_micro_patch4_32", pretrained, **{**MICRO, **kwargs})
+for _name, (_shape, _) in MODELS.items():
+    for _suffix, _mixer in SUFFIXES.items():
+        _register(_name + _suffix, _shape, _mixer)
