@@ -164,13 +164,13 @@ def _fit(
         print(f"the run in {run_dir} is complete; nothing to resume", file=sys.stderr)
         return read_run(run_dir)
     with quiet():
-        trainer = _trainer(method, method.source, run_dir, command)
-        if is_first_process():
-            _announce(method, method.source, trainer)
-        callbacks: list[Any] = cast(Any, trainer).callbacks
-        interruption = next(c for c in callbacks if isinstance(c, Interruption))
-        _tell_of_signals(trainer)
         try:
+            trainer = _trainer(method, method.source, run_dir, command)
+            if is_first_process():
+                _announce(method, method.source, trainer)
+            callbacks: list[Any] = cast(Any, trainer).callbacks
+            interruption = next(c for c in callbacks if isinstance(c, Interruption))
+            _tell_of_signals(trainer)
             with stopping.through_lightning(), memory_advice(config):
                 trainer.fit(method, ckpt_path=None if checkpoint is None else str(checkpoint))
         except stopping.Stopped:

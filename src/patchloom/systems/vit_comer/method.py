@@ -18,7 +18,7 @@ from patchloom.training.schedule import cosine, warmup_steps
 
 
 class ViTCoMerMethod(SegmentMethod):
-    """A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both."""
+    """A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both (ViT-CoMer)."""
 
     head_name = "vit_comer"
     config_class = ViTCoMerConfig
