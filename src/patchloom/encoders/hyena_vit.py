@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -245,8 +245,8 @@ def hyena_vit(
     """
     shape = {"img_size": img_size, "patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
     settings = {**shape, "mixer": mixer, "global_pool": pool, "num_classes": num_classes, **model_args}
-    model: HyenaTransformer = timm.create_model("hyena_vit_tiny_patch16", pretrained=False, **settings)
-    return model
+    made = timm.create_model("hyena_vit_tiny_patch16", pretrained=False, **settings)
+    return cast(HyenaTransformer, made)
 
 
 def _create(variant: str, pretrained: bool, **model_args: Any) -> HyenaTransformer:

@@ -179,6 +179,7 @@ class ImplicitFilterND(nn.Module):
     def _product(self, grid: Grid) -> Tensor:
         """Return (*grid, filters) as the product of a function of each axis."""
         result: Any = 1.0
+        network: Any
         for axis, (side, network) in enumerate(zip(grid, self.networks, strict=True)):
             x = self._through(network, F.linear(self._features(axis, side), network[0].weight, network[0].bias))
             if self.window != "none":
@@ -190,7 +191,7 @@ class ImplicitFilterND(nn.Module):
 
     def _joint(self, grid: Grid) -> Tensor:
         """Return (*grid, filters) as a function of all axes; the first layer is a sum over axes."""
-        (network,) = self.networks
+        network: Any = self.networks[0]
         axes = len(grid)
         x: Any = network[0].bias
         for axis, (side, weight) in enumerate(zip(grid, network[0].weight.chunk(axes, dim=1), strict=True)):

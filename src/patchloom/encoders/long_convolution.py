@@ -96,7 +96,7 @@ class _LongConvolution(torch.autograd.Function):
         return _cropped(of_u * of_k, grid)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         of_u, of_k = ctx.saved_tensors
         spectrum = _spectrum(grad, ctx.grid)

@@ -125,7 +125,7 @@ class Health:
 
     def _look(
         self, encoder: Encoder, source: Source, device: torch.device
-    ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], list[float]]:
+    ) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor], list[float | None]]:
         """Return by layer: pooled features, norms and tokens of patches, entropy of attention; and the labels."""
         layers = range(depth(encoder))
         pooled: list[list[Tensor]] = [[] for _ in layers]

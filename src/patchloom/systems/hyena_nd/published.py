@@ -263,7 +263,7 @@ def _convert(state: dict[str, Tensor], names: dict[str, str], prefix: str, found
 
 def _sources(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the published tensors by our names, for what has another name there."""
-    names = {}
+    names: dict[str, list[str]] = {}
     if found["direction"] in ("four_shared", "four_full"):
         names |= {f"mix.{part}": [f"linear_mix.{part}"] for part in ("weight", "bias")}
     if found["filter_kind"] == "explicit":
