@@ -313,3 +313,8 @@ def test_under_autocast_filters_and_transforms_keep_their_digits():
         assert module.filters().dtype == torch.float32
         out = module(x)
     torch.testing.assert_close(out.float(), module(x), rtol=0.1, atol=0.05)
+
+
+def test_the_scale_keeps_its_digits_in_half_precision():
+    module = HyenaND(4, (14, 14)).bfloat16()
+    assert float(module._scale()) == pytest.approx(1 / 28, rel=1e-6)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from patchloom.encoders.implicit_filters import ImplicitFilterND, Kind
 from patchloom.encoders.long_convolution import direct_long_conv, fft_long_conv
 from patchloom.encoders.patches import Grid, shown
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError, unknown_name
 
 Backend = Literal["fft", "direct"]
@@ -199,9 +200,7 @@ class HyenaND(nn.Module):
         rank = len(self.grid)
         if rank == 1:
             return 1.0
-        places = self.filters.trained_grid.prod().to(
-            self.skip.dtype if self.skip.is_floating_point() else torch.float32
-        )
+        places = self.filters.trained_grid.prod().to(at_least_float32(self.skip).dtype)
         side = places.sqrt() if rank == 2 else places ** (1 / rank)
         return 0.5 / side
 
