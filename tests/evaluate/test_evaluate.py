@@ -252,7 +252,7 @@ def test_it_is_said_why_an_interval_is_not_to_be_trusted():
         ({"image_size": 0}, "image_size is 0"),
         ({"untrained": True}, "raw pixels have no weights"),
         ({"encoder": "vit_tinny_patch16_224"}, "unknown encoder .* did you mean vit_tiny_patch16_224"),
-        ({"encoder": torch.nn.Linear(2, 2)}, "a Linear cannot"),
+        ({"encoder": torch.nn.Linear(2, 2)}, "a Linear has no name to be made again by"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
     ],
 )
