@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchloom.data.defects import find_masks, open_defects, open_tested, read_defect
+from patchloom.data.defect_masks import find_masks, read_defect
+from patchloom.data.defects import open_defects, open_tested
 from patchloom.errors import UsageError
 
 SIZE = (20, 16)  # width, height

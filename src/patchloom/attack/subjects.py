@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source, no_labels
 from patchloom.data.kinds import require_kind
-from patchloom.data.pixels import alike, unit
+from patchloom.data.loader import gathered
+from patchloom.data.pixels import unit
 from patchloom.data.reading import remembered
 from patchloom.data.subset import labelled_images
 from patchloom.data.survey import notice
@@ -82,16 +83,8 @@ def open_subjects(config: DTAConfig) -> Subjects:
     source, available = _open_images(config, first, models)
     view = EvalTransform(image_size(first))
     loader = make_loader(source, view, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers)
-    pictures, keys, labels, skipped = [], [], [], []
-    for batch in loader:
-        skipped += batch["skipped"]
-        if batch["key"]:
-            pictures.append(batch["image"])
-            labels.append(batch["label"])
-            keys += batch["key"]
-    if not pictures:
-        raise UsageError(f"{config.data} holds no readable image")
-    truth, shown = torch.cat(labels), unit(torch.cat(alike(pictures)))
+    pictures, truth, keys, skipped = gathered(loader, config.data)
+    shown = unit(pictures)
     victims = []
     for name, model in models.items():
         classifier = PixelClassifier(model).eval()

@@ -21,14 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from patchloom.base.source_options import words
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.fields import MASK_ENDINGS
-from patchloom.data.folder import walk_images
-from patchloom.data.mask_survey import open_mask
+from patchloom.data.defect_masks import ending_of_masks, find_masks, masks_beside, read_defect, suffix_of_masks
 from patchloom.data.reading import reading_options
 from patchloom.data.sample import Sample
 from patchloom.data.subset import SubsetSource
@@ -38,12 +35,9 @@ from patchloom.io import existing, printable
 
 GOOD = "good,ok,normal"
 GOOD_CLASS, DEFECT_CLASS = 0, 1
-FEW_VALUES = 16
-"""A mask of more values is soft: its defects are what is at least half as bright as its brightest pixel."""
 MOST_LOOKED_AT = 500
 EMBEDDED = ("photos", "digits")
 """Words that mean embedded sets; ./photos is a folder."""
-SAME_FOLDER_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class DefectSource(Source):
@@ -274,7 +268,7 @@ def _opened(
 
 def _without_defect(keys: Sequence[str], images: Source, root: Path, masks: str | None) -> list[bool]:
     """Return which images have no mask, or one that shows nothing; all, where there are no masks."""
-    files = _beside(keys, root, images) if masks is None else find_masks(keys, existing(masks))
+    files = masks_beside(keys, root, images) if masks is None else find_masks(keys, existing(masks))
     return [file is None or not bool(read_defect(file, key).any()) for key, file in zip(keys, files, strict=True)]
 
 
@@ -328,50 +322,6 @@ def _visa(name: str, root: Path, category: str, options: dict[str, Any]) -> Defe
     return DefectSets(SubsetSource(images, np.array(learnt)), DefectSource(name, chosen, labels, kinds, masks))
 
 
-def find_masks(keys: Sequence[str], folder: Path, *, alone: bool = True) -> list[Path | None]:
-    """Return the mask of each image in a folder: a file of its path but for the suffix, with `_mask` at its end or not.
-
-    Args:
-        keys: Paths of images.
-        folder: Folder of masks.
-        alone: Where no mask has an image's path, the name without its folders will do.
-
-    Raises:
-        UsageError: An image has two masks, or two images one.
-    """
-    files = sorted(file for file, _, _ in walk_images(folder))
-    stems = {_stem(key, endings=()) for key in keys}
-    by_name = alone and not any(_stem(file) in stems for file in files)
-
-    def name_of(stem: str) -> str:
-        return stem.rpartition("/")[2] if by_name else stem
-
-    found: dict[str, str] = {}
-    for file in files:
-        name = name_of(_stem(file))
-        if name in found:
-            raise UsageError(f"{folder} holds two masks for {name}: {found[name]} and {file}")
-        found[name] = file
-    names = [name_of(_stem(key, endings=())) for key in keys]
-    if by_name and (twice := next((n for n in names if n in found and names.count(n) > 1), None)) is not None:
-        raise UsageError(f"the mask {folder / found[twice]} may be of several images called {twice}; use their folders")
-    return [folder / found[name] if name in found else None for name in names]
-
-
-def read_defect(file: Path, key: str) -> Tensor:
-    """Return where a mask shows a defect, (H, W) uint8 of 0 and 1.
-
-    Defects are all that is not 0; in a soft mask what is at least half as bright as its brightest pixel.
-
-    Raises:
-        UnreadableImageError: The file is no image.
-    """
-    with open_mask(file, key) as image:
-        values = np.asarray(image if image.mode in ("P", "1", "L") or image.mode[0] == "I" else image.convert("L"))
-    soft = len(np.unique(values)) > FEW_VALUES
-    return torch.from_numpy((values >= values.max() / 2 if soft else values > 0).astype(np.uint8))
-
-
 def _with_masks(
     name: str,
     images: Source,
@@ -396,7 +346,7 @@ def _with_masks(
         folder = root.parent / "ground_truth"
         found = find_masks(keys, folder)
     else:
-        folder, found = root, _beside(keys, root, images)
+        folder, found = root, masks_beside(keys, root, images)
     lacking = [key for key, file in zip(keys, found, strict=True) if file is None]
     if bad and len(lacking) == len(bad):
         if masks is not None:
@@ -412,16 +362,6 @@ def _with_masks(
     source = DefectSource(name, images, labels, kinds, files)
     _check_sizes(source)
     return source
-
-
-def _beside(keys: Sequence[str], root: Path, images: Source) -> list[Path | None]:
-    """Return files of each image's name and another suffix that are no images themselves."""
-    taken = {images.key(index) for index in range(len(images))}
-    others: dict[str, Path] = {}
-    for file, _, _ in walk_images(root):
-        if printable(file) not in taken and file.lower().endswith(SAME_FOLDER_SUFFIXES):
-            others.setdefault(_stem(file), root / file)
-    return [others.get(_stem(key, endings=())) for key in keys]
 
 
 def _check_sizes(source: DefectSource) -> None:
@@ -446,7 +386,7 @@ def _check_sizes(source: DefectSource) -> None:
 def _good_alone(name: str, images: Source, root: Path) -> Source:
     """Return images that are all said to be good, unless a mask beside one shows a defect."""
     keys = [images.key(index) for index in range(len(images))]
-    files = _beside(keys, root, images)
+    files = masks_beside(keys, root, images)
     _refuse_defects_among_good(DefectSource(name, images, [GOOD_CLASS] * len(keys), ["good"] * len(keys), files))
     return images
 
@@ -463,45 +403,15 @@ def _refuse_defects_among_good(source: DefectSource) -> None:
 def _open(root: Path, options: dict[str, Any]) -> Source:
     """Return the images of a folder without the masks that lie among them, by their names or as one of each pair."""
     if "include" not in options and "exclude" not in options:
-        if (ending := _ending_of_masks(root)) is not None:
+        if (ending := ending_of_masks(root)) is not None:
             notice(f"{printable(root)}: files *{ending}.* are masks of the images of the same name")
             options = {**options, "exclude": f"*{ending}.*"}
-        elif (suffix := _suffix_of_masks(root)) is not None:
+        elif (suffix := suffix_of_masks(root)) is not None:
             notice(f"{printable(root)}: files *{suffix} are masks of the images of the same name")
             options = {**options, "exclude": f"*{suffix},*{suffix.upper()}"}
     source = open_source(str(root), labels="none", **options)
     assert isinstance(source, Source)
     return source
-
-
-def _ending_of_masks(root: Path) -> str | None:
-    """Return the ending of masks that lie beside their images, such as `_mask`: not every image has to have one."""
-    stems = {_stem(file, endings=()) for file, _, _ in walk_images(root)}
-    for ending in MASK_ENDINGS:
-        masks = {stem for stem in stems if stem.endswith(ending)}
-        if masks and all(mask.removesuffix(ending) in stems for mask in masks):
-            return ending
-    return None
-
-
-def _suffix_of_masks(root: Path) -> str | None:
-    """Return the suffix of masks that lie beside their images: nearly every name is there twice, with two suffixes."""
-    suffixes: dict[str, set[str]] = {}
-    for file, _, _ in walk_images(root):
-        stem, _, suffix = file.rpartition(".")
-        suffixes.setdefault(stem, set()).add(f".{suffix.lower()}")
-    kinds = {tuple(sorted(found)) for found in suffixes.values() if len(found) > 1}
-    pairs = sum(len(found) == 2 for found in suffixes.values())
-    if len(kinds) != 1 or pairs < 0.9 * len(suffixes):
-        return None
-    masks = [suffix for suffix in next(iter(kinds)) if suffix in SAME_FOLDER_SUFFIXES]
-    if len(masks) != 1:
-        return None
-    for stem in sorted(suffixes)[:: max(1, len(suffixes) // FEW_VALUES)]:
-        mask = root / f"{stem}{masks[0]}"
-        if mask.is_file() and len(np.unique(np.asarray(open_mask(mask, stem)))) > FEW_VALUES:
-            return None
-    return masks[0]
 
 
 def _category(rest: str) -> tuple[Path, str]:
@@ -519,10 +429,3 @@ def _categories(root: Path) -> str:
 
 def _top(key: str) -> str:
     return key.partition("/")[0] if "/" in key else ""
-
-
-def _stem(name: str, endings: Sequence[str] = MASK_ENDINGS) -> str:
-    stem = name.rpartition(".")[0]
-    for ending in endings:
-        stem = stem.removesuffix(ending)
-    return stem

@@ -17,15 +17,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from patchloom.base import stopping
 from patchloom.base.ranges import Count, PositiveInt, checked
 from patchloom.data.base import Source, StreamSource, none_readable
 from patchloom.data.order import EpochOrder, Slot, Steps
+from patchloom.data.pixels import alike
 from patchloom.data.sample import Transform
 from patchloom.data.stream_order import StreamOrder
 from patchloom.data.workers import Batch, MapBatches, StreamBatches
@@ -267,6 +269,41 @@ def _settle_worker(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):  # others hear of such a signal from torch's own handler, and end
         signal.pthread_sigmask(signal.SIG_BLOCK, stopping.WATCHED)
         threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+class Gathered(NamedTuple):
+    """All images of a loader."""
+
+    images: Tensor
+    """(n, C, H, W), of one type."""
+    labels: Tensor
+    """(n,) int64, or (n, L) of several labels each."""
+    keys: list[str]
+    """Their names."""
+    skipped: list[tuple[str, str]]
+    """Name and reason of images that could not be read."""
+
+
+def gathered(loader: Iterable[dict[str, Any]], name: str) -> Gathered:
+    """Return the images of all batches, for what has to see them at once.
+
+    Args:
+        loader: Batches whose images have one size.
+        name: Of the source, for the error.
+
+    Raises:
+        UsageError: No image can be read.
+    """
+    images, labels, keys, skipped = [], [], list[str](), list[tuple[str, str]]()
+    for batch in loader:
+        skipped += batch["skipped"]
+        if batch["key"]:
+            images.append(batch["image"])
+            labels.append(batch["label"])
+            keys += batch["key"]
+    if not images:
+        raise UsageError(f"{name} holds no readable image")
+    return Gathered(torch.cat(alike(images)), torch.cat(labels), keys, skipped)
 
 
 def _end_with_parent() -> None:

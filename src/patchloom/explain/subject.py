@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
 from patchloom.data.kinds import require_kind
-from patchloom.data.pixels import alike, unit
+from patchloom.data.loader import gathered
+from patchloom.data.pixels import unit
 from patchloom.encoders import Encoder, image_size, in_chans, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
@@ -94,22 +95,13 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
     chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
     view = EvalTransform(image_size(encoder))
     loader = make_loader(chosen, view, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers)
-    pictures, keys, labels, skipped = [], [], [], []
-    for batch in loader:
-        skipped += batch["skipped"]
-        if batch["key"]:
-            pictures.append(batch["image"])
-            labels.append(batch["label"])
-            keys += batch["key"]
-    if not pictures:
-        raise UsageError(f"{config.images} holds no readable image")
-    labels_by_image = torch.cat(labels)
+    pictures, labels_by_image, keys, skipped = gathered(loader, config.images)
     true = (
         torch.full((len(keys),), -1)
         if labels_by_image.ndim > 1
         else _renumbered(labels_by_image, source.class_names, names)
     )
-    return Subject(model, torch.cat(alike(pictures)), keys, true, names, skipped)
+    return Subject(model, pictures, keys, true, names, skipped)
 
 
 def open_model(config: ExplainConfig) -> nn.Module:

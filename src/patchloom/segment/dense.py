@@ -5,6 +5,7 @@ What training a decoder as a run (`method`) and on the way to a measurement (`fr
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,13 +41,13 @@ class DenseMethod(Method):
         self.adapter = getattr(self.parts.backbone, "adapter", None)
         self.neck, self.head, self.aux_head = self.parts.neck, self.parts.head, self.parts.auxiliary
 
+    @abstractmethod
     def build_decoder(self, num_classes: int) -> Parts:
         """Return the parts of the model, the encoder's view first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss_options(self) -> dict[str, Any]:
         """Return what of `decoder_loss` is chosen."""
-        raise NotImplementedError
 
     def maps(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the encoder's maps (B, D, h, w) of a batch."""
