@@ -31,6 +31,7 @@ VERBS = [
     "pretrain",
     "adapt",
     "distill",
+    "clean",
     "segment",
     "evaluate",
     "explain",

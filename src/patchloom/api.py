@@ -42,6 +42,7 @@ __all__ = [
     "adapt",
     "anomaly",
     "attack",
+    "clean",
     "demo",
     "distill",
     "embed",
@@ -182,6 +183,36 @@ def anomaly(
     from patchloom.evaluate.anomaly.run import train
 
     return train(method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def clean(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Rid the features of an encoder of artefacts, without labels.
+
+    Args:
+        method: Name of the method: ph_reg; `list_methods("clean")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images, as for `pretrain`; labels play no part.
+        encoder: What is cleaned: bundle, run, or name of a timm model, whose published weights are fetched.
+        **settings: Further fields of the method's settings class; `patchloom clean METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle), its `report` and its `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("clean", method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def distill(

@@ -46,7 +46,7 @@ class Verb(NamedTuple):
     help: str
 
 
-METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "anomaly", "explain", "evaluate", "attack")
+METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "anomaly", "explain", "evaluate", "attack", "clean")
 
 COMMANDS: dict[str, Command | Verb] = {
     "demo": Command("from embedded photographs to a trained encoder and a report", "demo:demo", speaks=True),
@@ -71,6 +71,7 @@ COMMANDS: dict[str, Command | Verb] = {
     "segment export": Command(
         "write a trained decoder with its encoder as one ONNX file", "segment.commands:export", positional=("run",)
     ),
+    "clean": Verb("rid the features of an encoder of artefacts, and ship the result"),
     "anomaly": Verb("train a detector of defects on good images alone"),
     "anomaly predict": Command(
         "write scores, maps and overlays of images by a trained detector",
@@ -183,8 +184,8 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, segment, anomaly, explain, evaluate, attack, data or
-            references.
+        verb: Show one list only: pretrain, adapt, distill, segment, anomaly, explain, evaluate, attack, clean,
+            data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},
@@ -225,7 +226,8 @@ def _dispatch(arguments: list[str]) -> int:
         if not rest or rest[0].startswith("-"):
             known = ", ".join(registry.METHODS[words[0]])
             raise UsageError(f"patchloom {words[0]} needs the name of a method: {known}")
-        run, speaks = _method(words[0], rest[0], rest[1:]), False
+        name, rest = _method_name(words[0], rest)
+        run, speaks = _method(words[0], name, rest), False
     else:
         run, speaks = _function(" ".join(words), command, rest), command.speaks
     if as_json:
@@ -263,6 +265,12 @@ def _command_words(arguments: list[str]) -> tuple[list[str], list[str]]:
     return [first], arguments[1:]
 
 
+def _method_name(verb: str, rest: list[str]) -> tuple[str, list[str]]:
+    """Split the name of a method from its options; a name of two parts may be given as two words, `dvt train`."""
+    joined = "_".join(rest[:2])
+    return (joined, rest[2:]) if joined in registry.METHODS[verb] else (rest[0], rest[1:])
+
+
 def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     """Read the options of a method and return what runs it."""
     from patchloom import api
@@ -273,7 +281,7 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
-    settles = verb in ("pretrain", "adapt", "distill", "anomaly")
+    settles = verb in ("pretrain", "adapt", "distill", "anomaly", "clean")
     values = read_options(f"{verb} {method}", entry.sentence, config_class, rest, defaults, all_of_them=not settles)
     return partial(getattr(api, verb), method, **values)
 
@@ -337,7 +345,7 @@ def _overview() -> str:
 
 def _verb_overview(name: str, verb: Verb) -> str:
     methods = registry.METHODS[name]
-    width = max(len(method) for method in methods) + 2
+    width = max(map(len, methods), default=0) + 2
     lines = [
         f"usage: patchloom {name} METHOD [--option value …]",
         "",

@@ -173,6 +173,7 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both (ViT-CoMer)",
         ),
     },
+    "clean": {},
     "evaluate": {
         "compare": Entry(
             "evaluate.compare:Compare",
