@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from patchloom.data import UnreadableImageError, make_loader, open_alike, open_source
-from patchloom.data.clip_views import ClipView, eval_view
+from patchloom.data.clip_views import ClipView, eval_view, resize_frames
+from patchloom.data.kinds import CLIP
+from patchloom.data.pixels import resize
 from patchloom.data.transforms import EvalTransform, WholeImageTransform
 from patchloom.errors import UsageError
 
@@ -148,3 +150,38 @@ def test_sources_of_images_refuse_the_options_of_clips():
         open_source("digits", clip_frames=8)
     with pytest.raises(UsageError, match="the folder of clips nowhere does not exist"):
         open_source("clips:nowhere")
+
+
+def moving_clip(frames=4, size=(24, 30)):
+    """Every frame is the same picture but for its brightness."""
+    picture = torch.randint(0, 100, (3, 1, *size), dtype=torch.uint8)
+    return picture + 30 * torch.arange(frames, dtype=torch.uint8).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_training_views_show_every_frame_the_same_crop(channels):
+    clip = moving_clip()[:1].repeat(channels, 1, 1, 1)
+    view = CLIP.training_view((4, 12, 16), scale=(0.3, 1.0), flip=0.5, color_jitter=0.0)
+    for seed in range(5):
+        seen = view(clip, torch.Generator().manual_seed(seed))["clip"]
+        assert seen.shape == (channels, 4, 12, 16)
+        assert seen.dtype == torch.uint8
+        # One crop of frames that differ by 30 gives crops that differ by 30.
+        assert (seen[:, 1:].int() - seen[:, :-1].int() - 30).abs().max() <= 1
+    assert not torch.equal(seen, view(clip, torch.Generator().manual_seed(99))["clip"])
+
+
+def test_the_classifier_recipe_changes_every_frame_alike():
+    clip = moving_clip()[:, :1].repeat(1, 4, 1, 1)  # a still
+    view = CLIP.classifier_view((4, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, auto_augment="rand-m9-mstd0.5-inc1")
+    for seed in range(4):
+        seen = view(clip, torch.Generator().manual_seed(seed))["clip"]
+        assert seen.shape == (3, 4, 16, 16)
+        assert torch.equal(seen, seen[:, :1].expand_as(seen))
+
+
+def test_frames_resized_at_once_are_those_resized_one_by_one():
+    clip = torch.randint(0, 256, (3, 5, 40, 52), dtype=torch.uint8)
+    for values in (clip, clip / 255):
+        one_by_one = torch.stack([resize(frame, (16, 24), "bilinear") for frame in values.unbind(1)], 1)
+        assert torch.equal(resize_frames(values, (16, 24)), one_by_one)

@@ -1,4 +1,4 @@
-"""What an encoder is shown of a clip when it is measured: the same view of every frame.
+"""What an encoder is shown of a clip, measured and trained: the same view of every frame.
 
 >>> clip = torch.randint(0, 256, (3, 16, 60, 80), dtype=torch.uint8)
 >>> eval_view("crop", (16, 32, 32))(clip)["clip"].shape
@@ -8,13 +8,18 @@ torch.Size([3, 16, 32, 32])
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchvision.transforms.v2 import functional as F
+
 from patchloom.base.choices import View
+from patchloom.base.ranges import Probability, Shares, checked
 from patchloom.base.sizes import Size, pair
-from patchloom.data.pixels import resize, stretched
+from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, shaped, stretched
+from patchloom.data.transforms import FinetuneTransform
 from patchloom.data.transforms import eval_view as image_view
 
 
@@ -44,4 +49,91 @@ class ClipView:
 
 def eval_view(view: View, size: int | Sequence[int]) -> ClipView:
     """Return the view of that name at a side, (H, W) or (T, H, W); how many frames there are is the source's."""
-    return ClipView(view, size if isinstance(size, int) else (size[-2], size[-1]))
+    return ClipView(view, _frame_size(size))
+
+
+class ClipCrops:
+    """One random crop, mirror image and change of colours for all frames: `PairedViews` of images, in one piece.
+
+    Args:
+        size: Side of the result, (H, W) or (T, H, W), pixels; how many frames there are is the source's.
+        scale: Share of the area that a crop covers, lowest and highest, in (0, 1].
+        flip: Probability of the horizontal flip.
+        color_jitter: Strength of brightness, contrast and saturation changes.
+        interpolation: "bilinear" (VideoMAE) or "bicubic".
+
+    Raises:
+        UsageError: A value lies outside its range.
+    """
+
+    @checked
+    def __init__(
+        self,
+        size: int | tuple[int, ...],
+        scale: Shares = (0.2, 1.0),
+        flip: Probability = 0.5,
+        color_jitter: Probability = 0.0,
+        interpolation: str = "bilinear",
+    ) -> None:
+        self.size = pair(_frame_size(size))
+        self.scale, self.flip, self.color_jitter = scale, flip, color_jitter
+        self.interpolation = interpolation
+
+    def __call__(self, clip: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return {"clip": (C, T, *size)} of a clip (C, T, H, W), of its type."""
+        if self.color_jitter:  # as one tall image: contrast changes around the mean of the clip, not of each frame
+            clip = jitter_colors(clip.flatten(1, 2), self.color_jitter, generator).unflatten(1, clip.shape[1:3])
+        flipped = float(torch.rand((), generator=generator)) < self.flip
+        height, width = clip.shape[-2:]
+        top, left, h, w = random_box(height, width, self.scale, shaped((3 / 4, 4 / 3), self.size), generator)
+        crop = clip[..., top : top + h, left : left + w]
+        return {"clip": resize_frames(crop.flip(-1) if flipped else crop, self.size, self.interpolation)}
+
+
+class ClipRecipe:
+    """timm's recipe for training classifiers, with the same draws for every frame: see `FinetuneTransform`.
+
+    Args:
+        size: Side of the result, (H, W) or (T, H, W), pixels.
+        **recipe: Arguments of `FinetuneTransform`.
+    """
+
+    normalized = True
+
+    def __init__(self, size: int | tuple[int, ...], **recipe: Any) -> None:
+        self.frame_view = FinetuneTransform(_frame_size(size), **{"interpolation": "bilinear", **recipe})
+
+    def __call__(self, clip: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return {"clip": (C, T, *size) float32, normalised} of a clip (C, T, H, W)."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        frames = [
+            self.frame_view(frame, torch.Generator().manual_seed(seed))["image"]  # begins anew at each frame
+            for frame in clip.unbind(1)
+        ]
+        return {"clip": torch.stack(frames, 1)}
+
+
+def resize_frames(clip: Tensor, size: tuple[int, int], interpolation: str = "bilinear") -> Tensor:
+    """Resize all frames at once, with antialiasing; values are those of `data.pixels.resize` frame by frame.
+
+    Args:
+        clip: (C, T, H, W) uint8, or float in [0, 1].
+        size: (height, width) of the result, pixels.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        (C, T, *size) of the same type, contiguous.
+    """
+    if tuple(clip.shape[-2:]) == size:
+        return clip.contiguous()
+    frames = clip.transpose(0, 1)
+    if frames.shape[1] == 3 and frames.dtype == torch.uint8:  # torch's fast path takes interleaved pixels
+        frames = frames.contiguous(memory_format=torch.channels_last)
+    resized = F.resize(frames, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
+    if resized.is_floating_point():
+        resized = resized.clamp_(0, 1)
+    return resized.transpose(0, 1).contiguous()
+
+
+def _frame_size(size: int | Sequence[int]) -> Size:
+    return size if isinstance(size, int) else (int(size[-2]), int(size[-1]))

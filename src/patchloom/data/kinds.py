@@ -38,6 +38,12 @@ class Kind:
     views: str | None = None
     """Where the function stands that makes the view of evaluations, `module:function`: (view, size) -> transform; None
     where an encoder embeds no such samples by itself, so that nothing looks at them unasked."""
+    crops: str | None = None
+    """Where the maker of plain training views stands, `module:name`: (size, scale=, flip=, color_jitter=) -> transform;
+    None where there are none."""
+    recipe: str | None = None
+    """Where the maker of timm's augmentation for training classifiers stands, likewise: (size, mean=, std=, scale=,
+    flip=, auto_augment=, color_jitter=, erasing=, padding=) -> transform, whose samples are normalised."""
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -64,11 +70,49 @@ class Kind:
         made: Transform = registry.load(self.views)(view, size)
         return made
 
+    def training_view(self, size: Any, **crops: Any) -> Transform:
+        """Return the random crops, mirror images and colours that an encoder is shown while it is trained.
+
+        Args:
+            size: Sides of the result without channels.
+            **crops: See `crops`.
+
+        Raises:
+            UsageError: They are not defined for this kind.
+        """
+        return self._made(self.crops, size, crops)
+
+    def classifier_view(self, size: Any, **recipe: Any) -> Transform:
+        """Return timm's augmentation for training classifiers; its samples are normalised.
+
+        Args:
+            size: Sides of the result without channels.
+            **recipe: See `recipe`.
+
+        Raises:
+            UsageError: It is not defined for this kind.
+        """
+        return self._made(self.recipe, size, recipe)
+
+    def _made(self, place: str | None, size: Any, settings: dict[str, Any]) -> Transform:
+        if place is None:
+            raise UsageError(f"no augmentation is defined for {self.plural}, so this method does not train on them")
+        made: Transform = registry.load(place)(size, **settings)
+        return made
+
 
 SHOWN = 3
 """Methods that an error names."""
-IMAGE = Kind("image", "images", ("C", "H", "W"), "data.transforms:eval_view")
-CLIP = Kind("clip", "clips", ("C", "T", "H", "W"), "data.clip_views:eval_view")
+IMAGE = Kind(
+    *("image", "images", ("C", "H", "W"), "data.transforms:eval_view"),
+    crops="data.transforms:PairedViews",
+    recipe="data.transforms:FinetuneTransform",
+)
+CLIP = Kind(
+    *("clip", "clips", ("C", "T", "H", "W"), "data.clip_views:eval_view"),
+    crops="data.clip_views:ClipCrops",
+    recipe="data.clip_views:ClipRecipe",
+)
 VOLUME = Kind("volume", "volumes", ("C", "D", "H", "W"), "data.volume_views:eval_view")
 KINDS = {
     kind.name: kind

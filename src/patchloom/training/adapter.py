@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, create_encoder, depth, normalize, set_image_size
 from patchloom.encoders.insertion import Insertion, insert, insertions
 from patchloom.errors import UsageError
@@ -38,6 +37,7 @@ class AdapterMethod(LabelledMethod):
         base: Hash of the encoder before anything was added.
     """
 
+    kinds = ("image", "clip")
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, source: Source | StreamSource) -> None:
@@ -96,8 +96,8 @@ class AdapterMethod(LabelledMethod):
         """Return random crops and flips; a method without these settings has a transform of its own."""
         config = self.config
         assert isinstance(config, ViewOptions)
-        return PairedViews(
-            self.input_size,
+        return self.source.kind.training_view(
+            self.sample_size,
             scale=config.crop_scale,
             flip=config.flip,
             color_jitter=config.color_jitter,
@@ -105,7 +105,7 @@ class AdapterMethod(LabelledMethod):
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the loss of a batch."""
-        images = normalize(self.pixels(batch["image"]), self.encoder)
+        images = normalize(self.pixels(self.samples(batch)), self.encoder)
         return {"loss": self.targets.loss(self.encoder(images), batch["label"])}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:

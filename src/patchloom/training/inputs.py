@@ -10,7 +10,7 @@ from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource, UnreadableImageError, none_readable
 from patchloom.data.reading import reading_options
 from patchloom.data.survey import channel_statistics, notice
-from patchloom.encoders import Encoder
+from patchloom.encoders import Encoder, input_size, kind_of, set_image_size
 from patchloom.models.bundle import bundle_channels, read_reading
 from patchloom.training.config import Config
 from patchloom.training.options import start_of
@@ -67,6 +67,8 @@ def read_as(encoder: Encoder, config: Any) -> Encoder:
         "clip_stride": config.clip_stride,
     }
     known = {name: value for name, value in settled.items() if value is not None}
+    if kind_of(encoder) == "clip" and config.clip_frames is not None:
+        set_image_size(encoder, (config.clip_frames, *input_size(encoder)[1:]))
     statistics = {} if config.channel_mean is None else {"mean": config.channel_mean, "std": config.channel_std}
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics, **({"reading": known} if known else {})}
     return encoder

@@ -17,7 +17,6 @@ from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource, no_labels
 from patchloom.data.kinds import require_kind
 from patchloom.data.subset import labelled_images
-from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.training.labelled_config import LabelledConfig, LossOptions
@@ -180,7 +179,7 @@ class LabelledMethod(Method):
         answers, labels = [], []
         loader = make_loader(
             test,
-            EvalTransform(self.input_size),
+            test.kind.eval_view("crop", self.sample_size),
             config.batch_size,
             seed=0,
             shuffle=False,
@@ -189,7 +188,7 @@ class LabelledMethod(Method):
         for batch in loader:
             if not batch["key"]:
                 continue
-            answers.append(answer(self.pixels(batch["image"].to(device))).float().cpu())
+            answers.append(answer(self.pixels(batch[test.kind.name].to(device))).float().cpu())
             labels.append(batch["label"])
         for module, training in modes:
             module.training = training

@@ -29,11 +29,13 @@ from patchloom.encoders import (
     embed_dim,
     has_tokens,
     image_size,
+    input_size,
     kind_of,
     layer_of_parameter,
 )
 from patchloom.encoders.create import recompute_blocks
 from patchloom.encoders.families import find_family
+from patchloom.encoders.patches import Grid
 from patchloom.errors import UsageError
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.training.attachment import Attachment
@@ -96,6 +98,11 @@ class Method(lp.LightningModule):
         if (kind := kind_of(self.encoder)) not in ("image", *self.kinds):
             wanted = " or ".join(KINDS[name].plural for name in self.kinds)
             raise UsageError(f"the encoder takes {KINDS[kind].plural}, and this method is for {wanted}")
+        if {kind, source.kind.name} <= set(self.kinds) and kind != source.kind.name:
+            raise UsageError(
+                f"{source.name} holds {source.kind.plural}, and the encoder {config.encoder} takes {KINDS[kind].plural}; "
+                f"name an encoder of {source.kind.plural}"
+            )
         if config.grad_checkpointing:
             recompute_blocks(self.encoder)
         self.attached: Sequence[Attachment] = ()
@@ -144,6 +151,16 @@ class Method(lp.LightningModule):
     def input_size(self) -> tuple[int, int]:
         """Height and width of the training images in pixels."""
         return image_size(self.encoder)
+
+    @property
+    def sample_size(self) -> Grid:
+        """Sides of what the encoder takes, without channels: (H, W), of clips (T, H, W), of volumes (D, H, W)."""
+        return input_size(self.encoder)
+
+    def samples(self, batch: dict[str, Any]) -> Tensor:
+        """Return the samples of a batch, (B, C, *sides), whatever their kind, as the data workers handed them out."""
+        found: Tensor = batch[self.source.kind.name]
+        return found
 
     # What a method says about itself.
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.survey import notice
-from patchloom.data.transforms import FinetuneTransform, make_mixup
+from patchloom.data.transforms import make_mixup
 from patchloom.encoders import Encoder, create_encoder, depth, family_of, has_tokens, input_size
+from patchloom.encoders.patches import Grid
 from patchloom.training.attachment import Attachment
 from patchloom.training.config import TrainConfig
 from patchloom.training.labelled import LabelledMethod
@@ -70,7 +71,7 @@ class SupervisedMethod(LabelledMethod):
 
     def transform(self) -> Transform:
         """Return timm's augmentation for training classifiers; its images are normalised for the encoder."""
-        return classifier_augmentation(self.config, self.encoder, self.input_size, self.source)
+        return classifier_augmentation(self.config, self.encoder, self.sample_size, self.source)
 
     def repeats(self) -> int:
         """Return how often an image comes in a row."""
@@ -80,12 +81,14 @@ class SupervisedMethod(LabelledMethod):
         """Return the batch's images, normalised, and labels, mixed where mixing is on.
 
         Returns:
-            (B, C, H, W), and (B,) int64 classes, (B, classes) shares after mixing, or (B, L) labels.
+            (B, C, *sides), and (B,) int64 classes, (B, classes) shares after mixing, or (B, L) labels.
         """
-        images, labels = batch["image"], batch["label"]
+        images, labels = self.samples(batch), batch["label"]
         if self.mix is not None:
             generator = torch.Generator().manual_seed(torch.initial_seed())
-            images, labels = self.mix(images, labels, generator)
+            planes = images.flatten(1, -3)  # frames and slices are mixed like channels, all alike
+            planes, labels = self.mix(planes, labels, generator)
+            images = planes.view(images.shape)
         return images, labels
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -131,14 +134,14 @@ class SupervisedMethod(LabelledMethod):
 
 
 def classifier_augmentation(
-    config: AugmentationConfig, encoder: Encoder, size: tuple[int, int], source: Source | StreamSource
+    config: AugmentationConfig, encoder: Encoder, size: Grid, source: Source | StreamSource
 ) -> Transform:
     """Return timm's augmentation for training classifiers; says what of it deep images go without.
 
     Args:
         config: Settings.
         encoder: Images are normalised for it.
-        size: Height and width.
+        size: Height and width; of clips and volumes all sides.
         source: The images.
     """
     pretrained = encoder.pretrained_cfg
@@ -148,7 +151,7 @@ def classifier_augmentation(
             f"images of {config.data} are deep or of other than 3 channels: RandAugment leaves out what is defined "
             f"by 8-bit grey levels (equalise, posterise, SolarizeAdd){colour}"
         )
-    return FinetuneTransform(
+    return source.kind.classifier_view(
         size,
         mean=pretrained["mean"],
         std=pretrained["std"],

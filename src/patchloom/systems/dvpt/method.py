@@ -58,6 +58,7 @@ class GradingTransform:
 class DVPTMethod(AdapterMethod):
     """DVPT: prompts that read the image, and narrow bottlenecks shared by neighbouring blocks."""
 
+    kinds = ("image",)
     config_class = DVPTConfig
     config: DVPTConfig
 

@@ -50,6 +50,7 @@ class TraitViews:
 class PromptCAMMethod(AdapterMethod):
     """Prompt-CAM: a prompt per class in a frozen encoder, whose attention shows what was decided by."""
 
+    kinds = ("image",)
     config_class = PromptCAMConfig
     config: PromptCAMConfig
 
