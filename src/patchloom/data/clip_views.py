@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.choices import View
