@@ -100,8 +100,8 @@ class Method(lp.LightningModule):
             raise UsageError(f"the encoder takes {KINDS[kind].plural}, and this method is for {wanted}")
         if {kind, source.kind.name} <= set(self.kinds) and kind != source.kind.name:
             raise UsageError(
-                f"{source.name} holds {source.kind.plural}, and the encoder {config.encoder} takes {KINDS[kind].plural}; "
-                f"name an encoder of {source.kind.plural}"
+                f"{source.name} holds {source.kind.plural}, and the encoder {config.encoder} takes "
+                f"{KINDS[kind].plural}; name an encoder of {source.kind.plural}"
             )
         if config.grad_checkpointing:
             recompute_blocks(self.encoder)
