@@ -350,6 +350,7 @@ REFERENCES: dict[str, str] = {
     "ear": "systems.ear.published:load",
     "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
+    "vit_p": "systems.vit_p.published:load",
 }
 """Loaders of published checkpoints."""
 

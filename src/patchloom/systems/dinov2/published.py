@@ -166,7 +166,7 @@ def _settled(
     ibot_head: DINOHead | None = None,
 ) -> dict[str, Any]:
     """Return the settings to obey, after all were checked against a backbone and heads; None: not there."""
-    inferred: dict[str, Any] = dict.fromkeys(OF_BACKBONES) if backbone is None else _inferred_from_backbone(backbone)
+    inferred: dict[str, Any] = dict.fromkeys(OF_BACKBONES) if backbone is None else inferred_from_backbone(backbone)
     # Heads that are not there have settings in a configuration all the same.
     of_heads = ("in_dim", *OF_HEADS.values(), "use_bn", "mlp_bias")
     both = head is not None and backbone is not None
@@ -278,7 +278,7 @@ def _shape_of(head: DINOHead) -> dict[str, Any]:
     return {**widths, "hidden_dim": widths["hidden_dim"] if len(layers) > 1 else None, "in_dim": layers[0].in_features}
 
 
-def _inferred_from_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def inferred_from_backbone(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the settings that a backbone tells, under the official names.
 
     Raises:
@@ -313,7 +313,7 @@ def _encoder(
     state: Mapping[str, Tensor], config: Mapping[str, Any], rule: PositionRule | None, statistics: tuple[Any, Any]
 ) -> tuple[Encoder, PositionRule]:
     """Return the encoder of a backbone's state dict, in eval mode, and how its positions are resampled."""
-    inferred = _inferred_from_backbone(state)
+    inferred = inferred_from_backbone(state)
     # Sums and resampling of half-precision values would lose digits.
     state = {name: at_least_float32(value) for name, value in state.items()}
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
