@@ -355,8 +355,15 @@ REFERENCES: dict[str, str] = {
 """Loaders of published checkpoints."""
 
 
-MODELS: dict[str, str] = {"gcab.json": "systems.gcab.saved:load_tasks"}
+MODELS: dict[str, str] = {
+    "gcab.json": "systems.gcab.saved:load_tasks",
+    "tokenizer.json": "tokenizers.tokenizer:open_tokenizer",
+}
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
+
+
+TOKENIZERS: dict[str, str] = {}
+"""What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`; codebooks of centroids need none."""
 
 
 def load(place: str) -> Any:

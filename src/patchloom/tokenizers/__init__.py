@@ -15,9 +15,15 @@ import lazy_loader
 if TYPE_CHECKING:
     from patchloom.tokenizers.centroid import CentroidTokenizer
     from patchloom.tokenizers.commands import fit_codebook, show_codebook
+    from patchloom.tokenizers.tokenizer import Tokenizer, open_tokenizer
 
 __getattr__, __dir__, _ = lazy_loader.attach(
-    __name__, submod_attrs={"centroid": ["CentroidTokenizer"], "commands": ["fit_codebook", "show_codebook"]}
+    __name__,
+    submod_attrs={
+        "centroid": ["CentroidTokenizer"],
+        "commands": ["fit_codebook", "show_codebook"],
+        "tokenizer": ["Tokenizer", "open_tokenizer"],
+    },
 )
 
-__all__ = ["CentroidTokenizer", "fit_codebook", "show_codebook"]
+__all__ = ["CentroidTokenizer", "Tokenizer", "fit_codebook", "open_tokenizer", "show_codebook"]

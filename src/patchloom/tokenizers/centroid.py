@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchloom.base.sizes import Size
 from patchloom.encoders.patches import patch_grid, patchify, unpatchify
 from patchloom.errors import UsageError
 from patchloom.tokenizers.codebook_file import read_codebook, write_codebook
 from patchloom.tokenizers.nearest import NearestCentroids, as_float
+from patchloom.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from patchloom.data.base import Source, StreamSource
@@ -35,11 +36,9 @@ if TYPE_CHECKING:
 
 # Patches of this many bytes in float32 are searched at once.
 _BYTES_AT_ONCE = 2**26
-# How far outside [0, 1] a value may lie: resampling and half precision stay within, mean/std normalisation does not.
-_RANGE_SLACK = 1e-3
 
 
-class CentroidTokenizer(nn.Module):
+class CentroidTokenizer(Tokenizer):
     """K patches of pixels, and the search for the nearest of them. No parameters to train.
 
     Args:
@@ -56,6 +55,7 @@ class CentroidTokenizer(nn.Module):
         UsageError: The table's width is not in_chans * patch_size**2, or it holds NaN.
     """
 
+    called = "codebook"
     centroids: Tensor
 
     def __init__(self, centroids: Tensor, patch_size: int, in_chans: int = 3) -> None:
@@ -97,7 +97,7 @@ class CentroidTokenizer(nn.Module):
         Raises:
             UsageError: Values outside [0, 1] or NaN, other channels, a side not divisible by the patch size.
         """
-        self._check_images(images)
+        self.check_images(images)
         h, w = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         ids = [self.nearest(patches.flatten(0, 1)).view(-1, h, w) for patches in self._patches(images)]
         return torch.cat(ids) if ids else torch.empty(0, h, w, dtype=torch.int64, device=self.centroids.device)
@@ -114,9 +114,7 @@ class CentroidTokenizer(nn.Module):
         Raises:
             UsageError: An id outside 0 … K - 1, or no three dimensions.
         """
-        if ids.ndim != 3:
-            raise UsageError(f"token ids are (B, h, w), not of shape {tuple(ids.shape)}")
-        self._check_ids(ids)
+        self.check_ids(ids)
         patches = self.centroids[ids.flatten(1).to(self.centroids.device)]
         return unpatchify(patches, self.patch_size, (ids.shape[1], ids.shape[2]), self.in_chans)
 
@@ -135,17 +133,17 @@ class CentroidTokenizer(nn.Module):
         Raises:
             UsageError: As `encode`; or mask or ids of another shape than the patch grid.
         """
-        self._check_images(images)
+        self.check_images(images)
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         patches = patchify(as_float(images).to(self.centroids.device), self.patch_size)
-        marked = self._on_grid(mask, grid, len(images), "mask")
+        marked = self.on_grid(mask, grid, len(images), "mask")
         if marked.dtype != torch.bool:
             raise UsageError(f"a mask is of type bool, not {marked.dtype}")
         if ids is None:
             tokens = self.nearest(patches[marked])
         else:
-            self._check_ids(ids)
-            tokens = self._on_grid(ids, grid, len(images), "ids")[marked]
+            self.check_values(ids)
+            tokens = self.on_grid(ids, grid, len(images), "ids")[marked]
         patches[marked] = self.centroids[tokens]
         pasted = unpatchify(patches, self.patch_size, grid, self.in_chans)
         return pasted.to(images.dtype) if images.is_floating_point() else pasted
@@ -153,14 +151,17 @@ class CentroidTokenizer(nn.Module):
     @torch.no_grad()
     def inertia(self, images: Tensor) -> float:
         """Return the sum over patches of the squared distance to the nearest centroid (float64 sum)."""
-        self._check_images(images)
+        self.check_images(images)
         total = 0.0
         for patches in self._patches(images):
             vectors = as_float(patches.flatten(0, 1).to(self.centroids.device))
             total += float((vectors - self.centroids[self.nearest(vectors)]).square().sum(1).double().sum())
         return total
 
-    @torch.no_grad()
+    def squared_error(self, images: Tensor, ids: Tensor) -> float:
+        """Return the inertia: what is decoded are the nearest centroids."""
+        return self.inertia(images)
+
     def report(self, images: Tensor) -> dict[str, float | int]:
         """Return how well the codebook covers images.
 
@@ -172,22 +173,7 @@ class CentroidTokenizer(nn.Module):
             the images made of centroids, in dB (peak 1); `mse` per value; `dead`: codes that do not occur;
             `duplicates`: centroids equal to an earlier one, which are never chosen; `tokens`: patches looked at.
         """
-        ids = self.encode(images)
-        if not ids.numel():
-            raise UsageError("a codebook is judged on at least one image")
-        counts = torch.bincount(ids.flatten(), minlength=self.num_codes).double()
-        shares = counts[counts > 0] / counts.sum()
-        mse = self.inertia(images) / images.numel()
-        dead = int((counts == 0).sum())
-        return {
-            "usage": 1 - dead / self.num_codes,
-            "perplexity": float(torch.exp(-(shares * shares.log()).sum())),
-            "psnr": 10 * math.log10(1 / mse) if mse > 0 else math.inf,
-            "mse": mse,
-            "dead": dead,
-            "duplicates": self.num_duplicates(),
-            "tokens": ids.numel(),
-        }
+        return super().report(images) | {"duplicates": self.num_duplicates()}
 
     def num_duplicates(self) -> int:
         """Return how many centroids equal an earlier one; each makes a class that never occurs."""
@@ -299,27 +285,6 @@ class CentroidTokenizer(nn.Module):
         digest.update(self.centroids.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def check_fits(self, patch_size: int, in_chans: int) -> None:
-        """Refuse an encoder this codebook's tokens do not line up with.
-
-        Args:
-            patch_size: Of the encoder.
-            in_chans: Of the encoder.
-
-        Raises:
-            UsageError: They differ from the codebook's.
-        """
-        if patch_size != self.patch_size:
-            raise UsageError(
-                f"the codebook is of patch size {self.patch_size}, the encoder of patch size {patch_size}; fit a "
-                f"codebook with patch_size={patch_size} or take an encoder of patch size {self.patch_size}"
-            )
-        if in_chans != self.in_chans:
-            raise UsageError(
-                f"the codebook is of images with {self.in_chans} channels, the encoder takes {in_chans}; fit a "
-                f"codebook on images with {in_chans} channels"
-            )
-
     def _index(self) -> NearestCentroids:
         """The search structure, made anew when the table has changed or moved."""
         table = self.centroids
@@ -339,36 +304,6 @@ class CentroidTokenizer(nn.Module):
         for part in images.split(max(_BYTES_AT_ONCE // size, 1)):
             if len(part):
                 yield patchify(part, self.patch_size)
-
-    def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise UsageError(
-                f"the tokenizer takes images (B, {self.in_chans}, H, W), not a tensor of shape {tuple(images.shape)}"
-            )
-        if images.dtype == torch.uint8 or not images.numel():
-            return
-        low, high = (float(value) for value in images.aminmax())
-        # written so that NaN fails it
-        if not (low >= -_RANGE_SLACK and high <= 1 + _RANGE_SLACK):
-            raise UsageError(
-                f"the tokenizer takes images in [0, 1], these reach from {low:.4g} to {high:.4g}, which looks "
-                "normalised; tokenise before mean/std normalisation"
-            )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < self.num_codes):
-            raise UsageError(
-                f"token ids from {int(ids.min())} to {int(ids.max())}; this codebook has 0 to {self.num_codes - 1}"
-            )
-
-    def _on_grid(self, values: Tensor, grid: tuple[int, int], batch: int, what: str) -> Tensor:
-        """Return mask or ids as (B, h * w) on this device."""
-        h, w = grid
-        if tuple(values.shape) not in ((batch, h, w), (batch, h * w)):
-            raise UsageError(
-                f"{what} of shape {tuple(values.shape)} for {batch} images of {h}x{w} patches; ({batch}, {h}, {w}) fits"
-            )
-        return values.reshape(batch, h * w).to(self.centroids.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the search structure behind: it is large and made again in milliseconds."""

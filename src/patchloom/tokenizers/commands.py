@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchloom.base.ranges import Count, PositiveInt, checked
-from patchloom.base.sizes import Size, pair
+from patchloom.base.sizes import Size, compact, pair
 from patchloom.base.source_options import SourceOptions
 from patchloom.errors import UsageError
 from patchloom.io import check_place, write_bytes, write_json
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from patchloom.base.progress import Meter
     from patchloom.tokenizers.centroid import CentroidTokenizer
+    from patchloom.tokenizers.tokenizer import Tokenizer
 
 # Endings by which `show_codebook` tells a picture to write from a folder.
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf")
@@ -149,7 +150,7 @@ def show_codebook(
     data: str | None = None,
     sort: Literal["hue", "frequency"] = "hue",
     images: PositiveInt = 8,
-    image_size: Size = 224,
+    image_size: Size | None = None,
     seed: Count = 0,
     overwrite: bool = False,
     include: str | None = None,
@@ -161,14 +162,16 @@ def show_codebook(
     """Draw a codebook, and what images look like through it.
 
     Args:
-        codebook: Codebook file (.safetensors, .npy, .faiss) or a folder made by `tokenize fit`.
+        codebook: Codebook file (.safetensors, .npy, .faiss) or a folder made by `tokenize fit`; or a run of `tokenize
+            train`, of which images are drawn beside their reconstructions (its codes are no pictures by themselves).
         out: Picture to write, a name that ends in .png (`NAME-reconstructions.png` beside it with `data`); or a folder
             for `codebook-SORT.png` and `reconstructions.png`; default: the codebook's folder.
         data: Images to draw beside what their nearest centroids make of them; default: none.
         sort: Order of the centroids in the mosaic: hue, or frequency (how many patches each had when fitted, or has
             in `data` where the file does not say).
         images: Number of images drawn from `data`.
-        image_size: Side in pixels those images are resized and cropped to, or height and width (256,128).
+        image_size: Side in pixels those images are resized and cropped to, or height and width (256,128); default: 224,
+            of a learned tokenizer the size it was trained at.
         seed: Of the draw of images.
         overwrite: Replace pictures of the same name.
         include: Only files of `data` that fit one of these globs, separated by commas.
@@ -189,8 +192,13 @@ def show_codebook(
     from patchloom.data.reading import parse_channels
     from patchloom.report.tiles import shown_channels as showing
     from patchloom.tokenizers.centroid import CentroidTokenizer
+    from patchloom.tokenizers.tokenizer import open_tokenizer
 
-    tokenizer = CentroidTokenizer.load(codebook)
+    tokenizer = open_tokenizer(codebook)
+    centroids = tokenizer if isinstance(tokenizer, CentroidTokenizer) else None
+    if centroids is None and (data is None or not tokenizer.decodes):
+        remedy = "give --data to see images through it" if tokenizer.decodes else "it makes no images of tokens"
+        raise UsageError(f"the codes of {codebook} are learned, and no pictures by themselves; {remedy}")
     place = Path(codebook)
     folder = Path(out) if out is not None else (place if place.is_dir() else place.parent)
     if folder.suffix.lower() in PICTURES and not folder.is_dir():
@@ -201,6 +209,8 @@ def show_codebook(
         pictures = {"mosaic": folder / f"codebook-{sort}.png", "reconstructions": folder / "reconstructions.png"}
     if data is None:
         del pictures["reconstructions"]
+    if centroids is None:
+        del pictures["mosaic"]
     for path in pictures.values():
         check_place(path)
         if path.exists() and not overwrite:
@@ -210,14 +220,15 @@ def show_codebook(
     if data is not None:
         options = SourceOptions(include=include, exclude=exclude, value_range=value_range, use_channels=use_channels)
         how = _fitted(tokenizer) | options.source_options()
-        originals = _draw_images(data, images, image_size, tokenizer, seed, how)
+        size = image_size or (224 if centroids is not None else tokenizer.facts.get("image_size") or 224)
+        originals = _draw_images(data, images, compact(size), tokenizer, seed, how)
         figures = tokenizer.report(originals)
-        if tokenizer.counts is None:
-            tokenizer.counts = torch.bincount(tokenizer.encode(originals).flatten(), minlength=tokenizer.num_codes)
-    if sort == "frequency" and tokenizer.counts is None:
+        if centroids is not None and centroids.counts is None:
+            centroids.counts = torch.bincount(centroids.encode(originals).flatten(), minlength=centroids.num_codes)
+    if sort == "frequency" and centroids is not None and centroids.counts is None:
         raise UsageError(f"{codebook} does not say how often its centroids occur; give --data to count them on")
     with showing(parse_channels(shown_channels)):
-        drawings = {"mosaic": _mosaic(tokenizer, sort)}
+        drawings = {} if centroids is None else {"mosaic": _mosaic(centroids, sort)}
         if originals is not None:
             drawings["reconstructions"] = _beside(tokenizer, originals)
     for name, path in pictures.items():
@@ -257,18 +268,19 @@ def _mosaic(tokenizer: CentroidTokenizer, sort: str) -> bytes:
     return png
 
 
-def _beside(tokenizer: CentroidTokenizer, originals: Tensor) -> bytes:
+def _beside(tokenizer: Tokenizer, originals: Tensor) -> bytes:
     from patchloom.data.pixels import unit
     from patchloom.report.figures import image_grid
 
     reconstructions = tokenizer.decode(tokenizer.encode(originals)).clamp(0, 1)
-    rows = {"image": unit(originals), "its nearest centroids": reconstructions}
+    name = "its nearest centroids" if tokenizer.called == "codebook" else "its reconstruction"
+    rows = {"image": unit(originals), name: reconstructions}
     png: bytes = image_grid(rows).png
     return png
 
 
 def _draw_images(
-    data: str, count: int, image_size: Size, tokenizer: CentroidTokenizer, seed: int, options: dict[str, Any]
+    data: str, count: int, image_size: Size, tokenizer: Tokenizer, seed: int, options: dict[str, Any]
 ) -> Tensor:
     """Return (n, C, *image_size) uint8 images drawn from a source, n <= count."""
     import numpy as np
@@ -303,7 +315,7 @@ def _draw_images(
     return torch.stack(alike(drawn))
 
 
-def _fitted(tokenizer: CentroidTokenizer) -> dict[str, Any]:
+def _fitted(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the options by which the images were read that the codebook was fitted on."""
     return dict(tokenizer.facts.get("reading") or {})
 

@@ -37,7 +37,8 @@ class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, Tr
     }
 
     codebook: str | None = None
-    """Codebook made by `patchloom tokenize fit` (folder or file); default: fitted on the training images first"""
+    """Codebook made by `patchloom tokenize fit` (folder or file), or run of `patchloom tokenize train`; default:
+    centroids fitted on the training images first"""
     k: Annotated[int, Ge(2)] | None = None
     """Centroids of a codebook fitted here; paper: 8192. Default: that, or fewer where images are few"""
     codebook_images: PositiveInt = 50_000

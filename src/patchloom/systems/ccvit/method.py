@@ -31,6 +31,7 @@ from patchloom.systems.ccvit.model import (
 )
 from patchloom.tokenizers.centroid import CentroidTokenizer
 from patchloom.tokenizers.commands import ProgressLine
+from patchloom.tokenizers.tokenizer import Tokenizer, find_learned, open_tokenizer
 from patchloom.training.method import Method, Transform
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CCViTConfig", "CCViTMethod", "CentroidMIM", "CentroidMIMLoss", "MIMOutput", "pixel_targets"]
 
-CODEBOOK = "codebook.safetensors"
+CODEBOOK, LEARNED = "codebook.safetensors", "tokenizer"
 
 
 class CCViTMethod(Method):
@@ -75,25 +76,39 @@ class CCViTMethod(Method):
             self.model.token_head.requires_grad_(False)
             self.encoder.norm.requires_grad_(False)
 
-    def _tokenizer(self) -> CentroidTokenizer:
-        """Return the codebook named in the settings, or an empty one of the size that will be fitted."""
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer named in the settings, or an empty codebook of the size that will be fitted."""
         config = self.config
         if config.codebook is not None:
-            tokenizer = CentroidTokenizer.load(codebook_file(config.codebook))
+            learned = find_learned(config.codebook)
+            tokenizer = open_tokenizer(codebook_file(config.codebook) if learned is None else learned)
             tokenizer.check_fits(self.size, self.channels)
+            if not isinstance(tokenizer, CentroidTokenizer):
+                self._check_learned(tokenizer)
             if config.k is not None and config.k != tokenizer.num_codes:
                 raise UsageError(
-                    f"k is {config.k}, but the codebook {config.codebook} has {tokenizer.num_codes} centroids"
+                    f"k is {config.k}, but the {tokenizer.called} {config.codebook} has {tokenizer.num_codes} codes"
                 )
             fitted = (tokenizer.facts.get("reading") or {}).get("value_range", "auto")
             if fitted != config.value_range and "auto" not in (fitted, config.value_range):
                 notice(
-                    f"the codebook {config.codebook} was fitted on images read by value_range={fitted}, and these are "
+                    f"the {tokenizer.called} {config.codebook} was made on images read by value_range={fitted}, and these are "
                     f"read by {config.value_range}; the same is better for both"
                 )
             return tokenizer
         k = self._codebook_size()
         return CentroidTokenizer(torch.zeros(k, self.channels * self.size**2), self.size, self.channels)
+
+    def _check_learned(self, tokenizer: Tokenizer) -> None:
+        """Refuse what a learned tokenizer cannot give."""
+        tokenizer.grid_size(self.input_size)
+        if self.config.target == "soft_centroid":
+            raise UsageError("target=soft_centroid mixes centroids, and a learned tokenizer has none; take target=dual")
+        if self.config.replace_ratio and not tokenizer.decodes:
+            raise UsageError(
+                f"{self.config.codebook} makes no images of tokens, so no patch can be overwritten by its own; set "
+                f"replace_ratio=0"
+            )
 
     def _codebook_size(self) -> int:
         """Return k: as asked for, or the largest power of two up to 8192 with 39 patches per centroid."""
@@ -115,7 +130,10 @@ class CCViTMethod(Method):
         """Fit the codebook, or copy the one named, into the run folder."""
         config = self.config
         path = run_dir / CODEBOOK
-        if path.exists():
+        if path.exists() or (run_dir / LEARNED).exists():
+            return
+        if config.codebook is not None and not isinstance(self.tokenizer, CentroidTokenizer):
+            self.tokenizer.save(run_dir / LEARNED)
             return
         if config.codebook is None:
             self.tokenizer = CentroidTokenizer.fit(
@@ -129,13 +147,14 @@ class CCViTMethod(Method):
                 device=self.trainer.strategy.root_device,
                 progress=ProgressLine(),
             )
-        else:
+        elif isinstance(self.tokenizer, CentroidTokenizer):
             self.tokenizer.warn_of_duplicates()
         self.tokenizer.save(path)
 
     def load_prepared(self, run_dir: Path) -> None:
-        """Load the run's codebook."""
-        self.tokenizer = CentroidTokenizer.load(run_dir / CODEBOOK).to(self.device)
+        """Load the run's codebook, or its learned tokenizer."""
+        learned = run_dir / LEARNED
+        self.tokenizer = open_tokenizer(learned if learned.exists() else run_dir / CODEBOOK).to(self.device)
 
     def transform(self) -> Transform:
         """Return the paired views and the draw of masks."""
@@ -156,7 +175,7 @@ class CCViTMethod(Method):
         clean = self.pixels(batch["target"]) if "target" in batch else images
         masked, replaced = batch["masked"].flatten(1), batch["replaced"].flatten(1)
         output, ids, pixels = self.predict(images, clean, masked, replaced)
-        losses = self.loss(output, ids, pixels, self.tokenizer.centroids)
+        losses = self.loss(output, ids, pixels, self._centroids())
         with torch.no_grad():
             supervised = self._supervised(masked, replaced)
             right = (output.token_logits.argmax(-1) == ids).float()
@@ -166,6 +185,9 @@ class CCViTMethod(Method):
             if self.num_replaced:
                 losses["replaced_token_accuracy"] = _mean_where(right, replaced[supervised])
         return losses
+
+    def _centroids(self) -> Tensor | None:
+        return self.tokenizer.centroids if isinstance(self.tokenizer, CentroidTokenizer) else None
 
     def _supervised(self, masked: Tensor, replaced: Tensor) -> Tensor:
         """Return the patches the loss is taken over: masked or replaced, or all with `soft_centroid`."""
@@ -188,16 +210,20 @@ class CCViTMethod(Method):
         """
         supervised = self._supervised(masked, replaced)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            # Only supervised patches need a token.
             patches = patchify(clean, self.size)[supervised]
-            ids = self.tokenizer.nearest(patches)
+            if isinstance(self.tokenizer, CentroidTokenizer):
+                ids = self.tokenizer.nearest(patches)  # only supervised patches need a token
+            else:
+                whole = self.tokenizer.encode(clean).flatten(1)
+                ids = whole[supervised]
             targets = normalize_patches(patches)
             corrupted = images
             if self.num_replaced:
-                # Whole-image ids with the supervised ones filled in: replaced patches are among them.
-                table = torch.zeros(masked.shape, dtype=torch.int64, device=images.device)
-                table[supervised] = ids
-                known = table if clean is images else None
+                if isinstance(self.tokenizer, CentroidTokenizer):
+                    # Whole-image ids with the supervised ones filled in: replaced patches are among them.
+                    whole = torch.zeros(masked.shape, dtype=torch.int64, device=images.device)
+                    whole[supervised] = ids
+                known = whole if clean is images else None
                 corrupted = self.tokenizer.replace(images, replaced, ids=known)
             inputs = normalize(corrupted, self.encoder)
         return self.model(inputs, masked, targets=supervised), ids, targets
@@ -231,14 +257,19 @@ class CCViTMethod(Method):
         replaced = torch.stack([r for _, r in drawn]).flatten(1).to(self.device)
         self.model.eval()
         rows = {"original": clean, **self._pictures(clean, masked, replaced)}
-        codes = self.tokenizer.centroids.float().cpu()
-        return [
-            Section(
+        codes = self._centroids()
+        if codes is None:
+            text = f"A learned tokenizer of {self.tokenizer.num_codes} codes: {self.config.codebook}."
+            first = Section(title="Tokenizer", text=text)
+        else:
+            first = Section(
                 title="Codebook",
                 text=f"The {self.tokenizer.num_codes} centroids of the training patches, sorted by hue: each is a "
                 f"class to predict and a patch of pixels.",
-                figures=[codebook_mosaic(codes, self.size, self.channels)],
-            ),
+                figures=[codebook_mosaic(codes.float().cpu(), self.size, self.channels)],
+            )
+        return [
+            first,
             Section(
                 title="Input, target and predicted tokens",
                 text=f"Held-out images. Of {masked.shape[1]} patches {self.num_masked} are hidden (grey) and "
@@ -253,16 +284,22 @@ class CCViTMethod(Method):
         supervised = masked | replaced
         patches = patchify(clean, self.size)
         tokens = self.tokenizer.encode(clean)
-        centroids = patchify(self.tokenizer.decode(tokens), self.size)
-        corrupted = torch.where(replaced[..., None], centroids, patches)
-        corrupted = torch.where(masked[..., None], torch.full_like(patches, 0.5), corrupted)
+        rows = {}
+        targets = patches
+        if self.tokenizer.decodes:
+            targets = patchify(self.tokenizer.decode(tokens).clamp(0, 1), self.size)
+        corrupted = torch.where(replaced[..., None], targets, patches)
+        rows["corrupted input"] = torch.where(masked[..., None], torch.full_like(patches, 0.5), corrupted)
         inputs = normalize(self.tokenizer.replace(clean, replaced) if self.num_replaced else clean, self.encoder)
         output = self.model(inputs, masked, targets=supervised)
-        rows = {"corrupted input": corrupted, "centroid targets": centroids}
-        if self.config.target != "pixel":
-            predicted = patches.clone()
-            predicted[supervised] = self.tokenizer.centroids[output.token_logits.argmax(-1)].to(predicted.dtype)
-            rows["predicted centroids"] = predicted
+        name = "centroid" if isinstance(self.tokenizer, CentroidTokenizer) else "token"
+        if self.tokenizer.decodes:
+            rows[f"{name} targets"] = targets
+        if self.config.target != "pixel" and self.tokenizer.decodes:
+            guessed = tokens.flatten(1).clone()
+            guessed[supervised] = output.token_logits.argmax(-1)
+            decoded = patchify(self.tokenizer.decode(guessed.view_as(tokens)).clamp(0, 1), self.size)
+            rows[f"predicted {name}s"] = torch.where(supervised[..., None], decoded.to(patches.dtype), patches)
         if output.pixels is not None:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
             predicted = patches.clone()
