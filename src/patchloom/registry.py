@@ -363,7 +363,7 @@ MODELS: dict[str, str] = {
 
 
 TOKENIZERS: dict[str, str] = {}
-"""What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`; codebooks of centroids need none."""
+"""What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`."""
 
 
 def load(place: str) -> Any:

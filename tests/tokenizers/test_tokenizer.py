@@ -134,5 +134,5 @@ def test_what_cannot_be_tokenised_is_refused(act, message):
 @pytest.mark.parametrize("about", ["{", json.dumps({"kind": "unheard of"}), json.dumps([])])
 def test_a_damaged_or_unknown_tokenizer_is_named(tmp_path, about):
     (tmp_path / ABOUT).write_text(about)
-    with pytest.raises(UsageError, match="damaged|kind of tokenizer"):
+    with pytest.raises(UsageError, match=r"damaged|kind of tokenizer"):
         open_tokenizer(tmp_path)

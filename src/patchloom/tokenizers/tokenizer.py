@@ -1,8 +1,8 @@
 """What every tokenizer has in common: images in, a grid of token ids out, and back where it can.
 
-Centroids of raw patches and learned tokenizers answer the same questions, so whatever is trained on tokens takes either.
-All images are in [0, 1] (or uint8), **not** normalised by mean and standard deviation: what a network within a tokenizer
-needs besides, the tokenizer does by itself.
+Centroids of raw patches and learned tokenizers answer the same questions, so whatever is trained on tokens takes
+either. All images are in [0, 1] (or uint8), **not** normalised by mean and standard deviation: what a network within
+a tokenizer needs besides, the tokenizer does by itself.
 
 >>> tokenizer = open_tokenizer("runs/tokens")  # doctest: +SKIP
 >>> ids = tokenizer.encode(images)  # doctest: +SKIP
@@ -35,7 +35,7 @@ _IMAGES_AT_ONCE = 64
 
 
 class Tokenizer(nn.Module, ABC):
-    """From images to a grid of token ids, and back where `decodes` says so. It is used, not trained: always in eval mode.
+    """From images to a grid of token ids, and back where `decodes` says so; in eval mode whatever trains around it.
 
     Attributes:
         patch_size: Side in pixels of the square of an image that one token stands for.
