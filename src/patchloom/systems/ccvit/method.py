@@ -92,8 +92,8 @@ class CCViTMethod(Method):
             fitted = (tokenizer.facts.get("reading") or {}).get("value_range", "auto")
             if fitted != config.value_range and "auto" not in (fitted, config.value_range):
                 notice(
-                    f"the {tokenizer.called} {config.codebook} was made on images read by value_range={fitted}, and these "
-                    f"are read by {config.value_range}; the same is better for both"
+                    f"the {tokenizer.called} {config.codebook} was made on images read by value_range={fitted}, and "
+                    f"these are read by {config.value_range}; the same is better for both"
                 )
             return tokenizer
         k = self._codebook_size()
