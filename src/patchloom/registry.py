@@ -173,7 +173,14 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both (ViT-CoMer)",
         ),
     },
-    "clean": {},
+    "clean": {
+        "ph_reg": Entry(
+            "systems.ph_reg.method:PHRegMethod",
+            "systems.ph_reg.config:PHRegConfig",
+            "An encoder with fresh registers learns what it says on average over shifted views: features without "
+            "artefacts",
+        ),
+    },
     "evaluate": {
         "compare": Entry(
             "evaluate.compare:Compare",

@@ -62,7 +62,8 @@ class Family:
         drops_tokens: Patches can be left out of the row of tokens. Not so where blocks read a token's neighbours from
             its place in the row.
         has_class_token: There can be one. Where not, what `global_pool` makes of the patches stands for it.
-        takes_registers: The module takes `reg_tokens` and `no_embed_class`.
+        takes_registers: The module takes `register_argument` and `no_embed_class`.
+        register_argument: The argument that says how many register tokens it has.
         stem: Names of what stands before the blocks.
         behind: Names of what stands behind or beside them; stem, blocks and these are all there is.
     """
@@ -72,6 +73,7 @@ class Family:
     drops_tokens: ClassVar[bool] = True
     has_class_token: ClassVar[bool] = True
     takes_registers: ClassVar[bool] = False
+    register_argument: ClassVar[str] = "reg_tokens"
     stem: ClassVar[frozenset[str]] = frozenset(
         {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"}
     )

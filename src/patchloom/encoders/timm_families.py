@@ -64,6 +64,7 @@ class DistilledVisionTransformers(VisionTransformers):
 class EvaModels(VisionTransformers):
     """Rotary positions besides, the same in all blocks or learnt for each."""
 
+    register_argument = "num_reg_tokens"
     module = Eva
 
     def add_positions(self, encoder: Any, x: Tensor) -> Embedded:

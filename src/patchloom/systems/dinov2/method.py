@@ -174,7 +174,7 @@ class Dinov2Method(Method):
             if family is None or not family.takes_registers:
                 raise UsageError(f"a {type(plain).__name__} has no register tokens; leave registers unset")
             # As published: registers have no position, and the class token needs none where there are any.
-            arguments |= {"reg_tokens": config.registers, "no_embed_class": True}
+            arguments |= {family.register_argument: config.registers, "no_embed_class": True}
         return arguments
 
     def transform(self) -> Transform:

@@ -1,0 +1,1 @@
+"""PH-Reg: registers put into a trained encoder, which learns what it sees on average over shifted views."""
