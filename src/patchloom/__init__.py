@@ -21,6 +21,7 @@ import wrapt
 
 from patchloom.api import (
     adapt,
+    align,
     anomaly,
     attack,
     clean,
@@ -50,6 +51,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "adapt",
+    "align",
     "anomaly",
     "attack",
     "clean",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapt",
+    "align",
     "anomaly",
     "attack",
     "clean",
@@ -122,6 +123,38 @@ def adapt(
     from patchloom.training.run import train
 
     return train("adapt", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def align(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Train an encoder to meet language, or what another sense gives.
+
+    Args:
+        method: Name of the method: clip; `list_methods("align")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images with captions: a table with a column of captions, shards of .jpg and .txt, a folder with a.txt
+            beside a.jpg; or labelled images, whose captions are made of the names of their classes.
+        encoder: Name of a timm model, or the bundle or run to start from; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom align METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle of the encoder, with what else was trained inside), its
+        `report` and its `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("align", method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def segment(

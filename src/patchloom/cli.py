@@ -46,7 +46,9 @@ class Verb(NamedTuple):
     help: str
 
 
-METHOD_VERBS = ("pretrain", "adapt", "distill", "segment", "anomaly", "explain", "evaluate", "attack", "clean")
+METHOD_VERBS = (
+    *("pretrain", "adapt", "distill", "align", "segment", "anomaly", "explain", "evaluate", "attack", "clean"),
+)
 
 COMMANDS: dict[str, Command | Verb] = {
     "demo": Command("from embedded photographs to a trained encoder and a report", "demo:demo", speaks=True),
@@ -64,6 +66,7 @@ COMMANDS: dict[str, Command | Verb] = {
     ),
     "adapt": Verb("train an encoder further on labelled images"),
     "distill": Verb("teach a small model what a large one knows"),
+    "align": Verb("train an encoder to meet language, or what another sense gives"),
     "segment": Verb("train a decoder that gives every pixel a class"),
     "segment predict": Command(
         "write the masks a trained decoder makes of images", "segment.commands:predict", positional=("run",)
@@ -184,7 +187,7 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, segment, anomaly, explain, evaluate, attack, clean,
+        verb: Show one list only: pretrain, adapt, distill, align, segment, anomaly, explain, evaluate, attack, clean,
             data or references.
     """
     lists: dict[str, dict[str, str]] = {
@@ -281,7 +284,7 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
-    settles = verb in ("pretrain", "adapt", "distill", "anomaly", "clean")
+    settles = verb in ("pretrain", "adapt", "distill", "align", "anomaly", "clean")
     values = read_options(f"{verb} {method}", entry.sentence, config_class, rest, defaults, all_of_them=not settles)
     return partial(getattr(api, verb), method, **values)
 

@@ -131,6 +131,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A classifier learns from labels and a fine-tuned teacher, each on a token of its own (G2SD, second stage)",
         ),
     },
+    "align": {
+        "clip": Entry(
+            "systems.clip.method:ClipMethod",
+            "systems.clip.config:ClipConfig",
+            "Images and captions meet in one space (CLIP); one tower may be locked (extra: clip)",
+        ),
+    },
     "segment": {
         "linear": Entry(
             "segment.method:LinearMethod",

@@ -2,7 +2,7 @@
 
 `photos` are random crops of the natural, medical, microscope and astronomy photographs that scikit-image and
 scikit-learn ship inside their packages; the class is the photograph. Test crops come from a vertical band of each
-photograph that no training crop touches.
+photograph that no training crop touches. Crops have captions, which say that and how bright and detailed they are.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ PHOTOS = {
 }
 TEST_BAND = 0.25
 """Share of each photograph's width, at its right edge, that test crops come from."""
+BRIGHTNESS = ((70.0, "dark"), (150.0, ""), (256.0, "bright"))
+DETAIL = ((15.0, "smooth"), (45.0, ""), (256.0, "detailed"))
+"""Least mean of the values 0 to 255, and least standard deviation, from which on the next word holds."""
 DEFAULT_CROPS = {"train": 2700, "test": 720}
 
 
@@ -73,6 +76,7 @@ class PhotosSource(Source):
         self.in_chans = in_chans
         if self.crops < 1:
             raise UsageError(f"crops is {self.crops}; it must be at least 1")
+        self.captions = True
         self.class_names = list(PHOTOS)
         self.labels = np.arange(self.crops, dtype=np.int64) % len(PHOTOS)
         largest = min(min(image.shape[-2:]) for image in self._regions)
@@ -108,17 +112,35 @@ class PhotosSource(Source):
         """Return crop number `index`."""
         if not 0 <= index < self.crops:
             raise IndexError(f"there is no crop {index} among {self.crops}")
-        label = index % len(PHOTOS)
-        region = self._regions[label]
+        return Sample(self._crop(index), index % len(PHOTOS), self.key(index), self.named(index))
+
+    def caption(self, index: int) -> str:
+        """Return what a crop shows in words: its photograph, how bright it is and how much there is to see.
+
+        >>> PhotosSource().caption(3)
+        'a bright smooth close-up of a cat'
+        """
+        crop = self._crop(index).float()
+        brightness = _word_of(float(crop.mean()), BRIGHTNESS)
+        detail = _word_of(float(crop.mean(0).std()), DETAIL)
+        return " ".join(
+            word for word in ("a", brightness, detail, f"close-up of a {list(PHOTOS)[index % len(PHOTOS)]}") if word
+        )
+
+    def _crop(self, index: int) -> Tensor:
+        region = self._regions[index % len(PHOTOS)]
         generator = np.random.default_rng((self.seed, index, self.split == "test"))
         top, left = (int(generator.integers(side - self.crop_size + 1)) for side in region.shape[-2:])
-        crop = region[:, top : top + self.crop_size, left : left + self.crop_size].contiguous()
-        return Sample(crop, label, self.key(index))
+        return region[:, top : top + self.crop_size, left : left + self.crop_size].contiguous()
 
     def fingerprint(self) -> str:
         """Return a short hash of the settings."""
         text = f"photos {self.split} {self.crop_size} {self.crops} {self.seed} {sorted(PHOTOS)}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _word_of(value: float, words: tuple[tuple[float, str], ...]) -> str:
+    return next(word for below, word in words if value < below)
 
 
 class DigitsSource(Source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, convit, frames, hyena_vit, micro, timm_families, video
+from patchloom.encoders import ccvit, cifar_resnet, convit, frames, hyena_vit, micro, timm_families, video, vitamin
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.encoder import Encoder
@@ -91,4 +91,5 @@ __all__ = [
     "timm_families",
     "tokens",
     "video",
+    "vitamin",
 ]

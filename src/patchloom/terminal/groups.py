@@ -52,6 +52,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "limit",
         "class_name",
         "probe_data",
+        "captions",
+        "templates",
         "masks",
         "good",
         "test_share",

@@ -30,7 +30,7 @@ from patchloom.io import existing, printable
 SOURCES = frozenset({"data", "probe_data", "val_data", "test"})
 """Settings that name data sources."""
 MODELS = frozenset(
-    {"encoder", "init_from", "teacher", "heads_from", "init_adapter", "adversary_encoder", "continue_from"}
+    {"encoder", "init_from", "teacher", "heads_from", "init_adapter", "adversary_encoder", "continue_from", "text_from"}
 )
 """Settings that name models on disk, or in part known ones."""
 FILES = frozenset({"codebook", "groups", "masks", "task_file"})
