@@ -40,7 +40,7 @@ MOST_HELD_OUT = 1000
 
 
 class ClipMethod(Method):
-    """Images and captions meet in one space (CLIP); one tower may be locked."""
+    """Images and captions meet in one space (CLIP); one tower may be locked (extra: clip)."""
 
     config_class = ClipConfig
     config: ClipConfig
