@@ -116,9 +116,7 @@ class ClipMethod(Method):
     def transform(self) -> PairedWithText:
         """Return what data workers do to an image and its caption."""
         config = self.config
-        view = PairedViews(
-            self.input_size, scale=config.crop_scale, flip=config.flip, color_jitter=config.color_jitter
-        )
+        view = PairedViews(self.input_size, scale=config.crop_scale, flip=config.flip, color_jitter=config.color_jitter)
         return PairedWithText(view, self.towers.text.context_length)
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
