@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from patchloom.encoders import ccvit, cifar_resnet, convit, frames, hyena_vit, micro, timm_families, video, vitamin
+from patchloom.encoders import (
+    ccvit,
+    cifar_resnet,
+    convit,
+    frames,
+    hyena_vit,
+    micro,
+    timm_families,
+    video,
+    vitamin,
+    volume,
+)
 from patchloom.encoders.blocks import run_block
 from patchloom.encoders.create import create_backbone, create_encoder
 from patchloom.encoders.encoder import Encoder
@@ -92,4 +103,5 @@ __all__ = [
     "tokens",
     "video",
     "vitamin",
+    "volume",
 ]

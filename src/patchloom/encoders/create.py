@@ -21,7 +21,7 @@ from patchloom.encoders.properties import input_size, size_arguments
 from patchloom.errors import UsageError
 
 # Where timm and this package keep them, for hints that lead to an encoder.
-MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva", "hyena_vit", "vitamin")
+MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva", "hyena_vit", "vitamin", "video", "volume")
 
 
 def create_encoder(
@@ -166,7 +166,8 @@ def _sized(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {}  # refused by its kind, not by its size
     family, own = family_of(built), input_size(built)
     shape = family.patch_shape(built)
-    if (patch := arguments.get("patch_size")) is not None and not isinstance(patch, int) and len(set(patch)) > 1:
+    patch: Any = arguments.get("patch_size")
+    if family.square_patches and not isinstance(patch, int | None) and len(set(patch)) > 1:
         raise UsageError(f"patch_size is {tuple(patch)}; patches here are square")
     sides = family.sides(own, asked)
     # Patches of some models do not fill their own size: they leave out what is over, at any size.

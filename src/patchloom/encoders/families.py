@@ -64,6 +64,7 @@ class Family:
         has_class_token: There can be one. Where not, what `global_pool` makes of the patches stands for it.
         takes_registers: The module takes `register_argument` and `no_embed_class`.
         register_argument: The argument that says how many register tokens it has.
+        square_patches: Patches have the same side along the last two axes; where not, each axis has its own.
         stem: Names of what stands before the blocks.
         behind: Names of what stands behind or beside them; stem, blocks and these are all there is.
     """
@@ -74,6 +75,7 @@ class Family:
     has_class_token: ClassVar[bool] = True
     takes_registers: ClassVar[bool] = False
     register_argument: ClassVar[str] = "reg_tokens"
+    square_patches: ClassVar[bool] = True
     stem: ClassVar[frozenset[str]] = frozenset(
         {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "patch_embed", "norm_pre"}
     )

@@ -15,8 +15,7 @@ import timm
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from patchloom.encoders import Encoder, create_encoder, require_tokens, set_image_size
-from patchloom.encoders import image_size as size_of
+from patchloom.encoders import Encoder, Grid, create_encoder, input_size, require_tokens, set_image_size
 from patchloom.encoders import in_chans as channels_of
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, load
@@ -26,7 +25,7 @@ def start_encoder(
     name: str,
     create: Callable[..., Encoder] = create_encoder,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | Grid | None = None,
     in_chans: int = 3,
     drop_path: float = 0.0,
     **model_args: Any,
@@ -36,7 +35,7 @@ def start_encoder(
     Args:
         name: A timm model, or the path of a bundle or run.
         create: `create_encoder` for a ViT, `create_backbone` for any image model.
-        image_size: Side in pixels, or (H, W); default: the model's own.
+        image_size: Side in pixels, or each: (H, W), of volumes (D, H, W); default: the model's own.
         in_chans: Channels of the images; weights for RGB are adapted to other numbers by timm's rule, and it says so.
         drop_path: Stochastic depth rate of the last block.
         **model_args: Arguments of the timm model, for a fresh one.
@@ -66,7 +65,7 @@ def load_weights(
         UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
     """
     published = timm.is_model(path) and not Path(path).exists()
-    trained = fetch_encoder(path, image_size=size_of(encoder)) if published else load(path)
+    trained = fetch_encoder(path, image_size=input_size(encoder)) if published else load(path)
     saved = convert(encoder, trained.state_dict())
     if (channels := channels_of(encoder)) != channels_of(trained) == 3:
         saved = widened(saved, trained, channels, path)
@@ -86,7 +85,7 @@ def load_weights(
 
 def _from_bundle(
     path: str,
-    size: int | tuple[int, int] | None,
+    size: int | Grid | None,
     in_chans: int,
     drop_path: float,
     create: Callable[..., Encoder],
@@ -106,7 +105,7 @@ def _from_bundle(
     }
     encoder = create(
         creation_args["architecture"],
-        image_size=size_of(saved),
+        image_size=input_size(saved),
         in_chans=in_chans,
         drop_path=drop_path,
         **arguments,
