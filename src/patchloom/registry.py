@@ -331,6 +331,7 @@ OPENERS: dict[str, str] = {
 what the model's bundle remembers of them that it has arguments for."""
 
 DECODERS: dict[str, str] = {
+    "unetr": "segment.unetr:build",
     "vit_comer": "systems.vit_comer.parts:build",
 }
 """Decoders of `segment` that are systems of their own: what makes the parts of such a model (`segment.build`)."""
@@ -362,6 +363,7 @@ REFERENCES: dict[str, str] = {
     "dinov3_medical": "systems.dinov3.published:load",
     "gcab": "systems.gcab.published:load",
     "ear": "systems.ear.published:load",
+    "hi_end_mae": "systems.hi_end_mae.published:load",
     "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
     "vit_p": "systems.vit_p.published:load",

@@ -91,6 +91,8 @@ def inflate_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
 def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Inflated:
     """Give an encoder of clips or volumes the weights of one of images, in place.
 
+    Positions of the target that are computed stay as they are.
+
     Args:
         encoder: The encoder of images.
         target: One whose grid has axes more, in front; blocks of the same width and depth.
@@ -108,7 +110,9 @@ def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Infla
             f"the grid {shown(new)} of a {type(target).__name__} has no axis more than {shown(old)}, so there is "
             f"nothing to inflate"
         )
-    given, wanted = encoder.state_dict(), target.state_dict()
+    given, wanted = _places_in_tokens(encoder, target), target.state_dict()
+    if isinstance(fixed := getattr(target, "pos_embed", None), Tensor) and not fixed.requires_grad:
+        wanted.pop("pos_embed")  # computed, and not trained
     taken: dict[str, Tensor] = {}
     for name in wanted.keys() & given.keys():
         value = given[name]
@@ -126,3 +130,14 @@ def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Infla
     statistics = {name: encoder.pretrained_cfg[name] for name in ("mean", "std")}
     target.pretrained_cfg = {**target.pretrained_cfg, **statistics}
     return Inflated([name for name in given if name not in wanted], [name for name in wanted if name not in given])
+
+
+def _places_in_tokens(encoder: Encoder, target: Encoder) -> dict[str, Tensor]:
+    """Return the tensors of the encoder of images; a position of the class token that the target lacks is in it."""
+    state, own = dict(encoder.state_dict()), getattr(target, "pos_embed", None)
+    positions, token = state.get("pos_embed"), state.get("cls_token")
+    if positions is None or token is None or not isinstance(own, Tensor) or encoder.num_prefix_tokens != 1:
+        return state
+    if patch_positions(positions, grid_size(encoder)) == 1 and patch_positions(own, grid_size(target)) == 0:
+        state |= {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
+    return state

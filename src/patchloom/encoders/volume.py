@@ -59,7 +59,7 @@ class VolumeEmbed(nn.Module):
         **unused: What timm passes to `PatchEmbed` and has no meaning here.
 
     Raises:
-        UsageError: Patches of other than one or three sides, or that do not fill the volume.
+        UsageError: Patches of other than one or three sides.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class VolumeEmbed(nn.Module):
 
     def set_size(self, size: Grid) -> None:
         """Be set up for volumes of a size (D, H, W); no weight depends on it."""
-        self.img_size, self.grid_size = size, patch_grid(size, self.patch_size)
+        self.img_size = size
+        self.grid_size = tuple(side // cut for side, cut in zip(size, self.patch_size, strict=True))
         self.num_patches = math.prod(self.grid_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | Grid:
@@ -110,6 +111,9 @@ class VolumeTransformer(VisionTransformer):
             divisible by 6, and train.
         norm_eps: Epsilon of all layer norms.
         **model_args: Those of timm's `VisionTransformer`.
+
+    Raises:
+        UsageError: Patches that do not fill the volume, or a width that heads or computed positions do not divide.
     """
 
     def __init__(
@@ -131,6 +135,8 @@ class VolumeTransformer(VisionTransformer):
             "no_embed_class": True,
         }
         super().__init__(**{**model_args, **fixed})
+        if not self.pos_embed.is_meta:  # there, a model is looked at before its size is settled
+            patch_grid(self.patch_embed.img_size, self.patch_embed.patch_size)
         self.positions = positions
         self.place()
 
