@@ -222,30 +222,31 @@ def clean(
     method: str,
     /,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     data: str | Path | None = None,
-    encoder: str | Path | None = None,
+    encoder: str | Path | nn.Module | None = None,
     **settings: Any,
-) -> Run:
-    """Rid the features of an encoder of artefacts, without labels.
+) -> Any:
+    """Rid the features of an encoder of artefacts, without labels; or say whether it has any.
 
     Args:
-        method: Name of the method: ph_reg; `list_methods("clean")` has all.
-        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        method: Name of the method: diagnose, ph_reg; `list_methods("clean")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`. Of
+            diagnose a JSON file, and not needed.
         data: Images, as for `pretrain`; labels play no part.
         encoder: What is cleaned: bundle, run, or name of a timm model, whose published weights are fetched.
         **settings: Further fields of the method's settings class; `patchloom clean METHOD --help` explains them.
 
     Returns:
-        The run: its folder `path`, its `model` (a bundle), its `report` and its `summary`.
+        The run: its folder `path`, its `model` (a bundle), its `report` and its `summary`. Of diagnose the figures.
 
     Raises:
         UsageError: Unknown method or setting, or a request that cannot be carried out.
         KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
     """
-    from patchloom.training.run import train
+    from patchloom.evaluate.run import clean_by
 
-    return train("clean", method, settings | _given(out=out, data=data, encoder=encoder))
+    return clean_by(method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def distill(

@@ -181,6 +181,11 @@ METHODS: dict[str, dict[str, Entry]] = {
         ),
     },
     "clean": {
+        "diagnose": Entry(
+            "evaluate.artefacts:Diagnose",
+            "evaluate.artefacts_config:ArtefactsConfig",
+            "Patterns of place, outlying norms and features of nothing: is cleaning an encoder worth trying?",
+        ),
         "ph_reg": Entry(
             "systems.ph_reg.method:PHRegMethod",
             "systems.ph_reg.config:PHRegConfig",

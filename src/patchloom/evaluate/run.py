@@ -17,18 +17,32 @@ if TYPE_CHECKING:
 
 def measure(protocol: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Predictions | None]:
     """Return the figures of an evaluation, see `patchloom.evaluate`, and what was said of each image, where known."""
-    evaluation = registry.method_class("evaluate", protocol)
-    for name in ("out", "predictions", "report", "picture"):
-        if isinstance(place := settings.get(name), str | Path):
+    return measured("evaluate", protocol, settings)
+
+
+def clean_by(method: str, settings: Mapping[str, Any]) -> Any:
+    """Clean an encoder by a method, see `patchloom.clean`: train it, or do what else the method does by `run`."""
+    from patchloom.training.method import Method
+    from patchloom.training.run import train
+
+    kind = registry.method_class("clean", method)
+    return train("clean", method, settings) if issubclass(kind, Method) else measured("clean", method, settings)[0]
+
+
+def measured(verb: str, name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Predictions | None]:
+    """Return the figures of a method of a verb that measures, and what was said of each image, where known."""
+    evaluation = registry.method_class(verb, name)
+    for setting in ("out", "predictions", "report", "picture"):
+        if isinstance(place := settings.get(setting), str | Path):
             check_place(place)
     config = config_from_mapping(evaluation.config_class, settings)
     bound = evaluation(config)
-    figures: dict[str, Any] = {"protocol": protocol, **bound.run()}
+    figures: dict[str, Any] = {"protocol": name, **bound.run()}
     predictions = getattr(bound, "predictions", None)
     # Protocols whose predictions are pictures write these themselves.
     if (path := getattr(config, "predictions", None)) is not None and hasattr(bound, "predictions"):
         if predictions is None:
-            raise UsageError(f"{protocol} says nothing of single images, so there are no predictions to write")
+            raise UsageError(f"{name} says nothing of single images, so there are no predictions to write")
         predictions.save(path)
     if config.out is not None and not getattr(evaluation, "writes_out", False):
         write_json(config.out, figures)
