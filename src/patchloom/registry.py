@@ -51,6 +51,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.mae.config:MAEConfig",
             "Reconstruction of hidden patches from the visible ones (MAE)",
         ),
+        "videomae_v2": Entry(
+            "systems.videomae_v2.method:VideoMAEV2Method",
+            "systems.videomae_v2.config:VideoMAEV2Config",
+            "Reconstruction of hidden tubes of clips by a decoder of some of them (VideoMAE V2)",
+        ),
     },
     "adapt": {
         "finetune": Entry(
@@ -372,6 +377,7 @@ REFERENCES: dict[str, str] = {
     "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
     "vit_p": "systems.vit_p.published:load",
+    "videomae_v2": "systems.videomae_v2.published:load",
 }
 """Loaders of published checkpoints."""
 

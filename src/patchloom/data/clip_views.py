@@ -21,6 +21,12 @@ from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, res
 from patchloom.data.transforms import FinetuneTransform
 from patchloom.data.transforms import eval_view as image_view
 
+PLACES = (
+    *((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)),
+    *((2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)),
+)
+"""Where a crop may lie: quarters of the room there is, from the top and from the left."""
+
 
 class ClipView:
     """The view of that name, of every frame alike.
@@ -87,6 +93,55 @@ class ClipCrops:
         top, left, h, w = random_box(height, width, self.scale, shaped((3 / 4, 4 / 3), self.size), generator)
         crop = clip[..., top : top + h, left : left + w]
         return {"clip": resize_frames(crop.flip(-1) if flipped else crop, self.size, self.interpolation)}
+
+
+class MultiScaleCrops:
+    """One crop of a few sizes and places for all frames, without mirroring: VideoMAE's and AdaptFormer's view of clips.
+
+    Height and width of the crop are each the shorter side of the clip times one of some factors, neighbours in their
+    list at most; a side within 3 pixels of the result's becomes that. It lies in one of 13 places: corners, middles of the
+    sides, centre and between these (Wang et al. 2016, arXiv 1608.00859).
+
+    Args:
+        size: Side of the result, (H, W) or (T, H, W), pixels.
+        factors: Those factors, falling; VideoMAE: 1, 0.875, 0.75, 0.66.
+        flip: Probability of the horizontal flip; VideoMAE: 0.
+
+    Raises:
+        UsageError: A value lies outside its range.
+    """
+
+    @checked
+    def __init__(
+        self,
+        size: int | tuple[int, ...],
+        factors: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66),
+        flip: Probability = 0.0,
+    ) -> None:
+        self.size, self.factors, self.flip = pair(_frame_size(size)), factors, flip
+
+    def __call__(self, clip: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return {"clip": (C, T, *size)} of a clip (C, T, H, W), of its type."""
+        height, width = clip.shape[-2:]
+        sizes = self.sizes(height, width)
+        h, w = sizes[int(torch.randint(len(sizes), (), generator=generator))]
+        down, across = PLACES[int(torch.randint(len(PLACES), (), generator=generator))]
+        top, left = down * ((height - h) // 4), across * ((width - w) // 4)
+        crop = clip[..., top : top + h, left : left + w]
+        if self.flip and float(torch.rand((), generator=generator)) < self.flip:
+            crop = crop.flip(-1)
+        return {"clip": resize_frames(crop, self.size)}
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return the (height, width) that a crop of a clip of this size may have."""
+        sides = [max(1, int(min(height, width) * factor)) for factor in self.factors]
+        heights, widths = ([own if abs(side - own) < 3 else side for side in sides] for own in self.size)
+        return [
+            (min(h, height), min(w, width))
+            for i, h in enumerate(heights)
+            for j, w in enumerate(widths)
+            if abs(i - j) <= 1
+        ]
 
 
 class ClipRecipe:

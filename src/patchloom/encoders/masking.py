@@ -129,6 +129,84 @@ def random_mask(grid: Grid, num_masked: int, generator: torch.Generator) -> Tens
     return ReplacementSampler(num_masked)(torch.zeros(grid, dtype=torch.bool), generator)
 
 
+def tube_mask(grid: Grid, ratio: float, permutation: Tensor) -> Tensor:
+    """Return a mask that hides the same places at all times (VideoMAE, Tong et al. 2022, arXiv 2203.12602).
+
+    Args:
+        grid: Patches of a clip, (time, down, across).
+        ratio: Share of the places hidden: int(ratio * h * w) of them.
+        permutation: (h * w,) int64, the order in which a row of visible places, then hidden ones, is laid out.
+
+    Returns:
+        (*grid) bool, True = hidden.
+
+    Raises:
+        UsageError: A grid of other than 3 axes, or a ratio that hides no place or leaves none visible.
+    """
+    times, height, width = clip_grid(grid, "tube masks")
+    places = height * width
+    if not 0 < ratio < 1 or not 0 < (hidden := int(ratio * places)) < places:
+        raise UsageError(
+            f"a mask ratio of {ratio:g} hides {'all' if ratio >= 1 else 'none'} of {places} places of a frame; it must "
+            f"hide some and leave some visible"
+        )
+    row = torch.arange(places) >= places - hidden
+    return row[permutation].view(1, height, width).repeat(times, 1, 1)
+
+
+def running_cell_mask(grid: Grid, ratio: float, phase: int) -> Tensor:
+    """Return which patches the decoder leaves out: of cells of 2 x 2 places some, others at each time.
+
+    VideoMAE V2 (Wang et al. 2023, arXiv 2303.16727, section 3.2): over four times every place is left out 4 ratio times.
+
+    Args:
+        grid: Patches of a clip, (time, down, across); down and across even.
+        ratio: Share left out: 0.25, 0.5 (paper) or 0.75.
+        phase: Where in the cycle the first time stands, 0 to 3.
+
+    Returns:
+        (*grid) bool, True = not decoded.
+
+    Raises:
+        UsageError: A grid of other than 3 axes or of odd sides, another ratio or phase.
+    """
+    times, height, width = clip_grid(grid, "running cells")
+    if height % 2 or width % 2:
+        raise UsageError(
+            f"a running cell covers 2x2 patches, and a grid of {height}x{width} patches is odd; take another image "
+            f"size, or decoder_mask=none"
+        )
+    if not 1 <= (dropped := int(4 * ratio)) <= 3:
+        raise UsageError(f"a running cell leaves out 1, 2 or 3 of 4 patches, not {ratio:g} of them; take 0.25, 0.5 or 0.75")
+    if not 0 <= phase < 4:
+        raise UsageError(f"phase is {phase}; a running cell has phases 0 to 3")
+    places = torch.arange(height)[:, None] % 2 * 2 + torch.arange(width) % 2  # number of a place within its cell
+    moments = torch.arange(times)[:, None, None] + phase + 1
+    return (places + moments) % 4 < dropped
+
+
+def draw_tube_mask(grid: Grid, ratio: float, generator: torch.Generator) -> Tensor:
+    """Return a `tube_mask` of places drawn uniformly."""
+    _, height, width = clip_grid(grid, "tube masks")
+    return tube_mask(grid, ratio, torch.randperm(height * width, generator=generator))
+
+
+def draw_running_cell_mask(grid: Grid, ratio: float, generator: torch.Generator) -> Tensor:
+    """Return a `running_cell_mask` of a phase drawn uniformly."""
+    return running_cell_mask(grid, ratio, int(torch.randint(4, (), generator=generator)))
+
+
+def clip_grid(grid: Grid, what: str) -> tuple[int, int, int]:
+    """Return a grid as (time, down, across), for what is defined on clips alone.
+
+    Raises:
+        UsageError: The grid has another number of axes.
+    """
+    if len(grid) != 3:
+        raise UsageError(f"{what} are for grids of 3 axes, those of clips; a grid of {shown(grid)} has {len(grid)}")
+    return grid[0], grid[1], grid[2]
+
+
 def _check_count(grid: Grid, num_masked: int) -> None:
     most = math.prod(grid)
     if not 0 <= num_masked <= most:

@@ -137,11 +137,20 @@ class Method(lp.LightningModule):
         config = self.config
         create = create_backbone if self.any_backbone else create_encoder
         encoder = start_encoder(
-            config.encoder, create, image_size=config.image_size, in_chans=config.in_chans, drop_path=config.drop_path
+            config.encoder,
+            create,
+            image_size=config.image_size,
+            in_chans=config.in_chans,
+            drop_path=config.drop_path,
+            **self.encoder_arguments(),
         )
         if (start := start_of(config)) is not None:
             load_weights(encoder, start, self.starting_weights)
         return read_as(encoder, config)
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Return arguments of a fresh encoder that the method decides; by default none."""
+        return {}
 
     def starting_weights(self, encoder: Encoder, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of `init_from` as the encoder's; a method may make up what another kind of ViT lacks."""
