@@ -379,13 +379,17 @@ class Method(lp.LightningModule):
         world = self.trainer.world_size if self._trainer is not None else 1
         return config.lr * (config.batch_size * config.accumulate * world / config.lr_base_batch)
 
+    def least_lr(self) -> float:
+        """Return the learning rate at the end of the cosine."""
+        return self.config.min_lr
+
     def rates(self, step: int) -> tuple[float, float]:
         """Return the learning rate and weight decay of a step; each stage has the whole schedule."""
         config, span = self.config, self.span
         warmup = warmup_steps(config.warmup_epochs, span.per_epoch, span.steps)
         # A peak below min_lr is meant: the cosine must not climb.
         peak, within = self.peak_lr(), step - span.start
-        lr = warmup_cosine(within, span.steps, warmup, peak, min(config.min_lr, peak))
+        lr = warmup_cosine(within, span.steps, warmup, peak, min(self.least_lr(), peak))
         end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
         return lr, cosine(within, span.steps, config.weight_decay, end)
 

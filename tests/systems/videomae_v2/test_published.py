@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 import patchloom as pl
+import videomae_formulas as formulas
 from patchloom.encoders import normalize
 from patchloom.encoders.masking import draw_running_cell_mask, draw_tube_mask
 from patchloom.errors import UsageError
 from patchloom.systems.videomae_v2.model import VideoMaskedAutoencoder, dual_mask_loss, video_targets
 from patchloom.systems.videomae_v2.published import select_head_rows
-import videomae_formulas as formulas
 
 WIDTH, DEPTH, HEADS, PATCH, DECODER = 24, 2, 3, 8, 16
 GRID = (4, 4, 6)

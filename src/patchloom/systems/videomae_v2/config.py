@@ -51,8 +51,8 @@ class VideoMAEV2Config(AverageOptions, EncoderOptions, TrainConfig):
     """Share of the places hidden from the encoder, the same at all times; paper: 0.9"""
     decoder_mask: Literal["running_cell", "none"] = "running_cell"
     """What the decoder leaves out: places that run through cells of 2 x 2 (paper), or nothing that is hidden"""
-    decoder_mask_ratio: Literal["0.25", "0.5", "0.75"] = "0.5"
-    """Share of all tokens that the decoder leaves out; paper: 0.5"""
+    decoder_mask_ratio: Proportion = 0.5
+    """Share of all tokens that the decoder leaves out: 0.25, 0.5 (paper) or 0.75"""
     loss_on: Literal["hidden", "decoded"] = "hidden"
     """Tokens that carry a loss: decoded ones the encoder did not see (paper), or all decoded ones"""
     normalize_target: bool = True
@@ -75,5 +75,10 @@ class VideoMAEV2Config(AverageOptions, EncoderOptions, TrainConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
+        if not 1 <= int(4 * self.decoder_mask_ratio) <= 3:
+            raise UsageError(
+                f"decoder_mask_ratio is {self.decoder_mask_ratio:g}; a running cell leaves out 1, 2 or 3 of 4 tokens: take "
+                f"0.25, 0.5 or 0.75"
+            )
         if self.clip_frames is not None and self.clip_frames % 2:
             raise UsageError(f"clip_frames is {self.clip_frames}; tubes are 2 frames long, so give an even number")

@@ -67,7 +67,9 @@ class VideoMAEV2Method(Method):
 
     def transform(self) -> Transform:
         """Return the crops and masks of a clip."""
-        return MaskedClips(MultiScaleCrops(self.sample_size, flip=self.config.flip), self.masks, self.config.views_per_clip)
+        return MaskedClips(
+            MultiScaleCrops(self.sample_size, flip=self.config.flip), self.masks, self.config.views_per_clip
+        )
 
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the mean squared error over the tokens that are hidden and decoded, of all views."""
@@ -76,23 +78,9 @@ class VideoMAEV2Method(Method):
         hidden, left_out = batch["hidden"].flatten(0, 1), batch["left_out"].flatten(0, 1)
         return {"loss": self.model.loss(clips, hidden, left_out, pixels, self.config.loss_on)}
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """Return the learning rate and weight decay of a step; the least rate is scaled to the batch like the others."""
-        lr, weight_decay = super().rates(step)
-        scale = self.peak_lr() / self.config.lr
-        if scale == 1 or self.in_warmup(step):
-            return lr, weight_decay
-        low, high = self.config.min_lr, self.peak_lr()
-        end = min(low, high)
-        share = (lr - end) / (high - end) if high > end else 0.0
-        return min(low * scale, high) + share * (high - min(low * scale, high)), weight_decay
-
-    def in_warmup(self, step: int) -> bool:
-        """Return whether a step is one of the warm-up."""
-        from patchloom.training.schedule import warmup_steps
-
-        span = self.span
-        return step - span.start < warmup_steps(self.config.warmup_epochs, span.per_epoch, span.steps)
+    def least_lr(self) -> float:
+        """Return the learning rate at the end, which is scaled to the batch as the others are."""
+        return self.config.min_lr * self.peak_lr() / self.config.lr
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies: not to vectors, the mask token and scales of attention, as published."""
@@ -203,7 +191,7 @@ class MaskedClips:
 
 def decoder_ratio(config: VideoMAEV2Config) -> float | None:
     """Return the share of the tokens that the decoder leaves out by running cells; None where it does not."""
-    return None if config.decoder_mask == "none" else float(config.decoder_mask_ratio)
+    return None if config.decoder_mask == "none" else config.decoder_mask_ratio
 
 
 def heads_of(width: int) -> int:

@@ -25,7 +25,15 @@ SETTINGS = Settings(
         *("positions", "normalize_target"),
     ),
     idle=(
-        *("init_scale", "with_cp", "attn_drop_rate", "decoder_num_classes", "encoder_num_classes", "model", "model_key"),
+        *(
+            "init_scale",
+            "with_cp",
+            "attn_drop_rate",
+            "decoder_num_classes",
+            "encoder_num_classes",
+            "model",
+            "model_key",
+        ),
         *("model_prefix", "sampling_rate", "num_segments", "num_sample", "num_crop", "mask_type", "mask_ratio"),
         *("decoder_mask_type", "decoder_mask_ratio", "data_root", "fname_tmpl", "init_values", "window_size"),
         *("test_num_segment", "test_num_crop", "dist_eval", "embed_layer", "sparse_sample", "drop_rate"),
@@ -98,7 +106,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
     set_epsilon(encoder, settled.get("layer_norm_eps"))
     if not decoder:
         return fill(encoder, _ours(inner, encoder)).eval()
-    require(decoder, "encoder_to_decoder.weight", "mask_token", "decoder.head.weight", "decoder.blocks.0.mlp.fc1.weight")
+    require(
+        decoder, "encoder_to_decoder.weight", "mask_token", "decoder.head.weight", "decoder.blocks.0.mlp.fc1.weight"
+    )
     hidden, width = decoder["decoder.blocks.0.mlp.fc1.weight"].shape
     heads = int(settled.get("decoder_num_heads") or DECODER_HEADS.get(width, max(1, width // 64)))
     gamma = decoder.get("decoder.blocks.0.gamma_1")
@@ -114,7 +124,9 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
         normalize_target=bool(settled.get("normalize_target", True)),
     )
     ours = {f"encoder.{name}": value for name, value in _ours(inner, encoder).items()}
-    renamed = {name.replace("decoder.", "decoder_", 1): value for name, value in decoder.items() if name[:8] == "decoder."}
+    renamed = {
+        name.replace("decoder.", "decoder_", 1): value for name, value in decoder.items() if name[:8] == "decoder."
+    }
     kept = {name: decoder[name] for name in ("encoder_to_decoder.weight", "mask_token") if name in decoder}
     fill(model, ours | _ours(renamed, model) | kept)
     if (epsilon := settled.get("layer_norm_eps")) is not None:
