@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchloom.encoders.masking import BlockMaskGenerator, ReplacementSampler, random_mask
+from patchloom.encoders.masking import (
+    BlockMaskGenerator,
+    ReplacementSampler,
+    draw_running_cell_mask,
+    draw_tube_mask,
+    random_mask,
+    running_cell_mask,
+    tube_mask,
+)
 from patchloom.errors import UsageError
 
 
@@ -96,3 +104,54 @@ def test_replacements_are_uniform_over_the_visible():
 def test_impossible_numbers_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("side", "hidden"), [(14, 176), (16, 230)])
+def test_a_tube_hides_the_same_places_at_all_times(side, hidden):
+    mask = draw_tube_mask((8, side, side), 0.9, torch.Generator().manual_seed(0))
+    assert mask.shape == (8, side, side)
+    assert mask.sum((1, 2)).tolist() == [hidden] * 8
+    assert torch.equal(mask, mask[:1].expand_as(mask))
+    # Visible places come first in the row that is laid out.
+    order = torch.arange(side * side)
+    assert torch.equal(tube_mask((1, side, side), 0.9, order).flatten(), order >= side * side - hidden)
+
+
+def test_a_running_cell_moves_as_the_paper_draws_it():
+    cells = {0: [[1, 1], [0, 0]], 1: [[1, 0], [0, 1]], 2: [[0, 0], [1, 1]], 3: [[0, 1], [1, 0]]}
+    for phase in range(4):
+        mask = running_cell_mask((8, 4, 6), 0.5, phase)
+        for time in range(8):
+            cell = torch.tensor(cells[(phase + time + 1) % 4], dtype=torch.bool)
+            assert torch.equal(mask[time], cell.repeat(2, 3))
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_running_cells_leave_every_place_out_equally_often(ratio):
+    masks = [running_cell_mask((8, 4, 6), ratio, phase) for phase in range(4)]
+    for phase, mask in enumerate(masks):
+        assert mask.sum((1, 2)).tolist() == [int(ratio * 24)] * 8
+        for time in range(5):
+            assert (mask[time : time + 4].sum(0) == 4 * ratio).all()
+        assert torch.equal(masks[(phase + 1) % 4][:-1], mask[1:])  # a phase later is a time later
+    drawn = {
+        tuple(draw_running_cell_mask((8, 4, 6), ratio, torch.Generator().manual_seed(seed)).flatten().tolist())
+        for seed in range(40)
+    }
+    assert drawn == {tuple(mask.flatten().tolist()) for mask in masks}
+
+
+def test_masks_of_clips_that_cannot_be_are_refused():
+    order = torch.arange(16)
+    for ratio, said in ((0.01, "hides none of 16 places"), (1.0, "hides all of 16 places")):
+        with pytest.raises(UsageError, match=said):
+            tube_mask((2, 4, 4), ratio, order)
+    with pytest.raises(UsageError, match="3x4 patches is odd"):
+        running_cell_mask((2, 3, 4), 0.5, 0)
+    for ratio in (0.1, 1.0):
+        with pytest.raises(UsageError, match=r"leaves out 1, 2 or 3 of 4 patches, not"):
+            running_cell_mask((2, 4, 4), ratio, 0)
+    with pytest.raises(UsageError, match="phase is 4"):
+        running_cell_mask((2, 4, 4), 0.5, 4)
+    with pytest.raises(UsageError, match="grids of 3 axes, those of clips; a grid of 4x4 has 2"):
+        draw_tube_mask((4, 4), 0.5, torch.Generator())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 
 from patchloom.encoders import (
@@ -24,6 +25,7 @@ from patchloom.encoders import (
     tokens,
 )
 from patchloom.encoders.anysize import embed_any_size
+from patchloom.encoders.cosine_attention import CosineAttention
 from patchloom.encoders.masked_autoencoder import MaskedAutoencoder
 from patchloom.encoders.positions import running_positions
 from patchloom.encoders.stages import embed, run_blocks
@@ -161,3 +163,42 @@ def test_positions_are_the_formula():
             angle = position / 10000 ** (2 * (column // 2) / 12)
             wanted = math.sin(angle) if column % 2 == 0 else math.cos(angle)
             assert math.isclose(float(table[position, column]), wanted, abs_tol=1e-7)
+
+
+def test_cosine_attention_is_the_formula_and_its_factor_ends_at_a_hundred():
+    attention = CosineAttention(12, num_heads=3).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in attention.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    attention.scale.data = torch.tensor([0.5, 4.0, 9.0]).view(3, 1, 1).double()
+    x = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
+    q, k, v = (x @ attention.qkv.weight.T).split(12, -1)
+    q, v = q + attention.q_bias, v + attention.v_bias
+    heads = []
+    for head, factor in enumerate((math.exp(0.5), math.exp(4.0), math.exp(4.6052))):
+        part = slice(4 * head, 4 * head + 4)
+        q1, k1 = (t[..., part] / t[..., part].norm(dim=-1, keepdim=True) for t in (q, k))
+        heads.append((factor * q1 @ k1.transpose(1, 2)).softmax(-1) @ v[..., part])
+    expected = torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias
+    torch.testing.assert_close(attention(x), expected)
+    attention.fused_attn = False
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_a_pool_of_the_first_token_needs_no_class_token():
+    encoder = create_encoder("videomae_tiny_patch16_224", image_size=(4, 32, 32), depth=1, global_pool="token").eval()
+    clips = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(encoder(clips), encoder.forward_features(clips)[:, 0])
+    assert isinstance(encoder.norm, torch.nn.LayerNorm)
+
+
+def test_huge_and_giant_have_the_papers_sizes():
+    with torch.device("meta"):
+        for name, millions, tokens in (("huge_patch16", 632, 1568), ("giant_patch14", 1011, 2048)):
+            model = timm.create_model(f"videomae_{name}_224", num_classes=0)
+            assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+            assert model.patch_embed.num_patches == tokens
+        assert model.blocks[0].mlp.fc1.out_features == 6144
+        base = timm.create_model("videomae_base_patch16_224", num_classes=400)
+        # The published count is without biases of keys, which change nothing.
+        assert sum(p.numel() for p in base.parameters()) == 86_534_800 + 12 * 768

@@ -99,8 +99,8 @@ class MultiScaleCrops:
     """One crop of a few sizes and places for all frames, without mirroring: VideoMAE's and AdaptFormer's view of clips.
 
     Height and width of the crop are each the shorter side of the clip times one of some factors, neighbours in their
-    list at most; a side within 3 pixels of the result's becomes that. It lies in one of 13 places: corners, middles of the
-    sides, centre and between these (Wang et al. 2016, arXiv 1608.00859).
+    list at most; a side within 3 pixels of the result's becomes that. It lies in one of 13 places: corners, middles of
+    the sides, centre and between these (Wang et al. 2016, arXiv 1608.00859).
 
     Args:
         size: Side of the result, (H, W) or (T, H, W), pixels.

@@ -1,7 +1,7 @@
 """Attention by the angle between queries and keys, sharpened by a factor that each head learns.
 
-Swin Transformer V2 (Liu et al. 2021, arXiv 2111.09883, section 3.2), without its bias of positions: VideoMAE V2's variant
-(Wang et al. 2023, arXiv 2303.16727).
+Swin Transformer V2 (Liu et al. 2021, arXiv 2111.09883, section 3.2), without its bias of positions: a variant of
+VideoMAE V2 (Wang et al. 2023, arXiv 2303.16727).
 
 >>> import torch
 >>> CosineAttention(64, num_heads=4)(torch.randn(2, 10, 64)).shape

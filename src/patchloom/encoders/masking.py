@@ -157,7 +157,7 @@ def tube_mask(grid: Grid, ratio: float, permutation: Tensor) -> Tensor:
 def running_cell_mask(grid: Grid, ratio: float, phase: int) -> Tensor:
     """Return which patches the decoder leaves out: of cells of 2 x 2 places some, others at each time.
 
-    VideoMAE V2 (Wang et al. 2023, arXiv 2303.16727, section 3.2): over four times every place is left out 4 ratio times.
+    VideoMAE V2 (Wang et al. 2023, arXiv 2303.16727, section 3.2): of four times each place is left out 4 ratio times.
 
     Args:
         grid: Patches of a clip, (time, down, across); down and across even.
@@ -177,9 +177,7 @@ def running_cell_mask(grid: Grid, ratio: float, phase: int) -> Tensor:
             f"size, or decoder_mask=none"
         )
     if not 1 <= (dropped := int(4 * ratio)) <= 3:
-        raise UsageError(
-            f"a running cell leaves out 1, 2 or 3 of 4 patches, not {ratio:g} of them; take 0.25, 0.5 or 0.75"
-        )
+        raise UsageError(f"a running cell leaves out 1, 2 or 3 of 4 patches, not {ratio:g}; take 0.25, 0.5 or 0.75")
     if not 0 <= phase < 4:
         raise UsageError(f"phase is {phase}; a running cell has phases 0 to 3")
     places = torch.arange(height)[:, None] % 2 * 2 + torch.arange(width) % 2  # number of a place within its cell

@@ -40,17 +40,19 @@ def save_parts(model: nn.Module, folder: str | Path) -> Path:
     """Write what a masked model has besides its encoder into the folder of the encoder's bundle.
 
     Args:
-        model: A `MaskedAutoencoder`, or a module with an `encoder` and a `mask_token`.
+        model: A `MaskedAutoencoder`, or a module with an `encoder` and a `mask_token`; or another autoencoder, with an
+            `encoder`, `decoder_blocks` and `decoder_settings()`: what its tensors do not tell.
         folder: The bundle.
 
     Returns:
         The file.
     """
     names = DECODER if isinstance(model, MaskedAutoencoder) else ("mask_token",)
+    other = hasattr(model, "decoder_settings")
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
-        if name.split(".")[0] in names
+        if (not name.startswith("encoder.") if other else name.split(".")[0] in names)
     }
     about = {"encoder": bundle_fingerprint(folder), **settings_of(model)}
     target = Path(folder) / PARTS
@@ -61,6 +63,8 @@ def save_parts(model: nn.Module, folder: str | Path) -> Path:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """Return what the tensors of a masked model do not tell."""
+    if callable(told := getattr(model, "decoder_settings", None)):
+        return {"kind": type(model).__name__, **told()}
     if not isinstance(model, MaskedAutoencoder):
         return {"kind": "mask_token"}
     block: Any = model.decoder_blocks[0]
@@ -94,6 +98,8 @@ def load_masked_model(path: str | Path) -> MaskedModel:
         raise UsageError(f"{name} is a file and not a run or bundle; for a checkpoint of MAE: {REMEDY}")
     folder = find_bundle(name)
     state, about = _parts(folder)
+    if about["kind"] not in ("autoencoder", "mask_token"):
+        raise UsageError(f"the decoder in {path} is one of a {about['kind']}, which is not taken here; {REMEDY}")
     encoder = load(folder)
     encoder.reset_classifier(0)
     if about["kind"] == "mask_token":

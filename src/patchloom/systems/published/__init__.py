@@ -97,7 +97,7 @@ def import_reference(
     inserted = insertions(encoder)
     remove(encoder)  # a bundle is the plain encoder; without anything inserted this does nothing
     save_bundle(encoder, out, lineage=lineage, overwrite=overwrite)
-    if isinstance(module, (MaskedAutoencoder, CentroidMIM)):
+    if isinstance(module, (MaskedAutoencoder, CentroidMIM)) or hasattr(module, "decoder_settings"):
         save_parts(module, out)
     elif isinstance(token := getattr(module, "mask_token", None), Tensor) and bool(token.any()):
         # A checkpoint that has none is given zeros, with which training starts anyway.

@@ -77,8 +77,8 @@ class VideoMAEV2Config(AverageOptions, EncoderOptions, TrainConfig):
         super().__post_init__()
         if not 1 <= int(4 * self.decoder_mask_ratio) <= 3:
             raise UsageError(
-                f"decoder_mask_ratio is {self.decoder_mask_ratio:g}; a running cell leaves out 1, 2 or 3 of 4 tokens: take "
-                f"0.25, 0.5 or 0.75"
+                f"decoder_mask_ratio is {self.decoder_mask_ratio:g}; a running cell leaves out 1, 2 or 3 of 4 tokens: "
+                f"take 0.25, 0.5 or 0.75"
             )
         if self.clip_frames is not None and self.clip_frames % 2:
             raise UsageError(f"clip_frames is {self.clip_frames}; tubes are 2 frames long, so give an even number")

@@ -18,6 +18,7 @@ from patchloom.data.sample import Sample
 from patchloom.encoders import Encoder, embed_dim, grid_size, normalize
 from patchloom.encoders.masking import draw_running_cell_mask, draw_tube_mask
 from patchloom.encoders.patches import Grid, patchify, unpatchify
+from patchloom.models.parts import save_parts
 from patchloom.systems.videomae_v2.config import VideoMAEV2Config
 from patchloom.systems.videomae_v2.model import VideoMaskedAutoencoder, initialize_as_videomae
 from patchloom.training.method import Method, Transform
@@ -96,6 +97,12 @@ class VideoMAEV2Method(Method):
             "decoder_parameters": sum(p.numel() for p in decoder),
         }
 
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the decoder beside it."""
+        super().save_model(model, path, lineage)
+        if self.config.strategy != "fsdp":  # no process holds the whole decoder; it is in the checkpoint
+            save_parts(self.model, path)
+
     @torch.no_grad()
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return what the network makes of held-out clips of which it sees a few tokens."""
@@ -119,8 +126,8 @@ class VideoMAEV2Method(Method):
         return [
             Section(
                 title="Hidden tubes and reconstruction",
-                text=f"Held-out clips, a few frames of each. Of {tokens} tokens the encoder sees {self.visible}, and the "
-                f"decoder predicts {self.decoded} in a step of training; here all that are hidden.{note}",
+                text=f"Held-out clips, a few frames of each. Of {tokens} tokens the encoder sees {self.visible}, and "
+                f"the decoder predicts {self.decoded} in a step of training; here all that are hidden.{note}",
                 figures=figures,
             )
         ]

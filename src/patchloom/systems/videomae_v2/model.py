@@ -1,9 +1,9 @@
 """The masked autoencoder of clips that decodes only some of what it hides: VideoMAE V2.
 
-The encoder sees the tokens of a tenth of the places, the same at all times; the decoder predicts half of all tokens, which
-are chosen without regard to what was hidden, so that about a tenth of them come twice: as what the encoder made of them
-and as mask tokens. Only predictions of hidden tokens carry a loss. "VideoMAE V2: Scaling Video Masked Autoencoders with
-Dual Masking", Wang et al. 2023, arXiv 2303.16727.
+The encoder sees the tokens of a tenth of the places, the same at all times. The decoder predicts half of all tokens,
+chosen without regard to what was hidden: about a tenth of them come twice, as what the encoder made of them and as mask
+tokens. Only predictions of hidden tokens carry a loss. "VideoMAE V2: Scaling Video Masked Autoencoders with Dual
+Masking", Wang et al. 2023, arXiv 2303.16727.
 
 >>> import torch
 >>> from patchloom.encoders import create_encoder
@@ -93,8 +93,8 @@ class VideoMaskedAutoencoder(nn.Module):
             raise UsageError(f"decoder_dim {decoder_dim} is not divisible by decoder_heads {decoder_heads}")
         if kind_of(encoder) != "clip":
             raise UsageError(
-                f"VideoMAE V2 hides tubes of clips, and the encoder takes {kind_of(encoder)}s; take one of clips, such as "
-                f"videomae_base_patch16_224, or pretrain mae for images"
+                f"VideoMAE V2 hides tubes of clips, and the encoder takes {kind_of(encoder)}s; take one of clips, such "
+                f"as videomae_base_patch16_224, or pretrain mae for images"
             )
         self.encoder = encoder
         self.normalize_target = normalize_target
@@ -192,6 +192,11 @@ class VideoMaskedAutoencoder(nn.Module):
         """Return (B, n, D) after the encoder's norm, of the tokens whose numbers (B, n) are given."""
         last, _ = run_blocks(self.encoder, embed(self.encoder, clips, keep=visible))
         return final_norm(self.encoder, last)
+
+    def decoder_settings(self) -> dict[str, Any]:
+        """Return what the tensors of the decoder do not tell, for the file they are kept in."""
+        block: Any = self.decoder_blocks[0]
+        return {"decoder_heads": int(block.attn.num_heads), "normalize_target": self.normalize_target}
 
     def targets(self, clips: Tensor) -> Tensor:
         """Return what is to be predicted of all tokens of normalised clips, (B, N, 2 p² C), see `video_targets`."""
