@@ -376,6 +376,7 @@ REFERENCES: dict[str, str] = {
     "hi_end_mae": "systems.hi_end_mae.published:load",
     "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
+    "vitamin": "systems.vitamin.published:load",
     "vit_p": "systems.vit_p.published:load",
     "videomae_v2": "systems.videomae_v2.published:load",
 }

@@ -69,8 +69,8 @@ def embed_pairs(model: CLIP, source: Source, *, batch_size: int, num_workers: in
         found.skipped += batch["skipped"]
         if not batch["key"]:
             continue
-        images.append(model.encode_image(normalize(unit(batch["image"].to(device)), trunk)).cpu())
-        texts.append(model.encode_text(batch["tokens"].to(device)).cpu())
+        images.append(model.encode_image(normalize(unit(batch["image"].to(device)), trunk), normalize=True).cpu())
+        texts.append(model.encode_text(batch["tokens"].to(device), normalize=True).cpu())
         ids.append(batch["text_id"])
         labels.append(batch["label"])
         found.indices += batch["index"].tolist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +124,9 @@ class ClipMethod(Method):
         """Return the contrastive loss of a batch of pairs, and how often an image finds its caption."""
         config, towers = self.config, self.towers
         images = normalize(self.pixels(batch["image"]), self.encoder)
-        image_features = chunked(towers.encode_image, images, config.chunk_size)
+        image_features = chunked(partial(towers.encode_image, normalize=True), images, config.chunk_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.lock != "text"):
-            text_features = chunked(towers.encode_text, batch["tokens"], config.chunk_size)
+            text_features = chunked(partial(towers.encode_text, normalize=True), batch["tokens"], config.chunk_size)
         scale = towers.logit_scale.exp()
         ids = batch["text_id"] if config.mask_duplicates else None
         contrast = contrastive_loss(image_features, text_features, scale, ids)

@@ -40,6 +40,11 @@ class ImageTower(nn.Module):
         self.trunk = trunk
         self.head = nn.Sequential(OrderedDict(proj=nn.Linear(width, embed_dim, bias=False)))
 
+    @property
+    def encoder(self) -> Any:
+        """The trunk, which is what a bundle is made of."""
+        return self.trunk
+
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, D) for normalised images (B, C, H, W)."""
         features: Tensor = self.head(self.trunk(images))
@@ -56,27 +61,37 @@ class CLIP(nn.Module):
         trunk: A model of timm without its classifier.
         text: Tokens (B, L) to (B, D).
         temperature: That the similarities are divided by at first.
+        tower: Class of the image tower.
     """
 
-    def __init__(self, trunk: Any, text: TextTower, temperature: float = 0.07) -> None:
+    def __init__(
+        self, trunk: Any, text: TextTower, temperature: float = 0.07, tower: type[ImageTower] = ImageTower
+    ) -> None:
         super().__init__()
-        self.visual = ImageTower(trunk, embed_dim(trunk), int(text.output_dim))
+        self.visual = tower(trunk, embed_dim(trunk), int(text.output_dim))
         self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Return (B, D), L2-normalised float32, for images (B, C, H, W) normalised as the trunk takes them."""
-        return F.normalize(self.visual(images).float(), dim=-1)
+    @property
+    def encoder(self) -> Any:
+        """The trunk of the image tower, which is what a bundle is made of."""
+        return self.visual.trunk
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Return (B, D), L2-normalised float32, for tokens (B, L)."""
-        return F.normalize(self.text(trimmed(tokens)).float(), dim=-1)
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Return (B, D) for images (B, C, H, W) normalised as the trunk takes them; of length 1, float32, if asked."""
+        features: Tensor = self.visual(images)
+        return F.normalize(features.float(), dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Return (B, D) for tokens (B, L), likewise."""
+        features: Tensor = self.text(trimmed(tokens))
+        return F.normalize(features.float(), dim=-1) if normalize else features
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> tuple[Any, Any, Tensor]:
-        """Return both features (None of what is not given) and the factor on similarities."""
+        """Return both features, of length 1 (None of what is not given), and the factor on similarities."""
         return (
-            None if images is None else self.encode_image(images),
-            None if tokens is None else self.encode_text(tokens),
+            None if images is None else self.encode_image(images, normalize=True),
+            None if tokens is None else self.encode_text(tokens, normalize=True),
             self.logit_scale.exp(),
         )
 

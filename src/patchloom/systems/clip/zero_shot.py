@@ -34,7 +34,7 @@ def text_features(model: CLIP, texts: Sequence[str]) -> Tensor:
     """Return the normalised features (n, D) of sentences."""
     device = model.logit_scale.device
     tokens = tokenize_all(texts, model.text.context_length)
-    return torch.cat([model.encode_text(part.to(device)) for part in tokens.split(TEXTS_AT_ONCE)])
+    return torch.cat([model.encode_text(part.to(device), normalize=True) for part in tokens.split(TEXTS_AT_ONCE)])
 
 
 def class_features(model: CLIP, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
@@ -71,7 +71,7 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C) of images (B, C, H, W) normalised as the trunk takes them: 100 times the cosines."""
-        return 100.0 * self.model.encode_image(images) @ self.classes.T
+        return 100.0 * self.model.encode_image(images, normalize=True) @ self.classes.T
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> list[str]:

@@ -102,6 +102,10 @@ def import_reference(
     elif isinstance(token := getattr(module, "mask_token", None), Tensor) and bool(token.any()):
         # A checkpoint that has none is given zeros, with which training starts anyway.
         save_parts(MaskTokenEncoder(encoder, token.detach().reshape(1, 1, -1)), out)
+    if hasattr(module, "visual"):  # towers that meet, of which a bundle is the trunk alone
+        from patchloom.systems.clip.saved import save_clip
+
+        save_clip(module, Path(out))
     for name, insertion in inserted.items():
         if getattr(insertion, "kind", None) in KINDS:
             insert(encoder, insertion, name)
