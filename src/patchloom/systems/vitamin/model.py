@@ -1,4 +1,4 @@
-"""ViTamin as a source of dense features (Chen et al. 2024, arXiv 2404.02132): its stages, and windows over large images.
+"""ViTamin as a source of dense features (Chen et al. 2024, arXiv 2404.02132): stages, and windows over large images.
 
 The trunk is timm's (`timm.models.vitamin`). What is here: the maps of its stages, and the sliding window by which
 FC-CLIP with ViTamin (github.com/Beckschen/ViTamin, `extract_features_vitamin`) takes images larger than the trunk was
