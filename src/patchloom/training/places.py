@@ -45,7 +45,7 @@ BEFORE_PATH = (
     *registry.OPENERS,
     *("frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "mvtec", "visa", "hf"),
 )
-NO_PATH = ("photos", "digits", "torchvision", "atari")
+NO_PATH = ("photos", "digits", "torchvision", "atari", "anomalib")
 NO_CACHE = ("auto", "none", "null", "off")
 
 

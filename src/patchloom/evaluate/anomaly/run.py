@@ -14,15 +14,17 @@ from torch import nn
 
 from patchloom import registry
 from patchloom.data.base import Source
-from patchloom.data.defects import DefectSource
+from patchloom.data.defects import DefectSets, DefectSource
+from patchloom.evaluate.anomaly.anomalib import defect_sets, is_anomalib
 from patchloom.evaluate.anomaly.measure import Scored, figures, rows_of, score_images, thresholds_of
 from patchloom.evaluate.anomaly.patchcore import PatchFeatures, fit_patchcore
 from patchloom.evaluate.anomaly.random_masks import RandomMasks
 from patchloom.evaluate.anomaly.report import report_sections
+from patchloom.errors import UsageError
 from patchloom.io import write_json, write_rows
 from patchloom.report import add_section
 from patchloom.systems.ear.config import EARConfig
-from patchloom.systems.ear.data import good_views, open_sets, open_validation
+from patchloom.systems.ear.data import MODULE, asked_of, good_views, open_sets, open_validation, settled
 from patchloom.systems.ear.method import EARMethod, say_calibration, split_good
 from patchloom.systems.ear.model import EAR, AttentionSaliency
 from patchloom.systems.ear.saved import SavedEAR, load_ear
@@ -40,8 +42,11 @@ def train(method: str, settings: Mapping[str, Any]) -> Run:
     """
     command = f"anomaly {method}"
     method_class: type[EARMethod] = registry.method_class("anomaly", method)
+    module = settings.get("data")
+    if is_anomalib(module):
+        settings = {**settings, "data": f"{MODULE}{module.name}"}  # type: ignore[union-attr]
     config = cast(EARConfig, resolve(command, method_class, settings))
-    sets, config = open_sets(config)
+    sets, config = _of_module(module, config) if is_anomalib(module) else open_sets(config)
     say_calibration(sets.good, config)
     run = fit(command, method_class, config, source=sets.good, given=settings)
     if not is_first_process() or sets.test is None or "image_auroc" in run.summary:
@@ -49,6 +54,15 @@ def train(method: str, settings: Mapping[str, Any]) -> Run:
     # What was settled for the size of the data holds for what it is compared with, too.
     config = cast(EARConfig, resolve(command, method_class, {"out": config.out, "resume": True}))
     return _measured(run, command, config, sets.good, sets.test)
+
+
+def _of_module(module: Any, config: EARConfig) -> tuple[DefectSets, EARConfig]:
+    """Return the images of a data module of anomalib, and the settings with their shape and value range."""
+    for name in ("probe_data", "masks"):
+        if (value := getattr(config, name)) is not None:
+            raise UsageError(f"{name} is {value}, and a data module of anomalib has its own; leave it out")
+    sets = defect_sets(module, **asked_of(config))
+    return sets, settled(config, sets)
 
 
 def _measured(run: Run, command: str, config: EARConfig, good: Source, test: DefectSource) -> Run:

@@ -28,6 +28,8 @@ MULTIPLE = 8
 SQUARE = 1.1
 """Images whose sides differ less than this are taken for square."""
 LOOKED_AT = 32
+MODULE = "anomalib:"
+"""What the name of a data module of anomalib begins with; one is handed over from Python, and opened by no name."""
 
 
 def open_sets(config: EARConfig) -> tuple[DefectSets, EARConfig]:
@@ -36,7 +38,11 @@ def open_sets(config: EARConfig) -> tuple[DefectSets, EARConfig]:
     Raises:
         UsageError: They cannot be opened or read as asked.
     """
-    options = {**_of_encoder(config.encoder), **config.source_options(), "in_chans": config.in_chans}
+    if config.data.startswith(MODULE):
+        raise UsageError(
+            f"data is {config.data}, a data module of anomalib, which no name opens; hand it to patchloom.anomaly(…, "
+            f"data=module), with resume=True to go on"
+        )
     sets = open_defects(
         config.data,
         test=config.probe_data,
@@ -44,14 +50,28 @@ def open_sets(config: EARConfig) -> tuple[DefectSets, EARConfig]:
         good=config.good,
         test_share=config.test_share,
         seed=config.seed,
-        **options,
+        **asked_of(config),
     )
-    settled: dict[str, Any] = reading_options(sets.good)
+    return sets, settled(config, sets)
+
+
+def asked_of(config: EARConfig) -> dict[str, Any]:
+    """Return the options that images are opened with: those of the settings, else how the encoder's were read."""
+    return {**_of_encoder(config.encoder), **config.source_options(), "in_chans": config.in_chans}
+
+
+def settled(config: EARConfig, sets: DefectSets) -> EARConfig:
+    """Return the settings with the value range and the shape of the images.
+
+    Raises:
+        UsageError: No image can be read.
+    """
+    found: dict[str, Any] = reading_options(sets.good)
     if config.image_size is None:
-        settled["image_size"] = usual_shape(sets.good)
-        if settled["image_size"] != SIDE:
-            notice(f"{sets.good.name}: images are resized to {size_text(settled['image_size'])}, their usual shape")
-    return sets, dataclasses.replace(config, **settled)
+        found["image_size"] = usual_shape(sets.good)
+        if found["image_size"] != SIDE:
+            notice(f"{sets.good.name}: images are resized to {size_text(found['image_size'])}, their usual shape")
+    return dataclasses.replace(config, **found)
 
 
 def open_validation(config: EARConfig, good: Source) -> DefectSource | None:
