@@ -198,7 +198,8 @@ def tables(series: Series, options: argparse.Namespace) -> str:
     ]
     parts = [machine(), markdown_table(["claim", "check", "measured", "holds"], claims)]
     header = ["way", "image AUROC, %", "pixel AUROC, %", "AUPRO, %"]
-    of = f"{len(seeds)} seeds, {', '.join(surfaces)}; {options.steps} steps of {options.batch_size}, width {options.width}"
+    steps = f"{options.steps} steps of {options.batch_size} images, width {options.width}"
+    of = f"{len(seeds)} seeds, {', '.join(surfaces)}; {steps}"
     return "\n\n".join([*parts, f"{of}:", markdown_table(header, figures)])
 
 

@@ -1,7 +1,7 @@
 """Classes learnt task after task at small scale (arXiv 2211.12292): what gates and drift compensation are worth.
 
     python -m benchmarks.claims.gcab --data CIFAR10_TRAIN --test CIFAR10_TEST --write   # for a GPU
-    python -m benchmarks.claims.gcab … --per_class 200 --epochs 6 --batch_size 32 --lr 8e-3 --plain --write   # for a core
+    python -m benchmarks.claims.gcab … --per_class 200 --epochs 6 --batch_size 32 --lr 8e-3 --plain   # for a core
 
 Ten classes in five tasks of two, a ConViT of width 96 from fresh weights, parts of the method left out one after the
 other. Runs are kept in `--out`, so an interrupted series goes on where it stopped. `--smoke` takes digits and an epoch

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.data.base import Sample, Source, spread
+from patchloom.data.decode import decode_image
 from patchloom.data.defects import DEFECT_CLASS, GOOD_CLASS, DefectSets, DefectSource
 from patchloom.data.reading import Reading, reading_options
-from patchloom.data.decode import decode_image
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.evaluate.anomaly.measure import Scored
 from patchloom.io import printable
@@ -63,7 +63,7 @@ class AnomalibImages(Source):
 
     def key(self, index: int) -> str:
         """Return the path of image number `index` below the folder all lie in."""
-        return printable(Path(self.files[index]).relative_to(self.root).as_posix())
+        return printable(Path(self.files[index]).absolute().relative_to(self.root).as_posix())
 
     def read(self, index: int) -> Sample:
         """Return image number `index`."""
@@ -260,7 +260,7 @@ def _labels(dataset: Any) -> list[int]:
 
 def _above_all(files: Sequence[str]) -> str:
     """Return the deepest folder that all files lie in."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return os.path.commonpath([Path(file).absolute().parent for file in files])
 
 
 def _anomalib(part: str) -> Any:

@@ -15,12 +15,12 @@ from torch import nn
 from patchloom import registry
 from patchloom.data.base import Source
 from patchloom.data.defects import DefectSets, DefectSource
+from patchloom.errors import UsageError
 from patchloom.evaluate.anomaly.anomalib import defect_sets, is_anomalib
 from patchloom.evaluate.anomaly.measure import Scored, figures, rows_of, score_images, thresholds_of
 from patchloom.evaluate.anomaly.patchcore import PatchFeatures, fit_patchcore
 from patchloom.evaluate.anomaly.random_masks import RandomMasks
 from patchloom.evaluate.anomaly.report import report_sections
-from patchloom.errors import UsageError
 from patchloom.io import write_json, write_rows
 from patchloom.report import add_section
 from patchloom.systems.ear.config import EARConfig
