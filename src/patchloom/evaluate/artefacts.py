@@ -126,7 +126,7 @@ class Diagnose:
     def _draw(self, images: Tensor, found: Artefacts, figures: dict[str, Any]) -> None:
         """Write the picture and the page, where they are asked for."""
         from patchloom.report import Section, write_report
-        from patchloom.report.artefacts import feature_figure, pattern_figure
+        from patchloom.report.artefacts import TITLES, WITHOUT, feature_figure, pattern_figure
 
         config = self.config
         if config.report is None and config.picture is None:
@@ -156,22 +156,3 @@ class Diagnose:
             command=f"patchloom clean diagnose --encoder {shlex.quote(name)} --data {shlex.quote(config.data)}",
             verdict=figures["verdict"],
         )
-
-
-TITLES = {
-    "norm_outliers": "share of patches whose norm exceeds the median by 6 median absolute deviations",
-    "artifact_share": "share of patches whose norm is far out by the quartiles",
-    "position_explained_variance": "share of the variance that place explains",
-    "position_leakage": "place read from a patch by a linear map, R²",
-    "constant_image_pattern": "pattern of an empty image, as a share of the features' size",
-    "shift_consistency": "cosine of content that moved by whole patches with itself",
-}
-WITHOUT = {
-    "norm_outliers": "0",
-    "artifact_share": "0",
-    "position_explained_variance": "near 0",
-    "position_leakage": "low",
-    "constant_image_pattern": "0",
-    "shift_consistency": "near 1",
-}
-"""What each figure is where there are no artefacts."""

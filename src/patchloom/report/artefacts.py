@@ -11,6 +11,24 @@ from torch.nn import functional as F
 from patchloom.report.figures import image_grid, overlay, pca_colours
 from patchloom.report.page import Figure
 
+TITLES = {
+    "norm_outliers": "share of patches whose norm exceeds the median by 6 median absolute deviations",
+    "artifact_share": "share of patches whose norm is far out by the quartiles",
+    "position_explained_variance": "share of the variance that place explains",
+    "position_leakage": "place read from a patch by a linear map, R²",
+    "constant_image_pattern": "pattern of an empty image, as a share of the features' size",
+    "shift_consistency": "cosine of content that moved by whole patches with itself",
+}
+WITHOUT = {
+    "norm_outliers": "0",
+    "artifact_share": "0",
+    "position_explained_variance": "near 0",
+    "position_leakage": "low",
+    "constant_image_pattern": "0",
+    "shift_consistency": "near 1",
+}
+"""What each figure is where there are no artefacts."""
+
 
 def feature_figure(images: Tensor, features: Mapping[str, Tensor]) -> Figure:
     """Return images above their features as colours, norms, and likeness to the patch in the middle.

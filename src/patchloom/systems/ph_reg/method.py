@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from patchloom.encoders import Encoder, create_encoder, grid_size, normalize, se
 from patchloom.encoders.positions import PositionRule, patch_positions, resample_positions
 from patchloom.models.bundle import fetch_encoder
 from patchloom.models.start import start_encoder
+from patchloom.systems.ph_reg.comparison import Comparison, compare
 from patchloom.systems.ph_reg.config import PHRegConfig
 from patchloom.systems.ph_reg.model import PHReg
 from patchloom.systems.ph_reg.views import sample_offsets
@@ -28,7 +29,11 @@ from patchloom.training.inputs import read_as
 from patchloom.training.method import Method, Transform
 from patchloom.training.run import is_first_process
 
+if TYPE_CHECKING:
+    from patchloom.report import Section
+
 TEACHER = "model.teacher"
+SHOWN = 6
 LONG_RUN = 10
 """Epochs from which on a learning rate that falls by epoch is near enough to one that falls by step."""
 
@@ -107,6 +112,28 @@ class PHRegMethod(Method):
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say about the model."""
         return {**super().describe(), "registers": self.config.registers, "views": self.config.views}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the artefacts of the encoder before and after, and how far it is from the mean over views."""
+        found = self.comparison()
+        return {} if found is None else found.figures
+
+    def comparison(self) -> Comparison | None:
+        """Return how original and student do on held-out images, looked at once; None where there are too few."""
+        if "_comparison" not in self.__dict__:
+            self.__dict__["_comparison"] = compare(self)
+        found: Comparison | None = self.__dict__["_comparison"]
+        return found
+
+    @torch.no_grad()
+    def report_sections(self, images: Tensor) -> list[Section]:
+        """Return artefacts before and after, with pictures."""
+        from patchloom.systems.ph_reg.pages import sections
+
+        found = self.comparison()
+        if found is None or not len(images):
+            return []
+        return sections(self, found, self.pixels(images[:SHOWN]).to(self.device))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
