@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
@@ -23,6 +24,7 @@ from patchloom.models.start import start_encoder
 from patchloom.systems.ph_reg.comparison import Comparison, compare
 from patchloom.systems.ph_reg.config import PHRegConfig
 from patchloom.systems.ph_reg.model import PHReg
+from patchloom.systems.ph_reg.registers import check_takes_registers
 from patchloom.systems.ph_reg.views import sample_offsets
 from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.inputs import read_as
@@ -190,6 +192,9 @@ def open_original(config: PHRegConfig) -> Encoder:
     if Path(config.encoder).exists():
         encoder = start_encoder(config.encoder, in_chans=config.in_chans)
     else:
+        if timm.is_model(config.encoder):  # refused before anything is fetched
+            with torch.device("meta"):
+                check_takes_registers(timm.create_model(config.encoder, num_classes=0))
         encoder = fetch_encoder(config.encoder, create_encoder, in_chans=config.in_chans)
     if config.image_size is None:
         return encoder
