@@ -38,10 +38,12 @@ from patchloom.api import (
     list_sources,
     load,
     load_reference,
+    load_tokenizer,
     merge_to_bundle,
     pretrain,
     segment,
     show_codebook,
+    train_tokenizer,
 )
 from patchloom.base.version import __version__
 from patchloom.errors import MissingExtraError, UsageError
@@ -68,10 +70,12 @@ __all__ = [
     "list_sources",
     "load",
     "load_reference",
+    "load_tokenizer",
     "merge_to_bundle",
     "pretrain",
     "segment",
     "show_codebook",
+    "train_tokenizer",
 ]
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from patchloom.attack.transfer import AttackRun
     from patchloom.explain.gallery import Gallery
+    from patchloom.tokenizers.tokenizer import Tokenizer
     from patchloom.training.run import Run
 
 __all__ = [
@@ -57,10 +58,12 @@ __all__ = [
     "list_sources",
     "load",
     "load_reference",
+    "load_tokenizer",
     "merge_to_bundle",
     "pretrain",
     "segment",
     "show_codebook",
+    "train_tokenizer",
 ]
 
 
@@ -155,6 +158,36 @@ def align(
     from patchloom.training.run import train
 
     return train("align", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def train_tokenizer(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a tokenizer on unlabelled images; `fit_codebook` makes one of centroids, without training.
+
+    Args:
+        method: Name of the method: vit_vqgan; `list_methods("tokenize train")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: Images, as for `pretrain`.
+        encoder: Size of the encoder, such as vit_vqgan_small; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom tokenize train METHOD --help` has them.
+
+    Returns:
+        The run: its folder `path`, its `model` (which `load_tokenizer` opens), its `report` and its `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("tokenize train", method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def segment(
@@ -393,6 +426,20 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     from patchloom.models.bundle import load_model
 
     return load_model(path, adapters)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer at a place: images to a grid of token ids and, of most, back.
+
+    Args:
+        path: A codebook (folder or file), a run of `train_tokenizer` or its `model/`, or a run that keeps one.
+
+    Raises:
+        UsageError: There is none, or it is damaged.
+    """
+    from patchloom.tokenizers.tokenizer import open_tokenizer
+
+    return open_tokenizer(path)
 
 
 def load_reference(system: str, checkpoint: Mapping[str, Any] | str | Path, **config: Any) -> nn.Module:

@@ -41,13 +41,15 @@ class Command(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """A verb whose second word names a method of `registry.METHODS`, and that is a function of `patchloom.api`."""
+    """A verb (of one word or two) whose next word names a method of `registry.METHODS`, and what carries it out."""
 
     help: str
+    function: str = ""  # of `patchloom.api`, where it is called otherwise than the verb
 
 
 METHOD_VERBS = (
     *("pretrain", "adapt", "distill", "align", "segment", "anomaly", "explain", "evaluate", "attack", "clean"),
+    *("tokenize train",),
 )
 
 COMMANDS: dict[str, Command | Verb] = {
@@ -58,6 +60,7 @@ COMMANDS: dict[str, Command | Verb] = {
         "tokenizers.commands:show_codebook",
         positional=("codebook",),
     ),
+    "tokenize train": Verb("train a tokenizer on unlabelled images", "train_tokenizer"),
     "pretrain": Verb("train an encoder on unlabelled images"),
     "pretrain compare": Command(
         "several methods under one budget: one table, one plot",
@@ -188,7 +191,7 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
 
     Args:
         verb: Show one list only: pretrain, adapt, distill, align, segment, anomaly, explain, evaluate, attack, clean,
-            data or references.
+            "tokenize train", data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},
@@ -221,18 +224,19 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"patchloom {patchloom.__version__}")
         return 0
     words, rest = _command_words(arguments)
-    command = COMMANDS.get(" ".join(words)) or COMMANDS[words[0]]
+    verb = " ".join(words)
+    command = COMMANDS[verb]
     if isinstance(command, Verb):
         if rest[:1] in (["-h"], ["--help"]):
-            print(_verb_overview(words[0], command))
+            print(_verb_overview(verb, command))
             return 0
         if not rest or rest[0].startswith("-"):
-            known = ", ".join(registry.METHODS[words[0]])
-            raise UsageError(f"patchloom {words[0]} needs the name of a method: {known}")
-        name, rest = _method_name(words[0], rest)
-        run, speaks = _method(words[0], name, rest), False
+            known = ", ".join(registry.METHODS[verb])
+            raise UsageError(f"patchloom {verb} needs the name of a method: {known}")
+        name, rest = _method_name(verb, rest)
+        run, speaks = _method(verb, name, rest), False
     else:
-        run, speaks = _function(" ".join(words), command, rest), command.speaks
+        run, speaks = _function(verb, command, rest), command.speaks
     if as_json:
         with redirect_stdout(sys.stderr):  # what is said on the way is not for the program that reads the figures
             result = run()
@@ -284,9 +288,11 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
-    settles = verb in ("pretrain", "adapt", "distill", "align", "anomaly", "clean")
+    settles = verb in ("pretrain", "adapt", "distill", "align", "anomaly", "clean", "tokenize train")
     values = read_options(f"{verb} {method}", entry.sentence, config_class, rest, defaults, all_of_them=not settles)
-    return partial(getattr(api, verb), method, **values)
+    command = COMMANDS[verb]
+    assert isinstance(command, Verb)
+    return partial(getattr(api, command.function or verb), method, **values)
 
 
 def _with_saved_settings(rest: list[str], command: str) -> list[str]:

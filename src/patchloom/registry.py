@@ -143,6 +143,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "Images and captions meet in one space (CLIP); one tower may be locked (extra: clip)",
         ),
     },
+    "tokenize train": {
+        "vit_vqgan": Entry(
+            "systems.vit_vqgan.method:ViTVQGANMethod",
+            "systems.vit_vqgan.config:ViTVQGANConfig",
+            "A tokenizer that is learned: a ViT to codes of a table, another back, against a discriminator (ViT-VQGAN)",
+        ),
+    },
     "segment": {
         "linear": Entry(
             "segment.method:LinearMethod",
@@ -312,7 +319,7 @@ METHODS: dict[str, dict[str, Entry]] = {
         ),
     },
 }
-"""The methods of each verb. Places are `module:name` within this package."""
+"""The methods of each verb, of one word or two. Places are `module:name` within this package."""
 
 SOURCES: dict[str, str] = {
     "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
@@ -377,6 +384,7 @@ REFERENCES: dict[str, str] = {
     "hyena_nd": "systems.hyena_nd.published:load",
     "vit_comer": "systems.vit_comer.published:load",
     "vitamin": "systems.vitamin.published:load",
+    "vit_vqgan": "systems.vit_vqgan.published:load",
     "vit_p": "systems.vit_p.published:load",
     "videomae_v2": "systems.videomae_v2.published:load",
 }
@@ -390,7 +398,7 @@ MODELS: dict[str, str] = {
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 
 
-TOKENIZERS: dict[str, str] = {}
+TOKENIZERS: dict[str, str] = {"vit_vqgan": "systems.vit_vqgan.saved:load_tokenizer"}
 """What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`."""
 
 

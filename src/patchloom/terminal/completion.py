@@ -78,12 +78,19 @@ def command_parser(
             _add_options(inner, commands[first](), positional.get(first, ()))
             continue
         seconds: Any = inner.add_subparsers()
-        for name in commands:
-            if name.startswith(f"{first} "):
-                second = name.split()[1]
-                innermost = seconds.add_parser(second, add_help=False)
-                if words[1:2] == [second]:
-                    _add_options(innermost, commands[name](), positional.get(name, ()))
+        for second in dict.fromkeys(name.split()[1] for name in commands if name.startswith(f"{first} ")):
+            innermost, both = seconds.add_parser(second, add_help=False), f"{first} {second}"
+            if words[1:2] != [second]:
+                continue
+            if both in commands:
+                _add_options(innermost, commands[both](), positional.get(both, ()))
+                continue
+            thirds: Any = innermost.add_subparsers()  # methods of a verb of two words
+            for name in commands:
+                if name.startswith(f"{both} "):
+                    last = thirds.add_parser(name.split()[2], add_help=False)
+                    if words[2:3] == [name.split()[2]]:
+                        _add_options(last, commands[name](), ())
     return parser
 
 

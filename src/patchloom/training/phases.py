@@ -37,6 +37,8 @@ class Phase:
     """Learning rate and weight decay of a step; None: the method's `rates`."""
     every: int = 1
     """The phase takes part in every so many steps, from step 0 on."""
+    start: int = 0
+    """First step it takes part in."""
 
     def trains(self, parameter: str) -> bool:
         """Return whether a parameter of the method, by its name, is one of this phase."""
@@ -85,7 +87,7 @@ def phased_step(method: Method, batch: dict[str, Any]) -> None:
     found: Any = method.optimizers()
     optimizers = found if isinstance(found, (list, tuple)) else [found]
     for phase, optimizer in zip(method.phases(), optimizers, strict=True):
-        if method.step % phase.every:
+        if method.step < phase.start or method.step % phase.every:
             continue
         lr, weight_decay = (phase.rates or method.rates)(method.step)
         set_rates(optimizer, lr, weight_decay)
