@@ -387,6 +387,7 @@ REFERENCES: dict[str, str] = {
     "vit_vqgan": "systems.vit_vqgan.published:load",
     "vit_p": "systems.vit_p.published:load",
     "videomae_v2": "systems.videomae_v2.published:load",
+    "ph_reg": "systems.ph_reg.published:load",
 }
 """Loaders of published checkpoints."""
 

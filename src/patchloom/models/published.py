@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from patchloom.base.stored import read_pickle, read_tensors
 from patchloom.errors import UsageError
 
-WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_ema", "teacher", "student")
+WRAPPERS = (
+    "model",
+    "module",
+    "state_dict",
+    "model_state_dict",
+    "trainable_state_dict",
+    "model_ema",
+    "teacher",
+    "student",
+)
 # What training puts before all names of a model: parallel training, torch.compile, DeepSpeed, a LightningModule …
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "model.")
 # … and before those of its parts, where parts are compiled, sharded or recomputed.

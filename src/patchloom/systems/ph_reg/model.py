@@ -174,6 +174,7 @@ class PHReg(nn.Module):
         unlock_pos_embed: Let positions train.
         unlock_patch_embed: Let the patch embedding train.
         teacher_chunk: Images in one forward pass of the teacher; default: all.
+        teacher: The teacher, where it is another than the encoder as it is; settings of views are then its own.
 
     Attributes:
         teacher: A `DenoisedTeacher`.
@@ -197,6 +198,7 @@ class PHReg(nn.Module):
         unlock_pos_embed: bool = True,
         unlock_patch_embed: bool = True,
         teacher_chunk: int | None = None,
+        teacher: DenoisedTeacher | None = None,
     ) -> None:
         super().__init__()
         model: Any = encoder
@@ -204,15 +206,11 @@ class PHReg(nn.Module):
         folded = folds_class_position(encoder)
         self.trained = unlock(student, unlock_blocks, unlock_pos_embed, unlock_patch_embed, num_registers > 0, folded)
         self.student = student
-        self.teacher = self.make_teacher(encoder, views, shift_fraction, teacher_chunk)
+        self.teacher = teacher or DenoisedTeacher(encoder, views, shift_fraction, teacher_chunk)
         self.mse_scale = mse_scale
         had = 0 if model.reg_token is None else int(model.reg_token.shape[1])
         kept = (student.reg_token if student.reg_token is not None else torch.empty(1, 0, model.embed_dim))[:, :had]
         self.register_buffer("old_registers", kept.detach().clone(), persistent=False)
-
-    def make_teacher(self, encoder: Encoder, views: int, shift_fraction: float, chunk: int | None) -> DenoisedTeacher:
-        """Return the teacher of an encoder."""
-        return DenoisedTeacher(encoder, views, shift_fraction, chunk)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the student's features (B, n, n, C) of normalised images."""
