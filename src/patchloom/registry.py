@@ -206,6 +206,11 @@ METHODS: dict[str, dict[str, Entry]] = {
         ),
     },
     "evaluate": {
+        "caption_retrieval": Entry(
+            "evaluate.words:CaptionRetrieval",
+            "evaluate.words_config:CaptionRetrievalConfig",
+            "How often an image finds its caption, and a caption its image; needs towers of align clip (extra: clip)",
+        ),
         "compare": Entry(
             "evaluate.compare:Compare",
             "evaluate.compare_config:ComparisonConfig",
@@ -285,6 +290,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "evaluate.volumes:Volumes",
             "evaluate.volumes_config:VolumesConfig",
             "Volumes sorted into classes by their slices: mean, maximum or attention over slice features",
+        ),
+        "zero_shot": Entry(
+            "evaluate.words:ZeroShot",
+            "evaluate.words_config:ZeroShotConfig",
+            "Classes named by sentences, without any training on them; needs towers of align clip (extra: clip)",
         ),
     },
     "attack": {

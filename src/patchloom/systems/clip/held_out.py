@@ -13,12 +13,13 @@ from torch import Tensor
 from patchloom.data import make_loader
 from patchloom.data.base import Source
 from patchloom.data.pixels import unit
+from patchloom.data.sample import Transform
 from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import image_size, normalize
 from patchloom.errors import UsageError
 from patchloom.systems.clip.captions import PairedWithText
 from patchloom.systems.clip.model import CLIP
-from patchloom.systems.clip.zero_shot import class_features, retrieval, zero_shot_accuracy
+from patchloom.systems.clip.zero_shot import by_image, class_features, retrieval, zero_shot_accuracy
 
 
 @dataclass
@@ -47,7 +48,11 @@ class HeldOut:
     """Zero-shot accuracy of each class."""
 
 
-@torch.no_grad()
+def embed_images(model: CLIP, source: Source, *, batch_size: int, num_workers: int = 0) -> HeldOut:
+    """Return the features of all images of a source, and none of texts; see `embed_pairs`."""
+    return _embedded(model, source, EvalTransform(image_size(model.visual.trunk), 1.0), batch_size, num_workers)
+
+
 def embed_pairs(model: CLIP, source: Source, *, batch_size: int, num_workers: int = 0) -> HeldOut:
     """Return the features of all pairs of a source.
 
@@ -60,8 +65,13 @@ def embed_pairs(model: CLIP, source: Source, *, batch_size: int, num_workers: in
     Raises:
         UsageError: No pair can be read.
     """
+    view = PairedWithText(EvalTransform(image_size(model.visual.trunk), 1.0), model.text.context_length)
+    return _embedded(model, source, view, batch_size, num_workers)
+
+
+@torch.no_grad()
+def _embedded(model: CLIP, source: Source, view: Transform, batch_size: int, num_workers: int) -> HeldOut:
     device, trunk = model.logit_scale.device, model.visual.trunk
-    view = PairedWithText(EvalTransform(image_size(trunk), 1.0), model.text.context_length)
     loader = make_loader(source, view, batch_size, seed=0, shuffle=False, num_workers=num_workers)
     images, texts, ids, labels = [], [], [], []
     found = HeldOut(*(torch.empty(0),) * 4, indices=[], keys=[], skipped=[], cut=0)
@@ -70,16 +80,20 @@ def embed_pairs(model: CLIP, source: Source, *, batch_size: int, num_workers: in
         if not batch["key"]:
             continue
         images.append(model.encode_image(normalize(unit(batch["image"].to(device)), trunk), normalize=True).cpu())
-        texts.append(model.encode_text(batch["tokens"].to(device), normalize=True).cpu())
-        ids.append(batch["text_id"])
+        if "tokens" in batch:
+            texts.append(model.encode_text(batch["tokens"].to(device), normalize=True).cpu())
+            ids.append(batch["text_id"])
+            found.cut += int(batch["cut"].sum())
         labels.append(batch["label"])
         found.indices += batch["index"].tolist()
         found.keys += batch["key"]
-        found.cut += int(batch["cut"].sum())
     if not images:
-        raise UsageError(f"{source.name} holds no pair of a readable image and a caption")
-    found.images, found.texts = torch.cat(images), torch.cat(texts)
-    found.text_ids, found.labels = torch.cat(ids), torch.cat(labels)
+        why = f"; the first is '{found.skipped[0][0]}': {found.skipped[0][1]}" if found.skipped else ""
+        what = "pair of a readable image and a caption" if "caption" in getattr(view, "reads", ()) else "readable image"
+        raise UsageError(f"{source.name} holds no {what}{why}")
+    found.images, found.labels = torch.cat(images), torch.cat(labels)
+    if texts:
+        found.texts, found.text_ids = torch.cat(texts), torch.cat(ids)
     return found
 
 
@@ -90,7 +104,8 @@ def measure(model: CLIP, source: Source, *, templates: Sequence[str], batch_size
     `top5_accuracy`, `balanced_accuracy`, `majority_share` of naming classes by `templates`.
     """
     found = embed_pairs(model, source, batch_size=batch_size, num_workers=num_workers)
-    found.figures = retrieval(found.images, found.texts, torch.arange(len(found.images)), found.text_ids)
+    first, owners = by_image(found.keys)
+    found.figures = retrieval(found.images[first], found.texts, owners, found.text_ids)
     known = found.labels >= 0 if found.labels.ndim == 1 else torch.zeros(len(found.labels), dtype=torch.bool)
     if source.class_names and len(source.class_names) > 1 and known.any():
         classes = class_features(model, source.class_names, templates).cpu()

@@ -11,7 +11,7 @@ sentences of a class are averaged, and normalised once more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,21 @@ def zero_shot_accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> Accur
     return Accuracy(float(hits[:, 0].float().mean()), float(hits.any(1).float().mean()))
 
 
-def retrieval(images: Tensor, texts: Tensor, owners: Tensor, same: Tensor | None = None) -> dict[str, float]:
+def by_image(keys: Sequence[str]) -> tuple[list[int], Tensor]:
+    """Return where each image comes first, and of every place the number of its image: captions may share an image.
+
+    >>> by_image(["a.jpg", "b.jpg", "a.jpg"])
+    ([0, 1], tensor([0, 1, 0]))
+    """
+    number: dict[str, int] = {}
+    owners = [number.setdefault(key, len(number)) for key in keys]
+    first = {owner: place for place, owner in reversed(list(enumerate(owners)))}
+    return [first[owner] for owner in range(len(number))], torch.tensor(owners)
+
+
+def retrieval(
+    images: Tensor, texts: Tensor, owners: Tensor, same: Tensor | None = None, by_query: bool = False
+) -> dict[str, Any]:
     """Return how often the right partner is among the first 1, 5 and 10, in both directions, and their mean.
 
     An image finds its text where any of its captions is among the first; every caption looks for its image.
@@ -111,22 +125,30 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, same: Tensor | None
         images: (n, D), normalised.
         texts: (m, D), normalised.
         owners: (m,) int64, the image each text belongs to.
-        same: (m,) int64, equal where texts say the same: an image with such a text is right, too. None: all differ.
+        same: (m,) int64, equal where texts say the same: they count once among what images find, and an image with
+            such a text is right, too. None: all differ.
+        by_query: Return whether each query finds what is right, as tensors of 0 and 1, and no mean.
     """
     belongs = torch.zeros(len(images), len(texts), dtype=torch.bool, device=images.device)
     belongs[owners, torch.arange(len(texts), device=images.device)] = True
+    similarity = images @ texts.T
+    looked_for, belonging = similarity, belongs  # what images look for: different texts, each once
     if same is not None:  # an image owns all texts that say what one of its own says
         kinds = same.unique(return_inverse=True)[1]
-        owned = torch.zeros(len(images), int(kinds.max()) + 1, dtype=torch.bool, device=images.device)
-        owned[owners, kinds] = True
-        belongs = owned[:, kinds]
-    similarity = images @ texts.T
-    figures = {}
+        count = int(kinds.max()) + 1
+        first = torch.full((count,), len(texts)).scatter_reduce(0, kinds, torch.arange(len(texts)), "amin")
+        belonging = torch.zeros(len(images), count, dtype=torch.bool, device=images.device)
+        belonging[owners, kinds] = True
+        looked_for, belongs = similarity[:, first], belonging[:, kinds]
+    figures: dict[str, Any] = {}
     for name, scores, right in (
-        ("image_to_text", similarity, belongs),
+        ("image_to_text", looked_for, belonging),
         ("text_to_image", similarity.T, belongs.T),
     ):
         ranked = right.gather(1, scores.topk(min(max(RANKS), scores.shape[1]), dim=1).indices)
         for rank in RANKS:
-            figures[f"{name}_r{rank}"] = float(ranked[:, :rank].any(1).float().mean())
+            hits = ranked[:, :rank].any(1).float()
+            figures[f"{name}_r{rank}"] = hits if by_query else float(hits.mean())
+    if by_query:
+        return figures
     return {**figures, "retrieval_mean_recall": sum(figures.values()) / len(figures)}
