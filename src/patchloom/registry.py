@@ -339,7 +339,8 @@ SOURCES: dict[str, str] = {
     "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
     "torchvision:NAME": "a set of torchvision, fetched on first use; torchvision:NAME:test",
     "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
-    "clips:FOLDER": "folders of frames, each a video; clips of clip_frames frames, clip_stride apart",
+    "clips:FOLDER": "videos (MP4, WebM, GIF, AVI, folders of frames); also clips:FILE.csv, clips:X.tar (extra: video)",
+    "moving": "clips of the photographs moved, zoomed and turned; the class is the motion; moving:test",
     "volumes:FOLDER": "NIfTI volumes, with a class or a mask each or with neither (extra: medical)",
     "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
     "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
@@ -351,7 +352,7 @@ SOURCES: dict[str, str] = {
 """Ways to name a data source, each with one line of help."""
 
 OPENERS: dict[str, str] = {
-    "clips": "data.clips:ClipSource",
+    "clips": "data.clips:open_clips",
     "volumes": "data.volumes:open_samples",
 }
 """What opens `WORD:PATH`, by word: called with the path, and with those of `labels`, `in_chans`, the source options and

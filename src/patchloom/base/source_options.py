@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from patchloom.base.ranges import PositiveInt
 from patchloom.base.settings import Settings
@@ -54,6 +54,9 @@ class SourceOptions(Settings):
     """What holds the captions: a column, a key of .json or an ending in shards, an ending of names or a folder"""
     clip_frames: PositiveInt | None = None
     """Frames of a clip; default: as many as the model takes, else 16"""
+    clip_sampling: Literal["dense", "sparse"] | None = None
+    """Frames of a clip: dense, clip_stride apart in one window, or sparse, one from each of clip_frames equal parts of
+    the video; default: what the model was trained with, else dense"""
     clip_stride: PositiveInt | None = None
     """Frames of a video from one of a clip to the next; default: what the model was trained with, else 4"""
 

@@ -22,6 +22,7 @@ from patchloom.data.embedded import DigitsSource, PhotosSource
 from patchloom.data.folder import FolderSource, Labels
 from patchloom.data.labels import LabelFileSource, is_label_file
 from patchloom.data.loader import Loader, make_loader
+from patchloom.data.moving import MovingSource
 from patchloom.data.reading import OPTIONS as READING
 from patchloom.data.reading import Reading, reading_options, remembered
 from patchloom.data.shards import ShardSource, is_shards
@@ -93,7 +94,7 @@ def open_source(
         name, labels, in_chans, reading.channel_files, source_options, remembered(model)
     )
     if opened is None:
-        opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options)
+        opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options, remembered(model))
     source = reading.given_to(opened, options, quiet=quiet)
     return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
@@ -119,18 +120,28 @@ def _word(name: str) -> str:
 
 
 def _open(
-    name: str, labels: Labels, in_chans: int, seed: int, channel_files: str | None, options: dict[str, Any]
+    name: str,
+    labels: Labels,
+    in_chans: int,
+    seed: int,
+    channel_files: str | None,
+    options: dict[str, Any],
+    known: dict[str, Any],
 ) -> Source | StreamSource:
     if (frames := _frames(name, in_chans, options)) is not None:
         return frames
     word, _, rest = name.partition(":")
-    if in_chans not in (1, 3) and word in ("photos", "digits", "torchvision"):
+    if in_chans not in (1, 3) and word in ("photos", "digits", "moving", "torchvision"):
         raise UsageError(f"in_chans is {in_chans}; images of {name} are read as 3 channels (RGB) or 1 (grey)")
     if channel_files is not None and not existing(name).is_dir():
         raise UsageError(f"channel_files is {channel_files}, which the source {name} cannot obey; give a folder")
     if word == "photos":
         refuse_untaken(PhotosSource, name, options)
         return PhotosSource(rest or "train", in_chans=in_chans, seed=seed, **options)
+    if word == "moving":
+        refuse_untaken(MovingSource, name, options)
+        asked = {option: known[option] for option in ("clip_frames", "clip_stride") if option in known} | options
+        return MovingSource(rest or "train", in_chans=in_chans, seed=seed, **asked)
     if word == "digits":
         refuse_untaken(DigitsSource, name, options)
         return DigitsSource(rest or "train", in_chans=in_chans, **options)

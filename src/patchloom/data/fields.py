@@ -2,7 +2,7 @@
 
 | field | columns, keys of .json | endings of files in shards |
 | --- | --- | --- |
-| image | file, filename, path, image, key | an image |
+| image | file, filename, path, image, key; of clips video, clip | an image; a video |
 | label, one class | label, class, grade, target | .cls, .label |
 | labels, several | labels, or a column each | |
 | mask | mask, seg, segmentation, annotation | .mask.png, .seg.png |
@@ -50,6 +50,8 @@ class Field:
 
 
 IMAGE = Field("image", ("file", "filename", "path", "image", "key"))
+CLIP = Field("image", (*IMAGE.columns, "video", "clip"))
+"""Of tables of videos"""
 LABEL = Field("label", ("label", "class", "grade", "target"), ("cls", "label"))
 LABELS = Field("labels", ("labels",))
 MASK = Field("mask", ("mask", "seg", "segmentation", "annotation"), ("mask", "seg"))

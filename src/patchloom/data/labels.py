@@ -33,7 +33,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,8 @@ class LabelFileSource(ListedSource):
             twice, images that are not there (the first ten are named).
     """
 
+    file_field: ClassVar[Field] = IMAGE
+
     def __init__(
         self,
         name: str,
@@ -106,7 +108,7 @@ class LabelFileSource(ListedSource):
             )
         columns, rows, lists = _parquet(table) if table.suffix == ".parquet" else _csv(table)
         asked = (image_field, label_field, mask_field, caption_field)
-        found = _assigned(shown, columns, rows, *asked)
+        found = _assigned(shown, columns, rows, self.file_field, *asked)
         found = found if labelled else found._replace(labels=[])
         self.columns = columns
         # Names of files may begin or end with a blank, and captions are no numbers.
@@ -152,6 +154,7 @@ def _assigned(
     table: str,
     columns: list[str],
     rows: Rows,
+    files: Field,
     image_field: str | None,
     label_field: str | None,
     mask_field: str | None,
@@ -162,7 +165,7 @@ def _assigned(
     Raises:
         UsageError: A column that was named is not there, or there is none of images, or nothing beside them.
     """
-    file = find(IMAGE, columns, image_field, table)
+    file = find(files, columns, image_field, table)
     if file is None:
         raise UsageError(
             f"{table} has the columns {', '.join(columns) or 'none'}; it needs file, and label or labels, mask or "

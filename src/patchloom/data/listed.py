@@ -70,11 +70,15 @@ class ListedSource(Source):
         self.class_names = None if class_names is None else list(class_names)
         self.in_chans = in_chans
         self.monochrome1 = monochrome1
-        self.files, stamps = located(name, root, files)
+        self.files, stamps = self.places(name, root, files)
         names = [*self.files, *(self.class_names or [])]
         digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
         digest.update(stamps.tobytes() + (b"" if labels is None else labels.tobytes()))
         self._stamp = digest.hexdigest()[:16]
+
+    def places(self, name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """Return where the files of the list are, see `located`."""
+        return located(name, root, files)
 
     def __len__(self) -> int:
         """Return the number of images listed."""

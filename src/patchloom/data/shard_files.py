@@ -41,6 +41,8 @@ class Roles:
     label: str | None = None
     mask: str | None = None
     caption: str | None = None
+    suffixes: frozenset[str] = field(default=IMAGE_SUFFIXES, repr=False)
+    """What names of samples end in, where they are other things than images"""
 
     def of(self, ending: str) -> Role | None:
         """Return what a file is by what stands after its stem, such as `cls` or `mask.png`.
@@ -49,7 +51,7 @@ class Roles:
         ('mask', 'image', None)
         """
         before, _, last = ending.rpartition(".")
-        picture = f".{last}" in IMAGE_SUFFIXES
+        picture = f".{last}" in self.suffixes
         if self.image is not None and _fits(ending, self.image):
             return "image"
         if self.mask is not None:

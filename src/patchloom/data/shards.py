@@ -60,6 +60,7 @@ class ShardSource(StreamSource):
             labels, separated by commas.
         mask_field: What stands after the stem of masks, `seg.png`; default: see `fields`.
         caption_field: What stands after the stem of captions, or the key of .json files that holds them.
+        suffixes: What names of images end in; of shards of other things, what theirs do.
 
     Attributes:
         shards: Paths of the shards, as named.
@@ -83,6 +84,7 @@ class ShardSource(StreamSource):
         label_field: str | None = None,
         mask_field: str | None = None,
         caption_field: str | None = None,
+        suffixes: frozenset[str] = IMAGE_SUFFIXES,
     ) -> None:
         patterns = [pattern] if isinstance(pattern, (str, Path)) else list(pattern)
         self.name = printable(", ".join(str(one) for one in patterns))
@@ -93,16 +95,19 @@ class ShardSource(StreamSource):
         self._label_field, self._caption_field = label_field, caption_field
         self._missing = words(missing)
         endings = (image_field, label_field, mask_field, caption_field)
-        self.roles = Roles(*(None if one is None else one.lower().removeprefix(".") for one in endings))
+        self.roles = Roles(
+            *(None if one is None else one.lower().removeprefix(".") for one in endings), suffixes=suffixes
+        )
         self._look()
         there = sorted(self._there)
         if not self.num_samples:
             if image_field is not None:
                 raise no_field(IMAGE, image_field, there, self.name)
-            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            kinds = ", ".join(sorted(suffixes))
             masks = [ending for ending in there if self.roles.of(ending) == "mask"]
             hint = f"; {masks[0]} is taken for a mask, --image_field {masks[0]} for an image" if masks else ""
-            raise UsageError(f"no image in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}{hint}")
+            what = "image" if suffixes == IMAGE_SUFFIXES else "sample"
+            raise UsageError(f"no {what} in the {len(self.shards)} shards of {self.name!r}; looked for {kinds}{hint}")
         asked: Sequence[tuple[Field, str | None, bool]] = (
             (LABEL, label_field, self._labelled),
             (MASK, mask_field, self.mask_names is not None),
@@ -282,7 +287,7 @@ class ShardSource(StreamSource):
     def fingerprint(self) -> str:
         """Return a short hash of the shards' names, sizes and times, and of what is asked for in them."""
         asked = (self.roles, self._missing)
-        digest = hashlib.sha256(repr(asked).encode() if asked != (Roles(), []) else b"")
+        digest = hashlib.sha256(repr(asked).encode() if asked != (Roles(suffixes=self.roles.suffixes), []) else b"")
         for name, shard in zip(self._names, self.shards, strict=True):
             status = shard.stat()
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())

@@ -65,6 +65,7 @@ def read_as(encoder: Encoder, config: Any) -> Encoder:
         "use_channels": config.use_channels,
         "clip_frames": config.clip_frames,
         "clip_stride": config.clip_stride,
+        "clip_sampling": config.clip_sampling,
     }
     known = {name: value for name, value in settled.items() if value is not None}
     if kind_of(encoder) == "clip" and config.clip_frames is not None:
