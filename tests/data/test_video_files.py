@@ -7,12 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from video_files import write_shard, write_sound, write_video
 
 from patchloom.data import UnreadableImageError, make_loader, open_source
 from patchloom.data.clip_views import ClipView
 from patchloom.data.video_files import evenly, look_through, read_frames
 from patchloom.errors import UsageError
+from video_files import write_shard, write_sound, write_video
 
 pytest.importorskip("av")
 
