@@ -85,7 +85,7 @@ def test_the_trial_ends_where_memory_does(images, monkeypatch):
     assert [one.batch_size for one in trial(method, sample, "32-true", most=4)] == [2, 4]
     with pytest.raises(UsageError, match="a batch of 16 does not fit into memory; take a smaller encoder"):
         trial(method, sample, "32-true", fixed=16)
-    monkeypatch.setattr(module, "_free", lambda device: 0.0)
+    monkeypatch.setattr(module, "free_memory", lambda device: 0.0)
     assert len(trial(method, sample, "32-true")) == 1
     assert len(trial(method, sample, "32-true", seconds=0.0)) == 1
 

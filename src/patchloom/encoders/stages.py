@@ -122,9 +122,15 @@ def run_blocks(
     return x, kept
 
 
-def final_norm(encoder: Encoder, x: Tensor) -> Tensor:
-    """Return tokens after the norm in front of heads: `norm`, or `fc_norm` where the encoder norms after pooling."""
-    norm = encoder.norm
+def final_norm(encoder: Encoder, x: Tensor, last: bool = True) -> Tensor:
+    """Return tokens after the norm in front of heads: `norm`, or `fc_norm` where the encoder norms after pooling.
+
+    Args:
+        encoder: The encoder.
+        x: (B, P + N, D).
+        last: Whether they are the last block's. What else stands in the norm's place (a denoiser) is for these alone.
+    """
+    norm = encoder.norm if last else getattr(encoder.norm, "norm", encoder.norm)
     if isinstance(norm, nn.Identity) and isinstance(getattr(encoder, "fc_norm", None), nn.Module):
         norm = encoder.fc_norm
     normed: Tensor = norm(x)
@@ -205,7 +211,8 @@ def intermediate_layers(encoder: Encoder, images: Tensor, layers: Sequence[int],
     """
     numbers = [_block_number(encoder, layer) + 1 for layer in layers]
     _, taps = run_blocks(encoder, embed(encoder, images), stop=max(numbers, default=0), taps=numbers)
-    return [_split(encoder, final_norm(encoder, taps[n]) if norm else taps[n]) for n in numbers]
+    last = depth(encoder)
+    return [_split(encoder, final_norm(encoder, taps[n], n == last) if norm else taps[n]) for n in numbers]
 
 
 def new_blocks(encoder: Encoder, count: int, drop_path: float | None = None) -> nn.ModuleList:

@@ -27,7 +27,6 @@ from patchloom import registry
 from patchloom.base.hub import fetching, reason
 from patchloom.base.version import __version__
 from patchloom.encoders import family_of, has_tokens, image_size, in_chans, input_size, size_arguments
-from patchloom.encoders.anysize import AnySizeVisionTransformer
 from patchloom.errors import UsageError
 from patchloom.io import make_folder
 
@@ -71,7 +70,7 @@ def save_bundle(
     _check_rebuilds(config, state)
     versions = {"patchloom": __version__, "torch": torch.__version__, "timm": timm.__version__}
     about: dict[str, Any] = {"lineage": lineage or {}, "versions": versions, "made_from": made_from(encoder)}
-    if type(encoder).__module__.startswith("patchloom.") and not isinstance(encoder, AnySizeVisionTransformer):
+    if timm.model_entrypoint(config["architecture"]).__module__.startswith("patchloom."):
         about["opened_by"] = "patchloom.load; timm alone does not know this architecture"
     if reading := (getattr(encoder, "pretrained_cfg", None) or {}).get("reading"):
         about["reading"] = reading

@@ -158,7 +158,7 @@ def trial(
     """
     device = _device(method.config.accelerator)
     start = time.monotonic() if start is None else start
-    room = ROOM * _free(device)
+    room = ROOM * free_memory(device)
     method.to(device).train()
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=0.0)
     tried: list[Tried] = []
@@ -300,7 +300,7 @@ def _device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _free(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Return the bytes that are free."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])

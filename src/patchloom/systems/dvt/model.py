@@ -1,0 +1,224 @@
+"""The first stage of DVT: the features of one image as meaning, artefact of the position, and residual.
+
+Yang et al. 2024, "Denoising Vision Transformers" (arXiv 2401.02957). Of a token at position p of a view, which shows the
+point u of the image:
+
+    features ≈ F(u) + G[p] + h(features)
+
+F, a neural field, has what belongs to the image wherever a view shows it; G what belongs to the position in the grid
+whatever is shown there; h, a small network, what depends on both.
+
+The denoiser of the second stage is `patchloom.encoders.denoised.Denoiser`.
+
+>>> import torch
+>>> model = SingleImageDenoiser(32, (4, 4), max_resolution=16)
+>>> losses = model(torch.randn(9, 32), torch.rand(9, 2), torch.randint(16, (9,)))
+>>> sorted(losses)
+['cosine', 'l2', 'loss']
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchloom.encoders.denoised import Denoiser, denoising_loss
+from patchloom.errors import UsageError
+from patchloom.systems.dvt.field import FeatureField, StackedLinear
+
+__all__ = ["Denoiser", "FeatureField", "SingleImageDenoiser", "denoising_loss"]
+
+ARTIFACT_START = 0.02
+RESIDUAL_WEIGHT, SPARSITY_WEIGHT = 0.1, 0.02
+
+
+class SingleImageDenoiser(nn.Module):
+    """F, G and h of one image, or of several side by side that know nothing of each other.
+
+    Args:
+        feat_dim: Width C of the features.
+        grid_size: (H, W), tokens of a view.
+        residual: Have h.
+        shared_artifacts: Have G.
+        images: Images side by side; inputs then have a leading axis of this size, and losses are theirs in sum.
+        **field: Arguments of `FeatureField`.
+
+    Attributes:
+        in_residual_phase: Whether G is frozen and h learns; see `start_residual`.
+    """
+
+    shared_artifacts: nn.Parameter | None
+
+    def __init__(
+        self,
+        feat_dim: int,
+        grid_size: tuple[int, int],
+        residual: bool = True,
+        shared_artifacts: bool = True,
+        images: int = 1,
+        **field: Any,
+    ) -> None:
+        super().__init__()
+        self.feat_dim, self.grid_size, self.images = feat_dim, (int(grid_size[0]), int(grid_size[1])), images
+        self.in_residual_phase = False
+        self.neural_field = FeatureField(feat_dim, images=images, **field)
+        self.shared_artifacts = (
+            nn.Parameter(ARTIFACT_START * torch.randn(images, feat_dim, *self.grid_size)) if shared_artifacts else None
+        )
+        narrow = max(1, feat_dim // 4)
+        self.residual_predictor = (
+            nn.Sequential(
+                StackedLinear(feat_dim, narrow, images),
+                nn.ReLU(),
+                StackedLinear(narrow, narrow, images),
+                nn.ReLU(),
+                StackedLinear(narrow, feat_dim, images),
+            )
+            if residual
+            else None
+        )
+
+    @classmethod
+    def stack(cls, models: Sequence[SingleImageDenoiser]) -> SingleImageDenoiser:
+        """Return the models of several images as one, with copies of their weights.
+
+        Args:
+            models: Made with the same arguments.
+        """
+        stacked = models[0]._like(len(models))
+        states = [model.state_dict() for model in models]
+        stacked.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
+        return stacked
+
+    def member(self, number: int) -> SingleImageDenoiser:
+        """Return the model of one of the images, with a copy of its weights."""
+        single = self._like(1)
+        single.load_state_dict({name: value[number : number + 1] for name, value in self.state_dict().items()})
+        if self.in_residual_phase:
+            single.start_residual()
+        return single
+
+    def _like(self, images: int) -> SingleImageDenoiser:
+        """Return a model of the same shape, for another number of images, whose weights are to be loaded."""
+        with torch.no_grad():
+            made = copy.deepcopy(self)
+            for name, parameter in list(made.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                shape = (images, *parameter.shape[1:])
+                setattr_parameter(made.get_submodule(owner), leaf, nn.Parameter(parameter.new_empty(shape)))
+        made.images = made.neural_field.images = images
+        made.in_residual_phase = False
+        return made
+
+    def start_residual(self) -> None:
+        """Freeze G and let h learn from now on; the optimiser goes on as it is.
+
+        Without a gradient (None, not zero) an optimiser leaves G where it is, moments or not.
+        """
+        self.in_residual_phase = True
+        if self.shared_artifacts is not None:
+            self.shared_artifacts.requires_grad_(False)
+            self.shared_artifacts.grad = None
+
+    def forward(self, raw: Tensor, coords: Tensor, artifact_coords: Tensor) -> dict[str, Tensor]:
+        """Return `loss` and its parts, means over tokens and channels (summed over images side by side).
+
+        Args:
+            raw: (N, C), features of tokens; of several images (images, N, C), and so below.
+            coords: (N, 2), where in the image the tokens look: x, y in [0, 1].
+            artifact_coords: Where in the view they stand: (N, 2), x, y in [-1, 1], -1 and 1 being the first and last
+                token; or (N,) int64, their numbers row by row, which says the same.
+
+        Returns:
+            `l2`, `cosine` and, in the residual phase, `residual` and `sparsity`, whose weighted sum is `loss`.
+
+        Raises:
+            UsageError: Coordinates outside of the image.
+        """
+        if not bool(((coords >= 0) & (coords <= 1)).all()):
+            raise UsageError("coordinates lie outside of the image; x and y are from 0 to 1")
+        if raw.ndim == 2:
+            raw, coords, artifact_coords = raw[None], coords[None], artifact_coords[None]
+        return self.losses(raw, coords, artifact_coords)
+
+    def losses(self, raw: Tensor, coords: Tensor, artifact_coords: Tensor) -> dict[str, Tensor]:
+        """Return what `forward` does, for inputs with the axis of images whose coordinates are known to be good."""
+        explained = self.neural_field.at(coords)
+        if self.shared_artifacts is not None:
+            explained = explained + self.artifacts(artifact_coords)
+        residual = None
+        if self.in_residual_phase and self.residual_predictor is not None:
+            residual = self.residual_predictor(raw)
+        predicted = explained if residual is None else explained + residual.detach()
+        # Every image counts as if it were alone.
+        found = {
+            "l2": F.mse_loss(predicted, raw) * self.images,
+            "cosine": (1 - F.cosine_similarity(predicted, raw, dim=-1).mean()) * self.images,
+        }
+        loss = found["l2"] + found["cosine"]
+        if residual is not None:
+            found["residual"] = F.mse_loss(residual, (raw - explained).detach()) * self.images
+            found["sparsity"] = residual.abs().mean() * self.images
+            loss = loss + RESIDUAL_WEIGHT * found["residual"] + SPARSITY_WEIGHT * found["sparsity"]
+        return {"loss": loss, **found}
+
+    def artifacts(self, places: Tensor) -> Tensor:
+        """Return G (images, N, C) at places (images, N, 2) in [-1, 1], or at tokens (images, N) by number."""
+        assert self.shared_artifacts is not None
+        if not places.is_floating_point():
+            count = self.grid_size[0] * self.grid_size[1]
+            table = self.shared_artifacts.flatten(2).transpose(1, 2).reshape(-1, self.feat_dim)
+            own = torch.arange(len(places), device=places.device).unsqueeze(1) * count
+            return F.embedding(places + own, table)
+        read = F.grid_sample(
+            self.shared_artifacts, places.unsqueeze(1), mode="bilinear", padding_mode="border", align_corners=True
+        )
+        return read.squeeze(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def decompose(self, raw: Tensor, coords: Tensor) -> dict[str, Tensor]:
+        """Return the parts of the features of a view.
+
+        Args:
+            raw: (H, W, C); of several images (images, H, W, C).
+            coords: (H, W, 2), where in the image the tokens look; likewise.
+
+        Returns:
+            `denoised`, F at these coordinates, which is what the second stage learns; `artifact`, G; `residual`, h;
+            `subtracted`, what G and h leave of the features. All of the shape of `raw`.
+
+        Raises:
+            UsageError: Features of another grid than this model's, or coordinates outside of the image.
+        """
+        if tuple(raw.shape[-3:]) != (*self.grid_size, self.feat_dim):
+            raise UsageError(
+                f"features are of {tuple(raw.shape[-3:])}, and this model is of a grid of {self.grid_size} of width "
+                f"{self.feat_dim}"
+            )
+        denoised = self.neural_field(coords)
+        zero = torch.zeros_like(raw)
+        artifact = zero
+        if self.shared_artifacts is not None:
+            artifact = self.shared_artifacts.permute(0, 2, 3, 1).reshape(raw.shape)
+        residual = zero
+        if self.residual_predictor is not None:
+            residual = self.residual_predictor(raw.reshape(self.images, -1, self.feat_dim)).reshape(raw.shape)
+        return {
+            "denoised": denoised,
+            "artifact": artifact,
+            "residual": residual,
+            "subtracted": raw - artifact - residual,
+        }
+
+
+def setattr_parameter(owner: nn.Module, name: str, value: nn.Parameter) -> None:
+    """Put a parameter in the place of another, in a module or a `ParameterList`."""
+    if isinstance(owner, nn.ParameterList):
+        owner[int(name)] = value
+    else:
+        setattr(owner, name, value)
