@@ -78,6 +78,16 @@ COMMANDS: dict[str, Command | Verb] = {
         "write a trained decoder with its encoder as one ONNX file", "segment.commands:export", positional=("run",)
     ),
     "clean": Verb("rid the features of an encoder of artefacts, and ship the result"),
+    "clean dvt decompose": Command(
+        "take the features of images apart: meaning, position artefact, residual (DVT, first stage)",
+        "systems.dvt.commands:decompose",
+        "systems.dvt.config:DecomposeConfig",
+    ),
+    "clean dvt apply": Command(
+        "write an encoder and the denoiser trained for it as one bundle (DVT)",
+        "systems.dvt.commands:apply",
+        positional=("run",),
+    ),
     "anomaly": Verb("train a detector of defects on good images alone"),
     "anomaly predict": Command(
         "write scores, maps and overlays of images by a trained detector",
@@ -262,8 +272,9 @@ def _complete() -> None:
 def _command_words(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split the words that name the command from its options."""
     first = arguments[0]
-    if " ".join(arguments[:2]) in COMMANDS:
-        return arguments[:2], arguments[2:]
+    for count in (3, 2):
+        if " ".join(arguments[:count]) in COMMANDS:
+            return arguments[:count], arguments[count:]
     second_words = sorted(name.split()[1] for name in COMMANDS if name.startswith(f"{first} "))
     if second_words and first not in COMMANDS:
         raise UsageError(f"patchloom {first} is followed by one of: {', '.join(second_words)}")

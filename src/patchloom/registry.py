@@ -204,6 +204,16 @@ METHODS: dict[str, dict[str, Entry]] = {
             "An encoder with fresh registers learns what it says on average over shifted views: features without "
             "artefacts",
         ),
+        "dvt_train": Entry(
+            "systems.dvt.method:DVTTrainMethod",
+            "systems.dvt.config:DVTTrainConfig",
+            "A transformer block learns to take the artefacts out of an encoder's features (DVT, second stage)",
+        ),
+        "dvt_distill": Entry(
+            "systems.dvt.distill_method:DVTDistillMethod",
+            "systems.dvt.config:DVTDistillConfig",
+            "An encoder learns what its denoiser makes of it, and needs none any more (DVT, third stage)",
+        ),
     },
     "evaluate": {
         "caption_retrieval": Entry(
@@ -399,6 +409,7 @@ REFERENCES: dict[str, str] = {
     "vit_p": "systems.vit_p.published:load",
     "videomae_v2": "systems.videomae_v2.published:load",
     "ph_reg": "systems.ph_reg.published:load",
+    "dvt": "systems.dvt.published:load",
 }
 """Loaders of published checkpoints."""
 
@@ -412,6 +423,9 @@ MODELS: dict[str, str] = {
 
 TOKENIZERS: dict[str, str] = {"vit_vqgan": "systems.vit_vqgan.saved:load_tokenizer"}
 """What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`."""
+
+ENCODERS: dict[str, str] = {"denoiser.json": "systems.dvt.saved:load_denoised"}
+"""What opens an encoder that is no bundle of its own, by the file in a folder that tells of it."""
 
 
 def load(place: str) -> Any:

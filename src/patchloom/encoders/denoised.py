@@ -217,7 +217,9 @@ def denoised(encoder: Encoder, denoiser: Denoiser, layer: int | None = None) -> 
         raise UsageError("the encoder is denoised already; give the one it was made from")
     plane_size(encoder, "the maps that are denoised")
     if encoder.embed_dim != denoiser.feat_dim:
-        raise UsageError(f"the denoiser is for features of width {denoiser.feat_dim}, and these are {encoder.embed_dim}")
+        raise UsageError(
+            f"the denoiser is for features of width {denoiser.feat_dim}, and these are {encoder.embed_dim}"
+        )
     blocks = list(encoder.blocks)
     if layer is not None:
         if not 0 <= layer < len(blocks):

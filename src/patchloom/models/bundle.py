@@ -159,6 +159,10 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
             return add_adapters(load(path), adapters).eval()
         if find_adapter(path) is not None:
             return load_adapted(path)
+        for folder in (Path(path), Path(path) / "model"):
+            for name, place in registry.ENCODERS.items():
+                if (folder / name).exists():
+                    return registry.load(place)(folder)  # by its place: systems stand above bundles
     folder = find_bundle(path)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ WRAPPERS = (
     "model_ema",
     "teacher",
     "student",
+    "denoiser",
 )
 # What training puts before all names of a model: parallel training, torch.compile, DeepSpeed, a LightningModule …
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "model.")

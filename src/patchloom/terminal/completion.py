@@ -69,29 +69,28 @@ def command_parser(
     parser = argparse.ArgumentParser(prog="patchloom", add_help=False)
     parser.add_argument("--help", action="store_true")
     parser.add_argument("--version", action="store_true")
-    firsts: Any = parser.add_subparsers()
-    for first in dict.fromkeys(name.split()[0] for name in commands):
-        inner = firsts.add_parser(first, add_help=False)
-        if words[:1] != [first]:
-            continue
-        if first in commands:
-            _add_options(inner, commands[first](), positional.get(first, ()))
-            continue
-        seconds: Any = inner.add_subparsers()
-        for second in dict.fromkeys(name.split()[1] for name in commands if name.startswith(f"{first} ")):
-            innermost, both = seconds.add_parser(second, add_help=False), f"{first} {second}"
-            if words[1:2] != [second]:
-                continue
-            if both in commands:
-                _add_options(innermost, commands[both](), positional.get(both, ()))
-                continue
-            thirds: Any = innermost.add_subparsers()  # methods of a verb of two words
-            for name in commands:
-                if name.startswith(f"{both} "):
-                    last = thirds.add_parser(name.split()[2], add_help=False)
-                    if words[2:3] == [name.split()[2]]:
-                        _add_options(last, commands[name](), ())
+    _add_words(parser, (), words, commands, positional)
     return parser
+
+
+def _add_words(
+    parser: argparse.ArgumentParser,
+    said: tuple[str, ...],
+    words: Sequence[str],
+    commands: Mapping[str, Options],
+    positional: Mapping[str, Sequence[str]],
+) -> None:
+    """Let a parser know the words that may follow those that were said, or the options of the command they name."""
+    name, count = " ".join(said), len(said)
+    if name in commands:
+        _add_options(parser, commands[name](), positional.get(name, ()))
+        return
+    following: Any = parser.add_subparsers()
+    parts = [tuple(each.split()) for each in commands]
+    for word in dict.fromkeys(part[count] for part in parts if part[:count] == said and len(part) > count):
+        inner = following.add_parser(word, add_help=False)
+        if list(words[: count + 1]) == [*said, word]:
+            _add_words(inner, (*said, word), words, commands, positional)
 
 
 def _add_options(parser: argparse.ArgumentParser, described: Callable[..., Any], positional: Sequence[str]) -> None:

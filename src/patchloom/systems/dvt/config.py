@@ -11,7 +11,6 @@ from patchloom.base.settings import Cited
 from patchloom.base.sizes import Size
 from patchloom.base.source_options import SourceOptions
 from patchloom.training.config import TrainConfig
-from patchloom.training.options import CropOptions
 
 NO_ENCODER = "auto"
 
@@ -123,19 +122,20 @@ class DVTTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVTDistillConfig(CropOptions, TrainConfig):
+class DVTDistillConfig(TrainConfig):
     """Settings of teaching an encoder what a denoiser makes of it, the third stage of DVT."""
 
     RECIPE: ClassVar[Mapping[str, Any]] = {
         **TRAINING,
         "epochs": Cited(10, "published code: 10, paper: 5"),
         "batch_size": Cited(32, "paper: 64 on each of 8 GPUs"),
-        "crop_scale": Cited((1.0, 1.0), "published: the whole image, out of proportion"),
     }
 
     teacher: str
     """Run of patchloom clean dvt train, or its model"""
     encoder: str = NO_ENCODER
     """The encoder of the teacher, where it is no longer where it was; another is refused"""
+    flip: Probability = 0.5
+    """Probability that an image is mirrored; published: 0.5"""
     warmup_share: Probability = 0.15
     """Share of the steps in which the rate rises; published: 0.15"""

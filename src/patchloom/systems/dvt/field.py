@@ -45,7 +45,7 @@ def growth(n_levels: int, base_resolution: int, max_resolution: int) -> float:
 
 
 def fitting_resolution(tokens: int, smallest: float = SMALLEST_CROP) -> int:
-    """Return the resolution beyond which views hold nothing more: a power of two, at least 16 and at most 1024.
+    """Return the resolution beyond which views hold little more: the nearest power of two, from 16 to 1024.
 
     Args:
         tokens: Tokens along a side of a view.
@@ -55,7 +55,7 @@ def fitting_resolution(tokens: int, smallest: float = SMALLEST_CROP) -> int:
     (128, 64, 16)
     """
     finest = tokens / math.sqrt(smallest) * 1.1
-    return min(1024, max(16, 2 ** math.ceil(math.log2(finest))))
+    return min(1024, max(16, 2 ** round(math.log2(finest))))
 
 
 class StackedLinear(nn.Module):
@@ -153,7 +153,7 @@ class HashEncoding(nn.Module):
 
     def forward(self, coords: Tensor) -> Tensor:
         """Return (images, n, levels * features) at coordinates (images, n, 2) in [0, 1]."""
-        images, n, _ = coords.shape
+        images = len(coords)
         entries = self.params.view(len(self.params), -1, self.features)
         total, first, read = entries.shape[1], 0, []
         table = entries.reshape(-1, self.features)

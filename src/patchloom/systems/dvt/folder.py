@@ -112,8 +112,8 @@ class FeatureFolder:
             values = getattr(found, part).numpy().astype(dtype)
             if not np.isfinite(values).all():
                 raise UsageError(
-                    f"the {part} features of '{key}' do not fit into {dtype}, or are not finite; take dtype=float32, or "
-                    f"a lower lr"
+                    f"the {part} features of '{key}' do not fit into {dtype} or are not finite; take dtype=float32, "
+                    f"or a lower lr"
                 )
             with written_whole(self.place(part, file)) as temporary, temporary.open("wb") as stream:
                 np.save(stream, values)

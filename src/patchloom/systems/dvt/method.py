@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +32,7 @@ from patchloom.training.optim import adamw, parameter_groups
 if TYPE_CHECKING:
     from patchloom.report import Section
 
-SHOWN = 6
+SHOWN, SIDE = 6, 128
 MOST_MEASURED = 500
 
 
@@ -86,19 +87,19 @@ class DVTTrainMethod(DVTSchedule, Method):
 
     def __init__(self, config: DVTTrainConfig, source: Source | StreamSource) -> None:
         pairs = cast(FeaturePairs, source)
-        self_folder = pairs.folder
         learnt, held_out = split_pairs(pairs, config)
-        self.__dict__["_shape"] = (self_folder.width, self_folder.grid)
         super().__init__(config, learnt)
         self.held_out: Source = held_out
         self.lost = pairs.lost
-        self.features: dict[str, Any] = {k: v for k, v in self_folder.index.items() if k != "images"}
+        self.features: dict[str, Any] = {k: v for k, v in pairs.folder.index.items() if k != "images"}
 
     @classmethod
     def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
         """Return the pairs; an encoder that the settings name has to be that of the features."""
         pairs = FeaturePairs(config.data)
-        if config.encoder != NO_ENCODER:
+        if config.encoder == NO_ENCODER:
+            return pairs, dataclasses.replace(config, encoder=pairs.folder.index["encoder"])
+        if not config.resume:
             find_encoder(pairs.folder.index, config.encoder)
         return pairs, config
 
@@ -109,9 +110,9 @@ class DVTTrainMethod(DVTSchedule, Method):
 
     def build_encoder(self) -> Encoder:
         """Return the denoiser, which stands where other methods have their encoder."""
-        width, grid = self.__dict__["_shape"]
-        made: Any = Denoiser(width, grid, self.config.num_blocks, self.config.pos_embed)
-        made.pretrained_cfg = {"input_size": (width, *grid)}
+        folder = cast(FeaturePairs, cast(SubsetSource, self.source).source).folder
+        made: Any = Denoiser(folder.width, folder.grid, self.config.num_blocks, self.config.pos_embed)
+        made.pretrained_cfg = {"input_size": (folder.width, *folder.grid)}
         return cast(Encoder, made)
 
     def transform(self) -> Transform:
@@ -188,7 +189,9 @@ class DVTTrainMethod(DVTSchedule, Method):
         made = self.encoder(raw)
         grid = (raw.shape[1], raw.shape[2])
         maps = torch.cat([raw, target, made]).flatten(1, 2).cpu()
-        colours = F.interpolate(pca_colours(maps, grid), scale_factor=8.0, mode="nearest").chunk(3)
+        colours = F.interpolate(
+            pca_colours(maps, grid), scale_factor=float(max(1, SIDE // max(grid))), mode="nearest"
+        ).chunk(3)
         figures = self.measured()
         text = (
             f"Features of held-out images as colours. The denoiser's are {figures['held_out_ratio']:.2f} times as far "

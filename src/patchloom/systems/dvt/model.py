@@ -1,7 +1,7 @@
 """The first stage of DVT: the features of one image as meaning, artefact of the position, and residual.
 
-Yang et al. 2024, "Denoising Vision Transformers" (arXiv 2401.02957). Of a token at position p of a view, which shows the
-point u of the image:
+Yang et al. 2024, "Denoising Vision Transformers" (arXiv 2401.02957). Of a token at position p of a view, which shows
+the point u of the image:
 
     features ≈ F(u) + G[p] + h(features)
 
@@ -204,7 +204,7 @@ class SingleImageDenoiser(nn.Module):
         zero = torch.zeros_like(raw)
         artifact = zero
         if self.shared_artifacts is not None:
-            artifact = self.shared_artifacts.permute(0, 2, 3, 1).reshape(raw.shape)
+            artifact = self.shared_artifacts.detach().permute(0, 2, 3, 1).reshape(raw.shape)
         residual = zero
         if self.residual_predictor is not None:
             residual = self.residual_predictor(raw.reshape(self.images, -1, self.feat_dim)).reshape(raw.shape)

@@ -1,4 +1,4 @@
-"""What the denoiser learns from: raw features of images beside the denoised ones, from the folder of the first stage."""
+"""What the denoiser learns from: raw features of images beside the denoised ones, from the first stage's folder."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchloom.base.progress import Ticker, duration
@@ -24,8 +24,9 @@ from patchloom.encoders import Encoder, in_chans
 from patchloom.errors import UsageError
 from patchloom.io import raw_name, write_bytes
 from patchloom.report import Section, write_report
-from patchloom.report.figures import image_grid, pca_colours
+from patchloom.report.figures import pca_colours
 from patchloom.report.page import Figure
+from patchloom.report.tiles import enlarged, labelled, pixels_of, png, strip
 from patchloom.systems.dvt.config import DecomposeConfig
 from patchloom.systems.dvt.decompose import DenoisedImage, bytes_of_image, denoise_images, opened
 from patchloom.systems.dvt.folder import PICTURES, FeatureFolder, kept_parts, open_folder
@@ -33,7 +34,7 @@ from patchloom.training.trial import free_memory
 
 MOST_AT_ONCE = 16
 ON_PAGE = 8
-TILE = 224
+TILE = 160
 
 
 def decompose_source(config: DecomposeConfig) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def decompose_source(config: DecomposeConfig) -> dict[str, Any]:
                 found,
                 [each for each, _, _ in group],
                 device,
-                lambda share, size=len(group): pace.reach(share * size),
+                partial(pace.reach, len(group)),
             )
             for (_, key, image), result in zip(group, done, strict=True):
                 folder.add(key, result, kept_parts(config.keep), config.dtype)
@@ -133,10 +134,10 @@ class _Pace:
     def drop(self) -> None:
         self.total -= 1
 
-    def reach(self, within: float) -> None:
-        """Say how far it is, so many images of the present group counted in parts."""
+    def reach(self, count: int, share: float) -> None:
+        """Say how far it is, where it is time to: a share of the work on so many images is done."""
         if self.ticker.due(-1):
-            self.say(self.done + within)
+            self.say(self.done + share * count)
 
     def finish(self, count: int) -> None:
         self.done += count
@@ -152,39 +153,37 @@ def _drawn(folder: FeatureFolder) -> Iterator[Path]:
     return (folder.path / PICTURES).rglob("*.png")
 
 
-def figure_of(images: Tensor, found: Sequence[DenoisedImage]) -> Figure:
-    """Return images above what their features were taken apart into.
+def figure_of(image: Tensor, found: DenoisedImage) -> bytes:
+    """Return an image beside what its features were taken apart into, as PNG.
 
-    Raw and denoised features have their colours in common, artefacts and residuals theirs.
+    Raw and denoised features have their colours in common, artefact and residual theirs.
 
     Args:
-        images: (n, C, height, width) in [0, 1].
-        found: Of each of them.
+        image: (C, height, width) in [0, 1].
+        found: Its parts.
     """
-    grid = found[0].raw.shape[:2]
-    side = (images.shape[-2], images.shape[-1])
+    grid = (found.raw.shape[0], found.raw.shape[1])
 
-    def painted(*names: str) -> list[Tensor]:
-        patches = torch.cat([torch.stack([getattr(each, name) for each in found]) for name in names])
-        colours = pca_colours(patches.flatten(1, 2), (grid[0], grid[1]))
-        return list(F.interpolate(colours, size=side, mode="nearest").chunk(len(names)))
+    def painted(*parts: Tensor) -> list[Tensor]:
+        return list(pca_colours(torch.stack(parts).flatten(1, 2), grid))
 
-    raw, denoised = painted("raw", "denoised")
-    rows = {"image": images, "raw": raw, "denoised": denoised}
-    rows |= {"artefact": painted("artifact")[0], "residual": painted("residual")[0]}
-    return image_grid(rows, alt="Images; raw and denoised features, artefacts and residuals as colours")
+    raw, denoised = painted(found.raw, found.denoised)
+    tiles = {"image": image, "raw": raw, "denoised": denoised}
+    tiles |= {"artefact": painted(found.artifact)[0], "residual": painted(found.residual)[0]}
+    return png(strip([labelled(name, enlarged(pixels_of(tile), TILE)) for name, tile in tiles.items()]))
 
 
-def _draw(
-    folder: FeatureFolder, key: str, image: Tensor, found: DenoisedImage, size: tuple[int, int]
-) -> None:
+def _draw(folder: FeatureFolder, key: str, image: Tensor, found: DenoisedImage, size: tuple[int, int]) -> None:
     place = folder.path / PICTURES / Path(raw_name(folder.images[key]["file"])).with_suffix(".png")
-    write_bytes(place, figure_of(resize(unit(image), size)[None], [found]).png)
+    write_bytes(place, figure_of(resize(unit(image), size), found))
 
 
 def _write_page(folder: FeatureFolder, config: DecomposeConfig, per_minute: float | None) -> Path:
     index = folder.index
-    figures = [Figure(path.read_bytes(), path.stem, path.stem, half=True) for path in sorted(_drawn(folder))[:ON_PAGE]]
+    figures = [
+        Figure(path.read_bytes(), f"Features of {path.stem} taken apart", path.stem)
+        for path in sorted(_drawn(folder))[:ON_PAGE]
+    ]
     share = artifact_share(folder)
     text = (
         "Three principal components of the features as red, green and blue; raw and denoised features of an image have "

@@ -1,4 +1,4 @@
-"""A denoiser on disk: a small file that names the encoder it belongs to, and with it the whole as an ordinary bundle."""
+"""A denoiser on disk: a small file that names its encoder; with that, the whole as an ordinary bundle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import timm
 from safetensors.torch import save_file
 
+from patchloom.base.stored import read_tensors
 from patchloom.encoders import Encoder, depth, set_image_size
 from patchloom.encoders.denoised import Denoiser, denoised
 from patchloom.errors import UsageError
@@ -18,7 +19,6 @@ from patchloom.models.adapters import encoder_hash
 from patchloom.models.bundle import LINEAGE, fetch_encoder, save_bundle
 from patchloom.models.bundle import load as load_bundle
 from patchloom.models.published import fill
-from patchloom.base.stored import read_tensors
 
 WEIGHTS, ABOUT = "denoiser.safetensors", "denoiser.json"
 FORMAT = 1

@@ -1,7 +1,7 @@
 """Views of an image: crops, where in the image their tokens look, and their features.
 
-Yang et al. 2024, "Denoising Vision Transformers" (arXiv 2401.02957): the same part of an image stands at other positions
-of the grid in other views, which is what tells the image from the position.
+Yang et al. 2024, "Denoising Vision Transformers" (arXiv 2401.02957): the same part of an image stands at other
+positions of the grid in other views, which is what tells the image from the position.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def draw_views(
     return [*views, View((0, 0, *size), flipped=False)]
 
 
-def view_coords(
-    view: View, size: tuple[int, int], grid: tuple[int, int], rule: Coordinates = "edges"
-) -> Tensor:
+def view_coords(view: View, size: tuple[int, int], grid: tuple[int, int], rule: Coordinates = "edges") -> Tensor:
     """Return where in the image the tokens of a view look: (H, W, 2), x and y in [0, 1].
 
     Args:
