@@ -417,6 +417,7 @@ REFERENCES: dict[str, str] = {
 MODELS: dict[str, str] = {
     "gcab.json": "systems.gcab.saved:load_tasks",
     "tokenizer.json": "tokenizers.tokenizer:open_tokenizer",
+    "dense_clip.json": "systems.ph_reg.saved:load_dense",
 }
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 

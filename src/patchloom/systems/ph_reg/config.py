@@ -25,6 +25,7 @@ class PHRegConfig(TrainConfig):
         "unlock_pos_embed",
         "unlock_patch_embed",
         "lr_falls",
+        "neighbour_std",
     )
     RECIPE: ClassVar[Mapping[str, Any]] = {
         "epochs": Cited(100, "published code: 100"),
@@ -37,9 +38,11 @@ class PHRegConfig(TrainConfig):
     }
 
     encoder: str = "vit_base_patch14_dinov2"
-    """What is cleaned: path of a bundle or run, or name of a timm model, whose published weights are fetched"""
+    """What is cleaned: path of a bundle or run; name of a timm model, whose published weights are fetched; or a CLIP
+    tower (extra: clip), open_clip:MODEL/WEIGHTS such as open_clip:ViT-B-16/openai, where WEIGHTS may be a file"""
     image_size: Size | None = None
-    """Side of the square training images in pixels, a multiple of the patch size; default: the encoder's"""
+    """Side of the square training images in pixels, a multiple of the patch size; default: the encoder's, of CLIP
+    448"""
     min_lr: Positive = 5e-6
     """Learning rate at the end of its exponential fall; published: 5e-6"""
     registers: Count = 16
@@ -55,14 +58,17 @@ class PHRegConfig(TrainConfig):
     """Largest shift of a view as a share of the grid, rounded to whole patches; published: 0.15"""
     mse_scale: NonNegative = 1.0
     """Weight of the squared error beside the cosine; published: 1"""
-    unlock_blocks: Count = 1
-    """How many of the last blocks train; published: 1"""
+    unlock_blocks: Count | None = None
+    """How many of the last blocks train; published, and default: 1, of CLIP 2"""
     unlock_pos_embed: bool = True
     """Let learnt positions train; published: yes"""
     unlock_patch_embed: bool = True
     """Let the convolution that makes patches train; published: yes"""
     lr_falls: Literal["auto", "epoch", "step"] = "auto"
     """Whether the learning rate falls epoch by epoch (published) or step by step; auto: epoch in runs of 10 or more"""
+
+    neighbour_std: Positive = 5.0
+    """Of CLIP: how far in patches the teacher's last block looks around each patch; NACLIP: 5"""
 
     def __post_init__(self) -> None:
         """Refuse images that are not square, and weights in shards."""

@@ -15,16 +15,21 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from patchloom.base.sizes import Size
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import resize
-from patchloom.encoders import Encoder, create_encoder, grid_size, normalize, set_image_size
-from patchloom.encoders.positions import PositionRule, patch_positions, resample_positions
+from patchloom.encoders import Encoder, create_encoder, grid_size, in_chans, normalize, set_image_size
+from patchloom.encoders.positions import DINOV2_RULE, PositionRule, patch_positions, resample_positions
+from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder
 from patchloom.models.start import start_encoder
+from patchloom.systems.ph_reg.clip import CLIPPHReg
 from patchloom.systems.ph_reg.comparison import Comparison, compare
 from patchloom.systems.ph_reg.config import PHRegConfig
 from patchloom.systems.ph_reg.model import PHReg
 from patchloom.systems.ph_reg.registers import check_takes_registers
+from patchloom.systems.ph_reg.saved import is_dense, save_dense
+from patchloom.systems.ph_reg.towers import Tower, is_tower, open_tower
 from patchloom.systems.ph_reg.views import sample_offsets
 from patchloom.training.frozen import leave_out, put_back
 from patchloom.training.inputs import read_as
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 TEACHER = "model.teacher"
 SHOWN = 6
+CLIP_SIZE = 448
 LONG_RUN = 10
 """Epochs from which on a learning rate that falls by epoch is near enough to one that falls by step."""
 
@@ -52,17 +58,23 @@ class PHRegMethod(Method):
     def build_encoder(self) -> Encoder:
         """Return the student: the encoder of the settings with registers in it. The teacher is made along with it."""
         config = self.config
-        self.model = PHReg(
-            read_as(open_original(config), config),
-            num_registers=config.registers,
-            views=config.views,
-            shift_fraction=config.shift_fraction,
-            mse_scale=config.mse_scale,
-            unlock_blocks=config.unlock_blocks,
-            unlock_pos_embed=config.unlock_pos_embed,
-            unlock_patch_embed=config.unlock_patch_embed,
-            teacher_chunk=config.teacher_chunk,
-        )
+        settings: dict[str, Any] = {
+            "num_registers": config.registers,
+            "views": config.views,
+            "shift_fraction": config.shift_fraction,
+            "mse_scale": config.mse_scale,
+            "unlock_pos_embed": config.unlock_pos_embed,
+            "unlock_patch_embed": config.unlock_patch_embed,
+            "teacher_chunk": config.teacher_chunk,
+        }
+        if config.unlock_blocks is not None:
+            settings["unlock_blocks"] = config.unlock_blocks
+        if is_tower(config.encoder):
+            encoder, projection = open_original_tower(config)
+            settings["neighbour_std"] = config.neighbour_std
+            self.model: PHReg = CLIPPHReg(read_as(encoder, config), projection, **settings)
+        else:
+            self.model = PHReg(read_as(open_original(config), config), **settings)
         return self.model.student
 
     def transform(self) -> Transform:
@@ -137,6 +149,12 @@ class PHRegMethod(Method):
             return []
         return sections(self, found, self.pixels(images[:SHOWN]).to(self.device))
 
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the student as a bundle, and beside it the projection of a CLIP tower."""
+        super().save_model(model, path, lineage)
+        if isinstance(self.model, CLIPPHReg):
+            save_dense(self.model.dense, path)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         leave_out(checkpoint, TEACHER, self.model.teacher)
@@ -190,19 +208,37 @@ def open_original(config: PHRegConfig) -> Encoder:
         UsageError: There is no such encoder, it has no trained weights, or the size does not fit its patches.
     """
     if Path(config.encoder).exists():
+        if is_dense(config.encoder):
+            raise UsageError(f"{config.encoder} is a CLIP tower that was cleaned already; give the tower it came from")
         encoder = start_encoder(config.encoder, in_chans=config.in_chans)
     else:
         if timm.is_model(config.encoder):  # refused before anything is fetched
             with torch.device("meta"):
                 check_takes_registers(timm.create_model(config.encoder, num_classes=0))
         encoder = fetch_encoder(config.encoder, create_encoder, in_chans=config.in_chans)
-    if config.image_size is None:
-        return encoder
+    if config.image_size is not None:
+        set_size(encoder, config.image_size, PositionRule(antialias=False) if config.interpolation != "timm" else None)
+    return encoder
+
+
+def open_original_tower(config: PHRegConfig) -> Tower:
+    """Return the CLIP tower of the settings at their image size, its positions resampled as published.
+
+    Raises:
+        UsageError: See `open_tower`; or a size that does not fit its patches, or images of other than 3 channels.
+    """
+    tower = open_tower(config.encoder)
+    if (channels := in_chans(tower.encoder)) != config.in_chans:
+        raise UsageError(f"{config.encoder} takes {channels} channels, not {config.in_chans}; set in_chans={channels}")
+    set_size(tower.encoder, CLIP_SIZE if config.image_size is None else config.image_size, DINOV2_RULE)
+    return tower
+
+
+def set_size(encoder: Encoder, size: Size, rule: PositionRule | None) -> None:
+    """Set an encoder up for another size, in place; its positions are resampled by a rule, else by timm's."""
     before, positions = grid_size(encoder), encoder.pos_embed
-    set_image_size(encoder, config.image_size)
-    if config.interpolation == "reference" and isinstance(positions, Tensor):
+    set_image_size(encoder, size)
+    if rule is not None and isinstance(positions, Tensor):
         prefix = patch_positions(positions, before)
-        rule = PositionRule(antialias=False)
         with torch.no_grad():
             encoder.pos_embed.copy_(resample_positions(positions, before, grid_size(encoder), prefix, rule))
-    return encoder

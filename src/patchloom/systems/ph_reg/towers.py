@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +75,7 @@ def open_tower(name: str) -> Tower:
         known = ", ".join(tags[:8]) or "none that can be fetched"
         raise UsageError(f"{name}: give the weights behind a slash, open_clip:{model_name}/WEIGHTS: {known}, or a file")
     try:
-        with fetching(), torch.random.fork_rng(devices=[]):
+        with fetching(), torch.random.fork_rng(devices=[]), _quiet():
             fetched = None if Path(weights).is_file() else weights
             visual: Any = open_clip.create_model(model_name, pretrained=fetched).visual
     except (OSError, RuntimeError, ValueError) as error:
@@ -83,8 +85,7 @@ def open_tower(name: str) -> Tower:
         raise UsageError(f"the image tower of {model_name} is a {type(visual).__name__}; this is for its plain ViTs")
     state = visual.state_dict()
     if Path(weights).is_file():
-        state = {name.removeprefix("visual."): value for name, value in read_state(weights).items()}
-        state = {name: value for name, value in state.items() if name in visual.state_dict()}
+        state = _image_part(read_state(weights))
     quick = type(blocks[0].mlp.gelu).__name__ == "QuickGELU"
     tower = tower_of(state, num_heads=int(blocks[0].attn.num_heads), quick_gelu=quick)
     statistics = {
@@ -93,6 +94,23 @@ def open_tower(name: str) -> Tower:
     }
     tower.encoder.pretrained_cfg = {**tower.encoder.pretrained_cfg, **statistics}
     return tower
+
+
+def _image_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the image tower's tensors of a whole CLIP, whose text tower has the same names; or of a tower, all."""
+    visual = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+    return visual or dict(state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let open_clip not warn that a model has no weights, which are read from a file later."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def tower_of(

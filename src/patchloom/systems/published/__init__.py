@@ -81,6 +81,8 @@ def import_reference(
     from patchloom.systems.ccvit.model import CentroidMIM
     from patchloom.systems.dinov2.model import DINOv2
     from patchloom.systems.g2sd.specific import DistilledVisionTransformer, as_timm
+    from patchloom.systems.ph_reg.clip import DenseCLIP
+    from patchloom.systems.ph_reg.saved import save_dense
 
     if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
@@ -102,6 +104,8 @@ def import_reference(
     elif isinstance(token := getattr(module, "mask_token", None), Tensor) and bool(token.any()):
         # A checkpoint that has none is given zeros, with which training starts anyway.
         save_parts(MaskTokenEncoder(encoder, token.detach().reshape(1, 1, -1)), out)
+    if isinstance(module, DenseCLIP):
+        save_dense(module, Path(out))
     if hasattr(module, "visual"):  # towers that meet, of which a bundle is the trunk alone
         from patchloom.systems.clip.saved import save_clip
 
