@@ -30,7 +30,7 @@ def towers(tmp_path_factory):
 
 def test_classes_are_named_by_sentences(towers, tmp_path):
     figures = pl.evaluate("zero_shot", encoder=towers, test="digits:test", **QUICK, predictions=tmp_path / "p.npz")
-    assert 0 <= figures["accuracy"] <= figures["top5_accuracy"] <= 1
+    assert 0 <= figures["accuracy"] <= figures["accuracy_top5"] <= 1
     assert figures["n"] == 450
     assert "train_images" not in figures
     assert (tmp_path / "p.npz").exists()

@@ -91,7 +91,7 @@ class ZeroShot(_Towers):
         figures = classification_figures(self.predictions, test, test, **self.drawing())
         del figures["train_images"]
         ranked = scores.topk(min(5, len(names)), dim=1).indices
-        figures["top5_accuracy"] = float((ranked == test.labels[:, None]).any(1).float().mean())
+        figures["accuracy_top5"] = float((ranked == test.labels[:, None]).any(1).float().mean())
         return {**figures, "templates": list(templates)}
 
 

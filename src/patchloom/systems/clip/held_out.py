@@ -101,7 +101,7 @@ def measure(model: CLIP, source: Source, *, templates: Sequence[str], batch_size
     """Return the features of pairs with their recall and, where each has one class, zero-shot accuracy.
 
     Figures are `image_to_text_r1`, `_r5`, `_r10`, the same of `text_to_image`, `retrieval_mean_recall`, and `accuracy`,
-    `top5_accuracy`, `balanced_accuracy`, `majority_share` of naming classes by `templates`.
+    `accuracy_top5`, `balanced_accuracy`, `majority_share` of naming classes by `templates`.
     """
     found = embed_pairs(model, source, batch_size=batch_size, num_workers=num_workers)
     first, owners = by_image(found.keys)
@@ -118,7 +118,7 @@ def measure(model: CLIP, source: Source, *, templates: Sequence[str], batch_size
         found.per_class = dict(zip(names, shares, strict=True))
         found.figures |= {
             "accuracy": accuracy.top1,
-            "top5_accuracy": accuracy.top5,
+            "accuracy_top5": accuracy.top5,
             "balanced_accuracy": float(np.mean(shares)),
             "majority_share": float(counts.max() / counts.sum()),
         }

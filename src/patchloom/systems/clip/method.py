@@ -31,6 +31,7 @@ from patchloom.systems.clip.saved import load_text, read_text_config, save_clip
 from patchloom.systems.clip.text import TextTower
 from patchloom.training.callbacks import read_skipped
 from patchloom.training.method import Method
+from patchloom.training.metrics import read_metrics
 from patchloom.training.options import start_of
 from patchloom.training.selection import hold_out
 
@@ -188,7 +189,9 @@ class ClipMethod(Method):
 
         if self.latest_held_out is None:
             self.validate(self.device)
-        return [] if self.latest_held_out is None or self.test is None else sections(self.latest_held_out, self.test)
+        if self.latest_held_out is None or self.test is None:
+            return []
+        return sections(self.latest_held_out, self.test, read_metrics(Path(self.config.out) / "metrics.csv"))
 
     def summary(self) -> dict[str, Any]:
         """Return how many captions were cut, how many images have none, and where captions are from."""

@@ -7,21 +7,28 @@ import torch
 from patchloom.data.base import Source
 from patchloom.data.pixels import unit
 from patchloom.data.transforms import EvalTransform
-from patchloom.report import Section, nearest_neighbours
+from patchloom.report import Section, curves, nearest_neighbours
 from patchloom.systems.clip.held_out import HeldOut
 from patchloom.systems.clip.zero_shot import RANKS
+from patchloom.training.metrics import series
 
 EXAMPLES, FOUND, SIDE = 6, 6, 64
 
 
-def sections(found: HeldOut, source: Source) -> list[Section]:
+def sections(found: HeldOut, source: Source, rows: list[dict[str, float]]) -> list[Section]:
     """Return the sections of held-out pairs.
 
     Args:
         found: What the towers make of them.
         source: The pairs.
+        rows: Of `metrics.csv`.
     """
-    return [*_classes(found), _recall(found), _captions_of_images(found, source), _images_of_captions(found, source)]
+    return [
+        *_classes(found),
+        _recall(found, rows),
+        _captions_of_images(found, source),
+        _images_of_captions(found, source),
+    ]
 
 
 def _classes(found: HeldOut) -> list[Section]:
@@ -30,7 +37,7 @@ def _classes(found: HeldOut) -> list[Section]:
     figures = found.figures
     text = (
         f"Named by sentences alone, {figures['accuracy']:.1%} of the held-out images get their class, "
-        f"{figures['top5_accuracy']:.1%} have it among the first five; mean over classes (balanced accuracy) "
+        f"{figures['accuracy_top5']:.1%} have it among the first five; mean over classes (balanced accuracy) "
         f"{figures['balanced_accuracy']:.1%}; naming the commonest class every time gives "
         f"{figures['majority_share']:.1%}."
     )
@@ -40,7 +47,7 @@ def _classes(found: HeldOut) -> list[Section]:
     return [Section(title="Zero-shot classification", text=text, table=table)]
 
 
-def _recall(found: HeldOut) -> Section:
+def _recall(found: HeldOut, rows: list[dict[str, float]]) -> Section:
     names = {"image_to_text": "an image looks for its caption", "text_to_image": "a caption looks for its image"}
     table: list[dict[str, object]] = [
         {"": words, **{f"R@{rank}": f"{found.figures[f'{name}_r{rank}']:.1%}" for rank in RANKS}}
@@ -51,7 +58,10 @@ def _recall(found: HeldOut) -> Section:
         f"Among {len(found.keys)} held-out pairs with {different} different captions: how often what is right is among "
         f"the first 1, 5 and 10 found. Images with the same caption are all right."
     )
-    return Section(title="Retrieval", text=text, table=table)
+    recalls = {f"{words}, R@5": series(rows, f"{name}_r5") for name, words in names.items()}
+    recalls = {name: (steps, values) for name, (steps, values) in recalls.items() if len(steps) > 1}
+    figures = [curves(recalls, x_label="step", y_label="share", title="Recall at 5")] if recalls else []
+    return Section(title="Retrieval", text=text, table=table, figures=figures)
 
 
 def _chosen(found: HeldOut) -> list[int]:
