@@ -55,7 +55,8 @@ def run_block(
         keep_all: Keep what norms and activations give; within a checkpoint, which has its own way to keep nothing.
     """
     kwargs = kwargs or {}
-    compiled = block._compiled_call_impl is not None  # to its compiler hooks and modes are obstacles
+    # To a compiler, and to what traces a model to export it, hooks and modes are obstacles.
+    compiled = block._compiled_call_impl is not None or torch.compiler.is_compiling()
     on_cpu = x.device.type == "cpu" and torch.is_grad_enabled() and not compiled
     biased = on_cpu and isinstance(block, BeitBlock)
     attention: AbstractContextManager[Any] = LearnedBiasAttention() if biased else nullcontext()

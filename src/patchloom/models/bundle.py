@@ -197,16 +197,27 @@ def load_model(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, s
         UsageError: There is no bundle, it is damaged, or an adapter was made for another encoder, or for a model that
             takes none.
     """
-    for folder in (Path(path), Path(path) / "model"):
-        if (
-            opener := next((place for name, place in registry.MODELS.items() if (folder / name).exists()), None)
-        ) is not None:
-            if adapters:
-                raise UsageError(f"{path} is more than an encoder, and takes no adapters; leave them out")
-            whole: nn.Module = registry.load(opener)(path)  # by its place: systems stand above bundles
-            return whole
+    if (opener := _opener(path)) is not None:
+        if adapters:
+            raise UsageError(f"{path} is more than an encoder, and takes no adapters; leave them out")
+        whole: nn.Module = registry.load(opener)(path)  # by its place: systems stand above bundles
+        return whole
     encoder: nn.Module = load(path, adapters)
     return encoder
+
+
+def holds_more(path: str | Path) -> bool:
+    """Return whether a bundle or run holds a model that is more than its encoder, as the tasks of `adapt gcab` are."""
+    return _opener(path) is not None and _holds_bundle(path)
+
+
+def _opener(path: str | Path) -> str | None:
+    """Return the place of what opens a model that is more than an encoder; None where it is none."""
+    for folder in (Path(path), Path(path) / "model"):
+        for name, place in registry.MODELS.items():
+            if (folder / name).exists():
+                return place
+    return None
 
 
 def open_encoder(model: str | Path | nn.Module) -> Any:

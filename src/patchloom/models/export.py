@@ -37,8 +37,8 @@ def export(
 
     Returns:
         The path written. The ONNX model maps `images` (batch, channels, height, width), normalised, to `features`
-        (batch, width), or to `logits` where the bundle has a classifier; its metadata hold `mean` and `std`, and the
-        value range of deep images where the bundle knows it.
+        (batch, width), or to `logits` where the bundle has a classifier or classes learnt in tasks; its metadata hold `mean`
+        and `std`, names of classes, and the value range of deep images, where the bundle knows them.
 
     Raises:
         UsageError: There is no such bundle, `out` exists, or the encoder cannot take images of that size.
@@ -46,7 +46,7 @@ def export(
         ExportMismatchError: onnxruntime disagrees with torch by more than 1e-4.
     """
     from patchloom.encoders import set_image_size
-    from patchloom.models.bundle import load, read_lineage, save_bundle
+    from patchloom.models.bundle import holds_more, load, load_model, read_lineage, save_bundle
     from patchloom.models.onnx_file import Normalised, export_onnx, input_notes, need_onnx
 
     if format not in ("onnx", "timm"):
@@ -58,7 +58,12 @@ def export(
         need_onnx()
         if path.is_dir() or not path.suffix:
             raise UsageError(f"{out} is no name of a file; write one such as {out}/model.onnx")
-    model: Any = load(bundle)
+    whole = holds_more(bundle)
+    model: Any = load_model(bundle) if whole and format == "onnx" else load(bundle)
+    if whole and format == "timm":
+        print(f"{bundle}: its encoder alone goes to {out}; timm has no model for the rest", file=sys.stderr)
+    if whole and format == "onnx" and image_size is not None:
+        raise UsageError(f"image_size is {image_size}, and {bundle} takes the size it was trained at; leave it out")
     if image_size is not None:
         set_image_size(model, checked_size("image_size", image_size))
     if format == "timm":

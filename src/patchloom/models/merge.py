@@ -21,10 +21,15 @@ def merge_to_bundle(adapter: str, out: str, overwrite: bool = False) -> str:
         UsageError: The adapter cannot be merged, or the folder exists.
     """
     from patchloom.models.adapters import load_adapted, merge, read_adapter
-    from patchloom.models.bundle import save_bundle
+    from patchloom.models.bundle import holds_more, save_bundle
 
     if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
+    if holds_more(adapter):
+        raise UsageError(
+            f"{adapter} holds no adapter but a whole model, of which nothing can be merged; it opens as it is, and its "
+            f"encoder as a bundle"
+        )
     encoder = load_adapted(adapter)
     about, _ = read_adapter(adapter)
     merge(encoder)

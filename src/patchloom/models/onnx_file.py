@@ -57,11 +57,13 @@ def input_notes(encoder: Any, *, normalized: bool) -> dict[str, str]:
 
     `mean` and `std` per channel, by which images in [0, 1] are normalised (left out where the model does that itself);
     `value_range` and `use_channels` where the bundle knows them: what stored values become 0 and 1, which channels of a
-    file are meant.
+    file are meant. `class_names`, in the order of the outputs, where a classifier knows them.
     """
     known = encoder.pretrained_cfg
     statistics = {} if normalized else {name: json.dumps(list(known[name])) for name in ("mean", "std")}
-    return {**statistics, **{name: str(value) for name, value in (known.get("reading") or {}).items()}}
+    names = known.get("label_names") if encoder.num_classes else None
+    classes = {"class_names": json.dumps(list(names))} if names else {}
+    return {**statistics, **{name: str(value) for name, value in (known.get("reading") or {}).items()}, **classes}
 
 
 def export_onnx(model: nn.Module, encoder: Any, path: Path, opset: int, notes: dict[str, str] | None = None) -> None:

@@ -16,6 +16,7 @@ import patchloom as pl
 from patchloom.data import EvalTransform, open_source
 from patchloom.encoders import normalize, pooled
 from patchloom.errors import UsageError
+from patchloom.models.merge import merge_to_bundle
 from patchloom.systems.gcab.config import GCABConfig
 from patchloom.systems.gcab.method import GCABMethod
 from patchloom.systems.gcab.saved import load_tasks
@@ -304,3 +305,44 @@ def test_a_bundle_without_tasks_or_with_those_of_another_encoder_is_refused(thre
     (tmp_path / "mixed" / "gcab.json").write_text("{")
     with pytest.raises(UsageError, match="is damaged"):
         pl.load(tmp_path / "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.extra("onnx")
+def test_an_exported_file_gives_logits_of_all_classes_for_any_number_of_images(three, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    place = pl.export(three.path, out=tmp_path / "tasks.onnx", format="onnx")
+    session = runtime.InferenceSession(str(place))
+    images = torch.rand(3, 3, 16, 16)
+    given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    model = pl.load(three.path)
+    assert torch.allclose(given, model(images), atol=1e-4)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == model.class_names
+    with pytest.raises(UsageError, match="image_size is 32, and .* takes the size it was trained at"):
+        pl.export(three.path, out=tmp_path / "other.onnx", format="onnx", image_size=32)
+
+
+def test_what_is_made_of_the_encoder_alone_says_so(three, tmp_path, capsys):
+    pl.export(three.path, out=tmp_path / "encoder", format="timm")
+    assert "its encoder alone goes to" in capsys.readouterr().err
+    images = torch.rand(2, 3, 16, 16)
+    known = pl.load(tmp_path / "encoder")
+    assert torch.equal(known.forward_features(images), load_tasks(three.path).trunk.encoder.forward_features(images))
+    pl.embed(three.path, data="digits:test", out=tmp_path / "features.npz", num_workers=0)
+    features = np.load(tmp_path / "features.npz")["vectors"]
+    assert features.shape[1] == known.num_features
+    with pytest.raises(UsageError, match="no adapter but a whole model"):
+        merge_to_bundle(str(three.path), str(tmp_path / "merged"))
+
+
+def test_attacks_and_measures_take_a_run_of_tasks(three, tmp_path):
+    settings = {"steps": 1, "search_steps": 1, "limit": 12, "curve_images": 0, "num_workers": 0, "pictured": 0}
+    known = "digits:test"
+    with pytest.raises(UsageError, match="the images show the class 6, and the victim"):
+        pl.attack("dta", encoder=three.path, victim=three.path, data=known, out=tmp_path / "a", limit=200)
+    whole = run(tmp_path / "all", class_order=None, tasks=2, epochs=1)
+    found = pl.attack(
+        "dta", encoder=whole.path, victim=whole.path, data=known, out=tmp_path / "b", attacks=["noise"], **settings
+    )
+    assert found.summary["table"][0]["n"] == 12

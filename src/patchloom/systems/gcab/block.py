@@ -88,7 +88,7 @@ class GatedClassAttentionBlock(nn.Module):
         Returns:
             (B, 1, D).
         """
-        token = token.expand(len(patches), -1, -1)
+        token = token.expand(patches.shape[0], -1, -1)  # not len: in a graph for any batch that is a constant
         seen = self.attn(self.norm1(torch.cat([token, patches], dim=1)), gates.width)
         token = token + self.drop_path(seen)
         inner = self.mlp.act(self.mlp.fc1(self.norm2(token) * gates.width)) * gates.hidden
