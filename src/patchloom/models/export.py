@@ -37,8 +37,8 @@ def export(
 
     Returns:
         The path written. The ONNX model maps `images` (batch, channels, height, width), normalised, to `features`
-        (batch, width), or to `logits` where the bundle has a classifier or classes learnt in tasks; its metadata hold `mean`
-        and `std`, names of classes, and the value range of deep images, where the bundle knows them.
+        (batch, width), or to `logits` where the bundle has a classifier or classes learnt in tasks; its metadata hold
+        `mean` and `std`, names of classes, and the value range of deep images, where the bundle knows them.
 
     Raises:
         UsageError: There is no such bundle, `out` exists, or the encoder cannot take images of that size.

@@ -319,7 +319,7 @@ def test_an_exported_file_gives_logits_of_all_classes_for_any_number_of_images(t
     model = pl.load(three.path)
     assert torch.allclose(given, model(images), atol=1e-4)
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == model.class_names
-    with pytest.raises(UsageError, match="image_size is 32, and .* takes the size it was trained at"):
+    with pytest.raises(UsageError, match=r"image_size is 32, and .* takes the size it was trained at"):
         pl.export(three.path, out=tmp_path / "other.onnx", format="onnx", image_size=32)
 
 
