@@ -52,6 +52,7 @@ __all__ = [
     "explain",
     "export",
     "fit_codebook",
+    "generate",
     "import_reference",
     "list_methods",
     "list_references",
@@ -188,6 +189,41 @@ def train_tokenizer(
     from patchloom.training.run import train
 
     return train("tokenize train", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def generate(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    data: str | Path | None = None,
+    encoder: str | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a model that makes images.
+
+    Args:
+        method: Name of the method: vim; `list_methods("generate")` has all.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        tokenizer: What makes tokens of images and images of tokens: a run of `train_tokenizer`, or a codebook. May be
+            left out where a run is resumed, like data.
+        data: Images, as for `pretrain`; with `conditional=True` labelled.
+        encoder: Size of the model, such as vim_small; default: the method's.
+        **settings: Further fields of the method's settings class; `patchloom generate METHOD --help` has them.
+
+    Returns:
+        The run: its folder `path`, its `model` (which `load` opens, and whose `sample` draws images), its `report` and
+        its `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    given = _given(out=out, tokenizer=tokenizer, data=data, encoder=encoder)
+    return train("generate", method, settings | given)
 
 
 def segment(

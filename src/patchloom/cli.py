@@ -49,7 +49,7 @@ class Verb(NamedTuple):
 
 METHOD_VERBS = (
     *("pretrain", "adapt", "distill", "align", "segment", "anomaly", "explain", "evaluate", "attack", "clean"),
-    *("tokenize train",),
+    *("tokenize train", "generate"),
 )
 
 COMMANDS: dict[str, Command | Verb] = {
@@ -87,6 +87,13 @@ COMMANDS: dict[str, Command | Verb] = {
         "write an encoder and the denoiser trained for it as one bundle (DVT)",
         "systems.dvt.commands:apply",
         positional=("run",),
+    ),
+    "generate": Verb("train a model that makes images"),
+    "generate sample": Command(
+        "draw images by a trained model", "systems.vim.commands:sample_images", positional=("run",)
+    ),
+    "generate probe": Command(
+        "measure the features of each block of a trained model", "evaluate.generation:probe_blocks", positional=("run",)
     ),
     "anomaly": Verb("train a detector of defects on good images alone"),
     "anomaly predict": Command(
@@ -201,7 +208,7 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
 
     Args:
         verb: Show one list only: pretrain, adapt, distill, align, segment, anomaly, explain, evaluate, attack, clean,
-            "tokenize train", data or references.
+            "tokenize train", generate, data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},
@@ -299,7 +306,7 @@ def _method(verb: str, method: str, rest: list[str]) -> Callable[[], Any]:
     rest = _with_saved_settings(rest, f"{verb} {method}")
     defaults = preset_values(config_class, _named_preset(rest))
     # Only what was given of training's: what is left open may be settled by the size of the data.
-    settles = verb in ("pretrain", "adapt", "distill", "align", "anomaly", "clean", "tokenize train")
+    settles = verb in ("pretrain", "adapt", "distill", "align", "anomaly", "clean", "tokenize train", "generate")
     values = read_options(f"{verb} {method}", entry.sentence, config_class, rest, defaults, all_of_them=not settles)
     command = COMMANDS[verb]
     assert isinstance(command, Verb)

@@ -150,6 +150,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A tokenizer that is learned: a ViT to codes of a table, another back, against a discriminator (ViT-VQGAN)",
         ),
     },
+    "generate": {
+        "vim": Entry(
+            "systems.vim.method:VIMMethod",
+            "systems.vim.config:VIMConfig",
+            "Images made token by token: a causal transformer over the tokens of any tokenizer (VIM)",
+        ),
+    },
     "segment": {
         "linear": Entry(
             "segment.method:LinearMethod",
@@ -418,6 +425,7 @@ MODELS: dict[str, str] = {
     "gcab.json": "systems.gcab.saved:load_tasks",
     "tokenizer.json": "tokenizers.tokenizer:open_tokenizer",
     "dense_clip.json": "systems.ph_reg.saved:load_dense",
+    "vim.json": "systems.vim.saved:load_vim",
 }
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 

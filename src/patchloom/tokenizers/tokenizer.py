@@ -29,6 +29,8 @@ from patchloom.tokenizers.nearest import as_float
 
 ABOUT = "tokenizer.json"
 """The file in a folder by which a learned tokenizer is known; its entry `kind` is a name of `registry.TOKENIZERS`."""
+KEPT = "tokenizer"
+"""The folder of a learned tokenizer in a run that keeps it."""
 # How far outside [0, 1] a value may lie: resampling and half precision stay within, mean/std normalisation does not.
 _RANGE_SLACK = 1e-3
 _IMAGES_AT_ONCE = 64
@@ -288,10 +290,17 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer.requires_grad_(False).eval()
 
 
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer into a folder of something else, from where `open_tokenizer(folder)` opens it."""
+    from patchloom.tokenizers.codebook_file import CODEBOOK_NAME
+
+    tokenizer.save(folder / (CODEBOOK_NAME if tokenizer.called == "codebook" else KEPT), overwrite=True)
+
+
 def find_learned(path: str | Path) -> Path | None:
     """Return the folder of the learned tokenizer meant by a path; None where there is none."""
     given = Path(path)
-    places = (given, given / "model", given / "tokenizer")
+    places = (given, given / "model", given / KEPT)
     return next((place for place in places if (place / ABOUT).is_file()), None)
 
 

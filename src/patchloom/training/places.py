@@ -31,9 +31,10 @@ SOURCES = frozenset({"data", "probe_data", "val_data", "test"})
 """Settings that name data sources."""
 MODELS = frozenset(
     {"encoder", "init_from", "teacher", "heads_from", "init_adapter", "adversary_encoder", "continue_from", "text_from"}
+    | {"tokenizer"}
 )
 """Settings that name models on disk, or in part known ones."""
-FILES = frozenset({"codebook", "groups", "masks", "task_file"})
+FILES = frozenset({"codebook", "groups", "masks", "task_file", "perceptual_weights"})
 """Settings that name other files."""
 MADE = frozenset({"out", "cache"})
 """Settings that name what may have yet to be made."""

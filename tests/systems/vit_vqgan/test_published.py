@@ -335,7 +335,7 @@ def test_the_penalty_is_the_squared_length_of_the_gradient():
             moved[1][place] -= step
             up, down = (model(one.view_as(images)).sum() for one in moved)
             total += float((up - down) / (2 * step)) ** 2
-    assert float(penalty) == pytest.approx(total / 2, rel=1e-4)
+    assert penalty.item() == pytest.approx(total / 2, rel=1e-4)
     penalty.backward()
     assert model.stem.weight.grad.abs().sum() > 0
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from patchloom.base.sizes import pair
-from patchloom.data import EvalTransform, PairedViews, SubsetSource, open_source
-from patchloom.data.base import Source, StreamSource, UnreadableImageError
-from patchloom.data.pixels import alike
+from patchloom.data import PairedViews
+from patchloom.data.base import Source, StreamSource
 from patchloom.data.reading import reading_options
 from patchloom.data.sample import Transform
 from patchloom.data.survey import notice
@@ -39,6 +38,7 @@ from patchloom.systems.vit_vqgan.model import Reconstruction, ViTVQGAN
 from patchloom.systems.vit_vqgan.saved import LearnedTokenizer, load_network, save_network
 from patchloom.tokenizers.tokenizer import use_of
 from patchloom.training.frozen import leave_out, put_back
+from patchloom.training.held_out import hold_images_out, read_views
 from patchloom.training.method import Method
 from patchloom.training.optim import adamw, parameter_groups
 from patchloom.training.phases import Phase
@@ -50,7 +50,6 @@ PERCEPTUAL = 0.1
 """Weight of the perceptual distance where its weights are on hand (paper)."""
 COLLAPSE = 0.1
 """A vocabulary used as if it had less than this share of the codes it could show has collapsed."""
-STREAMED = 64
 SHOWN = 8
 MADE = "reconstruction"
 
@@ -59,7 +58,7 @@ class ViTVQGANMethod(Method):
     """A tokenizer that is learned: a ViT to codes of a table, another back, against a discriminator (ViT-VQGAN).
 
     Attributes:
-        held_out: Images it is measured on, (n, C, H, W).
+        held_out: Images it is measured on.
         measured: Figures on those, and how often each code occurs in them.
     """
 
@@ -69,9 +68,8 @@ class ViTVQGANMethod(Method):
     code_counts: Tensor
 
     def __init__(self, config: ViTVQGANConfig, source: Source | StreamSource) -> None:
-        learnt, held_out = split(source, config)
-        super().__init__(config, learnt)
-        self.learns_held_out = config.probe_data is None and (held_out is source or isinstance(source, StreamSource))
+        held_out = hold_images_out(source, config, config.val_images)
+        super().__init__(config, held_out.learnt)
         self._latents: Tensor | None = None
         self.held_out = held_out
         self._views: Tensor | None = None
@@ -263,15 +261,7 @@ class ViTVQGANMethod(Method):
     def held_out_views(self) -> Tensor:
         """Return the held-out images at the size of training, (n, C, H, W), read once."""
         if self._views is None:
-            view, found = EvalTransform(self.input_size, crop_pct=1.0), []
-            for index in range(len(self.held_out)):
-                try:
-                    found.append(view(self.held_out.read(index).image)["image"])
-                except UnreadableImageError:
-                    continue
-            if not found:
-                raise UsageError(f"no image of {self.held_out.name} to measure on can be read")
-            self._views = torch.stack(alike(found))
+            self._views = read_views(self.held_out.source, self.input_size)[0]
         return self._views
 
     @torch.no_grad()
@@ -353,7 +343,7 @@ class ViTVQGANMethod(Method):
         pixels = self.pixels(shown.to(self.device))
         pictures = network.pictures(network(pixels).images)
         h, w = network.grid_of(self.input_size)
-        how = "images that were learned from" if self.learns_held_out else "images that were not learned from"
+        how = "images that were learned from" if not self.held_out.apart else "images that were not learned from"
         first = Section(
             title="Input and reconstruction",
             text=f"Above, {how}; below, what is made of their {h}x{w} tokens.",
@@ -410,33 +400,3 @@ class ViTVQGANMethod(Method):
         if self.perceptual_loss is not None:
             where = str(self.config.perceptual_weights or "torchvision's cache")
             put_back(checkpoint, "perceptual_loss", self.perceptual_loss, where)
-
-
-def split(source: Source | StreamSource, config: ViTVQGANConfig) -> tuple[Source | StreamSource, Source]:
-    """Return the images to learn from, and those to measure on: others, unless they are few.
-
-    Raises:
-        UsageError: `probe_data` cannot be opened, or a stream gives no image.
-    """
-    from patchloom.data.base import Sample
-    from patchloom.data.subset import MemorySource
-
-    if config.probe_data is not None:
-        options = {**config.source_options(), **reading_options(source)}
-        named = open_source(config.probe_data, in_chans=config.in_chans, seed=config.seed, **options)
-        if not isinstance(named, Source):
-            raise UsageError(f"probe_data {config.probe_data} is a stream; name a folder or a set of images")
-        most = config.val_images or len(named)
-        chosen = np.unique(np.linspace(0, len(named) - 1, min(most, len(named))).round().astype(int))
-        return source, SubsetSource(named, chosen)
-    if isinstance(source, StreamSource):
-        samples = [s for s in source.samples(epoch=0, seed=config.seed, count=STREAMED) if isinstance(s, Sample)]
-        if not samples:
-            raise UsageError(f"{source.name} holds no readable image")
-        notice(f"{source.name} is a stream: measured on {len(samples)} of its images, which are learned from as well")
-        return source, MemorySource(source.name, samples, source.class_names, source.kind)
-    count = min(config.val_images, len(source) // 10)
-    if not count:
-        return source, source
-    order = np.random.default_rng(config.seed).permutation(len(source))
-    return SubsetSource(source, np.sort(order[count:])), SubsetSource(source, np.sort(order[:count]))
