@@ -198,6 +198,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.vit_comer.config:ViTCoMerConfig",
             "A CNN beside the encoder, which trains along, and UPerNet on the pyramid of both (ViT-CoMer)",
         ),
+        "point": Entry(
+            "systems.vit_p.method:PointMethod",
+            "systems.vit_p.config:PointConfig",
+            "A ViT classifies masks, which others draw, at their points (ViT-P)",
+        ),
     },
     "clean": {
         "diagnose": Entry(
@@ -426,6 +431,7 @@ MODELS: dict[str, str] = {
     "tokenizer.json": "tokenizers.tokenizer:open_tokenizer",
     "dense_clip.json": "systems.ph_reg.saved:load_dense",
     "vim.json": "systems.vim.saved:load_vim",
+    "point.json": "systems.vit_p.saved:load_points",
 }
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 

@@ -89,7 +89,7 @@ class PointViT(nn.Module):
                 f"points are (B, P, 2), one row of them for each image, and have shape {tuple(points.shape)} for "
                 f"{len(images)} images"
             )
-        _check_sides((images.shape[-2], images.shape[-1]), patch_size(self.encoder))
+        check_sides((images.shape[-2], images.shape[-1]), patch_size(self.encoder))
         if not points.shape[1]:
             return self.head.weight.new_zeros(len(images), 0, self.num_classes)
         tokens = self.cls_embeddings(points if coords == "rc" else points.flip(-1))
@@ -171,7 +171,12 @@ def _unturned(rope: Any, added: int) -> Any:
     return torch.cat([still.expand(*rope.shape[:-2], added, -1), rope], dim=-2)
 
 
-def _check_sides(size: tuple[int, int], patch: int) -> None:
+def check_sides(size: tuple[int, int], patch: int) -> None:
+    """Refuse images that patches do not fill.
+
+    Raises:
+        UsageError: Names the nearest sizes.
+    """
     if any(side % patch for side in size):
         near = [[side // patch * patch, -(-side // patch) * patch] for side in size]
         fitting = " or ".join(f"{max(high, patch)}x{max(wide, patch)}" for high, wide in zip(*near, strict=True))
