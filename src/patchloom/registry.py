@@ -442,6 +442,10 @@ TOKENIZERS: dict[str, str] = {"vit_vqgan": "systems.vit_vqgan.saved:load_tokeniz
 ENCODERS: dict[str, str] = {"denoiser.json": "systems.dvt.saved:load_denoised"}
 """What opens an encoder that is no bundle of its own, by the file in a folder that tells of it."""
 
+SEGMENTERS: dict[str, str] = {"point.json": "systems.vit_p.saved:load_points"}
+"""What opens a segmentation model that is no decoder of an encoder's maps, by its file in the bundle: called with the
+path, it gives a module with `encoder`, `segment`, `predict`, `class_names` and `palette` (`segment.predict`)."""
+
 
 def load(place: str) -> Any:
     """Import what stands at a place, `module:name` within this package."""

@@ -91,8 +91,9 @@ def export_module(
     name: str = "images",
     outputs: Sequence[str],
     notes: dict[str, str] | None = None,
+    rows: tuple[str, int] | None = None,
 ) -> None:
-    """Write a module of one input; nothing is written where onnxruntime disagrees.
+    """Write a module of one input, or two; nothing is written where onnxruntime disagrees.
 
     Args:
         model: Takes (B, *shape), and returns a tensor or a tuple of them.
@@ -103,8 +104,15 @@ def export_module(
         name: Of the input.
         outputs: Names of the outputs.
         notes: Metadata of the file.
+        rows: Name and width of a second input, (B, any number from 2, width).
     """
-    example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    examples: tuple[torch.Tensor, ...] = (torch.rand(2, *shape, generator=generator),)
+    batch = torch.export.Dim("batch")
+    dynamic: tuple[dict[int, Any], ...] = ({0: batch},)
+    if rows is not None:
+        examples += (torch.rand(2, 5, rows[1], generator=generator),)
+        dynamic += ({0: batch, 1: torch.export.Dim(rows[0], min=2)},)
     model = model.eval()
     make_folder(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=".onnx.", dir=path.parent))
@@ -113,17 +121,17 @@ def export_module(
         with _quiet(), _attention_spelled_out(nn.Identity() if encoder is None else encoder):
             torch.onnx.export(
                 model,
-                (example,),
+                examples,
                 file,
                 dynamo=True,
                 opset_version=opset,
-                input_names=[name],
+                input_names=[name, *([] if rows is None else [rows[0]])],
                 output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=dynamic,
                 external_data=False,
                 verbose=False,
             )
-        _check(model, file, shape)
+        _check(model, file, shape, rows)
         if notes:
             import onnx
 
@@ -162,18 +170,20 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, file: Path, shape: tuple[int, ...]) -> None:
+def _check(model: nn.Module, file: Path, shape: tuple[int, ...], rows: tuple[str, int] | None = None) -> None:
     """Compare with onnxruntime at several batch sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(1)
     for batch in (1, 3):
-        images = torch.rand(batch, *shape, generator=generator)
-        name = session.get_inputs()[0].name
-        found = model(images)
+        inputs = [torch.rand(batch, *shape, generator=generator)]
+        if rows is not None:
+            inputs.append(torch.rand(batch, 2 * batch, rows[1], generator=generator))
+        found = model(*inputs)
         expected = found if isinstance(found, tuple) else (found,)
-        for got, wanted in zip(session.run(None, {name: images.numpy()}), expected, strict=True):
+        given = {place.name: value.numpy() for place, value in zip(session.get_inputs(), inputs, strict=True)}
+        for got, wanted in zip(session.run(None, given), expected, strict=True):
             difference = float((torch.from_numpy(got) - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
             if got.shape != tuple(wanted.shape) or not difference <= TOLERANCE:
                 raise ExportMismatchError(

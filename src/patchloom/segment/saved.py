@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from patchloom import registry
 from patchloom.base.sizes import Size, checked_size, compact, pair
 from patchloom.data.mask_survey import RGB
 from patchloom.data.mask_transforms import resized_size
 from patchloom.data.mask_values import MaskCoding
-from patchloom.encoders import normalize
+from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.io import write_json
 from patchloom.segment.build import Parts, build_parts
@@ -58,6 +59,11 @@ class Segmenter(nn.Module):
         self.head_name, self.width, self.crop, self.short_side = head_name, width, crop, short_side
         self.coding, self.palette, self.settings = coding, palette, dict(settings or {})
         self.class_names = list(coding.names) if coding is not None else list(class_names or [])
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder."""
+        return self.backbone.encoder
 
     @property
     def stride(self) -> Size:
@@ -112,6 +118,28 @@ def fill_decoder(model: Segmenter, state: dict[str, Tensor]) -> None:
         raise ValueError(f"its tensors are not those of {model.head_name}: {', '.join([*lost, *extra][:4])}")
 
 
+def open_segmenter(path: str | Path, **options: Any) -> Any:
+    """Return the segmentation model of a run or bundle, whatever kind it is of, in eval mode.
+
+    Args:
+        path: The run or bundle.
+        **options: What only some kinds take, such as `proposals`; None: not given.
+
+    Raises:
+        UsageError: There is none, its files are damaged, or it does not take what is given.
+    """
+    from patchloom.models.bundle import find_bundle
+
+    folder = find_bundle(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    opener = next((place for name, place in registry.SEGMENTERS.items() if (folder / name).exists()), None)
+    if opener is not None:
+        return registry.load(opener)(path, **given)
+    if given:
+        raise UsageError(f"{next(iter(given))} is for runs of segment point, and {path} is of another decoder")
+    return load_segmenter(path)
+
+
 def load_segmenter(path: str | Path) -> Segmenter:
     """Return a trained segmentation model from a run or its model, in eval mode.
 
@@ -123,6 +151,10 @@ def load_segmenter(path: str | Path) -> Segmenter:
 
     folder = find_bundle(path)
     if not (folder / ABOUT).exists():
+        if any((folder / name).exists() for name in registry.SEGMENTERS):
+            raise UsageError(
+                f"{path} is a run of segment point, which has no decoder of maps; give one of another method"
+            )
         raise UsageError(f"{path} holds no decoder; train one: patchloom segment linear --data … --encoder … --out …")
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ def _published(
 ) -> dict[str, Any]:
     """Return a recipe: `epochs` are those that so many steps of four devices make of its data set."""
     recipe = {"encoder": encoder, "num_points": points, "max_steps": steps, "epochs": epochs, "lr": lr}
-    return {**recipe, "image_size": size, "batch_size": batch, **more}
+    return {**recipe, "image_size": size, "batch_size": batch, "point_start": "place", **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,9 @@ class PointConfig(EncoderOptions, MaskSettings, TrainConfig):
     """Random changes of brightness, contrast, saturation and hue"""
     nearest: bool = True
     """Resize training images by the nearest pixel, as published, in place of smoothly"""
+    point_start: Literal["place", "patch"] = "patch"
+    """What the token of a point begins as: a map of its place alone (place, paper: enough for DINOv2), or the patch
+    under it besides (patch, ours: learns in few steps, with any encoder)"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimiser: SGD with momentum (paper), or adamw, for encoders that are new or small; its lr is 1e-3 or less"""
     momentum: Fraction = 0.9

@@ -127,7 +127,7 @@ def fuse_mask_scores(
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha is {alpha}; it must be in [0, 1]")
     point = point_logits.float() if point_logits.dtype in (torch.float16, torch.bfloat16) else point_logits
-    shares = F.log_softmax(point, -1)
+    shares = F.log_softmax(_finite(point), -1)
     if query_logits is None:
         v = shares.new_zeros(len(shares), 1) if void is None else void.to(shares)[:, None]
         g = shares
@@ -142,11 +142,16 @@ def fuse_mask_scores(
         query = query_logits.to(shares)
         v = query.softmax(-1)[:, -1:]
         # 0 · -inf is 0 here: a classifier of no weight has no say.
-        of_query = F.log_softmax(query[:, :-1], -1) * (1 - alpha) if alpha < 1 else torch.zeros_like(shares)
+        of_query = F.log_softmax(_finite(query[:, :-1]), -1) * (1 - alpha) if alpha < 1 else torch.zeros_like(shares)
         g = of_query + (shares * alpha if alpha > 0 else 0)
     g = g.clamp(min=LEAST)
     r = g.softmax(-1) if renormalize else g.exp()
     return torch.log(torch.cat([r * (1 - v), v], dim=-1) + TINY)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Return logits with the least finite number for those of no probability."""
+    return logits.masked_fill(torch.isneginf(logits), torch.finfo(logits.dtype).min)
 
 
 def semantic_inference(class_logits: Tensor, mask_logits: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ class PointMethod(Method):
         assert source.class_names is not None
         self.class_names = list(source.class_names)
         check_sides(self.input_size, patch_size(self.encoder))
-        classifier = PointViT(self.encoder, len(self.class_names), config.interpolate_offset or None)
+        classifier = PointViT(
+            self.encoder, len(self.class_names), config.interpolate_offset or None, config.point_start
+        )
         self.cls_embeddings, self.head = classifier.cls_embeddings, classifier.head
         self.classifier = (classifier,)  # its parts are modules here already
         self.known = known_of(config, source)

@@ -30,6 +30,7 @@ from patchloom.encoders.stages import final_norm, normed_in_front
 from patchloom.errors import UsageError, unknown_name
 
 Coords = Literal["rc", "xy"]
+PointStart = Literal["place", "patch"]
 
 
 class PointViT(nn.Module):
@@ -46,13 +47,24 @@ class PointViT(nn.Module):
             token.
         num_classes: K.
         interpolate_offset: Published: 0.1; None: scale by the sizes.
+        start: What the token of a point has besides: nothing (`place`, published), or what the patch under it enters
+            the blocks as (`patch`, ours): where an encoder has not learnt to find a place by its position, as after
+            pre-training on little or none, the published token never comes to see what is there.
 
     Raises:
-        UsageError: The encoder is of another kind, or takes no images.
+        UsageError: Unknown start, or the encoder is of another kind, or takes no images.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, interpolate_offset: float | None = 0.1) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        interpolate_offset: float | None = 0.1,
+        start: PointStart = "place",
+    ) -> None:
         super().__init__()
+        if start not in ("place", "patch"):
+            raise unknown_name("point_start", start, ("place", "patch"))
         plane_size(encoder, "points")
         if not isinstance(encoder, (VisionTransformer, Beit, Eva)):
             raise UsageError(
@@ -62,6 +74,7 @@ class PointViT(nn.Module):
         self.encoder = encoder
         self.num_classes = num_classes
         self.interpolate_offset = interpolate_offset
+        self.start = start
         width = embed_dim(encoder)
         self.cls_embeddings = nn.Linear(2, width, bias=False)
         self.head = nn.Linear(width, num_classes)
@@ -84,16 +97,16 @@ class PointViT(nn.Module):
         """
         if coords not in ("rc", "xy"):
             raise unknown_name("order of coordinates", coords, ("rc", "xy"))
-        if points.ndim != 3 or points.shape[-1] != 2 or len(points) != len(images):
+        if points.ndim != 3 or points.shape[-1] != 2 or points.shape[0] != images.shape[0]:
             raise UsageError(
                 f"points are (B, P, 2), one row of them for each image, and have shape {tuple(points.shape)} for "
                 f"{len(images)} images"
             )
         check_sides((images.shape[-2], images.shape[-1]), patch_size(self.encoder))
         if not points.shape[1]:
-            return self.head.weight.new_zeros(len(images), 0, self.num_classes)
-        tokens = self.cls_embeddings(points if coords == "rc" else points.flip(-1))
-        last, _ = run_blocks(self.encoder, self._embedded(images, tokens))
+            return self.head.weight.new_zeros(images.shape[0], 0, self.num_classes)
+        places = points if coords == "rc" else points.flip(-1)
+        last, _ = run_blocks(self.encoder, self._embedded(images, places))
         logits: Tensor = self.head(final_norm(self.encoder, last[:, : points.shape[1]]))
         return logits
 
@@ -108,20 +121,21 @@ class PointViT(nn.Module):
         encoder: Any = self.encoder
         return encoder.pos_embed is not None and not encoder.no_embed_class and encoder.cls_token is not None
 
-    def _embedded(self, images: Tensor, tokens: Tensor) -> Embedded:
+    def _embedded(self, images: Tensor, points: Tensor) -> Embedded:
         """Return what enters the first block: points, registers, patches."""
         if self._absolute:
-            return self._with_table(images, tokens)
-        encoder, count = self.encoder, tokens.shape[1]
+            return self._with_table(images, points)
+        encoder, count = self.encoder, points.shape[1]
         embedded = embed_any_size(encoder, images)
         prefix, x = num_prefix_tokens(encoder), embedded.x
         has_class = prefix > 0
-        start = x[:, :1] if has_class else 0
-        x = torch.cat([tokens + start, x[:, int(has_class) :]], dim=1)
+        tokens = self._tokens(points, x[:, prefix:], images)
+        tokens = tokens + x[:, :1] if has_class else tokens
+        x = torch.cat([tokens, x[:, int(has_class) :]], dim=1)
         if isinstance(encoder, Beit):
             # To its tables a point is a class token.
             patches = torch.arange(1, x.shape[1] - count + 1, device=x.device)
-            index = torch.cat([patches.new_zeros(count), patches]).expand(len(x), -1)
+            index = torch.cat([patches.new_zeros(count), patches]).expand(x.shape[0], -1)
             shared = embedded.block_kwargs.get("shared_rel_pos_bias")
             kwargs = {"shared_rel_pos_bias": None if shared is None else bias_of(shared, index)}
             own = encoder.blocks[0].attn.relative_position_bias_table is not None
@@ -130,18 +144,32 @@ class PointViT(nn.Module):
         kwargs = {name: _unturned(value, added) for name, value in embedded.block_kwargs.items()}
         return replace(embedded, x=x, block_kwargs=kwargs, rope_by_block=_unturned(embedded.rope_by_block, added))
 
-    def _with_table(self, images: Tensor, tokens: Tensor) -> Embedded:
+    def _tokens(self, points: Tensor, patches: Tensor, images: Tensor) -> Tensor:
+        """Return the tokens (B, P, D) of points, of patches (B, N, D) that have their positions."""
+        tokens: Tensor = self.cls_embeddings(points)
+        if self.start == "place":
+            return tokens
+        size = torch.tensor(images.shape[-2:], device=points.device)
+        grid = size // patch_size(self.encoder)
+        pixels = (points.float() + 1) / 2 * size + 0.5  # the middle of a pixel lies on no border between patches
+        places = (pixels / patch_size(self.encoder)).long()
+        places = torch.minimum(places.clamp(min=0), grid - 1)
+        index = places[..., 0] * grid[1] + places[..., 1]
+        return tokens + patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+
+    def _with_table(self, images: Tensor, points: Tensor) -> Embedded:
         encoder: Any = self.encoder
         patches = family_of(encoder).embed_patches(encoder, images, any_size=True)
         patches = patches.flatten(1, -2) if patches.ndim == 4 else patches
-        front = [token.expand(len(patches), -1, -1) for token in (encoder.reg_token,) if token is not None]
+        front = [token.expand(patches.shape[0], -1, -1) for token in (encoder.reg_token,) if token is not None]
         table = encoder.pos_embed
         if table is not None:
             own = grid_size(encoder)
             first = table.shape[1] - own[0] * own[1]
             grid = grid_size(encoder, (images.shape[-2], images.shape[-1]))
-            patches = patches + self._resampled(table[:, first:], own, grid, tokens.shape[1])
+            patches = patches + self._resampled(table[:, first:], own, grid, points.shape[1])
             front = [token + table[:, 1:first] for token in front] if first > 1 else front
+        tokens = self._tokens(points, patches, images)
         if self._class_row:
             tokens = tokens + table[:, :1]
         elif encoder.cls_token is not None:

@@ -26,7 +26,7 @@ from patchloom.encoders import normalize
 from patchloom.errors import MissingExtraError, UsageError, unknown_name
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
-from patchloom.segment.saved import Segmenter, load_segmenter
+from patchloom.segment.saved import load_segmenter
 from patchloom.systems.vit_p.inference import PointMode, inner_pixel, mask_points
 
 SURE = 20.0
@@ -328,10 +328,7 @@ def in_order(logits: Tensor, names: Sequence[str], wanted: Sequence[str], source
 
 
 def _segmenter_proposals(path: str, device: torch.device | str) -> ComponentProposals:
-    model = load_segmenter(path)
-    if not isinstance(model, Segmenter):
-        raise UsageError(f"{path} is a run of segment point itself; give one of another decoder")
-    model.to(device)
+    model = load_segmenter(path).to(device)
     slide = SlidingWindowSegmenter(model, model.crop, model.stride)
 
     @torch.no_grad()

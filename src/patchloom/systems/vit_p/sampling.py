@@ -155,8 +155,7 @@ class PointView:
             points, classes = self.sampler.from_mask(seen, generator)
         else:
             places, labels = self._candidates(known, generator)
-            moved = moved_places(places, box, self.size, degrees, mirrored)
-            inside = ((moved >= 0) & (moved < torch.tensor(self.size))).all(1)
+            moved, inside = self._placed(places, box, degrees, mirrored)
             points, classes = self.sampler.from_places(moved[inside], labels[inside], self.size, generator)
         return {"image": pixels.contiguous(), "points": points, "classes": classes}
 
@@ -172,8 +171,7 @@ class PointView:
     ) -> bool:
         if mask is None:  # places are drawn often enough, or the image has none
             places, _ = self._candidates(known, torch.Generator().manual_seed(0))
-            moved = moved_places(places, box, self.size, degrees, mirrored)
-            return bool(((moved >= 0) & (moved < torch.tensor(self.size))).all(1).any())
+            return bool(self._placed(places, box, degrees, mirrored)[1].any())
         seen = self._moved(mask[None], box, degrees, mirrored, InterpolationMode.NEAREST, IGNORED)
         return bool((seen != self.sampler.ignore_index).any())
 
@@ -183,6 +181,13 @@ class PointView:
             count = TRIES * self.sampler.num_points
             return self.sampler.in_boxes(known["boxes"], known["box_classes"], count, generator)
         return known["points"] + 0.5, known["point_classes"]  # the middle of a pixel
+
+    def _placed(self, places: Tensor, box: tuple[int, ...], degrees: float, mirrored: bool) -> tuple[Tensor, Tensor]:
+        """Return where places (n, 2) are in the view, and which of them (n,) are there; what a crop left out is not."""
+        moved = moved_places(places, box, self.size, degrees, mirrored)
+        first, sides = torch.tensor(box[:2]), torch.tensor(box[2:])
+        cropped = (places >= first) & (places < first + sides)
+        return moved, (cropped & (moved >= 0) & (moved < torch.tensor(self.size))).all(1)
 
     def _moved(
         self,

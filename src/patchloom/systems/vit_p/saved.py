@@ -39,6 +39,7 @@ def save_points(model: PointSegmenter, path: Path, proposals: str, coding: MaskC
         "format": FORMAT,
         "image_size": list(model.image_size),
         "interpolate_offset": model.classifier.interpolate_offset,
+        "start": model.classifier.start,
         "class_names": model.class_names,
         "palette": [list(colour) for colour in model.palette],
         "proposals": proposals,
@@ -66,7 +67,7 @@ def load_points(path: str | Path, proposals: str | None = None) -> PointSegmente
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if about["format"] != FORMAT:
             raise UsageError(f"{folder / ABOUT} is of format {about['format']}, and this version reads {FORMAT}")
-        classifier = PointViT(encoder, len(about["class_names"]), about["interpolate_offset"])
+        classifier = PointViT(encoder, len(about["class_names"]), about["interpolate_offset"], about["start"])
         missing, extra = classifier.load_state_dict(load_file(folder / WEIGHTS), strict=False)
         if lost := [name for name in missing if not name.startswith("encoder.")] + extra:
             raise ValueError(f"its tensors are not those of a point classifier: {', '.join(lost[:4])}")
