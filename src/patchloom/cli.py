@@ -61,6 +61,11 @@ COMMANDS: dict[str, Command | Verb] = {
         positional=("codebook",),
     ),
     "tokenize train": Verb("train a tokenizer on unlabelled images", "train_tokenizer"),
+    "tokenize drift": Command(
+        "has the camera, the scanner or the stain changed? two piles of images by the codes of a codebook",
+        "tokenizers.drift_command:measure_drift",
+        positional=("first", "second"),
+    ),
     "pretrain": Verb("train an encoder on unlabelled images"),
     "pretrain compare": Command(
         "several methods under one budget: one table, one plot",
@@ -124,6 +129,36 @@ COMMANDS: dict[str, Command | Verb] = {
     ),
     "data atari": Command(
         "record frames of Atari games in time order", "evaluate.atari.commands:record_frames", positional=("games",)
+    ),
+    "data inspect": Command(
+        "what a pile of images holds: sizes, broken files, copies, leaks into the test",
+        "curation.inspect:run_inspect",
+        "curation.config:InspectConfig",
+        positional=("data",),
+    ),
+    "data dedup": Command(
+        "list the images without copies",
+        "curation.dedup:run_dedup",
+        "curation.config:DedupConfig",
+        positional=("data",),
+    ),
+    "data split": Command(
+        "divide images into parts that share no copy and no patient",
+        "curation.split:run_split",
+        "curation.config:SplitConfig",
+        positional=("data",),
+    ),
+    "data curate": Command(
+        "choose a balanced part of many images",
+        "curation.curate:run_curate",
+        "curation.config:CurateConfig",
+        positional=("data",),
+    ),
+    "data shards": Command(
+        "write images as tar shards",
+        "curation.shards:run_shards",
+        "curation.config:ShardsConfig",
+        positional=("data",),
     ),
     "slides tile": Command(
         "find the tissue of whole-slide images and the tiles on it",

@@ -111,7 +111,9 @@ class ListedSource(Source):
 
 
 def located(name: str, root: Path, files: Sequence[str], what: str = "images") -> tuple[list[str], np.ndarray]:
-    """Return the paths of the files below the root, and their sizes and times (n, 2) int64.
+    """Return the paths of the files from the root on, and their sizes and times (n, 2) int64.
+
+    A path that leads out of the root (`../other/a.png`, `/data/a.png`) is taken as it is.
 
     Raises:
         UsageError: Files missing (the first ten are named), or a file name that several folders hold.
@@ -119,6 +121,16 @@ def located(name: str, root: Path, files: Sequence[str], what: str = "images") -
     if not root.is_dir():
         raise UsageError(f"{name}: there is no folder {root}")
     places: dict[str, tuple[int, int]] = {}
+    outside = {file: raw_name(file) for file in files if Path(file).is_absolute() or ".." in Path(file).parts}
+    for file, raw in outside.items():
+        for path in (file, raw):
+            if (root / path).is_file():
+                about = (root / path).stat()
+                places[path] = about.st_size, about.st_mtime_ns
+                break
+    if len(outside) == len(files) and len(places) == len(set(files)):
+        paths = [file if file in places else outside[file] for file in files]
+        return paths, np.array([places[path] for path in paths], dtype=np.int64).reshape(-1, 2)
     by_name: dict[str, str] = {}
     several: set[str] = set()
     for path, size, changed in walk_images(root):
