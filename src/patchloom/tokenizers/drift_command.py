@@ -150,7 +150,9 @@ def _codes(
 
     if isinstance(source, Source) and len(source) > images:
         source = SubsetSource(source, sample_indices(source, images, seed=seed))
-    shares, errors, count = list[Tensor](), list[float](), 0
+    shares: list[Tensor] = []
+    errors: list[float] = []
+    count = 0
     loader = make_loader(source, EvalTransform(size), 32, seed=seed, shuffle=False, num_workers=num_workers)
     for batch in track(loader, source.name, unit="batch"):
         if not batch["key"]:
