@@ -233,6 +233,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "evaluate.words_config:CaptionRetrievalConfig",
             "How often an image finds its caption, and a caption its image; needs towers of align clip (extra: clip)",
         ),
+        "classifier": Entry(
+            "evaluate.classifier:Classifier",
+            "evaluate.classifier_config:ClassifierConfig",
+            "A trained classifier as it stands, on test; answers may be averaged over clips and crops of a video",
+        ),
         "compare": Entry(
             "evaluate.compare:Compare",
             "evaluate.compare_config:ComparisonConfig",

@@ -109,6 +109,18 @@ class Source(ABC):
         """
         return self.read(index)
 
+    def views(self, index: int, count: int) -> list[Sample]:
+        """Return sample number `index` as it is tested, where it has several forms: clips spread over a video.
+
+        Args:
+            index: Which.
+            count: How many are asked for; by default there is one, that of `read`.
+
+        Raises:
+            UnreadableImageError: As for `read`.
+        """
+        return [self.read(index)]
+
     @abstractmethod
     def key(self, index: int) -> str:
         """Return the name of image number `index` without decoding it."""

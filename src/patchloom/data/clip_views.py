@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from patchloom.base.choices import View
-from patchloom.base.ranges import Probability, Shares, checked
+from patchloom.base.ranges import PositiveInt, Probability, Shares, checked
 from patchloom.base.sizes import Size, pair
 from patchloom.data.pixels import INTERPOLATIONS, jitter_colors, random_box, resize, shaped, stretched
 from patchloom.data.transforms import FinetuneTransform
@@ -142,6 +142,41 @@ class MultiScaleCrops:
             for j, w in enumerate(widths)
             if abs(i - j) <= 1
         ]
+
+
+class SideCrops:
+    """Crops along the longer side of each of several clips, for testing: VideoMAE's take 3.
+
+    The shorter side is resized to that of the result. One crop alone is in the middle.
+
+    Args:
+        size: Side of the result, (H, W) or (T, H, W), pixels.
+        count: Crops of each clip.
+
+    Raises:
+        UsageError: A number below 1.
+    """
+
+    @checked
+    def __init__(self, size: int | tuple[int, ...], count: PositiveInt = 3) -> None:
+        self.size, self.count = pair(_frame_size(size)), count
+
+    def __call__(self, clips: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return {"clip": (V * count, C, T, *size)} of clips (V, C, T, H, W), the crops of a clip together."""
+        high, wide = self.size
+        height, width = clips.shape[-2:]
+        scale = max(high / height, wide / width)
+        seen = resize_frames(
+            clips.transpose(0, 1).flatten(1, 2), (max(high, round(height * scale)), max(wide, round(width * scale)))
+        )
+        seen = seen.unflatten(1, (len(clips), -1)).transpose(0, 1)  # (V, C, T, h, w)
+        tall, broad = (seen.shape[-2] - high, seen.shape[-1] - wide)
+        shares = [0.5] if self.count == 1 else [number / (self.count - 1) for number in range(self.count)]
+        crops = [
+            seen[..., int(share * tall) : int(share * tall) + high, int(share * broad) : int(share * broad) + wide]
+            for share in shares
+        ]
+        return {"clip": torch.stack(crops, 1).flatten(0, 1).contiguous()}
 
 
 class ClipRecipe:

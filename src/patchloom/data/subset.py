@@ -41,6 +41,10 @@ class SubsetSource(Source):
         """Return image number `index` of the subset as it is trained on."""
         return self.source.draw(int(self.indices[index]), generator)
 
+    def views(self, index: int, count: int) -> list[Sample]:
+        """Return sample number `index` of the subset as it is tested."""
+        return self.source.views(int(self.indices[index]), count)
+
     def sampling(self) -> dict[str, Any]:
         """Return the options by which samples are taken."""
         return self.source.sampling()
@@ -91,6 +95,10 @@ class ClassesSource(SubsetSource):
         """Return image number `index` as it is trained on, likewise."""
         return self._numbered(super().draw(index, generator))
 
+    def views(self, index: int, count: int) -> list[Sample]:
+        """Return sample number `index` as it is tested, likewise."""
+        return [self._numbered(sample) for sample in super().views(index, count)]
+
     def fingerprint(self) -> str:
         """Return a short hash of the source, the indices and the order of the classes."""
         digest = hashlib.sha256(super().fingerprint().encode() + self.numbers.tobytes())
@@ -98,6 +106,24 @@ class ClassesSource(SubsetSource):
 
     def _numbered(self, sample: Sample) -> Sample:
         return replace(sample, label=int(self.numbers[int(sample.label)]))
+
+
+class SeveralViews(SubsetSource):
+    """All samples of a source as they are tested, the forms of each stacked: (V, *axes of its kind).
+
+    Args:
+        source: Videos.
+        count: Clips asked for of each.
+    """
+
+    def __init__(self, source: Source, count: int) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self.count = count
+
+    def read(self, index: int) -> Sample:
+        """Return all forms of sample number `index` as one value."""
+        samples = self.views(index, self.count)
+        return replace(samples[0], value=torch.stack([sample.value for sample in samples]))
 
 
 def labelled_images(source: Source) -> tuple[Source, list[str]]:
