@@ -74,9 +74,7 @@ def test_one_view_is_the_one_of_every_evaluation(videos):
     figures = pl.evaluate("classifier", encoder=model, test=videos, clip_stride=2, **CPU)
     source = open_source(videos, clip_frames=4, clip_stride=2)
     view = source.kind.eval_view("crop", (4, 16, 16))
-    answers = [
-        int(model(normalize(view(source.read(n).value)["clip"][None] / 255, model)).argmax()) for n in range(6)
-    ]
+    answers = [int(model(normalize(view(source.read(n).value)["clip"][None] / 255, model)).argmax()) for n in range(6)]
     assert figures["accuracy"] == pytest.approx(float((np.array(answers) == source.labels).mean()))
 
 
