@@ -178,6 +178,16 @@ COMMANDS: dict[str, Command | Verb] = {
         "systems.published:import_reference",
         positional=("system", "checkpoint"),
     ),
+    "runs list": Command(
+        "list the runs in a folder: what they are, how far they are, their figures",
+        "sweep.runs:list_runs",
+        positional=("folder",),
+    ),
+    "runs compare": Command(
+        "several runs side by side: figures, curves, what was set differently",
+        "sweep.runs:compare_runs",
+        positional=("runs",),
+    ),
     "cache": Command("list or delete the features kept on disk", "features.commands:show_cache"),
     "merge": Command(
         "write an adapter into its encoder's weights", "models.merge:merge_to_bundle", positional=("adapter",)
