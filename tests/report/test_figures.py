@@ -16,6 +16,7 @@ from patchloom.report import (
     codebook_mosaic,
     curves,
     figures,
+    heat_map,
     image_grid,
     nearest_neighbours,
     pca_features,
@@ -194,6 +195,10 @@ def test_impossible_requests_are_refused():
         curves({}, x_label="", y_label="", title="")
     with pytest.raises(UsageError, match="at least one bar"):
         bars({}, y_label="", title="")
+    with pytest.raises(UsageError, match="at least one cell"):
+        heat_map([], x_label="", y_label="", title="")
+    with pytest.raises(UsageError, match=r"\[1, 2\] cells"):
+        heat_map([[1.0], [0.5, 0.5]], x_label="", y_label="", title="")
 
 
 def test_features_of_known_components_get_the_colours_of_their_scores():
@@ -238,8 +243,23 @@ def test_the_same_tensors_give_the_same_bytes():
         lambda: codebook_mosaic(codes, 2),
         lambda: curves({"loss": ([0, 1], [1.0, 0.5])}, x_label="step", y_label="loss", title="Training", log_y=True),
         lambda: bars({"a": 1.0}, y_label="share", title="Bars"),
+        lambda: heat_map([[0.5, None], [0.25, 1.0]], x_label="task", y_label="after", title="Cells"),
     ):
         assert draw().png == draw().png
+
+
+def test_cells_of_a_heat_map_are_darker_the_more_and_empty_where_there_is_nothing():
+    labels = {"x_label": "images of task", "y_label": "after task", "title": "Accuracy"}
+    drawn = raw(heat_map([[0.1, None], [0.5, 0.9]], spoken="90 % at the end", **labels))
+    known = drawn.reshape(-1, drawn.shape[-1])
+    shades = {tuple(colour) for colour in known[:, :3][known[:, 3] == 255].tolist()}
+    assert len(shades) > 3
+    # Beside the middle of each cell, off its number: rows from the top, columns from the left.
+    height, width = drawn.shape[:2]
+    cells = [[drawn[int(height * y), int(width * x)] for x in (0.25, 0.75)] for y in (0.2, 0.7)]
+    assert cells[0][1][3] == 0
+    assert int(cells[0][0][:3].sum()) > int(cells[1][0][:3].sum()) > int(cells[1][1][:3].sum())
+    assert heat_map([[0.5]], spoken="half", **labels).alt == "Accuracy: half"
 
 
 def test_a_reference_is_drawn_and_spoken():

@@ -1,4 +1,4 @@
-"""Curves and bars, drawn with matplotlib's objects: no pyplot, no window, no state shared between charts.
+"""Curves, bars and heat maps, drawn with matplotlib's objects: no pyplot, no window, no state shared between charts.
 
 Grounds are transparent; text and lines are of a middling brightness, to be read on light and dark pages.
 """
@@ -9,10 +9,16 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from patchloom.errors import UsageError
 from patchloom.report.page import Figure
 
 COLOURS = ("#259079", "#d9702b", "#6f7fe0", "#c7588f", "#9c8719", "#3596c4")
+HEAT = ("#dcefe9", "#58b09b", "#0d4a3d")
+"""From the least value to the greatest."""
+MOST_LABELLED = 12
+"""Rows or columns of a heat map whose cells have room for their values."""
 TEXT, FRAME, GRID = "#7d838d", "#9aa0a9", "#8a909a"
 
 
@@ -55,6 +61,8 @@ def curves(
         axes.axhline(value, color=TEXT, linewidth=1.2, linestyle="--", label=name)
     if log_x:
         axes.set_xscale("log")
+    elif all(len(x) < 25 and all(float(value).is_integer() for value in x) for x, _ in series.values()):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is nothing between two tasks
     if log_y:
         axes.set_yscale("log")
     if len(series) + len(references or {}) > 1:
@@ -108,6 +116,57 @@ def bars(
     axes.margins(x=0.12)
     spoken = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     return Figure(_png(figure), f"{title}: {spoken}", half=True)
+
+
+def heat_map(
+    rows: Sequence[Sequence[float | None]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    x_names: Sequence[str] | None = None,
+    y_names: Sequence[str] | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
+    spoken: str = "",
+) -> Figure:
+    """Return a matrix as coloured cells with their values in percent; cells without a value are left empty.
+
+    Args:
+        rows: Values, row by row from the top; None for none.
+        x_label: What columns are.
+        y_label: What rows are.
+        title: What the chart shows.
+        x_names: Names of the columns; default: numbers from 1.
+        y_names: Names of the rows; default: numbers from 1.
+        span: Values of the lightest and of the darkest colour.
+        spoken: What the chart says, for those who cannot see it.
+
+    Raises:
+        UsageError: There is nothing to draw, or rows are of different lengths.
+    """
+    if not rows or not rows[0]:
+        raise UsageError("a heat map needs at least one cell")
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError(
+            f"rows of a heat map have {sorted({len(row) for row in rows})} cells; they must be of one length"
+        )
+    from matplotlib.colors import LinearSegmentedColormap
+
+    figure, axes = _axes(title, x_label, y_label)
+    values = np.array([[np.nan if value is None else value for value in row] for row in rows])
+    colours = LinearSegmentedColormap.from_list("heat", HEAT)
+    axes.grid(visible=False)
+    axes.imshow(values, cmap=colours, vmin=span[0], vmax=span[1], aspect="auto")
+    if max(values.shape) <= MOST_LABELLED:
+        middle = (span[0] + span[1]) / 2
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                ink = "white" if value > middle else HEAT[-1]
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    for axis, count, names in zip((axes.yaxis, axes.xaxis), values.shape, (y_names, x_names), strict=True):
+        axis.set_ticks(range(count), names or [str(number) for number in range(1, count + 1)])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return Figure(_png(figure), f"{title}: {spoken}" if spoken else title, half=True)
 
 
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:

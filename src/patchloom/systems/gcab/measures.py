@@ -30,9 +30,23 @@ def accuracies(matrix: Sequence[Sequence[float | None]], seen: Sequence[float | 
     table, every = np.asarray(matrix, dtype=float), np.asarray(seen, dtype=float)
     figures = {"average_incremental_accuracy": float(every.mean()), "last_accuracy": float(every[-1])}
     if (tasks := len(table)) > 1:
-        lost = [table[task : tasks - 1, task].max() - table[-1, task] for task in range(tasks - 1)]
-        figures["forgetting"] = float(np.mean(lost))
+        figures["forgetting"] = float(np.mean([_lost(table, task) for task in range(tasks - 1)]))
     return {name: round(value, 12) for name, value in figures.items() if not np.isnan(value)}
+
+
+def forgotten_by_task(matrix: Sequence[Sequence[float | None]]) -> dict[int, float]:
+    """Return of each task but the newest, by number from 1, the best accuracy before minus that at the end.
+
+    >>> forgotten_by_task([[0.9, None], [0.5, 0.8]])
+    {1: 0.4}
+    """
+    table = np.asarray(matrix, dtype=float)
+    lost = {task + 1: round(float(_lost(table, task)), 12) for task in range(len(table) - 1)}
+    return {task: value for task, value in lost.items() if not np.isnan(value)}
+
+
+def _lost(table: np.ndarray, task: int) -> float:
+    return float(table[task:-1, task].max() - table[-1, task])
 
 
 def measured(logits: Tensor, labels: Tensor, task_of_classes: Tensor) -> dict[str, Any]:

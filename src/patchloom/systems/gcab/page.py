@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchloom.report import Figure, Section, curves
-from patchloom.systems.gcab.measures import is_whole
+from patchloom.report import Figure, Section, bars, curves, heat_map
+from patchloom.systems.gcab.measures import forgotten_by_task, is_whole
 
 SHOWN = 6
 """Classes of a task that are listed."""
@@ -27,7 +27,8 @@ def task_sections(tasks: list[list[str]], history: list[dict[str, Any]], results
         for prefix, words in how.items():
             title = "Accuracy by task" if not prefix else "Accuracy by task, the task known"
             text = f"Rows: after each task; columns: images of each task ({words}). Down a column, what is forgotten."
-            sections.append(Section(title, text, table=matrix(results[f"{prefix}accuracy_matrix"])))
+            rows = results[f"{prefix}accuracy_matrix"]
+            sections.append(Section(title, text, matrix_figures(rows, title), matrix(rows)))
     if any("free" in figures for figures in history):
         sections.append(gate_section(history))
     return sections
@@ -86,6 +87,20 @@ def of(figures: dict[str, Any]) -> str:
     if is_whole(figures):
         return ""
     return " on task " + ", ".join(str(task) for task, count in enumerate(figures["images_by_task"], 1) if count)
+
+
+def matrix_figures(rows: list[list[float | None]], title: str) -> list[Figure]:
+    """Return an accuracy matrix in colours, and what was lost of each task; nothing of a single task."""
+    if len(rows) < 2:
+        return []
+    ends = [share for share in rows[-1] if share is not None]
+    said = f"at the end {min(ends):.0%} to {max(ends):.0%} by task" if ends else ""
+    drawn = [heat_map(rows, x_label="images of task", y_label="after task", title=f"{title}, in percent", spoken=said)]
+    lost = forgotten_by_task(rows)
+    if lost:
+        named = {f"task {task}": 100 * value for task, value in lost.items()}
+        drawn.append(bars(named, y_label="points", title="Forgotten since its best accuracy"))
+    return drawn
 
 
 def matrix(rows: list[list[float | None]]) -> list[dict[str, object]]:
