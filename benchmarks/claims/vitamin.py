@@ -26,7 +26,7 @@ from patchloom.systems.vitamin.model import SlidingWindowFeatures, stage_maps
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems" / "vitamin.md"
 SEEDS = (0, 1, 2)
-STEPS, PER_CLASS, FEW, TEST = 600, 1000, 100, 200
+STEPS, PER_CLASS, FEW, TEST = 400, 1000, 50, 100
 HYBRID, PLAIN = "vitamin_tiny_64", "vit_claims_patch16_64"
 RECIPE: dict[str, Any] = {
     "captions": "labels",
@@ -34,10 +34,10 @@ RECIPE: dict[str, Any] = {
     "text_heads": 2,
     "text_layers": 2,
     "context_length": 16,
-    "batch_size": 64,
+    "batch_size": 32,
     "max_steps": STEPS,
     "lr": 1e-3,
-    "warmup_epochs": 0.5,
+    "warmup_epochs": 0.2,
     "drop_path": 0.0,
     "flip": 0.5,
     "crop_scale": (0.5, 1.0),

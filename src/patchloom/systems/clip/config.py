@@ -97,7 +97,8 @@ class ClipConfig(ViewOptions, EncoderOptions, TrainConfig):
     lock: Literal["none", "text", "image"] = "none"
     """What stays as it is: the text tower of text_from (locked-text tuning), or the encoder (locked-image tuning)"""
     mask_duplicates: bool = True
-    """Pairs of one batch with the same caption are no negatives of each other"""
+    """Pairs of one batch with the same caption are no negatives of each other; nor, where captions are made of labels,
+    are those of the same class"""
     chunk_size: PositiveInt | None = None
     """Pairs per pass through the towers, with gradients of the whole batch all the same (gradient cache): a large
     batch_size in little memory, for one more forward pass"""

@@ -129,11 +129,18 @@ class ClipMethod(Method):
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.lock != "text"):
             text_features = chunked(partial(towers.encode_text, normalize=True), batch["tokens"], config.chunk_size)
         scale = towers.logit_scale.exp()
-        ids = batch["text_id"] if config.mask_duplicates else None
-        contrast = contrastive_loss(image_features, text_features, scale, ids)
+        contrast = contrastive_loss(image_features, text_features, scale, self._ids(batch))
         if not self.repeating:
             self._count(batch)
         return {"loss": contrast.loss, "pair_accuracy": contrast.accuracy, "logit_scale": scale.detach()}
+
+    def _ids(self, batch: dict[str, Any]) -> Tensor | None:
+        """Return what is equal where pairs say the same: their captions or, where these are made of it, their class."""
+        if not self.config.mask_duplicates:
+            return None
+        by_class = self.config.captions == "labels" and batch["label"].ndim == 1
+        ids: Tensor = batch["label" if by_class else "text_id"]
+        return ids
 
     def _count(self, batch: dict[str, Any]) -> None:
         cut = batch["cut"]
