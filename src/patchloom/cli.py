@@ -75,6 +75,10 @@ COMMANDS: dict[str, Command | Verb] = {
     "adapt": Verb("train an encoder further on labelled images"),
     "distill": Verb("teach a small model what a large one knows"),
     "align": Verb("train an encoder to meet language, or what another sense gives"),
+    "align scaling": Command(
+        "how what captions teach grows with pairs and with the image tower: runs, table and slopes",
+        "sweep.align:scaling",
+    ),
     "segment": Verb("train a decoder that gives every pixel a class"),
     "segment predict": Command(
         "write the masks a trained decoder makes of images", "segment.commands:predict", positional=("run",)

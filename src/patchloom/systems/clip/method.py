@@ -53,6 +53,7 @@ class ClipMethod(Method):
             source = captioned(source, origin_of(source, config.captions), config.templates)
         learnt, test = _held_out(config, source)
         super().__init__(config, learnt)
+        torch.manual_seed(config.seed)  # the text tower begins alike, whatever the image tower drew
         if config.text_from is None:
             text = TextTower(
                 context_length=config.context_length,
