@@ -1,8 +1,8 @@
 """Segmentation by the names of classes: a dense CLIP tower's patches against sentences, in sliding windows.
 
 The protocol of PH-Reg (Chen et al. 2025, arXiv 2505.21501) and NACLIP (Hajimiri et al. 2025, arXiv 2404.08181): cosines
-of patches and texts, enlarged bilinearly, averaged over windows, optionally refined by the image (PAMR, Araslanov and Roth
-2020, arXiv 2005.08104), softmax at 40; of a class of several names the likeliest counts.
+of patches and texts, enlarged bilinearly, averaged over windows, optionally refined by the image (PAMR, Araslanov and
+Roth 2020, arXiv 2005.08104), softmax at 40; of a class of several names the likeliest counts.
 
 >>> texts = ClassTexts(torch.eye(3, 24), torch.tensor([0, 1, 1]))  # the second class has two names
 >>> from patchloom.encoders import create_encoder
