@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", help="bundle or run to start from; default: a small ViT with fresh weights")
     parser.add_argument("--side", type=int, default=72, help="shorter side of the images, a multiple of 24")
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()

@@ -135,7 +135,7 @@ class SuperpixelProposals:
             labels = felzenszwalb(pixels, scale=100, sigma=0.8, min_size=self.count, channel_axis=-1)
         else:
             labels = slic(
-                pixels, self.count, compactness=self.compactness, start_label=0, channel_axis=-1,
+                pixels, self.count, compactness=self.compactness, sigma=1.0, start_label=0, channel_axis=-1,
                 convert2lab=pixels.shape[-1] == 3,
             )  # fmt: skip
         _, numbers = np.unique(labels, return_inverse=True)
