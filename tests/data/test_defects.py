@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -190,3 +193,75 @@ def test_a_defect_among_the_good_images_is_refused(tmp_path):
 def test_of_defects_alone_every_image_has_one(tmp_path):
     picture(tmp_path / "crack/0.png")
     assert open_tested(str(tmp_path)).labels.tolist() == [1]
+
+
+def shards(path, parts):
+    """Write images with what belongs to each: name to (class or None, box of the mask, or None for no mask)."""
+    with tarfile.open(path, "w") as archive:
+        for number, (name, (kind, box)) in enumerate(parts.items()):
+            files = {"png": io.BytesIO()}
+            rng = np.random.default_rng(number)
+            Image.fromarray(rng.integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(files["png"], "PNG")
+            if box is not None:
+                files["mask.png"] = io.BytesIO()
+                drawn = Image.new("L", SIZE)
+                if box:
+                    drawn.paste(255, box)
+                drawn.save(files["mask.png"], "PNG")
+            if kind is not None:
+                files["cls"] = io.BytesIO(kind.encode())
+            for ending, content in files.items():
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content.getvalue())
+                archive.addfile(member, io.BytesIO(content.getvalue()))
+    return str(path)
+
+
+BOX = (2, 3, 5, 6)
+
+
+def test_masks_in_shards_say_which_images_are_good(tmp_path):
+    pytest.importorskip("webdataset")
+    parts = {f"{n:03}": (None, BOX if n % 3 == 0 else () if n % 3 == 1 else None) for n in range(9)}
+    sets = open_defects(shards(tmp_path / "parts.tar", parts), test_share=0.5)
+    assert len(sets.good) == 3
+    assert sorted(sets.test.labels.tolist()) == [0] * 3 + [1] * 3
+    for index, label in enumerate(sets.test.labels):
+        assert int(sets.test.read(index).named["mask"].sum()) == 9 * label
+    assert sets.test.has_masks
+
+
+def test_classes_in_shards_say_which_images_are_good(tmp_path):
+    pytest.importorskip("webdataset")
+    parts = {f"{n:03}": (kind, BOX if kind == "hole" else None) for n, kind in enumerate(["good"] * 6 + ["hole"] * 2)}
+    name = shards(tmp_path / "parts.tar", parts)
+    sets = open_defects(name, test_share=0.5)
+    assert sets.test.kinds == ["good"] * 3 + ["hole"] * 2
+    assert open_tested(name).labels.tolist() == [0] * 6 + [1] * 2
+    alone = open_defects(shards(tmp_path / "good.tar", {f"{n}": (None, None) for n in range(4)}), test=name)
+    assert (len(alone.good), len(alone.test)) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "match"),
+    [
+        ({"0": ("good", BOX), "1": ("hole", BOX)}, {}, "said to be good, and its mask shows a defect"),
+        ({"0": ("good", None), "1": (None, None)}, {}, "has no class, where others have one"),
+        ({"0": ("good", None), "1": ("hole", BOX), "2": ("hole", None)}, {}, r"/2\.png .*has no mask, where others"),
+        ({"0": ("good", None)}, {"masks": "elsewhere"}, "masks of shards lie in them"),
+    ],
+)
+def test_shards_that_contradict_themselves_are_refused(tmp_path, parts, options, match):
+    pytest.importorskip("webdataset")
+    with pytest.raises(UsageError, match=match):
+        open_defects(shards(tmp_path / "parts.tar", parts), **options)
+
+
+def test_compressed_shards_are_refused_for_defects(tmp_path):
+    pytest.importorskip("webdataset")
+    name = shards(tmp_path / "parts.tar", {"0": (None, None)})
+    packed = tmp_path / "parts.tar.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "parts.tar").read_bytes()))
+    assert len(open_defects(name).good) == 1
+    with pytest.raises(UsageError, match=r"compressed shards give none; unpack them to \.tar"):
+        open_defects(str(packed))

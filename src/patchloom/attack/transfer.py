@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.attack.craft import TITLES, Crafter, fingerprints, store, stored
+from patchloom.attack.expected import TIMED, announce
 from patchloom.attack.measure import answers, beyond, checks, figures_of
 from patchloom.attack.page import sections
 from patchloom.attack.subjects import Subjects, Victim, class_names, open_subjects
 from patchloom.data.survey import notice
+from patchloom.encoders import depth, has_tokens
 from patchloom.errors import UsageError
 from patchloom.io import check_place, make_folder, read_config, write_json, write_rows
 from patchloom.report.page import write_report
@@ -90,6 +92,17 @@ class TransferAttack:
             raise UsageError("no attack is left to make; name others, such as --attacks [noise,dta]")
         crafter.unsearched()  # refuses blocks there are not, before the folder is made
         out = _claim(config)
+        first = subjects.encoders[0]
+        announce(
+            config,
+            names,
+            subjects.encoders,
+            subjects.images[:TIMED].to(subjects.device),
+            len(subjects.keys),
+            [victim.name for victim in subjects.victims],
+            depth(first) if has_tokens(first) else 1,
+            out,
+        )
         clean = {v.name: self._answers(subjects, v, subjects.images) for v in subjects.victims}
         attacked: dict[tuple[str, str], Tensor] = {}
         said: dict[tuple[str, str], Tensor] = {}

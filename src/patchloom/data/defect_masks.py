@@ -51,7 +51,7 @@ def find_masks(keys: Sequence[str], folder: Path, *, alone: bool = True) -> list
     return [folder / found[name] if name in found else None for name in names]
 
 
-def read_defect(file: Path, key: str) -> Tensor:
+def read_defect(file: Path | bytes, key: str) -> Tensor:
     """Return where a mask shows a defect, (H, W) uint8 of 0 and 1.
 
     Defects are all that is not 0; in a soft mask what is at least half as bright as its brightest pixel.

@@ -2,7 +2,7 @@
 
 Folders as data sets of this kind have them: MVTec AD and BTech (`train/good`, `test/KIND`, `ground_truth/KIND`), VisA
 (a table of splits), a folder per kind of defect beside one of good parts, images with masks of which those of good ones
-are empty (KolektorSDD), or nothing but good parts.
+are empty (KolektorSDD), or nothing but good parts; and shards, whose classes or masks say which are good.
 
 >>> sets = open_defects("data/bottle")  # doctest: +SKIP
 >>> len(sets.good), sets.test.kinds[:2]  # doctest: +SKIP
@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from patchloom.base.source_options import words
 from patchloom.data import open_source
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.defect_masks import ending_of_masks, find_masks, masks_beside, read_defect, suffix_of_masks
+from patchloom.data.defect_shards import PackedMask, defect_of, read_defect_shards
 from patchloom.data.reading import reading_options
 from patchloom.data.sample import Sample
+from patchloom.data.shards import IndexedShards, is_shards
 from patchloom.data.subset import SubsetSource
 from patchloom.data.survey import notice
 from patchloom.errors import UsageError
@@ -69,7 +71,7 @@ class DefectSource(Source):
         images: Source,
         labels: Sequence[int],
         kinds: Sequence[str],
-        masks: Sequence[Path | None] | None = None,
+        masks: Sequence[Path | PackedMask | None] | None = None,
     ) -> None:
         self.name = printable(name)
         self.images = images
@@ -104,7 +106,7 @@ class DefectSource(Source):
             return sample
         size = (int(sample.value.shape[-2]), int(sample.value.shape[-1]))
         file = self.masks[index]
-        mask = torch.zeros(size, dtype=torch.uint8) if file is None else read_defect(file, sample.key)
+        mask = torch.zeros(size, dtype=torch.uint8) if file is None else defect_of(file, sample.key)
         if tuple(mask.shape) != size:
             raise UsageError(
                 f"the mask {file} is {mask.shape[1]}x{mask.shape[0]} and its image {size[1]}x{size[0]}; they must be "
@@ -122,7 +124,7 @@ class DefectSource(Source):
         """Return a short hash of images, labels and masks."""
         digest = hashlib.sha256(self.images.fingerprint().encode() + self.labels.tobytes())
         for file in self.masks or ():
-            if file is not None:
+            if isinstance(file, Path):  # shards are hashed with the images
                 status = file.stat()
                 digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()[:16]
@@ -195,6 +197,8 @@ def open_tested(
     Raises:
         UsageError: No such folder, or masks that do not belong to the images.
     """
+    if is_shards(name):
+        return _of_shards(name, masks, {word.lower() for word in words(good)}, options)
     root = existing(name)
     if not root.is_dir():
         raise UsageError(f"there is no folder {name!r} of images to measure on")
@@ -218,6 +222,13 @@ def _opened(
     seed: int,
     options: dict[str, Any],
 ) -> DefectSets:
+    if is_shards(name):
+        everything = _of_shards(name, masks, good, options)
+        is_good = everything.labels == GOOD_CLASS
+        learnt = SubsetSource(everything.images, np.flatnonzero(is_good))
+        if is_good.all() or test is not None:
+            return DefectSets(learnt, None)
+        return _held_out(name, everything, everything.images, test_share, seed)
     if not root.is_dir() or name.partition(":")[0] in EMBEDDED:
         if name.startswith("mvtec:"):
             raise UsageError(f"there is no folder {root} ({name}){_categories(root.parent)}")
@@ -246,9 +257,17 @@ def _opened(
             )
     if is_good.all():
         return DefectSets(_good_alone(name, images, root), None)
-    numbers = np.flatnonzero(is_good)
     if test is not None:
-        return DefectSets(_good_alone(name, SubsetSource(images, numbers), root), None)
+        return DefectSets(_good_alone(name, SubsetSource(images, np.flatnonzero(is_good)), root), None)
+    everything = _with_masks(name, images, (~is_good).astype(int).tolist(), kinds, root, masks)
+    sets = _held_out(name, everything, images, test_share, seed)
+    return DefectSets(_good_alone(name, sets.good, root), sets.test)
+
+
+def _held_out(name: str, everything: DefectSource, images: Source, test_share: float, seed: int) -> DefectSets:
+    """Return some of the good images to learn from, and the others with the defects to measure on."""
+    is_good = everything.labels == GOOD_CLASS
+    numbers = np.flatnonzero(is_good)
     count = round(test_share * len(numbers))
     if not 0 < count < len(numbers):
         raise UsageError(
@@ -256,14 +275,27 @@ def _opened(
             f"some have to be learnt from and some measured on"
         )
     held = np.sort(np.random.default_rng(seed).permutation(numbers)[:count])
-    everything = _with_masks(name, images, (~is_good).astype(int).tolist(), kinds, root, masks)
     learnt = np.setdiff1d(numbers, held)
     chosen = np.sort(np.concatenate([held, np.flatnonzero(~is_good)]))
     notice(
         f"{printable(name)}: {len(learnt)} good images to learn from; measured on {count} other good ones and on "
         f"{int((~is_good).sum())} with defects"
     )
-    return DefectSets(_good_alone(name, SubsetSource(images, learnt), root), everything.part(chosen))
+    return DefectSets(SubsetSource(images, learnt), everything.part(chosen))
+
+
+def _of_shards(name: str, masks: str | None, good: set[str], options: dict[str, Any]) -> DefectSource:
+    """Return all images of shards, see `read_defect_shards`.
+
+    Raises:
+        UsageError: A folder of masks is named, or the shards cannot be used.
+    """
+    if masks is not None:
+        raise UsageError(f"masks is {masks}, and masks of shards lie in them (0001.mask.png); leave it out")
+    images = open_source(name, by_index=True, **options)
+    if not isinstance(images, IndexedShards):
+        raise UsageError(f"images of {name} are needed by number, and compressed shards give none; unpack them to .tar")
+    return DefectSource(name, images, *read_defect_shards(images, good))
 
 
 def _without_defect(keys: Sequence[str], images: Source, root: Path, masks: str | None) -> list[bool]:
@@ -369,10 +401,10 @@ def _check_sizes(source: DefectSource) -> None:
     root = getattr(source.images, "root", None) or getattr(getattr(source.images, "source", None), "root", None)
     if root is None or source.masks is None:
         return
-    known = [number for number, file in enumerate(source.masks) if file is not None]
+    known = [number for number, file in enumerate(source.masks) if isinstance(file, Path)]
     for place in sorted({round(x) for x in np.linspace(0, len(known) - 1, min(len(known), MOST_LOOKED_AT))}):
         number = known[place]
-        file = source.masks[number]
+        file = cast(Path, source.masks[number])
         try:
             with Image.open(file) as mask, Image.open(Path(root) / source.key(number)) as image:
                 sizes = mask.size, image.size
@@ -394,7 +426,7 @@ def _good_alone(name: str, images: Source, root: Path) -> Source:
 def _refuse_defects_among_good(source: DefectSource) -> None:
     """Refuse images to learn from whose mask shows a defect."""
     for number, file in enumerate(source.masks or ()):
-        if file is not None and read_defect(file, source.key(number)).any():
+        if file is not None and defect_of(file, source.key(number)).any():
             raise UsageError(
                 f"{source.key(number)} is to be learnt from as good, and its mask {file} shows a defect; take it out"
             )
