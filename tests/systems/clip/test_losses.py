@@ -113,3 +113,11 @@ def test_two_processes_give_loss_and_gradients_of_one(tmp_path):
     ]
     for process in started:
         assert process.wait(timeout=300) == 0, process.stderr.read().decode()
+
+
+def test_similarities_keep_their_digits_in_mixed_precision():
+    images, texts = (part.float() for part in pairs())
+    whole = contrastive_loss(images, texts, torch.tensor(100.0)).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = contrastive_loss(images, texts, torch.tensor(100.0)).loss
+    torch.testing.assert_close(mixed, whole)

@@ -42,8 +42,9 @@ def contrastive_loss(first: Tensor, second: Tensor, scale: Tensor, ids: Tensor |
     rows = torch.arange(len(first), device=first.device)
     parallel = dist.is_available() and dist.is_initialized()
     targets = rows + (dist.get_rank() if parallel else 0) * len(first)
-    forth = scale * first @ gathered(second).T
-    back = scale * second @ gathered(first).T
+    with torch.autocast(first.device.type, enabled=False):  # bfloat16 cannot tell similarities of neighbours apart
+        forth = scale * first @ gathered(second).T
+        back = scale * second @ gathered(first).T
     if ids is not None:
         same = ids[:, None] == gathered(ids)[None]
         same[rows, targets] = False
