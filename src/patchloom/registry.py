@@ -56,6 +56,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.videomae_v2.config:VideoMAEV2Config",
             "Reconstruction of hidden tubes of clips by a decoder of some of them (VideoMAE V2)",
         ),
+        "hi_end_mae": Entry(
+            "systems.hi_end_mae.method:HiEndMAEMethod",
+            "systems.hi_end_mae.config:HiEndMAEConfig",
+            "Reconstruction of hidden patches of volumes by a decoder that asks the encoder's layers (Hi-End-MAE)",
+        ),
     },
     "adapt": {
         "finetune": Entry(
@@ -361,6 +366,7 @@ METHODS: dict[str, dict[str, Entry]] = {
 SOURCES: dict[str, str] = {
     "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
     "digits": "scikit-learn's 8x8 digits; digits:test",
+    "shapes3d": "small volumes of three kinds of ellipsoids in noise, with a class and a mask; shapes3d:test",
     "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
     "FILE.csv": "images, labels, masks, captions by a table (or .parquet): file,label,mask,caption; FILE.csv:SPLIT",
     "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 from annotated_types import BaseMetadata, DocInfo, Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
 
-from patchloom.base.sizes import checked_size, is_size
+from patchloom.base.sizes import checked_sides, checked_size, is_sides, is_size
 from patchloom.errors import UsageError, unknown_name
 
 P = ParamSpec("P")
@@ -83,6 +83,8 @@ def inside(name: str, value: Any, hint: Any) -> Any:
     """
     if is_size(hint):
         return None if value is None else checked_size(name, value)
+    if is_sides(hint):
+        return None if value is None else checked_sides(name, value)
     _check(name, value, hint, "it", value)
     return value
 

@@ -15,11 +15,50 @@ from patchloom.errors import UsageError
 
 Size = int | tuple[int, int]
 """Side of square images, or (height, width), in pixels."""
+Sides = int | tuple[int, ...]
+"""Side of cubes, or one for each axis of volumes: (depth, height, width), in voxels."""
 
 
 def is_size(hint: Any) -> bool:
     """Return whether a type is that of a size, or of one that may be left out."""
     return hint in (Size, Size | None)
+
+
+def is_sides(hint: Any) -> bool:
+    """Return whether a type is that of the sides of volumes, or of ones that may be left out."""
+    return hint in (Sides, Sides | None)
+
+
+def checked_sides(name: str, value: Any, count: int = 3) -> Sides:
+    """Return sides that can be those of inputs of so many axes, equal ones as one number.
+
+    Args:
+        name: What they are called in the sentence of refusal.
+        value: As they may be written: 64, "64", "16,96,96", [16, 96, 96].
+        count: Axes.
+
+    Raises:
+        UsageError: They are none, or below 1.
+    """
+    sides = parse_sides(value)
+    known = isinstance(sides, int) and not isinstance(sides, bool)
+    if not known and not (isinstance(sides, tuple) and len(sides) == count):
+        raise UsageError(f"{name} is {value!r}; give one side in voxels, or {count} as 16,96,96")
+    if min((sides,) if isinstance(sides, int) else sides) < 1:
+        raise UsageError(f"{name} is {value!r}; sides are at least 1")
+    return sides  # type: ignore[no-any-return]
+
+
+def parse_sides(value: Any) -> Any:
+    """Return sides as they may be written; what is none comes back as it is."""
+    if isinstance(value, str):
+        if not re.fullmatch(r"\s*[\[(]?\s*\d+(\s*,\s*\d+)*\s*[\])]?\s*", value):
+            return None if value in ("null", "None") else value
+        value = [int(number) for number in re.findall(r"\d+", value)]
+    if isinstance(value, list | tuple) and value and all(hasattr(side, "__index__") for side in value):
+        sides = tuple(int(side) for side in value)
+        return sides[0] if len(set(sides)) == 1 else sides
+    return int(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def pair(size: Size) -> tuple[int, int]:

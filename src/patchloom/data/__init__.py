@@ -145,6 +145,11 @@ def _open(
     if word == "digits":
         refuse_untaken(DigitsSource, name, options)
         return DigitsSource(rest or "train", in_chans=in_chans, **options)
+    if word == "shapes3d":
+        from patchloom.data.shapes3d import Shapes3dSource
+
+        refuse_untaken(Shapes3dSource, name, options)
+        return Shapes3dSource(rest or "train", in_chans=in_chans, seed=seed, **options)
     if word in ("torchvision", "hf") and rest:
         from patchloom.data.hub import HuggingFaceSource, TorchvisionSource
 

@@ -113,7 +113,11 @@ CLIP = Kind(
     crops="data.clip_views:ClipCrops",
     recipe="data.clip_views:ClipRecipe",
 )
-VOLUME = Kind("volume", "volumes", ("C", "D", "H", "W"), "data.volume_views:eval_view")
+VOLUME = Kind(
+    *("volume", "volumes", ("C", "D", "H", "W"), "data.volume_views:eval_view"),
+    crops="data.volume_crops:VolumeTraining",
+    recipe="data.volume_crops:VolumeRecipe",
+)
 KINDS = {
     kind.name: kind
     for kind in (

@@ -127,6 +127,7 @@ class VolumeSource(Source):
         in_chans: Channels C of a sample; the grey volume is repeated.
         coding: How masks are read, None without masks.
         shares: What the masks hold, None without masks.
+        mask_names: Names of the classes of voxels, None without masks.
 
     Raises:
         UsageError: No such folder, no volume in it, volumes without their mask, or masks whose meaning has to be said.
@@ -180,6 +181,7 @@ class VolumeSource(Source):
                 raise wrong_value(file, error.value, self.coding, path) from error
             names = list(self.coding.names)
         self.class_names = names
+        self.mask_names = names if self.masks is not None else None
         self.palette = colours(len(names)) if names else []
         if self.masks is not None and names is not None:
             self.palette = [(0, 0, 0), *colours(len(names))][: len(names)]

@@ -16,6 +16,7 @@ arXiv 2103.15691, section 3.4, who also repeat learnt positions along the new ax
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -88,7 +89,9 @@ def inflate_positions(positions: Tensor, old: Grid, new: Grid) -> Tensor:
 
 
 @torch.no_grad()
-def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Inflated:
+def inflate(
+    encoder: Encoder, target: Encoder, how: Inflation = "mean", state: Mapping[str, Tensor] | None = None
+) -> Inflated:
     """Give an encoder of clips or volumes the weights of one of images, in place.
 
     Positions of the target that are computed stay as they are.
@@ -97,6 +100,7 @@ def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Infla
         encoder: The encoder of images.
         target: One whose grid has axes more, in front; blocks of the same width and depth.
         how: What becomes of the patch kernel, see `inflate_kernel`.
+        state: Its tensors, where they are others: of another number of channels.
 
     Returns:
         The names of the tensors that one has and not the other.
@@ -110,7 +114,7 @@ def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Infla
             f"the grid {shown(new)} of a {type(target).__name__} has no axis more than {shown(old)}, so there is "
             f"nothing to inflate"
         )
-    given, wanted = _places_in_tokens(encoder, target), target.state_dict()
+    given, wanted = _places_in_tokens(encoder, target, state), target.state_dict()
     if isinstance(fixed := getattr(target, "pos_embed", None), Tensor) and not fixed.requires_grad:
         wanted.pop("pos_embed")  # computed, and not trained
     taken: dict[str, Tensor] = {}
@@ -132,9 +136,9 @@ def inflate(encoder: Encoder, target: Encoder, how: Inflation = "mean") -> Infla
     return Inflated([name for name in given if name not in wanted], [name for name in wanted if name not in given])
 
 
-def _places_in_tokens(encoder: Encoder, target: Encoder) -> dict[str, Tensor]:
+def _places_in_tokens(encoder: Encoder, target: Encoder, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the tensors of the encoder of images; a position of the class token that the target lacks is in it."""
-    state, own = dict(encoder.state_dict()), getattr(target, "pos_embed", None)
+    state, own = dict(encoder.state_dict() if given is None else given), getattr(target, "pos_embed", None)
     positions, token = state.get("pos_embed"), state.get("cls_token")
     if positions is None or token is None or not isinstance(own, Tensor) or encoder.num_prefix_tokens != 1:
         return state

@@ -15,8 +15,9 @@ import timm
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from patchloom.encoders import Encoder, Grid, create_encoder, input_size, require_tokens, set_image_size
+from patchloom.encoders import Encoder, Grid, create_encoder, has_tokens, input_size, require_tokens, set_image_size
 from patchloom.encoders import in_chans as channels_of
+from patchloom.encoders.inflation import inflate
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, load
 
@@ -65,8 +66,14 @@ def load_weights(
         UsageError: The tensors do not match, with how many do, or published weights cannot be fetched.
     """
     published = timm.is_model(path) and not Path(path).exists()
-    trained = fetch_encoder(path, image_size=input_size(encoder)) if published else load(path)
+    own = input_size(encoder)
+    # Weights of images for clips or volumes: at their own size, to be inflated.
+    size = {"image_size": own} if len(own) == 2 else {}
+    trained = fetch_encoder(path, **size) if published else load(path)
     saved = convert(encoder, trained.state_dict())
+    if has_tokens(trained) and len(input_size(trained)) < len(own):
+        _inflate(encoder, trained, saved, path)
+        return
     if (channels := channels_of(encoder)) != channels_of(trained) == 3:
         saved = widened(saved, trained, channels, path)
     state_dict = encoder.state_dict()
@@ -81,6 +88,20 @@ def load_weights(
     encoder.load_state_dict(usable, strict=False)
     statistics = {name: trained.pretrained_cfg[name] for name in ("mean", "std") if name in trained.pretrained_cfg}
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, **statistics}
+
+
+def _inflate(encoder: Encoder, trained: Encoder, saved: dict[str, Tensor], path: str) -> None:
+    """Fill an encoder of clips or volumes with the weights of one of images, and say so."""
+    if (channels := channels_of(encoder)) != channels_of(trained) == 3:
+        saved = widened(saved, trained, channels, path)
+    trained.reset_classifier(0)
+    told = inflate(trained, encoder, state=saved)
+    fresh = f"; fresh: {', '.join(told.fresh[:4])}" if told.fresh else ""
+    print(
+        f"{path} is an encoder of images: its kernel is repeated along the axis it lacks, over the number of slices "
+        f"(mean){fresh}",
+        file=sys.stderr,
+    )
 
 
 def _from_bundle(

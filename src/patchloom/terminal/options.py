@@ -19,7 +19,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from patchloom.base.settings import Cited, done_without
-from patchloom.base.sizes import is_size, parse_size
+from patchloom.base.sizes import is_sides, is_size, parse_sides, parse_size
 from patchloom.errors import UsageError, near_names
 from patchloom.terminal.groups import grouped
 
@@ -171,10 +171,22 @@ class _SizeOption:
         return "int or height,width"
 
 
+class _SidesOption:
+    """What reads the sides of volumes; a help page shows how it reads."""
+
+    def __call__(self, value: Any) -> Any:
+        return parse_sides(value)
+
+    def __repr__(self) -> str:
+        return "int or depth,height,width"
+
+
 def _kind(option: str, hint: Any, described: Callable[..., Any]) -> Any:
     """Return what reads an option: sizes are written in several ways, and a trial settles what is `auto`."""
     if is_size(hint):
         return _SizeOption()
+    if is_sides(hint):
+        return _SidesOption()
     return hint | Literal["auto"] if option in getattr(described, "SETTLED", ()) else hint
 
 

@@ -37,7 +37,7 @@ class AdapterMethod(LabelledMethod):
         base: Hash of the encoder before anything was added.
     """
 
-    kinds = ("image", "clip")
+    kinds = ("image", "clip", "volume")
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, source: Source | StreamSource) -> None:

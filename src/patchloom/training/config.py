@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import yaml
 
 from patchloom.base.settings import Cited, done_without
-from patchloom.base.sizes import is_size, parse_size
+from patchloom.base.sizes import is_sides, is_size, parse_sides, parse_size
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import encodable, write_text
 from patchloom.training.options import (
@@ -184,6 +184,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return value
     if is_size(hint):
         return None if value is None else parse_size(value)
+    if is_sides(hint):
+        return None if value is None else parse_sides(value)
     if isinstance(value, str | Path):
         # Names that are not UTF-8 are kept as text that finds them again; what is written goes to a name as it is.
         value = str(value) if name in ("out", "predictions", "report", "picture") else encodable(str(value))

@@ -15,7 +15,7 @@ from patchloom.training.supervised import SupervisedMethod
 class FinetuneMethod(SupervisedMethod):
     """End-to-end fine-tuning of all weights for classification."""
 
-    kinds = ("image", "clip")
+    kinds = ("image", "clip", "volume")
     config_class = FinetuneConfig
     config: FinetuneConfig
 

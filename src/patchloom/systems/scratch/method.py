@@ -22,7 +22,7 @@ from patchloom.training.supervised import SupervisedMethod
 class ScratchMethod(SupervisedMethod):
     """Supervised training of any timm model from fresh weights."""
 
-    kinds = ("image", "clip")
+    kinds = ("image", "clip", "volume")
     config_class = ScratchConfig
     config: ScratchConfig
 
