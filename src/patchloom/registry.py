@@ -208,6 +208,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.vit_p.config:PointConfig",
             "A ViT classifies masks, which others draw, at their points (ViT-P)",
         ),
+        "unetr": Entry(
+            "segment.volume_method:UNETRMethod",
+            "segment.volume_config:UNETRConfig",
+            "A U-Net on the blocks of an encoder of volumes: a class for every voxel (extra: medical)",
+        ),
     },
     "clean": {
         "diagnose": Entry(

@@ -57,7 +57,7 @@ def parse_sides(value: Any) -> Any:
         value = [int(number) for number in re.findall(r"\d+", value)]
     if isinstance(value, list | tuple) and value and all(hasattr(side, "__index__") for side in value):
         sides = tuple(int(side) for side in value)
-        return sides[0] if len(set(sides)) == 1 else sides
+        return sides[0] if len(set(sides)) == 1 and len(sides) != 2 else sides  # two are of images, and no cube's
     return int(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 

@@ -12,12 +12,14 @@ most of it. A volume is a function of (seed, number) alone.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.ranges import PositiveInt, checked
 from patchloom.data.base import Sample, Source
 from patchloom.data.kinds import VOLUME
@@ -44,9 +46,11 @@ class Shapes3dSource(Source):
         volumes: How many; default 200 for training and 40 for testing.
         seed: Seed of the shapes.
         in_chans: Channels; the grey volume is repeated.
+        settings: What the user says of the values of masks, which are known here.
+        coding: How masks were read elsewhere; not used.
 
     Raises:
-        UsageError: Unknown split, or volumes too small for shapes.
+        UsageError: Unknown split, volumes too small for shapes, or something said of the masks.
     """
 
     kind = VOLUME
@@ -59,11 +63,16 @@ class Shapes3dSource(Source):
         volumes: PositiveInt | None = None,
         seed: int = 0,
         in_chans: int = 1,
+        settings: MaskSettings | None = None,
+        coding: MaskCoding | None = None,
     ) -> None:
         if split not in DEFAULT_VOLUMES:
             raise unknown_name("split of shapes3d", split, DEFAULT_VOLUMES)
         if size < LEAST:
             raise UsageError(f"size is {size}; shapes need volumes of at least {LEAST} voxels a side")
+        for field in fields(MaskSettings) if settings is not None else ():
+            if (value := getattr(settings, field.name)) is not None:
+                raise UsageError(f"{field.name} is {value!r}, and the masks of shapes3d are known; leave it out")
         self.name = "shapes3d" if split == "train" else f"shapes3d:{split}"
         self.split, self.size, self.seed, self.in_chans = split, size, seed, in_chans
         self.volumes = DEFAULT_VOLUMES[split] if volumes is None else volumes

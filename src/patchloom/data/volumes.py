@@ -376,9 +376,11 @@ def open_volumes(
     return VolumeSource(path.removeprefix("volumes:"), plane, channel, settings, coding)
 
 
-def open_samples(path: Path, in_chans: int = 1) -> VolumeSource:
+def open_samples(
+    path: Path, in_chans: int = 1, settings: MaskSettings | None = None, coding: MaskCoding | None = None
+) -> VolumeSource:
     """Open `volumes:PATH`: whole volumes for encoders of them; raises as `open_volumes`."""
-    source = open_volumes(str(path))
+    source = open_volumes(str(path), settings=settings, coding=coding)
     source.name, source.in_chans = f"volumes:{source.name}", in_chans
     return source
 

@@ -34,12 +34,18 @@ class DenseMethod(Method):
     probed = False
 
     def __init__(self, config: TrainConfig, source: Source | StreamSource) -> None:
-        if source.class_names is None:
+        names = self.mask_names(source)
+        if names is None:
             raise UsageError(f"{source.name} has no classes")
         super().__init__(config, source)
-        self.parts = self.build_decoder(len(source.class_names))
+        self.parts = self.build_decoder(len(names))
         self.adapter = getattr(self.parts.backbone, "adapter", None)
         self.neck, self.head, self.aux_head = self.parts.neck, self.parts.head, self.parts.auxiliary
+
+    @classmethod
+    def mask_names(cls, source: Source | StreamSource) -> list[str] | None:
+        """Return the names of the classes of pixels; None where there are none."""
+        return source.class_names
 
     @abstractmethod
     def build_decoder(self, num_classes: int) -> Parts:
@@ -49,16 +55,25 @@ class DenseMethod(Method):
     def loss_options(self) -> dict[str, Any]:
         """Return what of `decoder_loss` is chosen."""
 
+    def decoder_loss(self, logits: Tensor, auxiliary: Tensor | None, target: Tensor) -> Tensor:
+        """Return the loss of logits (B, K, h, w), and of those of an auxiliary head, against classes."""
+        return decoder_loss(logits, auxiliary, target, **self.loss_options())
+
     def maps(self, batch: dict[str, Any]) -> list[Tensor]:
         """Return the encoder's maps (B, D, h, w) of a batch."""
         found: list[Tensor] = self.parts.backbone(normalize(self.pixels(batch["image"]), self.encoder))
         return found
 
+    def target(self, batch: dict[str, Any]) -> Tensor:
+        """Return the classes (B, H, W) int64 of a batch, 255 where unknown."""
+        found: Tensor = batch["mask"]
+        return found.long()
+
     def training_loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the loss of a batch, and the share of known pixels that are right."""
         self.parts.backbone.train(self.training)
-        target, levels = batch["mask"].long(), self.parts.levels(self.maps(batch))
+        target, levels = self.target(batch), self.parts.levels(self.maps(batch))
         logits = self.head(levels)
         auxiliary = None if self.aux_head is None else self.aux_head(levels)
-        loss = decoder_loss(logits, auxiliary, target, **self.loss_options())
+        loss = self.decoder_loss(logits, auxiliary, target)
         return {"loss": loss, "pixel_accuracy": pixel_accuracy(logits.detach(), target)}

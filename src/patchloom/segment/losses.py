@@ -58,6 +58,7 @@ def dice_loss(
     background: bool = True,
     squared_pred: bool = False,
     batch: bool = False,
+    smooth_dr: float | None = None,
 ) -> Tensor:
     """Return 1 - soft Dice, averaged over images and classes, of softmax probabilities at the size of the mask.
 
@@ -65,23 +66,24 @@ def dice_loss(
     defaults, plain denominators per image, are those of every protocol here but DVPT's, which sets both switches.
 
     Args:
-        logits: (B, K, h, w).
-        target: (B, H, W) int64; `ignore_index` where unknown, which counts nowhere.
+        logits: (B, K, h, w); of volumes (B, K, D, H, W), of the size of the mask.
+        target: (B, H, W) int64, or (B, D, H, W); `ignore_index` where unknown, which counts nowhere.
         ignore_index: Truth of pixels that do not count.
         smooth: Added to numerator and denominator.
         background: Count class 0 too.
         squared_pred: Add up squares in the denominator: 1 - (2 Σ p t + s) / (Σ p² + Σ t² + s).
         batch: Add up over the whole batch, not over each image.
+        smooth_dr: Added to the denominator instead.
     """
     logits = resize(at_least_float32(logits), target.shape[-2:])
     known = (target != ignore_index).unsqueeze(1)
     classes = F.one_hot(target.where(known[:, 0], 0), logits.shape[1]).movedim(-1, 1) * known
     shares = logits.softmax(1) * known
-    over, first = (0, 2, 3) if batch else (2, 3), 0 if background else 1
+    over, first = (*([0] if batch else []), *range(2, logits.ndim)), 0 if background else 1
     both = (shares * classes).sum(over)[..., first:]
     # A truth of zeros and ones is its own square.
     sizes = ((shares.square() if squared_pred else shares).sum(over) + classes.sum(over))[..., first:]
-    return (1 - (2 * both + smooth) / (sizes + smooth)).mean()
+    return (1 - (2 * both + smooth) / (sizes + (smooth if smooth_dr is None else smooth_dr))).mean()
 
 
 def decoder_loss(

@@ -17,6 +17,7 @@ from patchloom.models.onnx_file import export_module, input_notes, need_onnx
 from patchloom.segment.backbone import Backbone
 from patchloom.segment.layers import resize
 from patchloom.segment.saved import Segmenter, open_segmenter
+from patchloom.segment.unetr import VolumeBackbone
 
 
 class FullSize(nn.Module):
@@ -34,7 +35,8 @@ class FullSize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K, H, W) of images (B, C, H, W)."""
         pixels = normalize(images, self.model.backbone.encoder) if self.normalized else images
-        return resize(self.model(pixels), images.shape[-2:])
+        logits: Tensor = self.model(pixels)
+        return logits if logits.shape[2:] == images.shape[2:] else resize(logits, images.shape[-2:])
 
 
 class Points(nn.Module):
@@ -77,12 +79,13 @@ def write_onnx(run: str, out: str, *, image_size: Size | None, opset: int, norma
     model = open_segmenter(run)
     if not isinstance(model, Segmenter):
         return _write_points(model, path, out, image_size, opset, normalized)
-    size = pair(model.crop if image_size is None else checked_size("image_size", image_size))
+    size = model.sides(image_size)
     encoder = model.backbone.encoder
-    if isinstance(model.backbone, Backbone):  # others resample positions in passing
+    if isinstance(model.backbone, Backbone | VolumeBackbone):  # others resample positions in passing
         set_image_size(encoder, size)
     notes = input_notes(encoder, normalized=normalized) | {"class_names": json.dumps(model.class_names)}
     shape = (in_chans(encoder), *size)
     with torch.no_grad():  # what blocks do to keep less for gradients is no part of the graph
-        export_module(FullSize(model, normalized), encoder, shape, path, opset, outputs=["logits"], notes=notes)
+        whole, named = FullSize(model, normalized), f"{model.kind}s"
+        export_module(whole, encoder, shape, path, opset, name=named, outputs=["logits"], notes=notes)
     return out

@@ -1,9 +1,10 @@
-"""Masks of images by a trained segmentation model, as PNGs."""
+"""Masks of images by a trained segmentation model, as PNGs; of volumes, as NIfTI in their own space."""
 
 from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from patchloom.data import open_source
 from patchloom.data.base import StreamSource, UnreadableImageError
 from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import unit
+from patchloom.data.sample import Sample
 from patchloom.data.segmentation import colours
-from patchloom.encoders import in_chans
+from patchloom.data.volumes import Volume, save_mask
+from patchloom.encoders import in_chans, kind_of
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.features.extract import torch_device
 from patchloom.io import check_place, make_folder, write_bytes, write_json, write_text
@@ -49,7 +52,9 @@ def write_masks(
     writer = _writer(task, model, run)
     options: dict[str, Any] = {} if include is None else {"include": include}
     opened = open_source(images, in_chans=in_chans(model.encoder), model=model.encoder, **options)
-    require_kind(opened, ("image",), "segment predict")
+    require_kind(opened, (writer.kind,), "this model")
+    if overlays and writer.kind != "image":
+        raise UsageError(f"overlays are pictures of images, and this model takes {writer.kind}s; leave them out")
     source = opened.by_index() if isinstance(opened, StreamSource) else opened
     make_folder(folder)
     skipped, written = [], set[str]()
@@ -59,22 +64,63 @@ def write_masks(
         except UnreadableImageError as error:
             skipped.append({"file": error.key, "reason": error.reason})
             continue
-        name = str(Path(sample.key).with_suffix(".png"))
+        name = str(Path(sample.key.removesuffix(".gz")).with_suffix(writer.suffix))
         if name in written:  # a.jpg and a.png
-            name = f"{sample.key}.png"
+            name = f"{sample.key}{writer.suffix}"
         written.add(name)
-        image = unit(sample.image)
         with torch.no_grad():
-            content, drawn = writer.written(image.to(place), name, sample.key, batch_size)
-        write_bytes(folder / name, content)
-        if overlays:
-            write_bytes(folder / OVERLAYS / name, overlay(image, drawn))
+            writer.write(sample, folder, name, batch_size, overlays)
     if not written:
-        raise UsageError(f"{images} holds no readable image")
+        raise UsageError(f"{images} holds no readable {writer.kind}")
     return {"masks": len(written), "out": str(folder), **writer.finish(folder), "skipped": skipped}
 
 
-class _Semantic:
+class _Pictures(ABC):
+    """What is written of images: a PNG of each."""
+
+    kind, suffix = "image", ".png"
+    model: Any
+
+    def write(self, sample: Sample, folder: Path, name: str, batch_size: int, overlays: bool) -> None:
+        """Write what the model makes of an image, and with `overlays` a picture of it on the image."""
+        image = unit(sample.image)
+        place = next(self.model.parameters()).device
+        content, drawn = self.written(image.to(place), name, sample.key, batch_size)
+        write_bytes(folder / name, content)
+        if overlays:
+            write_bytes(folder / OVERLAYS / name, overlay(image, drawn))
+
+    @abstractmethod
+    def written(self, image: Tensor, name: str, key: str, batch_size: int) -> tuple[bytes, np.ndarray]:
+        """Return the PNG of an image, and the colour of each pixel."""
+
+    @abstractmethod
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Return what there is to say of all."""
+
+
+class _Volumes:
+    """NIfTI files of classes, in the space of their volumes."""
+
+    kind, suffix = "volume", ".nii.gz"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.counts = np.zeros(256, np.int64)
+
+    def write(self, sample: Sample, folder: Path, name: str, batch_size: int, overlays: bool) -> None:
+        """Write the class of every voxel of a volume."""
+        mask = self.model.mask_of(sample)
+        self.counts += np.bincount(mask.flatten().numpy(), minlength=256)
+        make_folder((folder / name).parent)
+        save_mask(mask, Volume.of(sample), "axial", folder / name)
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Return what there is to say of all."""
+        return _shares(self.model, self.counts)
+
+
+class _Semantic(_Pictures):
     """Indexed PNGs of classes."""
 
     def __init__(self, model: Any) -> None:
@@ -91,11 +137,10 @@ class _Semantic:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Return what there is to say of all."""
-        names, total = self.model.class_names, int(self.counts.sum())
-        return {"classes": {name: float(self.counts[number] / total) for number, name in enumerate(names)}}
+        return _shares(self.model, self.counts)
 
 
-class _Panoptic:
+class _Panoptic(_Pictures):
     """PNGs of segments' ids, and COCO's list of them."""
 
     def __init__(self, model: Any) -> None:
@@ -161,7 +206,7 @@ class _Instances(_Panoptic):
 def _writer(task: str, model: Any, run: str) -> Any:
     kinds = {"semantic": _Semantic, "panoptic": _Panoptic, "instance": _Instances}
     if task == "semantic":
-        return _Semantic(model)
+        return _Volumes(model) if kind_of(model.encoder) == "volume" else _Semantic(model)
     if not hasattr(model, "predict"):
         raise UsageError(
             f"{run} gives every pixel a class and tells no objects apart; task={task} is for segment point"
@@ -171,6 +216,11 @@ def _writer(task: str, model: Any, run: str) -> Any:
     if task == "instance" and not has_pycocotools():
         raise MissingExtraError("pycocotools", "detection", "writing objects as COCO's results")
     return kinds[task](model)
+
+
+def _shares(model: Any, counts: np.ndarray) -> dict[str, Any]:
+    names, total = model.class_names, int(counts.sum())
+    return {"classes": {name: float(counts[number] / total) for number, name in enumerate(names)}}
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:

@@ -30,6 +30,9 @@ OF_ENCODER = "backbone.encoder."
 class Segmenter(nn.Module):
     """An encoder with its decoder, for images of any size.
 
+    Attributes:
+        kind: What it takes.
+
     Args:
         parts: Backbone, neck and head.
         head_name: Name of the decoder.
@@ -41,6 +44,8 @@ class Segmenter(nn.Module):
         class_names: Names by class; default: those of the coding.
         settings: Further settings of a decoder that is a system of its own.
     """
+
+    kind = "image"
 
     def __init__(
         self,
@@ -85,25 +90,43 @@ class Segmenter(nn.Module):
         logits = slide(normalize(pixels, self.backbone.encoder), output_size)
         return logits[0].argmax(0).to(torch.uint8)
 
+    def sides(self, size: Any = None) -> tuple[int, ...]:
+        """Return the sides of what goes through it at once: given, or those of the windows it was trained on."""
+        return pair(self.crop if size is None else checked_size("image_size", size))
+
+    def about(self) -> dict[str, Any]:
+        """Return what makes it again around its tensors."""
+        return {
+            "format": FORMAT,
+            "head": self.head_name,
+            "layers": list(self.backbone.layers),
+            "apply_norm": self.backbone.apply_norm,
+            "width": self.width,
+            "settings": self.settings,
+            "crop": self.crop,
+            "short_side": self.short_side,
+            "class_names": self.class_names,
+            "palette": [list(colour) for colour in self.palette],
+            "masks": None if self.coding is None else self.coding.describe(),
+        }
+
+    @classmethod
+    def made_from(cls, parts: Parts, about: dict[str, Any]) -> Segmenter:
+        """Return a model of parts, with what `about` said of it."""
+        palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
+        sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
+        return cls(parts, about["head"], *sizes, None, palette, about["class_names"], about.get("settings"))
+
+
+BY_KIND = {"image": "segment.saved:Segmenter", "volume": "segment.volume_saved:VolumeSegmenter"}
+"""Models by what they take."""
+
 
 def save_segmenter(model: Segmenter, path: Path) -> None:
     """Write the decoder beside the encoder's bundle in a folder."""
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(OF_ENCODER)}
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path / WEIGHTS)
-    about = {
-        "format": FORMAT,
-        "head": model.head_name,
-        "layers": list(model.backbone.layers),
-        "apply_norm": model.backbone.apply_norm,
-        "width": model.width,
-        "settings": model.settings,
-        "crop": model.crop,
-        "short_side": model.short_side,
-        "class_names": model.class_names,
-        "palette": [list(colour) for colour in model.palette],
-        "masks": None if model.coding is None else model.coding.describe(),
-    }
-    write_json(path / ABOUT, about)
+    write_json(path / ABOUT, model.about())
 
 
 def fill_decoder(model: Segmenter, state: dict[str, Tensor]) -> None:
@@ -168,9 +191,8 @@ def load_segmenter(path: str | Path) -> Segmenter:
             width=about["width"],
             settings=about.get("settings"),
         )
-        palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
-        sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
-        model = Segmenter(parts, about["head"], *sizes, None, palette, about["class_names"], about.get("settings"))
+        made: type[Segmenter] = registry.load(BY_KIND[about.get("kind", "image")])
+        model = made.made_from(parts, about)
         fill_decoder(model, state)
     except UsageError:
         raise

@@ -16,12 +16,16 @@ from patchloom.training.config import Config
 from patchloom.training.options import start_of
 
 
-def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]:
+def open_training_images(config: Config, **about_masks: Any) -> tuple[Source | StreamSource, Config]:
     """Return the images to train on, and the settings with what was settled about them.
 
     The value range is that of the settings, else that of the model training starts from, else found by a look at the
     images. Where the settings leave the number of channels at 3 and that model takes another, it is the model's. Of
     images of other than one or three channels mean and standard deviation are taken of a sample.
+
+    Args:
+        config: The settings.
+        **about_masks: What a source with masks takes besides.
 
     Raises:
         UsageError: The images cannot be opened or read as asked.
@@ -37,7 +41,7 @@ def open_training_images(config: Config) -> tuple[Source | StreamSource, Config]
     if len(str(start.get("use_channels", "")).split(",")) != config.in_chans:
         start.pop("use_channels", None)
     source = open_source(
-        config.data, in_chans=config.in_chans, seed=config.seed, model=start, **config.source_options()
+        config.data, in_chans=config.in_chans, seed=config.seed, model=start, **config.source_options(), **about_masks
     )
     settled: dict[str, Any] = reading_options(source)
     if (
