@@ -50,21 +50,58 @@ def single_volume(image: Any, file: Path, channel: int | None, key: str) -> np.n
         UsageError: Not three dimensions, or four and no channel of them.
         UnreadableImageError: The voxels cannot be read.
     """
-    shape = tuple(image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
+    shape = _shape_of(image, file)
     if len(shape) == 4 and channel is None:
         raise UsageError(
-            f"{file} has 4 dimensions: {shape[3]} volumes of {by(shape[:3])} voxels; choose one by channel"
+            f"{file} has 4 dimensions: {shape[3]} volumes of {by(shape[:3])} voxels; choose one by channel, or, for "
+            f"an encoder of volumes, take all as its channels: in_chans={shape[3]}"
         )
-    if len(shape) not in (3, 4):
-        raise UsageError(f"{file} has {len(shape)} dimensions ({by(shape)}); a volume has 3")
     if len(shape) == 4 and channel is not None and not 0 <= channel < shape[3]:
         raise UsageError(f"channel is {channel} and {file} has {shape[3]} volumes; they count from 0")
+    values = _voxels(image, shape, key)
+    return values[..., channel] if len(shape) == 4 else values
+
+
+def channel_volumes(image: Any, file: Path, numbers: Sequence[int] | None, count: int, key: str) -> np.ndarray:
+    """Return the voxels of several channels, (C, X, Y, Z) in float64; a volume of one is repeated.
+
+    Args:
+        image: nibabel's.
+        file: For the error.
+        numbers: Which of the volumes of a 4-D file, from 0; None: all.
+        count: Channels C wanted.
+        key: For the error.
+
+    Raises:
+        UsageError: The file has others, or a number that is not there.
+        UnreadableImageError: The voxels cannot be read.
+    """
+    shape = _shape_of(image, file)
+    had = shape[3] if len(shape) == 4 else 1
+    if numbers is not None and (wrong := [number for number in numbers if not 0 <= number < had]):
+        raise UsageError(f"use_channels names {wrong[0]} and {file} has {had} channels; they count from 0")
+    if len(shape) == 3:
+        return np.broadcast_to(_voxels(image, shape, key), (count, *shape))
+    chosen = range(had) if numbers is None else numbers
+    if len(chosen) != count:
+        raise UsageError(
+            f"{file} has {had} channels and {count} are asked for; set in_chans={had}, or name {count} by use_channels"
+        )
+    return np.moveaxis(_voxels(image, shape, key), 3, 0)[list(chosen)]
+
+
+def _shape_of(image: Any, file: Path) -> tuple[int, ...]:
+    shape = tuple(int(side) for side in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        raise UsageError(f"{file} has {len(shape)} dimensions ({by(shape)}); a volume has 3")
+    return shape
+
+
+def _voxels(image: Any, shape: tuple[int, ...], key: str) -> np.ndarray:
     try:
-        values = np.asarray(image.dataobj).reshape(shape)
-        values = values[..., channel] if len(shape) == 4 else values
-        return values.astype(np.float64)
+        return np.asarray(image.dataobj).reshape(shape).astype(np.float64)
     except Exception as error:  # truncated files, coloured voxels
         raise UnreadableImageError(key, " ".join(str(error).split())[:120]) from error
 

@@ -40,6 +40,7 @@ from patchloom.data.nifti import (
     as_slices,
     body_axes,
     by,
+    channel_volumes,
     import_nibabel,
     load_nifti,
     single_volume,
@@ -124,7 +125,7 @@ class VolumeSource(Source):
         coding: How masks are read, as settled on another source, instead.
 
     Attributes:
-        in_chans: Channels C of a sample; the grey volume is repeated.
+        in_chans: Channels C of a sample: those of 4-D files; a grey volume is repeated.
         coding: How masks are read, None without masks.
         shares: What the masks hold, None without masks.
         mask_names: Names of the classes of voxels, None without masks.
@@ -211,11 +212,11 @@ class VolumeSource(Source):
             UsageError: It is no single volume, or its mask does not fit it.
         """
         image = load_nifti(self.files[index], self.key(index))
-        values = single_volume(image, self.files[index], self.channel, self.key(index))
+        values = self._channels(index, image)
         axes = body_axes(image, self.files[index])
         axis = AXES[self.plane]
         spacing = spacing_of(image, axes, self.files[index])
-        stack = as_slices(values, axes, axis).astype(np.float32)
+        stack = np.stack([as_slices(channel, axes, axis).astype(np.float32) for channel in values])
         if not np.isfinite(stack).all():
             warnings.warn(f"{self.files[index]} holds values that are not finite; they are taken as 0", stacklevel=2)
             stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
@@ -229,7 +230,7 @@ class VolumeSource(Source):
         label = -1 if self.labels is None else int(self.labels[index])
         if self.values.known:
             stack = self.values.applied(stack)
-        value = torch.from_numpy(np.ascontiguousarray(stack))[None].expand(self.in_chans, -1, -1, -1)
+        value = torch.from_numpy(np.ascontiguousarray(stack)).expand(self.in_chans, -1, -1, -1)
         return Sample(value, label, self.key(index), named)
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
@@ -242,9 +243,16 @@ class VolumeSource(Source):
         for index in spread(len(self), count):
             try:
                 image = load_nifti(self.files[index], self.key(index))
-                yield single_volume(image, self.files[index], self.channel, self.key(index))[None]
+                yield self._channels(index, image)
             except UnreadableImageError:
                 continue
+
+    def _channels(self, index: int, image: Any) -> np.ndarray:
+        """Return the stored values (C, X, Y, Z): all that are asked for, or one volume that is to be repeated."""
+        file, key = self.files[index], self.key(index)
+        if self.channel is None and (self.channels is not None or self.in_chans > 1) and len(image.shape) > 3:
+            return channel_volumes(image, file, self.channels, self.in_chans, key)
+        return single_volume(image, file, self.channel, key)[None]
 
     def depth(self, index: int) -> int:
         """Return the number of slices of a volume, from its header alone.

@@ -88,11 +88,10 @@ def slabs(
             done = held[:, start - top : end - top]
             done *= share[start - top : end - top]
             yield slice(start - kept[0].start, end - kept[0].start), done[:, :, kept[1], kept[2]]
-        if ready < window[0]:
-            rest = window[0] - ready
-            for each in held:  # class by class: the planes that stay move to the front
-                each[:rest] = each[ready:].clone()
-            held[:, rest:] = 0
+        rest = window[0] - ready
+        for each in held if rest else ():  # class by class: the planes that stay move to the front
+            each[:rest] = each[ready:].clone()
+        held[:, rest:] = 0
 
 
 def sliding_logits(
