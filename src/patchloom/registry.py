@@ -379,7 +379,7 @@ SOURCES: dict[str, str] = {
     "frames:FOLDER": "recordings, .npy arrays or image sequences in time order; in_chans frames make an image",
     "clips:FOLDER": "videos (MP4, WebM, GIF, AVI, folders of frames); also clips:FILE.csv, clips:X.tar (extra: video)",
     "moving": "clips of the photographs moved, zoomed and turned; the class is the motion; moving:test",
-    "volumes:FOLDER": "NIfTI volumes, with a class or a mask each or with neither (extra: medical)",
+    "volumes:FOLDER": "volumes (NIfTI, DICOM, .npy), with a class or a mask each or with neither (extra: medical)",
     "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
     "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
     "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",

@@ -269,5 +269,5 @@ def test_the_view_of_a_volume_keeps_the_shape_of_the_body():
 
 def test_volumes_are_refused_where_images_are_taken(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", body())
-    with pytest.raises(UsageError, match="holds volumes, and pretrain mae takes images; evaluate volume"):
+    with pytest.raises(UsageError, match="holds volumes, and pretrain mae takes images; pretrain hi_end_mae"):
         pl.pretrain("mae", data=f"volumes:{tmp_path}", out=tmp_path / "run", encoder="vit_tiny_patch16_224")

@@ -10,6 +10,7 @@ import patchloom as pl
 from patchloom.data.shapes3d import Shapes3dSource
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.segment.commands import predict
 from patchloom.segment.losses import dice_loss, segmentation_loss
 from patchloom.segment.metrics import areas
 from patchloom.segment.unetr import UNETR, skip_layers
@@ -167,7 +168,7 @@ def test_a_run_leaves_a_model_that_writes_masks_in_the_space_of_the_scan(tmp_pat
     affine = np.array([[0, 0, -2.5, 30], [-0.7, 0, 0, 12], [0, 0.9, 0, -5], [0, 0, 0, 1]], float)  # stored P, S, L
     (tmp_path / "scans").mkdir()
     nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "scans" / "odd.nii.gz")
-    told = pl.segment.predict(str(run.path), f"volumes:{tmp_path / 'scans'}", str(tmp_path / "masks"))
+    told = predict(str(run.path), f"volumes:{tmp_path / 'scans'}", str(tmp_path / "masks"))
     assert told["masks"] == 1
     mask = nibabel.load(tmp_path / "masks" / "odd.nii.gz")
     np.testing.assert_allclose(mask.affine, affine)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.source_options import SourceOptions, refuse_untaken
 from patchloom.data.base import Sample, Source, StreamSource, Unreadable, UnreadableImageError
 from patchloom.data.channel_files import ChannelFilesSource
@@ -22,6 +23,7 @@ from patchloom.data.embedded import DigitsSource, PhotosSource
 from patchloom.data.folder import FolderSource, Labels
 from patchloom.data.labels import LabelFileSource, is_label_file
 from patchloom.data.loader import Loader, make_loader
+from patchloom.data.mask_values import MaskCoding
 from patchloom.data.moving import MovingSource
 from patchloom.data.reading import OPTIONS as READING
 from patchloom.data.reading import Reading, reading_options, remembered
@@ -68,6 +70,8 @@ def open_source(
     model: Any = None,
     quiet: bool = False,
     by_index: bool = False,
+    settings: MaskSettings | None = None,
+    coding: MaskCoding | None = None,
     **options: Any,
 ) -> Source | StreamSource:
     """Open a data source by its name.
@@ -82,6 +86,8 @@ def open_source(
         model: Encoder whose training images say how these are read, where the options do not.
         quiet: Say nothing of what is found.
         by_index: Shards are wanted as images by number, which is what folders are; compressed ones stay a stream.
+        settings: What the user says of the values of masks, for sources whose samples have them.
+        coding: How masks are read, as settled on another source, instead.
         **options: What all commands hand on (`include`, `value_range` …; `patchloom.base.source_options`), and what the
             source itself takes, such as `crop_size` and `crops` of `photos`.
 
@@ -90,11 +96,13 @@ def open_source(
     """
     reading = Reading.of({**remembered(model), **options})
     source_options = {option: value for option, value in options.items() if option not in READING}
+    about_masks = {"settings": settings, "coding": coding}
     opened: Source | StreamSource | None = _registered(
-        name, labels, in_chans, reading.channel_files, source_options, remembered(model)
+        name, labels, in_chans, reading.channel_files, source_options, remembered(model) | about_masks
     )
     if opened is None:
-        opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options, remembered(model))
+        known = remembered(model) | about_masks
+        opened = _open(name, labels, in_chans, seed, reading.channel_files, source_options, known)
     source = reading.given_to(opened, options, quiet=quiet)
     return source.by_index() if by_index and isinstance(source, StreamSource) and source.seeks else source
 
@@ -149,7 +157,8 @@ def _open(
         from patchloom.data.shapes3d import Shapes3dSource
 
         refuse_untaken(Shapes3dSource, name, options)
-        return Shapes3dSource(rest or "train", in_chans=in_chans, seed=seed, **options)
+        told = {option: known[option] for option in ("settings", "coding")} | options
+        return Shapes3dSource(rest or "train", in_chans=in_chans, seed=seed, **told)
     if word in ("torchvision", "hf") and rest:
         from patchloom.data.hub import HuggingFaceSource, TorchvisionSource
 

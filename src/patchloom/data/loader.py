@@ -275,7 +275,7 @@ class Gathered(NamedTuple):
     """All images of a loader."""
 
     images: Tensor
-    """(n, C, H, W), of one type."""
+    """(n, C, H, W), or more axes, of one type."""
     labels: Tensor
     """(n,) int64, or (n, L) of several labels each."""
     keys: list[str]
@@ -284,12 +284,13 @@ class Gathered(NamedTuple):
     """Name and reason of images that could not be read."""
 
 
-def gathered(loader: Iterable[dict[str, Any]], name: str) -> Gathered:
+def gathered(loader: Iterable[dict[str, Any]], name: str, kind: str = "image") -> Gathered:
     """Return the images of all batches, for what has to see them at once.
 
     Args:
         loader: Batches whose images have one size.
         name: Of the source, for the error.
+        kind: What they are.
 
     Raises:
         UsageError: No image can be read.
@@ -298,11 +299,11 @@ def gathered(loader: Iterable[dict[str, Any]], name: str) -> Gathered:
     for batch in loader:
         skipped += batch["skipped"]
         if batch["key"]:
-            images.append(batch["image"])
+            images.append(batch[kind])
             labels.append(batch["label"])
             keys += batch["key"]
     if not images:
-        raise UsageError(f"{name} holds no readable image")
+        raise UsageError(f"{name} holds no readable {kind}")
     return Gathered(torch.cat(alike(images)), torch.cat(labels), keys, skipped)
 
 

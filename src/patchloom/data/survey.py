@@ -302,13 +302,13 @@ def _apart(low: float, high: float) -> tuple[float, float]:
 
 
 def _images(source: Source | StreamSource, count: int, seed: int) -> Any:
-    """Yield images of a sample of a source, or why one cannot be read."""
+    """Yield values of a sample of a source, of images or others, or why one cannot be read."""
     if isinstance(source, StreamSource):
         for item in source.samples(epoch=0, seed=seed, count=count):
-            yield item.image if isinstance(item, Sample) else UnreadableImageError(item.key, item.reason)
+            yield item.value if isinstance(item, Sample) else UnreadableImageError(item.key, item.reason)
         return
     for index in spread(len(source), count):
         try:
-            yield source.read(int(index)).image
+            yield source.read(int(index)).value
         except UnreadableImageError as error:
             yield error

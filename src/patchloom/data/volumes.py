@@ -1,4 +1,4 @@
-"""Volumes (CT, MR) from NIfTI files: whole, or slice by slice as images: windowed, with square pixels, right way up.
+"""Volumes (CT, MR): whole, or slice by slice as images: windowed, with square pixels, right way up.
 
 A volume is brought to the axes of the body first (left to right, back to front, feet to head), so that scanners that
 store it otherwise make no difference; masks predicted on it go back to the file's own axes and affine. The windows
@@ -42,17 +42,16 @@ from patchloom.data.nifti import (
     by,
     channel_volumes,
     import_nibabel,
-    load_nifti,
     single_volume,
     spacing_of,
 )
 from patchloom.data.pixels import resize
 from patchloom.data.segmentation import colours
 from patchloom.data.value_range import ValueRange
+from patchloom.data.volume_files import SUFFIXES, bare_name, find_volumes, load_volume
 from patchloom.errors import UsageError, unknown_name
 from patchloom.io import existing, printable, written_whole
 
-SUFFIXES = (".nii.gz", ".nii")
 # The axis of the body (left-right, back-front, feet-head) along which slices follow one another.
 AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 FOLDERS = (("images", "masks"), ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
@@ -116,8 +115,8 @@ class VolumeSource(Source):
     a value range is settled (`survey.settle`, as `open_source("volumes:…")` does), they are in [0, 1].
 
     Args:
-        path: Folder of `.nii` and `.nii.gz` files: in sub-folders, which are classes; or `images` beside `masks` (also
-            `labels`, and `imagesTr` beside `labelsTr`), paired by name.
+        path: Folder of `.nii`, `.nii.gz` and `.npy` files and of folders of DICOM slices: in sub-folders, which are
+            classes; or `images` beside `masks` (also `labels`, and `imagesTr` beside `labelsTr`), paired by name.
         plane: Along which axis of the body slices follow one another.
         channel: Which of the images of a 4-D file; default: such files are refused.
         settings: What the user says of the values of masks; default: they are recognised (see `mask_values`). Names
@@ -162,13 +161,15 @@ class VolumeSource(Source):
             self.masks = [masks[name] for name in sorted(images)]
             names = _listed_names(root)
         else:
-            self.files = sorted(file for file in root.rglob("*.nii*") if _is_volume(file))
+            self.files = find_volumes(root)
             tops = [printable(file.relative_to(root).parts[0]) for file in self.files]
             if len(set(tops)) > 1 and all(len(file.relative_to(root).parts) > 1 for file in self.files):
                 names = sorted(set(tops))
                 self.labels = np.array([names.index(top) for top in tops], dtype=np.int64)
         if not self.files:
-            raise UsageError(f"no volume in {path} or below (looked for {', '.join(SUFFIXES)})")
+            raise UsageError(
+                f"no volume in {path} or below (looked for {', '.join(SUFFIXES)} and folders of DICOM slices)"
+            )
         self.root = root
         self.coding: MaskCoding | None = None
         self.shares: MaskShares | None = None
@@ -211,7 +212,7 @@ class VolumeSource(Source):
             UnreadableImageError: The file cannot be decoded.
             UsageError: It is no single volume, or its mask does not fit it.
         """
-        image = load_nifti(self.files[index], self.key(index))
+        image = load_volume(self.files[index], self.key(index))
         values = self._channels(index, image)
         axes = body_axes(image, self.files[index])
         axis = AXES[self.plane]
@@ -242,7 +243,7 @@ class VolumeSource(Source):
         """Yield the stored values (1, X, Y, Z) of up to `count` volumes; those that cannot be read are passed over."""
         for index in spread(len(self), count):
             try:
-                image = load_nifti(self.files[index], self.key(index))
+                image = load_volume(self.files[index], self.key(index))
                 yield self._channels(index, image)
             except UnreadableImageError:
                 continue
@@ -260,7 +261,7 @@ class VolumeSource(Source):
         Raises:
             UnreadableImageError: The file cannot be decoded.
         """
-        image = load_nifti(self.files[index], self.key(index))
+        image = load_volume(self.files[index], self.key(index))
         axes = body_axes(image, self.files[index])
         return int(image.shape[axes[:, 0].astype(int).tolist().index(AXES[self.plane])])
 
@@ -275,7 +276,7 @@ class VolumeSource(Source):
     def _mask(self, index: int, image: Any, axis: int) -> Tensor:
         assert self.masks is not None
         file = self.masks[index]
-        mask = load_nifti(file, file.name)
+        mask = load_volume(file, file.name)
         values = single_volume(mask, file, None, file.name)
         if values.shape != tuple(image.shape[:3]):
             raise UsageError(
@@ -301,7 +302,7 @@ class VolumeSource(Source):
         survey = Survey()
         for file in track(self.masks, "looking at masks", unit="mask"):
             try:
-                survey.add_array(_cleaned(np.asanyarray(load_nifti(file, file.name).dataobj), file), str(file))
+                survey.add_array(_cleaned(np.asanyarray(load_volume(file, file.name).dataobj), file), str(file))
             except UnreadableImageError:
                 continue
         return survey
@@ -469,11 +470,8 @@ def _cleaned(values: np.ndarray, file: Path) -> np.ndarray:
 def _volumes_by_name(folder: Path) -> dict[str, Path]:
     """Return the volumes of a folder by what pairs them: their name without suffix and nnU-Net's channel number."""
     found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*.nii*")):
-        if not _is_volume(file):
-            continue
-        name = str(file.relative_to(folder))
-        stem = next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)).removesuffix("_0000")
+    for file in find_volumes(folder):
+        stem = bare_name(file, folder).removesuffix("_0000")
         if stem in found:
             raise UsageError(f"{folder} holds two volumes for {stem}: {found[stem].name} and {file.name}")
         found[stem] = file
@@ -489,10 +487,6 @@ def _check_pairs(images: dict[str, Path], masks: dict[str, Path], image_root: Pa
         if lone:
             more = f" (and {len(lone) - 1} more)" if len(lone) > 1 else ""
             raise UsageError(f"the {kind} {have[lone[0]].name}{more} has no {other} of that name in {root}")
-
-
-def _is_volume(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
 
 
 def _listed_names(root: Path) -> list[str] | None:

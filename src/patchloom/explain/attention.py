@@ -16,6 +16,7 @@ Chefer, Gur and Wolf, arXiv 2103.15679, equation 5, in one block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -25,8 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from patchloom.base.ranges import Fraction, checked
-from patchloom.encoders import Embedded, Encoder, depth, embed, grid_size, image_size, num_prefix_tokens, run_blocks
+from patchloom.encoders import (
+    Embedded,
+    Encoder,
+    Grid,
+    depth,
+    embed,
+    grid_size,
+    input_size,
+    num_prefix_tokens,
+    run_blocks,
+    sides_of,
+)
 from patchloom.encoders.insertion import active, insertions, plain
+from patchloom.encoders.patches import shown
 from patchloom.errors import UsageError
 from patchloom.systems.prompt_cam.model import ClassPrompts, PromptCAM
 
@@ -45,7 +58,7 @@ def attention_probabilities(model: nn.Module, images: Tensor, layers: Sequence[i
 
     Args:
         model: A timm ViT, with or without adapters, or a `PromptCAM`.
-        images: (B, 3, H, W), normalised.
+        images: (B, 3, H, W), normalised; or what else the encoder takes.
         layers: Blocks, counted from 0; negative ones from the end.
 
     Returns:
@@ -75,7 +88,7 @@ def attention_probabilities(model: nn.Module, images: Tensor, layers: Sequence[i
 
 @torch.no_grad()
 def class_token_maps(model: nn.Module, images: Tensor, layer: int = -1) -> Tensor:
-    """Return where the class token of a block looks, (B, H, h, w) by head; without one, where all tokens look.
+    """Return where the class token of a block looks, (B, H, *grid) by head; without one, where all tokens look.
 
     Raises:
         UsageError: A block the encoder does not have, or images of another size.
@@ -247,11 +260,9 @@ def check_images(encoder: Encoder, images: Tensor) -> None:
     """
     if not hasattr(encoder, "blocks") or not hasattr(encoder, "patch_embed"):
         raise UsageError(f"a {type(encoder).__name__} has no blocks with attention to show; give a ViT of timm")
-    size, given = image_size(encoder), tuple(images.shape[-2:])
+    size, given = input_size(encoder), sides_of(images)
     if given != size and getattr(encoder.patch_embed, "strict_img_size", True):
-        raise UsageError(
-            f"the images are {given[0]}x{given[1]} pixels and the encoder takes {size[0]}x{size[1]}; resize them"
-        )
+        raise UsageError(f"the images are {shown(given)} pixels and the encoder takes {shown(size)}; resize them")
 
 
 def check_target(model: nn.Module, images: Tensor, target: Tensor) -> None:
@@ -322,12 +333,11 @@ def _chosen(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _patches(encoder: Encoder, images: Tensor) -> int:
-    height, width = _grid(encoder, images)
-    return height * width
+    return math.prod(_grid(encoder, images))
 
 
-def _grid(encoder: Encoder, images: Tensor) -> tuple[int, int]:
-    return grid_size(encoder, (images.shape[-2], images.shape[-1]))
+def _grid(encoder: Encoder, images: Tensor) -> Grid:
+    return grid_size(encoder, sides_of(images))
 
 
 def _class_rows(encoder: Encoder, attention: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from patchloom.explain.prompt_cam import class_attention_maps, rank_heads, trait
 from patchloom.explain.render import Tile, grid, overlay, side_of
 from patchloom.explain.subject import ExplainConfig, Subject, class_number, open_subject
 from patchloom.report.page import Figure, Section
+from patchloom.report.pictures import middle_images
 from patchloom.report.plots import curves
 
 MOST_HEADS = 6
@@ -37,7 +38,7 @@ class AttentionGallery:
         """Explain, and write the gallery."""
         config = self.config
         check_out(config.out, config.overwrite)
-        subject = open_subject(config, needs_classes=False)
+        subject = open_subject(config, needs_classes=False, kinds=("image", "clip", "volume"))
         heads = _by_batch(config, subject, lambda x, _: class_token_maps(subject.model, x, config.layer))
         maps = {
             "heads": heads,
@@ -55,6 +56,7 @@ class AttentionGallery:
             panels += [(SHORT[name], maps[name][number]) for name in ("grad_cam", "gradient_attention") if name in maps]
             panels.append(("mean of heads", heads[number].mean(0)))
             panels += [(f"head {head}", heads[number, head]) for head in range(min(heads.shape[1], MOST_HEADS))]
+            image, panels = _middle(image, panels)
             text = "" if target is None else f"Gradients are those of {subject.name_of(int(target[number]))}."
             sections.append(Section(key, text, [_strip(image, panels, f"Attention maps of {key}")]))
         return write_gallery(
@@ -309,6 +311,12 @@ def _heads(subject: Subject) -> int:
 def _panels(image: Tensor, maps: list[tuple[str, Tensor]], count: int, first: str = "image") -> list[Tile]:
     side = side_of(count, image)
     return [(first, image), *((label, overlay(image, one, side)) for label, one in maps)]
+
+
+def _middle(inputs: Tensor, maps: list[tuple[str, Tensor]]) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """Return what lies in the middle of a clip or volume (C, *sides) as an image, and its maps; images as they are."""
+    pictures, found = middle_images(inputs[None], torch.stack([values for _, values in maps])[None])
+    return pictures[0], [(name, found[0, number]) for number, (name, _) in enumerate(maps)]
 
 
 def _strip(image: Tensor, maps: list[tuple[str, Tensor]], alt: str, first: str = "image") -> Figure:

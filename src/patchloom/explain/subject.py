@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patchloom.data import EvalTransform, SubsetSource, make_loader, open_source, sample_indices
+from patchloom.data import SubsetSource, make_loader, open_source, sample_indices
 from patchloom.data.base import Source
 from patchloom.data.kinds import require_kind
 from patchloom.data.loader import gathered
 from patchloom.data.pixels import unit
-from patchloom.encoders import Encoder, image_size, in_chans, normalize
+from patchloom.encoders import Encoder, in_chans, input_size, normalize
 from patchloom.errors import UsageError, unknown_name
 from patchloom.explain.attention import class_count, encoder_of
 from patchloom.explain.config import ExplainConfig
@@ -31,7 +32,7 @@ class Subject:
     model: nn.Module
     """In eval mode, on its device."""
     pictures: Tensor
-    """(n, C, H, W) uint8."""
+    """(n, C, H, W) uint8; or clips or volumes."""
     keys: list[str]
     """Names of the images."""
     true: Tensor
@@ -58,13 +59,16 @@ class Subject:
         return self.class_names[number] if number >= 0 else "unknown"
 
 
-def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | None = None) -> Subject:
+def open_subject(
+    config: ExplainConfig, *, needs_classes: bool, of_class: str | None = None, kinds: Collection[str] = ("image",)
+) -> Subject:
     """Open the model and read the images.
 
     Args:
         config: Settings.
         needs_classes: Refuse a model without classes.
         of_class: Where the images are labelled, draw them from this class alone.
+        kinds: What else than images the explanation is of.
 
     Raises:
         UsageError: There is no such model, class or image.
@@ -82,7 +86,7 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         by_index=True,
         **config.source_options(),
     )
-    require_kind(source, ("image",), "explain")
+    require_kind(source, kinds, "explain")
     require_taken(source, encoder)
     if not isinstance(source, Source):
         raise UsageError(f"{config.images} can only be read from front to back; unpack the shards to .tar")
@@ -93,9 +97,9 @@ def open_subject(config: ExplainConfig, *, needs_classes: bool, of_class: str | 
         members = np.asarray(source.labels) == (source.class_names or []).index(of_class)
         source = SubsetSource(source, np.flatnonzero(members))
     chosen = SubsetSource(source, sample_indices(source, config.limit, seed=config.seed))
-    view = EvalTransform(image_size(encoder))
+    view = source.kind.eval_view("crop", input_size(encoder))
     loader = make_loader(chosen, view, config.batch_size, seed=0, shuffle=False, num_workers=config.num_workers)
-    pictures, labels_by_image, keys, skipped = gathered(loader, config.images)
+    pictures, labels_by_image, keys, skipped = gathered(loader, config.images, source.kind.name)
     true = (
         torch.full((len(keys),), -1)
         if labels_by_image.ndim > 1

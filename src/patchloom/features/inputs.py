@@ -35,4 +35,8 @@ def require_image_encoder(encoder: Encoder, what: str) -> None:
         UsageError: Names what it takes.
     """
     if (kind := kind_of(encoder)) != "image":
-        raise UsageError(f"the encoder takes {KINDS[kind].plural}, and {what} is for encoders of images")
+        plural = KINDS[kind].plural
+        raise UsageError(
+            f"the encoder takes {plural}, and {what} is for encoders of images; evaluate knn and linear measure it on "
+            f"{plural}"
+        )

@@ -23,9 +23,9 @@ def predict(
 
     Args:
         run: Run of `patchloom segment`, or its model.
-        images: Folder of images.
+        images: Folder of images; of runs of segment unetr, volumes:FOLDER.
         out: Folder to write to; empty or absent. The mask of a/b.jpg is a/b.png, indexed: its indices are classes, its
-            palette their colours; 255 is a pixel of no class.
+            palette their colours; 255 is a pixel of no class. That of a volume is NIfTI, on the axes of its file.
         task: `semantic`, or, of runs of segment point that were told which classes are things: `panoptic`, whose PNGs
             hold the id of each pixel's segment as R + 256 G + 65536 B, with `panoptic.json` as COCO has it; or
             `instance`, with `instances.json`, COCO's results (extra `detection`), `index.json` and PNGs of ids, the

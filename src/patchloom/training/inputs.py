@@ -20,7 +20,7 @@ def open_training_images(config: Config, **about_masks: Any) -> tuple[Source | S
     """Return the images to train on, and the settings with what was settled about them.
 
     The value range is that of the settings, else that of the model training starts from, else found by a look at the
-    images. Where the settings leave the number of channels at 3 and that model takes another, it is the model's. Of
+    images. Where the settings leave the number of channels as it is and that model takes another, it is the model's. Of
     images of other than one or three channels mean and standard deviation are taken of a sample.
 
     Args:
@@ -35,7 +35,8 @@ def open_training_images(config: Config, **about_masks: Any) -> tuple[Source | S
     if path is not None:
         start = read_reading(path)
         channels = bundle_channels(path)
-        if channels not in (None, 3) and config.in_chans == 3:
+        left = next(field.default for field in dataclasses.fields(config) if field.name == "in_chans")
+        if channels not in (None, left) and config.in_chans == left:
             notice(f"{path} takes {channels} channels, so images are read as {channels}")
             config = dataclasses.replace(config, in_chans=channels)
     if len(str(start.get("use_channels", "")).split(",")) != config.in_chans:
