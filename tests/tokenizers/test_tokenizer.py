@@ -136,3 +136,11 @@ def test_a_damaged_or_unknown_tokenizer_is_named(tmp_path, about):
     (tmp_path / ABOUT).write_text(about)
     with pytest.raises(UsageError, match=r"damaged|kind of tokenizer"):
         open_tokenizer(tmp_path)
+
+
+def test_the_error_is_that_of_the_tokens_given_not_of_the_nearest():
+    tokenizer, images = CentroidTokenizer(torch.rand(9, 48), 4), torch.rand(3, 3, 8, 8)
+    ids = torch.randint(9, (3, 2, 2))
+    expected = float((images - tokenizer.decode(ids)).double().square().sum())
+    assert tokenizer.squared_error(images, ids) == pytest.approx(expected, rel=1e-5)
+    assert tokenizer.squared_error(images, tokenizer.encode(images)) == tokenizer.inertia(images)

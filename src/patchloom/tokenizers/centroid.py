@@ -158,9 +158,16 @@ class CentroidTokenizer(Tokenizer):
             total += float((vectors - self.centroids[self.nearest(vectors)]).square().sum(1).double().sum())
         return total
 
+    @torch.no_grad()
     def squared_error(self, images: Tensor, ids: Tensor) -> float:
-        """Return the inertia: what is decoded are the nearest centroids."""
-        return self.inertia(images)
+        """Return the sum of squared differences between patches and the centroids of ids: of their own, the inertia."""
+        self.check_images(images)
+        total, rows = 0.0, ids.to(self.centroids.device).flatten(1)
+        for patches in self._patches(images):
+            vectors = as_float(patches.flatten(0, 1).to(self.centroids.device))
+            chosen, rows = rows[: len(patches)].flatten(), rows[len(patches) :]
+            total += float((vectors - self.centroids[chosen]).square().sum(1).double().sum())
+        return total
 
     def report(self, images: Tensor) -> dict[str, float | int]:
         """Return how well the codebook covers images.
