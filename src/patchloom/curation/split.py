@@ -46,7 +46,8 @@ def run_split(config: SplitConfig) -> dict[str, Any]:
         skipped = images.look.skipped
     else:
         opened = open_source(config.data, in_chans=config.in_chans, by_index=True, **config.source_options())
-        source, places, copies, skipped = as_files(opened, "data split"), np.arange(len(opened)), [], []
+        source, copies, skipped = as_files(opened, "data split"), [], []
+        places = np.arange(len(source))
     keys = [source.key(int(place)) for place in places]
     told = np.arange(len(keys)) if config.groups is None else read_groups(config.groups, keys)
     groups = joined(told, copies)
