@@ -190,6 +190,18 @@ def test_a_defect_among_the_good_images_is_refused(tmp_path):
     assert len(open_defects(str(root)).good) == 6
 
 
+def test_deep_grey_images_are_read_by_one_range_and_repeated_to_three_channels(tmp_path):
+    for number, top in enumerate((400, 4000)):
+        pixels = np.linspace(0, top, SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0]).astype(np.uint16)
+        path = tmp_path / "good" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    dark, bright = (open_defects(str(tmp_path)).good.read(number).image for number in range(2))
+    assert dark.shape == (3, SIZE[1], SIZE[0])
+    assert torch.equal(dark[0], dark[2])
+    assert float(dark.max() / bright.max()) == pytest.approx(0.1, rel=0.02)
+
+
 def test_of_defects_alone_every_image_has_one(tmp_path):
     picture(tmp_path / "crack/0.png")
     assert open_tested(str(tmp_path)).labels.tolist() == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,12 +121,12 @@ def _pictures(
     attacked: Mapping[tuple[str, str], Tensor],
     said: Mapping[tuple[str, str], Tensor],
 ) -> list[Section]:
-    """Return strips of images: clean, attacked, and the change enlarged to the whole range around grey."""
+    """Return a section of strips of images: clean, attacked, and the change enlarged to the whole range around grey."""
     if subjects.images.shape[1] not in (1, 3):
         return []
     victim, shown = subjects.victims[0], min(config.pictured, len(subjects.keys))
     names = [name for name, of in attacked if of in ("", victim.name)]
-    parts = []
+    drawn = []
     for number in range(shown):
         image = subjects.images[number]
         first: list[Tile] = [("clean", image)]
@@ -136,9 +137,11 @@ def _pictures(
             right = int(said[name, victim.name][number].argmax()) == int(victim.labels[number])
             first.append((f"{name}: {'right' if right else 'wrong'}", x[number]))
             second.append((name, ((x[number] - image) / (2 * config.epsilon) + 0.5).clamp(0, 1)))
-        figure: Figure = grid([first, second], alt=f"{subjects.keys[number]} under each attack, and what was changed")
-        parts.append(Section(subjects.keys[number], f"Answers of {victim.name}.", [figure]))
-    return parts
+        key = subjects.keys[number]
+        figure: Figure = grid([first, second], alt=f"{key} under each attack, and what was changed")
+        drawn.append(replace(figure, caption=key))
+    text = f"Answers of {victim.name}, and below each image what was changed, enlarged to the whole range around grey."
+    return [Section("Images under attack", text, drawn)]
 
 
 def _ends(interval: tuple[float, float] | list[float]) -> str:

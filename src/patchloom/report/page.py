@@ -24,7 +24,10 @@ CONTENTS_BEGIN, SECTIONS_BEGIN = "<!-- contents -->", "<!-- sections -->"
 
 COMMAND_TITLE = "Repeat this run"
 
-ALARMS = ("collapsed", "collapsing", "diverged", "not finite", "too few", "blown up", "holds for nothing else")
+ALARMS = (
+    *("collapsed", "collapsing", "diverged", "not finite", "too few", "blown up", "holds for nothing else"),
+    "speak against",
+)
 """Words that turn the banner of a verdict into a warning."""
 
 MOST_COLUMNS = 7

@@ -65,6 +65,8 @@ def curves(
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is nothing between two tasks
     if log_y:
         axes.set_yscale("log")
+    else:
+        axes.yaxis.get_major_formatter().set_useOffset(False)  # ticks say their values, however close they are
     if len(series) + len(references or {}) > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=TEXT)
     ends = "; ".join(f"{name} ends at {y[-1]:.3g}" for name, (_, y) in series.items() if len(y))

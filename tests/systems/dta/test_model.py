@@ -120,6 +120,19 @@ def test_autocast_around_an_attack_does_not_reach_it():
         assert torch.equal(attack(images, start), expected)
 
 
+def test_a_deterministic_attack_keeps_from_kernels_whose_gradients_differ_from_run_to_run():
+    encoder, images, seen = small(), pictures(1), []
+    encoder.blocks[0].register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    usual = torch.backends.cuda.flash_sdp_enabled()
+    plain = FeatureAttack(encoder, "tokens", [1], EPS, STEP, 1)(images, noise(images))
+    assert set(seen) == {usual}
+    seen.clear()
+    same = FeatureAttack(encoder, "tokens", [1], EPS, STEP, 1, deterministic=True)(images, noise(images))
+    assert set(seen) == {False}
+    assert torch.backends.cuda.flash_sdp_enabled() == usual
+    torch.testing.assert_close(same, plain)
+
+
 def test_the_search_attacks_each_layer_from_one_start_and_takes_what_hurts_the_last_most():
     encoder, images = small(), pictures(4)
     attack = DownstreamTransferAttack(encoder, EPS, STEP, search_steps=3, steps=2)

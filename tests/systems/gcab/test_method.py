@@ -101,6 +101,12 @@ def test_figures_are_those_of_the_model_that_is_left_behind(three):
     assert sorted(three.summary["free"], reverse=True) == three.summary["free"]
 
 
+def test_gates_that_leave_nothing_free_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("patchloom.systems.gcab.gates.TaskGates.free", lambda self, tasks: 0.004)
+    run(tmp_path / "full", class_order="3,1", tasks=1, epochs=1, test=None)
+    assert "warning: 1 tasks have reserved 99.6% of the gated block" in capsys.readouterr().err
+
+
 def test_the_report_has_accuracies_and_gates(three):
     page = three.report.read_text()
     for title in ("Tasks", "Accuracy by task", "Accuracy by task, the task known", "Gates", "Accuracy by class"):
