@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.kinds import require_kind
 from patchloom.data.pixels import unit
 from patchloom.data.subset import SubsetSource
-from patchloom.encoders import create_backbone, image_size, in_chans, kind_of, normalize, set_image_size
+from patchloom.encoders import create_backbone, grid_size, image_size, in_chans, kind_of, normalize, set_image_size
+from patchloom.encoders.properties import sides_of
 from patchloom.errors import UsageError
 from patchloom.evaluate.artefacts_config import ArtefactsConfig
-from patchloom.features.artefacts import Artefacts, dense_features, find_artefacts, stride_of
+from patchloom.features.artefacts import Artefacts, Dense, dense_features, find_artefacts, stride_of
 from patchloom.features.extract import torch_device
 from patchloom.io import write_bytes
 from patchloom.models.bundle import open_encoder
+from patchloom.systems.ph_reg.saved import is_dense, load_dense
 
 SHOWN = 6
 
@@ -48,14 +51,13 @@ class Diagnose:
             UsageError: No encoder, too few readable images, or a size that patches do not fill.
         """
         start, config = time.perf_counter(), self.config
-        encoder = self._encoder()
+        encoder, dense = self._opened()
         device = torch_device(config.device)
         encoder = encoder.eval().to("cpu")
         stride = stride_of(encoder)
         encoder = encoder.to(device)
         images = self._images(encoder, stride)
         size = image_size(encoder)
-        dense = dense_features(encoder)
         found = find_artefacts(
             lambda part: dense(part.to(device)), normalize(images, encoder), size, stride, config.batch_size
         )
@@ -69,6 +71,23 @@ class Diagnose:
         }
         self._draw(images[..., : size[0], : size[1]], found, figures)
         return figures
+
+    def _opened(self) -> tuple[nn.Module, Dense]:
+        """Return the encoder, and what gives its features: those of a dense CLIP tower are in the space of texts."""
+        name = self.config.encoder
+        if isinstance(name, nn.Module) or not is_dense(name):
+            encoder = self._encoder()
+            return encoder, dense_features(encoder)
+        tower = load_dense(name)
+        print(f"note: {name} is a dense CLIP tower; its patches are looked at in the space of texts", file=sys.stderr)
+        size = self.config.image_size
+        encoder = tower.encoder if size is None else set_image_size(tower.encoder, size)
+
+        def in_text_space(images: Tensor) -> Tensor:
+            device = next(tower.encoder.parameters()).device
+            return tower.to(device)(images).unflatten(1, grid_size(encoder, sides_of(images)))
+
+        return encoder, in_text_space
 
     def _encoder(self) -> nn.Module:
         config = self.config

@@ -152,6 +152,15 @@ def test_a_run_leaves_the_tower_as_a_bundle_and_as_a_dense_one(run, tmp_path):
         pl.clean("ph_reg", encoder=run.path, data="photos", out=tmp_path / "again", **QUICK)
 
 
+def test_a_dense_tower_is_diagnosed_in_the_space_of_texts(run, tmp_path, capsys):
+    images = write_images(tmp_path / "images", 2)
+    quick = {"num_workers": 0, "device": "cpu", "images": 6}
+    figures = pl.clean("diagnose", encoder=run.path, data=images, **quick)
+    assert figures["dim"] == 12
+    assert "space of texts" in capsys.readouterr().err
+    assert pl.clean("diagnose", encoder=load_bundle(run.path), data=images, **quick)["dim"] == 32
+
+
 def test_a_projection_beside_another_vit_is_refused(run, tmp_path):
     import shutil
 
