@@ -227,3 +227,55 @@ def test_a_table_without_any_caption_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("file,caption\n0.png,\n1.png,\n")
     refused("no image of .*empty.csv' is readable; the first is '0.png': it has no caption|no captions or classes",
             data=tmp_path / "empty.csv", out=tmp_path / "run", max_steps=1, val_fraction=0.0)  # fmt: skip
+
+
+def test_pairs_of_shards_are_streamed_and_tests_are_named_apart(pairs, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as shard:
+        for number in range(24):
+            buffer = io.BytesIO()
+            picture(list(COLOURS)[number % 4], number).save(buffer, "JPEG")
+            files = {"jpg": buffer.getvalue(), "txt": f"a {list(COLOURS)[number % 4]} square".encode()}
+            if number == 5:
+                files.pop("txt")
+            if number == 6:
+                files["txt"] = b"\xff\xfe not UTF-8 \xff"
+            for ending, content in files.items():
+                entry = tarfile.TarInfo(f"{number:04d}.{ending}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    settings = {**TINY, "max_steps": 6, "test": pairs}
+    run = pl.align("clip", data=str(tmp_path / "train-000000.tar"), out=tmp_path / "run", **settings)
+    assert run.summary["images_without_caption"] == 1
+    assert run.summary["unreadable_images"] == 2
+    assert run.summary["held_out_pairs"] == 40
+    assert "image_to_text_r1" in run.summary
+    bare = pl.align("clip", data=str(tmp_path / "train-000000.tar"), out=tmp_path / "bare", **TINY, max_steps=1)
+    assert "is a stream: no pairs of it are held out" in capsys.readouterr().err
+    assert "image_to_text_r1" not in bare.summary
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    losses = []
+    for count in (1, 2):
+        settings = {**TINY, "batch_size": 8 // count, "max_steps": 3, "val_fraction": 0.0, "devices": count}
+        command = [
+            sys.executable,
+            "-m",
+            "patchloom",
+            "align",
+            "clip",
+            "--data",
+            "photos",
+            "--out",
+            tmp_path / str(count),
+        ]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        subprocess.run(list(map(str, command)), check=True, cwd=tmp_path, capture_output=True)
+        rows = read_metrics(tmp_path / str(count) / "metrics.csv")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
