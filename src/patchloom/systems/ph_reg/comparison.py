@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from patchloom.encoders import Encoder, image_size, normalize, patch_size
-from patchloom.features.artefacts import Artefacts, find_artefacts, position_explained_variance
+from patchloom.features.artefacts import Artefacts, Dense, find_artefacts, position_explained_variance
 from patchloom.systems.ph_reg.model import feature_loss
 from patchloom.training.probe_data import choose_probe_data
 from patchloom.training.report import held_out_samples
@@ -74,10 +74,11 @@ def compare(method: PHRegMethod) -> Comparison | None:
     was_training = encoder.training
     encoder.eval()
     model, device = method.model, method.device
-    before, after = (
-        find_artefacts(lambda part, see=see: see(part.to(device)), images, size, (patch, patch), AT_ONCE)
-        for see in (model.teacher.features, model.features)
-    )
+
+    def found(features: Dense) -> Artefacts:
+        return find_artefacts(lambda part: features(part.to(device)), images, size, (patch, patch), AT_ONCE)
+
+    before, after = found(model.teacher.features), found(model.features)
     generator = torch.Generator().manual_seed(method.config.seed)
     targets = []
     for part in images[..., : size[0], : size[1]].split(AT_ONCE):
@@ -86,6 +87,6 @@ def compare(method: PHRegMethod) -> Comparison | None:
     target = torch.cat(targets)
     encoder.train(was_training)
     scale = method.config.mse_scale
-    distance = tuple(float(feature_loss(target, found.features, scale)["loss"]) for found in (before, after))
+    distance = tuple(float(feature_loss(target, one.features, scale)["loss"]) for one in (before, after))
     explained = position_explained_variance(target)
     return Comparison(before, after, (distance[0], distance[1]), explained, len(images))

@@ -214,7 +214,8 @@ def open_original(config: PHRegConfig) -> Encoder:
     else:
         if timm.is_model(config.encoder):  # refused before anything is fetched
             with torch.device("meta"):
-                check_takes_registers(timm.create_model(config.encoder, num_classes=0))
+                plain: Any = timm.create_model(config.encoder, num_classes=0)
+            check_takes_registers(plain)
         encoder = fetch_encoder(config.encoder, create_encoder, in_chans=config.in_chans)
     if config.image_size is not None:
         set_size(encoder, config.image_size, PositionRule(antialias=False) if config.interpolation != "timm" else None)

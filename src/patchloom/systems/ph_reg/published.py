@@ -25,7 +25,10 @@ ALIASES = {"embed.": "model.embeddings.", "encoder.": "model.encoder.", "layerno
 CLIP_PREFIXES = ("vit.", "original_image_encoder.")
 INTERPOLATIONS = {"timm": True, "reference": False}
 """How positions are resampled to another size than theirs, and whether that smooths them."""
-READOUTS = {"student": "values", "teacher": "neighbours", "values": "values", "neighbours": "neighbours"}
+READOUTS = {
+    **dict.fromkeys(("student", "values", "maskclip"), "values"),
+    **dict.fromkeys(("teacher", "neighbours", "naclip"), "neighbours"),
+}
 OF_CLIP = Settings(
     obeyed=("num_heads", "form", "neighbour_std"),
     idle=("image_size", "drop_path", "drop_rate", "pretrained", "model_name"),
@@ -33,6 +36,7 @@ OF_CLIP = Settings(
     other_names={
         "heads": "num_heads",
         "readout": "form",
+        "last_block": "form",
         "std": "neighbour_std",
         "sigma": "neighbour_std",
         "gaussian_std": "neighbour_std",

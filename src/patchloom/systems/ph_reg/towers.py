@@ -141,7 +141,7 @@ def tower_of(
     if width % heads:
         raise UsageError(f"the width {width} is not divisible by num_heads {heads}; give the number the model has")
     blocks = {int(found[1]) for name in state if (found := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
-    with_registers = {} if new is None else {"reg_tokens": len(new), "no_embed_class": True}
+    with_registers: dict[str, Any] = {} if new is None else {"reg_tokens": len(new), "no_embed_class": True}
     hidden = len(state[first])
     encoder: Any = create_encoder(
         f"vit_base_patch16_clip_{'quickgelu_' if quick_gelu else ''}224",
