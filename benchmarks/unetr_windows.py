@@ -1,9 +1,10 @@
 """A whole volume through UNETR in windows, to the class of every voxel: ours, and MONAI's inferer with argmax.
 
-    python -m benchmarks.unetr_windows [--side 256] [--window 96] [--width 2] [--classes 14] [--write]
+    python -m benchmarks.unetr_windows [--net unetr] [--side 256] [--window 96] [--width 2] [--classes 14] [--write]
 
 Each is run in a process of its own, with the same network; what is read is the processor's time (a GPU's by the clock)
-and how far the memory of the process rose above what it was with network and volume in place. The masks must agree.
+and how far the memory of the process rose above what it was with network and volume in place. `--net conv` has one
+convolution for a network: what is left is what windows themselves cost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import machine, markdown_table, rewrite
 from patchloom.encoders import create_encoder
@@ -27,9 +28,11 @@ from patchloom.segment.volume_inference import sliding_classes
 PAGE = Path(__file__).parents[1] / "docs" / "systems" / "hi_end_mae.md"
 
 
-def network(options: argparse.Namespace) -> UNETR:
+def network(options: argparse.Namespace) -> nn.Module:
     """Return the network, the same in both processes."""
     torch.manual_seed(0)
+    if options.net == "conv":
+        return nn.Conv3d(1, options.classes, 1).eval()
     encoder = create_encoder(
         "volume_vit_base_patch16_96",
         image_size=options.window,
@@ -43,7 +46,7 @@ def network(options: argparse.Namespace) -> UNETR:
     return UNETR(encoder, options.classes, options.width).eval()
 
 
-def by_monai(net: UNETR, volume: Tensor, window: int) -> Tensor:
+def by_monai(net: nn.Module, volume: Tensor, window: int) -> Tensor:
     """Return the class of every voxel."""
     from monai.inferers import sliding_window_inference
 
@@ -52,7 +55,7 @@ def by_monai(net: UNETR, volume: Tensor, window: int) -> Tensor:
         return logits[0].argmax(0).to(torch.uint8).cpu()
 
 
-def by_ours(net: UNETR, volume: Tensor, window: int) -> Tensor:
+def by_ours(net: nn.Module, volume: Tensor, window: int) -> Tensor:
     """Return the class of every voxel."""
     return sliding_classes(net, volume, (window,) * 3)
 
@@ -81,6 +84,7 @@ def child(options: argparse.Namespace) -> None:
 def main() -> None:
     """Run both in turn and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=("unetr", "conv"), default="unetr")
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument("--patch", type=int, default=12)
@@ -112,9 +116,9 @@ def main() -> None:
     ]
     header = ["", "processor seconds", "memory above the start, MiB"]
     text = (
-        f"`python -m benchmarks.unetr_windows --side {options.side} --window {options.window} --width {options.width} "
-        f"--classes {options.classes}`: {options.side}³ voxels, windows of {options.window}³ that overlap by half, "
-        f"float32; {changed} of {options.side**3:,} voxels counted otherwise; {machine()}.\n\n"
+        f"`python -m benchmarks.unetr_windows --net {options.net} --side {options.side} --window {options.window} "
+        f"--width {options.width} --classes {options.classes}`: {options.side}³ voxels, windows of {options.window}³, "
+        f"which overlap by half, float32; {changed} of {options.side**3:,} voxels counted otherwise; {machine()}.\n\n"
         f"{markdown_table(header, rows)}"
     )
     print(text)

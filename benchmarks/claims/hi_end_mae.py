@@ -41,7 +41,8 @@ def volumes(split: str, count: int) -> tuple[Tensor, Tensor]:
     source = Shapes3dSource(split, volumes=count)
     samples = [source.read(number) for number in range(count)]
     values = torch.stack([sample.value for sample in samples]).float() / 255
-    masks = torch.stack([sample.named["mask"] for sample in samples])  # type: ignore[misc]
+    named: list[Any] = [sample.named for sample in samples]
+    masks = torch.stack([each["mask"] for each in named])
     return values, masks[:, 2::4, 2::4, 2::4].flatten(1).long()
 
 

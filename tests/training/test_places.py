@@ -10,6 +10,7 @@ import pytest
 
 from patchloom.errors import UsageError
 from patchloom.io import read_config
+from patchloom.registry import SOURCES
 from patchloom.systems.mae.method import MAEMethod
 from patchloom.training.config import TrainConfig, config_from_mapping, refuse_changes, write_config
 from patchloom.training.places import absolute, relocated
@@ -114,3 +115,11 @@ def test_a_codebook_that_a_run_has_a_copy_of_may_be_gone(here):
         relocated("codebook", saved, Path("runs/b"))
     (here / "runs/b/codebook.safetensors").touch()
     assert relocated("codebook", saved, Path("runs/b")) == f"{here}/runs/b/codebook.safetensors"
+
+
+def test_sets_that_ship_inside_packages_are_no_places():
+    words = [word for word in SOURCES if word.islower() and ":" not in word and "{" not in word]
+    assert {"photos", "digits", "moving", "shapes3d"} <= set(words)
+    for word in words:
+        assert absolute("data", word) == word
+        assert relocated("data", {"data": word, "out": "runs/gone"}, Path("runs/gone")) == word

@@ -44,6 +44,8 @@ class Kind:
     recipe: str | None = None
     """Where the maker of timm's augmentation for training classifiers stands, likewise: (size, mean=, std=, scale=,
     flip=, auto_augment=, color_jitter=, erasing=, padding=) -> transform, whose samples are normalised."""
+    grey_levels: str | None = None
+    """What that does to grey levels in place of RandAugment, in words; None where it is RandAugment."""
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -117,6 +119,7 @@ VOLUME = Kind(
     *("volume", "volumes", ("C", "D", "H", "W"), "data.volume_views:eval_view"),
     crops="data.volume_crops:VolumeTraining",
     recipe="data.volume_crops:VolumeRecipe",
+    grey_levels="contrast and brightness, up to a fifth",
 )
 KINDS = {
     kind.name: kind

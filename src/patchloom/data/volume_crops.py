@@ -243,14 +243,18 @@ def _draw_voxel(there: Tensor, wanted: bool, box: list[tuple[int, int]], generat
     sides = torch.tensor([end - start for start, end in box])
     drawn = (torch.rand(TRIES, 3, generator=generator) * sides).long().minimum(sides - 1) + low
     fits = (there[drawn[:, 0], drawn[:, 1], drawn[:, 2]] == wanted).nonzero()
+    found: list[int]
     if len(fits):
-        return drawn[int(fits[0, 0])].tolist()
+        found = drawn[int(fits[0, 0])].tolist()
+        return found
     inside = there[tuple(slice(start, end) for start, end in box)]
     places = (inside == wanted).nonzero()
     if not len(places):
-        return drawn[0].tolist()
+        found = drawn[0].tolist()
+        return found
     chosen = min(int(torch.rand((), generator=generator) * len(places)), len(places) - 1)
-    return (places[chosen] + low).tolist()
+    found = (places[chosen] + low).tolist()
+    return found
 
 
 def _box_of(there: Tensor) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ import math
 from functools import partial
 from typing import Any, Literal
 
+import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -197,6 +198,42 @@ class VolumeTransformers(VisionTransformers):
         if encoder.positions == "sincos":
             return volume_positions(int(encoder.embed_dim), new).to(encoder.pos_embed)
         return resample_positions(encoder.pos_embed, old, new, 0, rule)
+
+
+@torch.no_grad()
+def turn_kernels(module: nn.Module) -> None:
+    """Let convolutions that were trained on (right, front, up) take (up, back, right), in place; kernels are cubes."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv3d | nn.ConvTranspose3d):
+            part.weight.copy_(_turned(part.weight))
+
+
+def in_slices(encoder: VolumeTransformer) -> VolumeTransformer:
+    """Return an encoder trained on volumes (right, front, up) as one of volumes (up, back, right).
+
+    That is how volumes lie here: slices from feet to head, rows from front to back, columns from left to right. It says
+    of them what the other says of theirs, token by token; its positions are a table that can be trained.
+    """
+    made: Any = encoder.patchloom_args
+    stem: Any = encoder.patch_embed
+    arguments = {name: value for name, value in made["model_args"].items() if name not in ("num_slices", "num_classes")}
+    arguments |= {"img_size": stem.img_size[1::-1], "num_slices": stem.img_size[2]}
+    arguments |= {"patch_size": stem.patch_size[::-1], "positions": "learned"}
+    turned: Any = timm.create_model(made["architecture"], pretrained=False, num_classes=0, **arguments)
+    state = dict(encoder.state_dict())
+    state["patch_embed.proj.weight"] = _turned(state["patch_embed.proj.weight"])
+    table = state["pos_embed"].unflatten(1, stem.grid_size)
+    state["pos_embed"] = table.permute(0, 3, 2, 1, 4).flip(2).flatten(1, 3)
+    turned.load_state_dict(state)
+    turned.pretrained_cfg = {**encoder.pretrained_cfg}
+    turned.patchloom_args = {"architecture": made["architecture"], "model_args": arguments}
+    found: VolumeTransformer = turned.eval()
+    return found
+
+
+def _turned(kernel: Tensor) -> Tensor:
+    """Return (out, in, up, back, right) of a kernel (out, in, right, front, up)."""
+    return kernel.permute(0, 1, 4, 3, 2).flip(3).contiguous()
 
 
 def _three(patch_size: int | Grid) -> tuple[int, int, int]:

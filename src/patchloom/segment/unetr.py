@@ -12,6 +12,7 @@ torch.Size([1, 3, 16, 16, 16])
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from patchloom.encoders import (
     sides_of,
 )
 from patchloom.encoders.patches import Grid, shown
-from patchloom.encoders.volume import VolumeTransformer
+from patchloom.encoders.volume import VolumeTransformer, in_slices, turn_kernels
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.segment.backbone import Backbone
 from patchloom.segment.build import Parts
@@ -42,6 +43,7 @@ from patchloom.segment.build import Parts
 SKIPS = (3, 6, 9)
 """Blocks, from 0, whose outputs are the skip connections: the published ones, of 12."""
 STOCK = (16, 16, 16)
+PUBLISHED_SPACING = (1.5, 1.5, 1.5)
 OF_SEGMENTATION = {"positions": "learned", "norm_eps": 1e-5}
 """What the encoder of the published network has otherwise than in pre-training, besides no class token."""
 
@@ -134,6 +136,7 @@ class UNETRHead(nn.Module):
         self.encoder2, self.encoder3, self.encoder4 = lifted(2 * f, 2), lifted(4 * f, 1), lifted(8 * f, 0)
         self.decoder5, self.decoder4, self.decoder3 = joined(width, 8 * f), joined(8 * f, 4 * f), joined(4 * f, 2 * f)
         self.decoder2 = joined(2 * f, f) if stock_upsampling else FullSizeBlock(2 * f, f)
+        self.num_classes, self.feature_size = num_classes, f
         self.out = blocks.UnetOutBlock(spatial_dims=3, in_channels=f, out_channels=num_classes)
         self.grad_checkpointing = False
 
@@ -212,6 +215,24 @@ class UNETR(nn.Module):
         """Return logits (B, K, D, H, W) of normalised volumes (B, C, D, H, W)."""
         logits: Tensor = self.head(self.backbone(volumes))
         return logits
+
+    def for_scans(self) -> Any:
+        """Return the network of a published checkpoint for volumes as they lie here (`encoders.volume.in_slices`).
+
+        Classes have numbers for names; windows overlap by half, of the spacing the published networks work at.
+        """
+        from patchloom.data.segmentation import colours
+        from patchloom.segment.volume_saved import VolumeSegmenter
+
+        backbone, head = self.backbone, copy.deepcopy(self.head)
+        turned = cast(Encoder, in_slices(cast(VolumeTransformer, backbone.encoder)))
+        turn_kernels(head)
+        parts = Parts(cast(Backbone, VolumeBackbone(turned, backbone.layers, frozen=True)), None, head, None)
+        names = [str(number) for number in range(head.num_classes)]
+        palette = [(0, 0, 0), *colours(len(names))][: len(names)]
+        settings = {"stock_upsampling": not isinstance(head.decoder2, FullSizeBlock)}
+        how = (input_size(turned), 0.5, PUBLISHED_SPACING)
+        return VolumeSegmenter(parts, "unetr", head.feature_size, *how, None, palette, names, settings).eval()
 
 
 def build(

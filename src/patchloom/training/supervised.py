@@ -145,7 +145,9 @@ def classifier_augmentation(
         source: The images.
     """
     pretrained = encoder.pretrained_cfg
-    if config.auto_augment and (config.in_chans != 3 or source.values.known):
+    if config.auto_augment and source.kind.grey_levels is not None:
+        notice(f"{config.data}: RandAugment is for pictures; {source.kind.plural} change by {source.kind.grey_levels}")
+    elif config.auto_augment and (config.in_chans != 3 or source.values.known):
         colour = "" if config.in_chans == 3 else ", and changes of colour"
         notice(
             f"images of {config.data} are deep or of other than 3 channels: RandAugment leaves out what is defined "

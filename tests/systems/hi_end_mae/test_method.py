@@ -12,6 +12,7 @@ from patchloom.data.shapes3d import Shapes3dSource
 from patchloom.encoders import create_encoder, grid_size, in_chans
 from patchloom.errors import UsageError
 from patchloom.models.bundle import save_bundle
+from patchloom.models.parts import load_mask_token, load_masked_model
 from patchloom.systems.hi_end_mae.config import HiEndMAEConfig
 from patchloom.systems.hi_end_mae.method import HiEndMAEMethod
 from patchloom.training.config import config_from_mapping, preset_values
@@ -134,3 +135,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (whole.path / "report.html").exists()
     assert whole.summary["visible_patches"] == 2
+    with pytest.raises(UsageError, match="is one of a HiEndMAE, which is not taken here"):
+        load_masked_model(whole.path)
+    assert load_mask_token(whole.path) is None

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import patchloom as pl
+from patchloom.encoders import feature_map
 from patchloom.errors import UsageError
+from patchloom.segment.saved import load_segmenter
 from patchloom.segment.unetr import UNETR, as_unetr_encoder
 from patchloom.systems.hi_end_mae.model import hi_end_mae
 from patchloom.systems.hi_end_mae.published import convert_hi_end_mae_checkpoint
+from patchloom.systems.published import import_reference
 
 SIZE, PATCH, CHANS = (6, 8, 10), (3, 4, 5), 2
 WIDTH, DEPTH, HEADS, DECODER, DECODER_HEADS = 24, 11, 4, 12, 2
@@ -304,3 +307,35 @@ def test_pretrained_tensors_become_those_of_the_segmentation_network():
     assert ours.encoder.pos_embed.requires_grad
     with pytest.raises(UsageError, match="unknown target 'unet'"):
         convert_hi_end_mae_checkpoint(published, "unet")
+
+
+def as_it_lies_here(volumes):
+    """Return volumes (right, front, up) as (up, back, right)."""
+    return volumes.permute(0, 1, 4, 3, 2).flip(3)
+
+
+@pytest.mark.extra("medical")
+def test_imported_networks_say_of_scans_as_they_lie_here_what_the_published_ones_say(tmp_path):
+    pytest.importorskip("monai")
+    torch.manual_seed(0)
+    state = in_float32(randomised(pretraining_shapes()))
+    torch.save({"state_dict": state}, tmp_path / "pretraining.pth")
+    published = pl.load_reference("hi_end_mae", state, **settings())
+    bundle = import_reference("hi_end_mae", str(tmp_path / "pretraining.pth"), str(tmp_path / "encoder"), settings())
+    encoder, volumes = pl.load(bundle), torch.rand(1, CHANS, *SIZE)
+    with torch.no_grad():
+        theirs = feature_map(published.encoder, volumes)
+        ours = feature_map(encoder, as_it_lies_here(volumes))
+    torch.testing.assert_close(ours, as_it_lies_here(theirs), atol=1e-5, rtol=1e-5)
+
+    net, _ = decoder_of_monai(CHANS, 3, 2, 24)
+    state = in_float32(randomised(vit_shapes(PATCH, CHANS, 24))) | dict(net.state_dict())
+    torch.save({"state_dict": state}, tmp_path / "unetr.pth")
+    told = {"num_heads": 4, "img_size": SIZE, "patch_size": PATCH}
+    published = pl.load_reference("hi_end_mae", state, **told)
+    segmenter = load_segmenter(import_reference("hi_end_mae", str(tmp_path / "unetr.pth"), str(tmp_path / "net"), told))
+    with torch.no_grad():
+        theirs, ours = published(volumes), segmenter(as_it_lies_here(volumes))
+    torch.testing.assert_close(ours, as_it_lies_here(theirs), atol=1e-4, rtol=1e-4)
+    assert segmenter.window == SIZE[::-1]
+    assert segmenter.spacing == (1.5, 1.5, 1.5)

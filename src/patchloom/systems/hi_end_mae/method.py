@@ -14,6 +14,7 @@ from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.encoders.masked_autoencoder import initialize_as_mae
 from patchloom.encoders.patches import patchify, unpatchify
 from patchloom.errors import UsageError
+from patchloom.models.parts import save_parts
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.systems.hi_end_mae.config import HiEndMAEConfig
 from patchloom.systems.hi_end_mae.model import HiEndMAE
@@ -52,7 +53,11 @@ class HiEndMAEMethod(Method):
             if made:
                 raise UsageError(f"patch_size is {config.patch_size}, and {config.encoder} has its own; leave it out")
             shape["patch_size"] = config.patch_size
-        sizes = {"image_size": config.image_size, "in_chans": config.in_chans, "drop_path": config.drop_path}
+        sizes: dict[str, Any] = {
+            "image_size": config.image_size,
+            "in_chans": config.in_chans,
+            "drop_path": config.drop_path,
+        }
         encoder = start_encoder(config.encoder, create_encoder, **sizes, **shape)
         if config.init_from is not None:
             load_weights(encoder, config.init_from, self.starting_weights)
@@ -93,6 +98,12 @@ class HiEndMAEMethod(Method):
             "visible_patches": self.model.visible,
             "decoder_parameters": sum(p.numel() for p in beside),
         }
+
+    def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
+        """Write the encoder as a bundle, and the decoder beside it."""
+        super().save_model(model, path, lineage)
+        if self.config.strategy != "fsdp":  # no process holds the whole decoder; it is in the checkpoint
+            save_parts(self.model, path)
 
     @torch.no_grad()
     def report_sections(self, images: Tensor) -> list[Section]:

@@ -47,7 +47,7 @@ from patchloom.encoders import (
 from patchloom.encoders.masked_autoencoder import initialize_as_mae, visible_count
 from patchloom.encoders.patches import patchify, shown, unpatchify
 from patchloom.encoders.precision import at_least_float32
-from patchloom.encoders.volume import volume_positions
+from patchloom.encoders.volume import VolumeTransformer, in_slices, volume_positions
 from patchloom.errors import UsageError
 
 MEMORY_LAYERS = (3, 6, 9)
@@ -291,6 +291,19 @@ class HiEndMAE(nn.Module):
         return unpatchify(
             _rows(drawn, output.shuffle_indices.argsort(1)), self.patch_shape, self.grid, self.in_chans, "hwc"
         )
+
+    def decoder_settings(self) -> dict[str, Any]:
+        """Return what the tensors beside the encoder do not tell."""
+        block: Any = self.decoder.cross_attention_blocks[0]
+        return {
+            "decoder_heads": int(block.cross_attn.num_heads),
+            "memory_layers": list(self.memory_layers),
+            "mask_ratio": self.mask_ratio,
+        }
+
+    def for_scans(self) -> Encoder:
+        """Return the encoder of a published checkpoint for volumes as they lie here (`encoders.volume.in_slices`)."""
+        return cast(Encoder, in_slices(cast(VolumeTransformer, self.encoder)))
 
     def _order(self, volumes: Tensor, noise: Tensor | None = None) -> Tensor:
         if noise is None:

@@ -78,6 +78,7 @@ def import_reference(
     from patchloom.models.adapters import KINDS, insert, insertions, remove, save_adapter
     from patchloom.models.bundle import save_bundle
     from patchloom.models.parts import save_parts
+    from patchloom.segment.saved import Segmenter, save_segmenter
     from patchloom.systems.ccvit.model import CentroidMIM
     from patchloom.systems.dinov2.model import DINOv2
     from patchloom.systems.g2sd.specific import DistilledVisionTransformer, as_timm
@@ -88,6 +89,8 @@ def import_reference(
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
     module: Any = load_reference(system, checkpoint, **config)
+    if callable(turned := getattr(module, "for_scans", None)):  # published for volumes that lie otherwise than here
+        module = turned()
     module = getattr(module, "autoencoder", module)  # of a student of G2SD
     module = module.teacher if isinstance(module, DINOv2) else module  # what its authors ship
     if isinstance(module, DistilledVisionTransformer):
@@ -104,6 +107,8 @@ def import_reference(
     elif isinstance(token := getattr(module, "mask_token", None), Tensor) and bool(token.any()):
         # A checkpoint that has none is given zeros, with which training starts anyway.
         save_parts(MaskTokenEncoder(encoder, token.detach().reshape(1, 1, -1)), out)
+    if isinstance(module, Segmenter):
+        save_segmenter(module, Path(out))
     if isinstance(module, DenseCLIP):
         save_dense(module, Path(out))
     if hasattr(module, "visual"):  # towers that meet, of which a bundle is the trunk alone
