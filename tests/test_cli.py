@@ -30,6 +30,14 @@ def test_overview_names_every_command(capsys):
         assert f"  {name} " in out
 
 
+@pytest.mark.parametrize("verb", cli.METHOD_VERBS)
+def test_the_page_of_a_verb_keeps_names_and_summaries_apart(verb, capsys):
+    _, out, _ = run(capsys, verb, "--help")
+    names = [*registry.METHODS[verb], *(c.removeprefix(f"{verb} ") for c in cli.COMMANDS if c.startswith(f"{verb} "))]
+    for name in names:
+        assert f"\n  {name}  " in out
+
+
 HELP = """
 import contextlib, io, pathlib, sys
 from patchloom import cli, registry

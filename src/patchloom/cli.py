@@ -420,19 +420,16 @@ def _overview() -> str:
 
 
 def _verb_overview(name: str, verb: Verb) -> str:
-    methods = registry.METHODS[name]
-    width = max(map(len, methods), default=0) + 2
+    listed = {method: entry.summary for method, entry in registry.METHODS[name].items()}
+    listed |= {full.removeprefix(f"{name} "): c.help for full, c in COMMANDS.items() if full.startswith(f"{name} ")}
+    width = max(map(len, listed)) + 2
     lines = [
         f"usage: patchloom {name} METHOD [--option value …]",
         "",
         f"{verb.help[0].upper()}{verb.help[1:]}.",
         "",
     ]
-    for method, entry in methods.items():
-        lines.append(f"  {method:<{width}}{entry.summary}")
-    for full, command in COMMANDS.items():
-        if full.startswith(f"{name} "):
-            lines.append(f"  {full.removeprefix(f'{name} '):<{width}}{command.help}")
+    lines += [f"  {words:<{width}}{summary}" for words, summary in listed.items()]
     lines += ["", f"patchloom {name} METHOD --help lists the options of a method."]
     return "\n".join(lines)
 
