@@ -17,6 +17,7 @@ from patchloom.curation.inspect import run_inspect
 from patchloom.curation.shards import run_shards
 from patchloom.curation.split import run_split
 from patchloom.data import open_source
+from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 
 QUICK = {"num_workers": 0, "device": "cpu"}
@@ -131,6 +132,16 @@ def test_shards_hold_the_files_as_they_are_and_go_on(pile: Path, tmp_path: Path)
     assert run_shards(config)["written"] == 1
     with pytest.raises(UsageError, match="other images"):
         run_shards(ShardsConfig(data=str(pile / "test"), out=str(tmp_path / "shards")))
+
+
+def test_an_encoder_finds_copies_and_chooses(pile: Path, tmp_path: Path) -> None:
+    how = {**QUICK, "encoder": create_encoder("vit_micro_patch4_32")}
+    figures = run_inspect(InspectConfig(data=str(pile / "train"), **how))
+    assert figures["compared_by"] == "features of the encoder"
+    assert figures["copies_made"] >= 200
+    chosen = run_curate(CurateConfig(data=str(pile / "train"), out=str(tmp_path / "few.csv"), count=20, **how))
+    assert (chosen["chosen"], chosen["levels"]) == (20, [15])
+    assert len(open_source(str(tmp_path / "few.csv"), quiet=True)) == 20
 
 
 def test_curating_needs_an_encoder(pile: Path, tmp_path: Path) -> None:

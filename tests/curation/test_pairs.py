@@ -40,8 +40,13 @@ def test_groups_are_the_connected_pairs_whatever_the_block(monkeypatch: pytest.M
 
 
 def test_many_equal_images_are_one_group() -> None:
-    vectors = torch.cat([torch.ones(300, 4), torch.eye(4)])
-    assert [len(group) for group in groups_of(vectors, 0.99)] == [300]
+    vectors = torch.cat([torch.ones(600, 4), torch.eye(4)])
+    assert [len(group) for group in groups_of(vectors, 0.99)] == [600]
+
+
+def test_two_blocks_of_equal_images_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "BLOCK", 16)  # 256 ties between two groups: as many as a byte holds, and none
+    assert [len(group) for group in groups_of(torch.ones(32, 4), 0.99)] == [32]
 
 
 def test_what_goes_is_close_to_what_stays_and_what_stays_is_not() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchloom.curation.config import LookOptions
 from patchloom.curation.look import Look, copies_of, look_at, pattern
-from patchloom.data import MemorySource, open_source
+from patchloom.data import MemorySource, Sample, open_source
 from patchloom.data.base import Source, StreamSource, UnreadableImageError, spread
 from patchloom.data.reading import reading_options
 from patchloom.data.survey import notice
@@ -114,7 +114,7 @@ def _similarity_of_copies(images: Compared, config: LookOptions) -> np.ndarray:
     if images.encoder is None:
         vectors = look.compared(torch.stack([pattern(copy) for copy in copies]))
     else:
-        held = MemorySource([copy.numpy() for copy in copies], name="copies")
+        held = MemorySource("copies", [Sample(copy, -1, str(number)) for number, copy in enumerate(copies)])
         vectors = F.normalize(
             extract(images.encoder, held, num_workers=0, device=config.device, progress=False).vectors, dim=1
         )

@@ -54,11 +54,11 @@ def groups_of(vectors: Tensor, threshold: float, device: torch.device | str = "c
                 seconds.append((second[later] + start).cpu().numpy())
             done += 1
             meter.reach(done)
-        first, second = np.concatenate(firsts), np.concatenate(seconds)
-        if len(first):
-            # What is tied already counts as one from here on.
-            edges = coo_array((np.ones(len(first), np.int8), (group[first], group[second])), shape=(count, count))
-            group = connected_components(edges, directed=False)[1][group]
+        ones, others = np.concatenate(firsts), np.concatenate(seconds)
+        if len(ones):
+            # What is tied already counts as one from here on. Ties that come twice are or-ed: sums would overflow.
+            ties = coo_array((np.ones(len(ones), np.bool_), (group[ones], group[others])), shape=(count, count))
+            group = connected_components(ties, directed=False)[1][group]
     meter.close()
     order = np.argsort(group, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if count else []

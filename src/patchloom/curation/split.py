@@ -89,7 +89,7 @@ def joined(groups: np.ndarray, ties: list[np.ndarray]) -> np.ndarray:
     first = [groups[tie[0]] for tie in ties for _ in tie[1:]]
     second = [groups[number] for tie in ties for number in tie[1:]]
     size = int(groups.max()) + 1
-    edges = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(size, size))
+    edges = coo_array((np.ones(len(first), np.bool_), (first, second)), shape=(size, size))
     return connected_components(edges, directed=False)[1][groups]
 
 

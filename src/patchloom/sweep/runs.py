@@ -158,7 +158,7 @@ def compare_runs(
     names = _short_names([run.path for run in chosen])
     shown = _shown(chosen, figures)
     rows = [{"run": name, **_facts(run, shown)} for name, run in zip(names, chosen, strict=True)]
-    result = {"runs": rows, "settings": differing([run.settings for run in chosen], names)}
+    result: dict[str, Any] = {"runs": rows, "settings": differing([run.settings for run in chosen], names)}
     if folder is not None:
         _write_page(folder / "report.html", chosen, names, result, runs)
         write_json(folder / "comparison.json", result)
