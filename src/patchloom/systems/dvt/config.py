@@ -68,7 +68,7 @@ class DecomposeConfig(SourceOptions):
     coordinates: Literal["edges", "centers"] = "edges"
     """Where the outer tokens of a crop are said to look: on its edges (published), or at the middle of their patches"""
     images_at_once: PositiveInt | None = None
-    """Images fitted side by side; default: as many as memory allows, 16 at most"""
+    """Images fitted at once; default: as many as memory allows, on a GPU at most 16, on a CPU one for each core"""
     batch_size: PositiveInt = 32
     """Views in one forward pass of the encoder"""
     views_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -39,7 +39,7 @@ from patchloom.features.extract import torch_device
 from patchloom.models.bundle import open_encoder
 from patchloom.systems.dvt.config import DecomposeConfig
 from patchloom.systems.dvt.field import fitting_resolution
-from patchloom.systems.dvt.fit import FitSettings, fit
+from patchloom.systems.dvt.fit import FitSettings, fit, fit_in_threads
 from patchloom.systems.dvt.model import SingleImageDenoiser
 from patchloom.systems.dvt.views import draw_views, view_coords, view_features
 
@@ -64,7 +64,7 @@ class DenoisedImage:
     residual: Tensor
     """What hangs on both."""
     losses: dict[str, float]
-    """Of the last step, means over the images fitted side by side."""
+    """Of the last step; of images in the same operations (on a GPU) their mean."""
 
     @property
     def subtracted(self) -> Tensor:
@@ -188,21 +188,29 @@ def denoise_images(
             models.append(new_model(config, found))
         generators.append(generator)
         reach(VIEWS_SHARE * (position + 1) / len(images))
-    model = SingleImageDenoiser.stack(models).to(device)
-    losses = fit(
-        model,
-        features,
-        coords,
-        generators,
-        FitSettings(config.steps, config.batch_tokens, config.lr, config.lr / 10),
-        lambda step: reach(VIEWS_SHARE + (1 - VIEWS_SHARE) * step / config.steps),
-    )
+    settings = FitSettings(config.steps, config.batch_tokens, config.lr, config.lr / 10)
+
+    def note(step: int) -> None:
+        reach(VIEWS_SHARE + (1 - VIEWS_SHARE) * step / config.steps)
+
+    if device.type == "cpu" and len(models) > 1:
+        losses = fit_in_threads(models, features, coords, generators, settings, note)
+        model = SingleImageDenoiser.stack(models)
+    else:
+        model = SingleImageDenoiser.stack(models).to(device)
+        losses = fit(model, features, coords, generators, settings, note)
     shape = (len(images), *found["grid"], -1)
     raw, whole = features[:, -1].to(device).float().reshape(shape), coords[:, -1].to(device).reshape(shape)
     parts = {name: value.float().cpu() for name, value in model.decompose(raw, whole).items()}
     raw = raw.cpu()
     return [
-        DenoisedImage(raw[i], parts["denoised"][i], parts["artifact"][i], parts["residual"][i], losses)
+        DenoisedImage(
+            raw[i],
+            parts["denoised"][i],
+            parts["artifact"][i],
+            parts["residual"][i],
+            {name: values[i] for name, values in losses.items()},
+        )
         for i in range(len(images))
     ]
 

@@ -7,7 +7,9 @@ own, and no operation mixes images: which others are fitted beside it changes no
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ BETAS, EPS = (0.9, 0.99), 1e-15
 WEIGHT_DECAY = 1e-5 / 1024
 """The published code multiplies the loss by 1024, which Adam does not notice, but the weight decay of 1e-5 does."""
 DRAWN_AT_ONCE = 64
+EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def fit(
         reach: Called with the steps done.
 
     Returns:
-        Losses of each image at the end, by name, over the tokens of the last steps.
+        Losses of the last step by name, for each image; of images side by side their mean.
     """
     settings = settings or FitSettings()
     images, views, tokens, width = features.shape
@@ -97,4 +100,49 @@ def fit(
         losses["loss"].backward()
         optimizer.step()
         reach(step + 1)
-    return {name: float(value.detach()) / images for name, value in losses.items()}
+    return {name: [float(value.detach()) / images] * images for name, value in losses.items()}
+
+
+def fit_in_threads(
+    models: Sequence[SingleImageDenoiser],
+    features: Tensor,
+    coords: Tensor,
+    generators: Sequence[torch.Generator],
+    settings: FitSettings | None = None,
+    reach: Callable[[int], Any] = lambda step: None,
+) -> dict[str, list[float]]:
+    """Fit images on a CPU, each on a core of its own: what a step reads and writes then stays in that core's cache.
+
+    Side by side in the same operations, as on a GPU, it would not.
+
+    Args:
+        models: One for each image.
+        features: As for `fit`, and so are all others.
+        coords: Likewise.
+        generators: Likewise.
+        settings: Likewise.
+        reach: Called now and then with the steps done, on average.
+    """
+    before, stop, done = torch.get_num_threads(), threading.Event(), [0] * len(models)
+
+    def one(number: int) -> dict[str, list[float]]:
+        torch.set_num_threads(1)  # of this thread
+
+        def note(step: int) -> None:
+            done[number] = step
+            if stop.is_set():
+                raise InterruptedError
+
+        own = slice(number, number + 1)
+        return fit(models[number], features[own], coords[own], generators[own], settings, note)
+
+    with ThreadPoolExecutor(min(len(models), before)) as pool:
+        running = [pool.submit(one, number) for number in range(len(models))]
+        try:
+            while wait(running, timeout=EVERY_SECONDS).not_done:
+                reach(sum(done) // len(done))
+            found = [each.result() for each in running]
+        finally:
+            stop.set()
+            torch.set_num_threads(before)
+    return {name: [value for losses in found for value in losses[name]] for name in found[0]}

@@ -100,9 +100,12 @@ def artifact_share(folder: FeatureFolder) -> float:
 
 
 def images_that_fit(config: DecomposeConfig, found: dict[str, Any], device: torch.device) -> int:
-    """Return how many images memory holds side by side, with half of it to spare; 16 at most."""
+    """Return how many images memory holds side by side, with half of it to spare.
+
+    At most 16 on a GPU, in the same operations; on a CPU as many as there are cores to use, each on its own.
+    """
     fitting = int(0.5 * free_memory(device) / bytes_of_image(config, found))
-    return max(1, min(MOST_AT_ONCE, fitting))
+    return max(1, min(torch.get_num_threads() if device.type == "cpu" else MOST_AT_ONCE, fitting))
 
 
 def _images(config: DecomposeConfig, encoder: Encoder) -> Source:
