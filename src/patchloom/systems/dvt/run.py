@@ -159,7 +159,8 @@ def _drawn(folder: FeatureFolder) -> Iterator[Path]:
 def figure_of(image: Tensor, found: DenoisedImage) -> bytes:
     """Return an image beside what its features were taken apart into, as PNG.
 
-    Raw and denoised features have their colours in common, artefact and residual theirs.
+    Raw and denoised features have their colours in common, spatial means taken out, because a constant may drift between
+    field and artefact; artefact and residual have colours of their own.
 
     Args:
         image: (C, height, width) in [0, 1].
@@ -170,7 +171,7 @@ def figure_of(image: Tensor, found: DenoisedImage) -> bytes:
     def painted(*parts: Tensor) -> list[Tensor]:
         return list(pca_colours(torch.stack(parts).flatten(1, 2), grid))
 
-    raw, denoised = painted(found.raw, found.denoised)
+    raw, denoised = painted(*(part - part.mean((0, 1)) for part in (found.raw, found.denoised)))
     tiles = {"image": image, "raw": raw, "denoised": denoised}
     tiles |= {"artefact": painted(found.artifact)[0], "residual": painted(found.residual)[0]}
     return png(strip([labelled(name, enlarged(pixels_of(tile), TILE)) for name, tile in tiles.items()]))
@@ -189,8 +190,8 @@ def _write_page(folder: FeatureFolder, config: DecomposeConfig, per_minute: floa
     ]
     share = artifact_share(folder)
     text = (
-        "Three principal components of the features as red, green and blue; raw and denoised features of an image have "
-        "their colours in common. Denoised: what belongs to the image wherever a view shows it. Artefact: what belongs "
+        "Three principal components of the features as red, green and blue, spatial means taken out; raw and denoised "
+        "features of an image have their colours in common. Denoised: what belongs to the image wherever a view shows it. Artefact: what belongs "
         f"to the position whatever is there; it has {share:.1%} of the variance of the raw features. Residual: what "
         "depends on both."
     )
