@@ -7,8 +7,8 @@ Three parts, each over several seeds:
 
 - a mixture whose parts are known: a smooth random content, a pattern of the position, noise; F against the mean of the
   views' tokens, each put back where it looked;
-- an encoder with a pattern planted behind its norm, over crops of photographs: how near the features are to those without
-  the pattern (spatial means taken out), and how much of their variance the position explains;
+- an encoder with a pattern planted behind its norm, over crops of photographs: how near the features are to those
+  without the pattern (spatial means taken out), and how much of their variance the position explains;
 - the denoiser on images it has not seen, with positions and without.
 """
 

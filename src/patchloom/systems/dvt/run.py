@@ -159,8 +159,8 @@ def _drawn(folder: FeatureFolder) -> Iterator[Path]:
 def figure_of(image: Tensor, found: DenoisedImage) -> bytes:
     """Return an image beside what its features were taken apart into, as PNG.
 
-    Raw and denoised features have their colours in common, spatial means taken out, because a constant may drift between
-    field and artefact; artefact and residual have colours of their own.
+    Raw and denoised features have their colours in common, spatial means taken out, because a constant may drift
+    between field and artefact; artefact and residual have colours of their own.
 
     Args:
         image: (C, height, width) in [0, 1].
@@ -191,9 +191,9 @@ def _write_page(folder: FeatureFolder, config: DecomposeConfig, per_minute: floa
     share = artifact_share(folder)
     text = (
         "Three principal components of the features as red, green and blue, spatial means taken out; raw and denoised "
-        "features of an image have their colours in common. Denoised: what belongs to the image wherever a view shows it. Artefact: what belongs "
-        f"to the position whatever is there; it has {share:.1%} of the variance of the raw features. Residual: what "
-        "depends on both."
+        "features of an image have their colours in common. Denoised: what belongs to the image wherever a view shows "
+        f"it. Artefact: what belongs to the position whatever is there; it has {share:.1%} of the variance of the raw "
+        "features. Residual: what depends on both."
     )
     table = [{"setting": name, "value": str(value)} for name, value in index["settings"].items()]
     facts = {
