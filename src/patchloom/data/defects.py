@@ -202,7 +202,7 @@ def open_tested(
     root = existing(name)
     if not root.is_dir():
         raise UsageError(f"there is no folder {name!r} of images to measure on")
-    images = _open(root, options)
+    images = open_without_masks(root, options)
     words_of_good = {word.lower() for word in words(good)}
     tops = [_top(images.key(index)) for index in range(len(images))]
     labels = [GOOD_CLASS if top.lower() in words_of_good else DEFECT_CLASS for top in tops]
@@ -242,7 +242,7 @@ def _opened(
     of_good = [folder for folder in folders if folder.lower() in good]
     if name.startswith("mvtec:"):
         raise UsageError(f"{root} is no category of MVTec AD: it has no folder train{_categories(root)}")
-    images = _open(root, options)
+    images = open_without_masks(root, options)
     keys = [images.key(index) for index in range(len(images))]
     if of_good:
         is_good = np.array([_top(key).lower() in good for key in keys])
@@ -316,7 +316,7 @@ def _mvtec(
         notice(
             f"{root / 'train'}: {', '.join(map(printable, strange))} are no names of good images and not learnt from"
         )
-    learnt = _open(root / "train" / of_good[0], options)
+    learnt = open_without_masks(root / "train" / of_good[0], options)
     truth = existing(masks) if masks is not None else root / "ground_truth"
     if truth.is_dir():
         keys = [f"{of_good[0]}/{learnt.key(index)}" for index in range(len(learnt))]
@@ -341,7 +341,7 @@ def _visa(name: str, root: Path, category: str, options: dict[str, Any]) -> Defe
         rows = [row for row in csv.DictReader(file) if row["object"] == category]
     if not rows:
         raise UsageError(f"{table} knows no object {category!r}")
-    images = _open(root / category, options)
+    images = open_without_masks(root / category, options)
     numbers = {f"{category}/{images.key(index)}": index for index in range(len(images))}
     if missing := [row["image"] for row in rows if row["image"] not in numbers]:
         raise UsageError(f"{root / missing[0]} (and {len(missing) - 1} more) of {table} is not there")
@@ -432,8 +432,13 @@ def _refuse_defects_among_good(source: DefectSource) -> None:
             )
 
 
-def _open(root: Path, options: dict[str, Any]) -> Source:
-    """Return the images of a folder without the masks that lie among them, by their names or as one of each pair."""
+def open_without_masks(root: Path, options: dict[str, Any]) -> Source:
+    """Return the images of a folder without the masks that lie among them, by their names or as one of each pair.
+
+    Args:
+        root: The folder.
+        options: For the images, see `open_source`; what `include` or `exclude` name is taken as it is.
+    """
     if "include" not in options and "exclude" not in options:
         if (ending := ending_of_masks(root)) is not None:
             notice(f"{printable(root)}: files *{ending}.* are masks of the images of the same name")

@@ -109,7 +109,8 @@ class FolderSource(Source):
             raise self._none_called(CAPTION, caption_field)
         self.names = Packed(names)
         self._stamp = _hash(found)
-        self._label(names, labels, words(missing))
+        self._missing = words(missing)
+        self._label(names, labels, self._missing)
         if passed and f"{self.name} passed over" not in _NOTICED:
             _NOTICED.add(f"{self.name} passed over")
             notice(f"{self.name}: {sum(passed.values())} files are passed over for their suffix ({_counted(passed)})")
@@ -157,6 +158,12 @@ class FolderSource(Source):
         index = {name: number for number, name in enumerate(classes)}
         self.class_names = [printable(os.fsdecode(name)) for name in classes]
         self.labels = np.array([index.get(top, -1) for top in tops if top is not None], dtype=np.int64)
+
+    def label_one_class(self) -> None:
+        """Take the one sub-folder that all images lie in for their class, for whoever learns classes one by one."""
+        names = [os.fsencode(self._file(index)) for index in range(len(self))]
+        if self.class_names is None and all(b"/" in name for name in names):
+            self._label(names, "folder", self._missing)
 
     def __len__(self) -> int:
         """Return the number of image files."""

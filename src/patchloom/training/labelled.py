@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource, no_labels
+from patchloom.data.folder import FolderSource
 from patchloom.data.kinds import require_kind
 from patchloom.data.subset import labelled_images
 from patchloom.encoders import Encoder, normalize
@@ -277,8 +278,15 @@ def _task(config: LabelledConfig, source: Source | StreamSource) -> Literal["sin
     return config.task
 
 
-def open_test_images(config: LabelledConfig, source: Source | StreamSource) -> Source | StreamSource:
+def open_test_images(
+    config: LabelledConfig, source: Source | StreamSource, *, one_class: bool = False
+) -> Source | StreamSource:
     """Return the images that `test` names, read as the settings say.
+
+    Args:
+        config: The settings.
+        source: The images to learn from.
+        one_class: A folder may hold one class alone.
 
     Raises:
         UsageError: They cannot be opened, have no labels, or are of another kind than those of `source`.
@@ -287,6 +295,8 @@ def open_test_images(config: LabelledConfig, source: Source | StreamSource) -> S
     options = {"by_index": True, **config.source_options()}
     test = open_source(config.test, in_chans=config.in_chans, seed=config.seed, **options)
     require_kind(test, (source.kind.name,), f"what is measured beside {config.data}")
+    if one_class and isinstance(test, FolderSource):
+        test.label_one_class()
     if test.class_names is None:
         raise no_labels(test, "figures need labelled test images and ")
     return test

@@ -189,6 +189,15 @@ def test_good_images_alone_make_a_model_that_predicts(tmp_path, parts):
     assert predict(str(run.path), str(parts / "test"), str(tmp_path / "out"), device="cpu")["images"] == 10
 
 
+def test_masks_beside_the_images_are_not_predicted_on(tmp_path, model, capsys):
+    for number in range(4):
+        image, mask = part(number, defect=True)
+        image.save(tmp_path / f"{number}.jpg")
+        mask.save(tmp_path / f"{number}.png")
+    assert predict(str(model), str(tmp_path), str(tmp_path / "out"), device="cpu")["images"] == 4
+    assert "files *.png are masks of the images of the same name" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_that_broke_off_goes_on_to_the_same_model(tmp_path, parts, monkeypatch):
     settings = {"data": str(parts), "checkpoint_every": 2, **TINY, "max_steps": 7}

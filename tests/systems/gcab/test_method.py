@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -99,6 +100,20 @@ def test_figures_are_those_of_the_model_that_is_left_behind(three):
         np.mean(three.summary["accuracy_by_task"]), abs=1e-9
     )
     assert sorted(three.summary["free"], reverse=True) == three.summary["free"]
+
+
+def test_a_task_may_be_of_one_class_in_a_folder_of_its_own(three, tmp_path, capsys):
+    source = open_source("digits")
+    for folder, numbers in (("learnt", slice(0, 16)), ("shown", slice(16, 20))):
+        (tmp_path / folder / "6").mkdir(parents=True)
+        for index in np.flatnonzero(source.labels == 6)[numbers]:
+            pixels = source.read(int(index)).image.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(tmp_path / folder / "6" / f"{index}.png")
+    changes = {"data": str(tmp_path / "learnt"), "test": str(tmp_path / "shown"), "class_order": None, "epochs": 1}
+    found = run(tmp_path / "four", continue_from=str(three.path), shots=None, **changes)
+    assert found.summary["tasks"] == [["3", "1"], ["0", "2"], ["4", "5"], ["6"]]
+    assert pl.load(found.path).num_classes == 7
+    assert "1 task of 1 class;" in capsys.readouterr().err
 
 
 def test_gates_that_leave_nothing_free_are_said(tmp_path, monkeypatch, capsys):

@@ -15,10 +15,11 @@ from PIL import Image
 from patchloom.base.progress import track
 from patchloom.data import open_source
 from patchloom.data.base import Source, UnreadableImageError
+from patchloom.data.defects import EMBEDDED, open_without_masks
 from patchloom.data.pixels import resize, unit
 from patchloom.errors import UsageError
 from patchloom.features.extract import torch_device
-from patchloom.io import check_place, make_folder, write_bytes, write_rows
+from patchloom.io import check_place, existing, make_folder, write_bytes, write_rows
 from patchloom.systems.ear.report import overlaid
 from patchloom.systems.ear.saved import load_ear
 
@@ -52,9 +53,15 @@ def write_predictions(
     options: dict[str, Any] = {
         name: value for name, value in (("include", include), ("exclude", exclude)) if value is not None
     }
-    source = open_source(images, labels="none", in_chans=channels, model=saved.reading, **options)
+    options |= {"in_chans": channels, "model": saved.reading}
+    place_of_images = existing(images)
+    source: Any
+    if place_of_images.is_dir() and images not in EMBEDDED:
+        source = open_without_masks(place_of_images, options)
+    else:
+        source = open_source(images, labels="none", by_index=True, **options)
     if not isinstance(source, Source):
-        raise UsageError(f"{images} is a stream; give a folder of images")
+        raise UsageError(f"{images} is a stream; give a folder of images, or shards that are not compressed")
     make_folder(folder)
     limit, pixel_limit = float(model.threshold), float(model.pixel_threshold)
     rows: list[list[Any]] = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchloom.base.sizes import pair, size_text
 from patchloom.data.base import Source, StreamSource
+from patchloom.data.folder import FolderSource
 from patchloom.data.subset import ClassesSource, SubsetSource, labelled_images
 from patchloom.data.survey import notice
 from patchloom.data.transforms import EvalTransform
@@ -89,6 +90,8 @@ class GCABMethod(LabelledMethod):
             record = read_record(config.continue_from)
             config = dataclasses.replace(config, encoder=config.continue_from, **settled_before(config, record))
         source, config = super().open_data(config)
+        if isinstance(source, FolderSource) and source.class_names is None:
+            source.label_one_class()  # a task may be of one class
         if not isinstance(source, Source) or source.class_names is None or source.multilabel:
             return source, config  # which the method refuses
         tasks = planned(config, source, record)
@@ -100,7 +103,8 @@ class GCABMethod(LabelledMethod):
             settled["max_tasks"] = room(config, tasks)
         left = [name for name in source.class_names if not any(name in task for task in new)]
         sizes = ", ".join(str(len(task)) for task in new)
-        said = f"{len(new)} {'task' if len(new) == 1 else 'tasks'} of {sizes} classes"
+        classes = "class" if sizes == "1" else "classes"
+        said = f"{len(new)} {'task' if len(new) == 1 else 'tasks'} of {sizes} {classes}"
         if "max_tasks" in settled and config.learner not in FROZEN:
             said += f"; max_tasks is {settled['max_tasks']}, so {settled['max_tasks'] - len(tasks)} can be added later"
         if left:
@@ -126,7 +130,7 @@ class GCABMethod(LabelledMethod):
         Raises:
             UsageError: They cannot be told apart by class, or there are none.
         """
-        test = open_test_images(config, source)
+        test = open_test_images(config, source, one_class=True)
         if not isinstance(test, Source) or test.multilabel:
             raise UsageError(f"test images {config.test} have to be read by number, and to have one class each")
         names = list(source.class_names or [])
