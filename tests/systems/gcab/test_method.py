@@ -113,7 +113,7 @@ def test_a_task_may_be_of_one_class_in_a_folder_of_its_own(three, tmp_path, caps
     found = run(tmp_path / "four", continue_from=str(three.path), shots=None, **changes)
     assert found.summary["tasks"] == [["3", "1"], ["0", "2"], ["4", "5"], ["6"]]
     assert pl.load(found.path).num_classes == 7
-    assert "1 task of 1 class;" in capsys.readouterr().err
+    assert "1 task of 1 class\n" in capsys.readouterr().err
 
 
 def test_gates_that_leave_nothing_free_are_said(tmp_path, monkeypatch, capsys):
