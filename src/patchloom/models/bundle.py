@@ -278,6 +278,10 @@ def find_bundle(path: str | Path) -> Path:
         raise UsageError(f"{path} holds an adapter and no bundle; where it can be merged, patchloom merge makes one")
     if any((candidate / "ear.json").exists() for candidate in (folder, folder / "model")):
         raise UsageError(f"{path} holds a detector of defects and no bundle; patchloom anomaly predict opens it")
+    for candidate in (folder, folder / "model"):
+        for name, what in (("vim.json", "makes images"), ("tokenizer.json", "makes tokens")):
+            if (candidate / name).exists():
+                raise UsageError(f"{path} holds a model that {what}, and no encoder; patchloom.load opens it")
     what = "does not exist" if not folder.exists() else f"holds no {CONFIG} and {WEIGHTS}"
     raise UsageError(f"there is no bundle at {path}: it {what}; give a run folder or its model/")
 

@@ -233,3 +233,17 @@ def test_a_model_whose_tokenizer_was_exchanged_is_refused(run, tmp_path):
     (tmp_path / "model" / "vim.json").write_text("{")
     with pytest.raises(UsageError, match=r"vim\.json is damaged"):
         pl.load(tmp_path / "model")
+
+
+def test_fid_needs_weights_that_are_there_and_its_extra(run, tmp_path):
+    asked = {"count": 2, "reference": "digits:test", "device": "cpu"}
+    with pytest.raises(UsageError, match="no file of Inception weights"):
+        sample_images(str(run.path), str(tmp_path / "a"), inception=str(tmp_path / "none.pth"), **asked)
+    with pytest.raises(UsageError, match="name them as reference"):
+        sample_images(str(run.path), str(tmp_path / "b"), inception="any.pth")
+
+
+def test_what_takes_an_encoder_says_what_it_is_instead(run, learned):
+    for path, words in ((run.path, "makes images"), (learned, "makes tokens")):
+        with pytest.raises(UsageError, match=f"holds a model that {words}, and no encoder"):
+            pl.evaluate("knn", encoder=str(path), train="digits", test="digits:test")

@@ -391,3 +391,31 @@ def test_the_command_line_trains_and_goes_on(tmp_path, capsys):
     assert "needs the name of a method: vit_vqgan" in capsys.readouterr().err
     assert main(["tokenize", "train", "vqgan"]) == 2
     assert main(["tokenize", "train", "--help"]) == 0
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory) -> str:
+    """Weights as torchvision names them, drawn at random."""
+    torch.manual_seed(5)
+    state = PerceptualLoss(None).network.net.state_dict()
+    named = {"features." + name.split(".", 1)[1]: value for name, value in state.items()}
+    path = tmp_path_factory.mktemp("vgg") / "vgg.pth"
+    torch.save({**named, "classifier.0.weight": torch.zeros(2)}, path)
+    return str(path)
+
+
+def test_weights_of_a_file_are_those_perception_sees_by(vgg):
+    torch.manual_seed(0)
+    loss, state = PerceptualLoss(vgg), torch.load(vgg, weights_only=True)
+    assert torch.equal(loss.network.net.state_dict()["slice3.14.weight"], state["features.14.weight"])
+
+
+def test_a_run_with_perception_resumes_without_its_weights_in_the_checkpoint(tmp_path, vgg):
+    settings = {"perceptual": None, "perceptual_weights": vgg, "image_size": 16, "max_steps": 2, "report": False}
+    run = train(tmp_path / "run", **settings)
+    assert run.summary["perceptual"] == 0.1
+    assert run.summary["generator_perceptual"] > 0
+    checkpoint = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not any(name.startswith("perceptual_loss.") for name in checkpoint["state_dict"])
+    (run.path / "summary.json").unlink()  # as where the report was cut off
+    assert train(tmp_path / "run", **settings, resume=True).summary["steps"] == 2
