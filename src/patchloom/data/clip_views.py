@@ -51,6 +51,10 @@ class ClipView:
             return {"clip": stretched(seen.flatten(1, 2)).unflatten(1, seen.shape[1:3])}
         return {"clip": torch.stack([self.frame_view(frame)["image"] for frame in clip.unbind(1)], 1)}
 
+    def __repr__(self) -> str:
+        """Name the view of the frames."""
+        return f"ClipView({self.frame_view!r})"
+
 
 def eval_view(view: View, size: int | Sequence[int]) -> ClipView:
     """Return the view of that name at a side, (H, W) or (T, H, W); how many frames there are is the source's."""

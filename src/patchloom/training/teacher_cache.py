@@ -25,8 +25,8 @@ from patchloom.base.sizes import Size
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.pixels import unit
-from patchloom.data.transforms import EvalTransform
 from patchloom.encoders import normalize
+from patchloom.encoders.patches import Grid
 from patchloom.errors import UsageError
 from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory
@@ -73,7 +73,7 @@ def teacher_answers(
     teacher: Any,
     source: Source | StreamSource,
     *,
-    image_size: Size,
+    image_size: Size | Grid,
     cache: str | Path | None = "auto",
     name: str | None = None,
     batch_size: int = 128,
@@ -85,7 +85,7 @@ def teacher_answers(
     Args:
         teacher: A classifier of timm or of this package, whose `pretrained_cfg` says how images are normalised.
         source: The images.
-        image_size: Side of the view in pixels, or (height, width).
+        image_size: Side of the view in pixels, or (height, width); of clips (T, H, W).
         cache: Folder of the cache; `auto` is its usual place, `none` keeps the answers in memory.
         name: What the user calls the teacher: answers of the same name that are out of date are replaced.
         batch_size: Images at a time.
@@ -97,7 +97,7 @@ def teacher_answers(
     """
     if isinstance(source, StreamSource):
         raise UsageError(f"{source.name} is a stream; a teacher's answers are kept for images in folders only")
-    view = EvalTransform(image_size)
+    view = source.kind.eval_view("crop", image_size)
 
     @torch.no_grad()
     def produce(take: Take) -> list[tuple[str, str]]:
@@ -108,7 +108,7 @@ def teacher_answers(
             for batch in track(loader, "teacher", unit="batch"):
                 skipped += batch["skipped"]
                 if batch["key"]:
-                    images = normalize(unit(batch["image"].to(device)), teacher)
+                    images = normalize(unit(batch[source.kind.name].to(device)), teacher)
                     take(teacher(images).float().cpu(), batch["label"], batch["key"])
         return skipped
 

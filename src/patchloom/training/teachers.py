@@ -23,7 +23,18 @@ from torch.nn import functional as F
 
 from patchloom.base.sizes import Size, pair, size_text
 from patchloom.data.base import Source, StreamSource
-from patchloom.encoders import Encoder, grid_size, has_tokens, image_size, in_chans, normalize, set_image_size
+from patchloom.data.kinds import KINDS
+from patchloom.encoders import (
+    Encoder,
+    grid_size,
+    has_tokens,
+    in_chans,
+    input_size,
+    kind_of,
+    normalize,
+    set_image_size,
+)
+from patchloom.encoders.patches import Grid, shown
 from patchloom.errors import UsageError
 from patchloom.features.class_scores import class_scores
 from patchloom.models.bundle import fetch_encoder, load, read_lineage
@@ -67,9 +78,9 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the images it is shown, in pixels."""
-        return image_size(self.model)
+    def size(self) -> Grid:
+        """Sides of what it is shown without channels: (H, W) of images, (T, H, W) of clips."""
+        return input_size(self.model)
 
     def why_not(self, class_names: list[str]) -> str | None:
         """Return why it cannot be asked about some classes, in words, or None; its outputs then come in their order.
@@ -112,7 +123,7 @@ class FrozenTeacher(nn.Module):
         """Return the student's images as the teacher takes them.
 
         Args:
-            images: (B, C, H, W), normalised for the student.
+            images: (B, C, H, W), or clips (B, C, T, H, W), normalised for the student.
             student: Its `pretrained_cfg` says how they were normalised.
             interpolation: How they are resized, where sizes differ.
             antialias: Smooth before they are made smaller.
@@ -125,8 +136,11 @@ class FrozenTeacher(nn.Module):
         )
         if teacher_statistics != student_statistics:
             images = normalize(denormalize(images, student), self.model)
-        if images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode=interpolation, antialias=antialias, align_corners=False)
+        if images.shape[-2:] != self.size[-2:]:
+            planes = images if images.ndim == 4 else images.transpose(1, 2).flatten(0, 1)  # frames, each by itself
+            size = list(self.size[-2:])
+            planes = F.interpolate(planes, size, mode=interpolation, antialias=antialias, align_corners=False)
+            images = planes if images.ndim == 4 else planes.unflatten(0, (len(images), -1)).transpose(1, 2)
         return images
 
     @torch.no_grad()
@@ -137,7 +151,8 @@ class FrozenTeacher(nn.Module):
 
 def denormalize(images: Tensor, model: Encoder) -> Tensor:
     """Return images normalised for a model as they were, in [0, 1]; the inverse of `encoders.normalize`."""
-    zero, one = (normalize(torch.full_like(images[:1, :, :1, :1], value), model) for value in (0.0, 1.0))
+    shape = (1, images.shape[1], *(1 for _ in images.shape[2:]))
+    zero, one = (normalize(images.new_full(shape, value), model) for value in (0.0, 1.0))
     return (images - zero) / (one - zero)
 
 
@@ -161,16 +176,15 @@ def open_teacher(name: str, *, size: Size | None = None, channels: int = 3) -> t
             f"the teacher {name} takes images of {in_chans(model)} channels, not {channels}; set in_chans, or take "
             f"another teacher"
         )
-    trained = image_size(model)
+    trained = input_size(model)[-2:]
     notices = []
     if size is not None and pair(size) != trained:
         before = grid_size(model) if has_tokens(model) else None
         set_image_size(model, size)
         if before is not None:
-            (h, w), (new_h, new_w) = before, grid_size(model)
             notices.append(
-                f"the teacher's positions were resampled from {h}x{w} to {new_h}x{new_w} patches for images of "
-                f"{size_text(size)} pixels; it was trained with {size_text(trained)}"
+                f"the teacher's positions were resampled from {shown(before)} to {shown(grid_size(model))} patches for "
+                f"images of {size_text(size)} pixels; it was trained with {size_text((trained[0], trained[1]))}"
             )
     return FrozenTeacher(model, name), notices
 
@@ -203,12 +217,23 @@ class DistillMethod(SupervisedMethod):
         self.teacher, notices = open_teacher(config.teacher, size=config.teacher_image_size, channels=config.in_chans)
         for notice in notices:
             self.notice(notice)
-        size, student_size = self.teacher.size, self.input_size
+        if (kind := kind_of(self.teacher.model)) != kind_of(self.encoder):
+            raise UsageError(
+                f"the teacher {config.teacher} takes {KINDS[kind].plural}, and the student "
+                f"{KINDS[kind_of(self.encoder)].plural}; take two of one kind"
+            )
+        size, student_size = self.teacher.size, self.sample_size
+        if size[:-2] != student_size[:-2]:
+            raise UsageError(
+                f"the teacher {config.teacher} is set up for {shown(size)} and the student for {shown(student_size)}; "
+                f"clip_frames={size[0]} gives both as many frames"
+            )
         if size != student_size:
-            stretched = "" if student_size[0] * size[1] == student_size[1] * size[0] else ", out of proportion"
+            (h, w), (own_h, own_w) = size[-2:], student_size[-2:]
+            stretched = "" if own_h * w == own_w * h else ", out of proportion"
             self.notice(
-                f"images of {size_text(student_size)} pixels are resized to {size_text(size)} for "
-                f"the teacher{stretched}"
+                f"{self.source.kind.plural} of {size_text((own_h, own_w))} pixels are resized to {size_text((h, w))} "
+                f"for the teacher{stretched}"
             )
 
     def notice(self, text: str) -> None:

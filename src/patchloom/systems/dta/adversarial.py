@@ -98,6 +98,8 @@ class AdversarialTraining(Attachment):
         """
         if not isinstance(method, LabelledMethod) or method.phases():
             raise UsageError("adversarial training is for methods that learn from labels, with one optimiser")
+        if method.source.kind.name != "image":
+            raise UsageError(f"adversarial training is for images, not {method.source.kind.plural}; set adversary=none")
         if self.adversary == "pgd" and method.config.strategy == "fsdp":
             raise UsageError("adversary=pgd goes through the model within a step, which fsdp does not allow; use ddp")
         if self.own is None and self.adversary == "dta":

@@ -11,6 +11,17 @@ from patchloom.training.supervised_config import PooledHeadOptions, SupervisedCo
 
 MAE: dict[str, Any] = {"lr": 5e-4, "lr_base_batch": 256, "warmup_epochs": 5.0}
 
+VIDEO: dict[str, Any] = {
+    "lr": 7e-4,
+    "lr_base_batch": 256,
+    "epochs": 90,
+    "warmup_epochs": 5.0,
+    "layer_decay": 0.75,
+    "drop_path": 0.1,
+    "auto_augment": "rand-m7-n4-mstd0.5-inc1",
+    "batch_size": 16,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(PooledHeadOptions, SupervisedConfig):
@@ -21,6 +32,28 @@ class FinetuneConfig(PooledHeadOptions, SupervisedConfig):
         "mae": MAE,
         "mae_large": {**MAE, "lr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.2},
         "mae_huge": {**MAE, "lr": 1e-3, "epochs": 50, "layer_decay": 0.75, "drop_path": 0.3},
+        # VideoMAE V2's recipes for a base and a giant encoder of clips on Kinetics-710, and for what follows that on
+        # one set: arXiv 2303.16727. Published with two views of each clip that is read (repeated_augmentation).
+        "videomae_v2": VIDEO,
+        "videomae_v2_giant": {
+            **VIDEO,
+            "lr": 1e-3,
+            "epochs": 35,
+            "layer_decay": 0.9,
+            "drop_path": 0.3,
+            "weight_decay": 0.1,
+            "clip_grad": 5.0,
+        },
+        "videomae_v2_specific": {
+            **VIDEO,
+            "lr": 1e-5,
+            "epochs": 3,
+            "warmup_epochs": 1.0,
+            "layer_decay": 0.9,
+            "drop_path": 0.25,
+            "weight_decay": 0.1,
+            "clip_grad": 5.0,
+        },
         # Findings on chest X-rays from a small encoder: arXiv 2210.12843.
         "thorax": {
             "epochs": 75,
