@@ -3,9 +3,9 @@
     python -m benchmarks.clip_loading [--clips 24] [--rounds 3] [--clock process] [--write]
 
 Videos are made here with x264: photographs in motion, 480 x 270 pixels, 10 s, a key frame every 2 s. A clip is 16
-frames 4 apart; its crop of random area is resized to 224 pixels with antialiasing. The peer seeks, decodes every frame of
-the window to RGB and drops what it does not need, as `torchvision.io.read_video` (removed in newer releases) was used;
-its transforms are torchvision's. Both take the same windows, in one process with one thread.
+frames 4 apart; its crop of random area is resized to 224 pixels with antialiasing. The peer seeks, decodes every frame
+of the window to RGB and drops what it does not need, as `torchvision.io.read_video` (gone from newer releases) was
+used; its transforms are torchvision's. Both take the same windows, in one process with one thread.
 """
 
 from __future__ import annotations

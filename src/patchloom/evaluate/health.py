@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchloom.base.sizes import Size
-from patchloom.data import EvalTransform, PairedViews, make_loader, open_source
+from patchloom.data import make_loader, open_source
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.kinds import require_kind
+from patchloom.data.kinds import Kind, require_kind
 from patchloom.data.pixels import unit
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import (
@@ -21,11 +20,12 @@ from patchloom.encoders import (
     class_attention,
     depth,
     grid_size,
-    image_size,
     in_chans,
+    input_size,
     intermediate_layers,
     normalize,
 )
+from patchloom.encoders.patches import Grid
 from patchloom.errors import UsageError
 from patchloom.evaluate.health_config import HealthConfig
 from patchloom.evaluate.logistic import fit_logistic
@@ -40,6 +40,7 @@ from patchloom.features.geometry import (
     uniformity,
 )
 from patchloom.features.health import mean_pairwise_cosine, rankme, verdict
+from patchloom.features.inputs import require_taken
 from patchloom.models.bundle import open_encoder
 
 PATCH_IMAGES = 64
@@ -49,7 +50,7 @@ class Health:
     """Rank, alignment, uniformity, attention, outlier tokens, position leakage and a probe of every layer."""
 
     config_class = HealthConfig
-    kinds = ("image",)
+    kinds = ("image", "clip")
 
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
@@ -72,6 +73,7 @@ class Health:
         device = torch_device(config.device)
         encoder = encoder.eval().to(device)
         source = self._sample(
+            encoder,
             open_source(
                 config.data,
                 in_chans=in_chans(encoder),
@@ -79,7 +81,7 @@ class Health:
                 model=encoder,
                 by_index=True,
                 **config.source_options(),
-            )
+            ),
         )
         pooled, labels, norms, patches, entropy = self._look(encoder, source, device)
         last = pooled[-1]
@@ -107,8 +109,9 @@ class Health:
             write_page(config, figures)
         return figures
 
-    def _sample(self, source: Source | StreamSource) -> Source:
+    def _sample(self, encoder: Encoder, source: Source | StreamSource) -> Source:
         require_kind(source, self.kinds, "evaluate health")
+        require_taken(source, encoder)
         if not isinstance(source, Source):
             raise UsageError(f"{source.name} can only be read from front to back; unpack the shards to .tar")
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -133,8 +136,8 @@ class Health:
         patches: list[list[Tensor]] = [[] for _ in layers]
         entropy: list[list[Tensor]] = [[] for _ in layers]
         labels = []
-        for batch in self._batches(source, EvalTransform(image_size(encoder))):
-            images = normalize(unit(batch["image"].to(device)), encoder)
+        for batch in self._batches(source, source.kind.eval_view("crop", input_size(encoder))):
+            images = normalize(unit(batch[source.kind.name].to(device)), encoder)
             labels.append(batch["label"])
             room = PATCH_IMAGES - sum(len(part) for part in patches[0])
             for number, tokens_of_layer in enumerate(intermediate_layers(encoder, images, list(layers))):
@@ -160,7 +163,7 @@ class Health:
 
     def _views(self, encoder: Encoder, source: Source, device: torch.device, which: str) -> Tensor:
         """Return the features of one of two random views of every image: crop, flip, colour."""
-        transform = IndependentViews(image_size(encoder))
+        transform = IndependentViews(source.kind, input_size(encoder))
         parts = []
         for batch in self._batches(source, transform):
             images = normalize(unit(batch[which].to(device)), encoder)
@@ -185,14 +188,15 @@ class Health:
 
 
 class IndependentViews:
-    """Two views of an image drawn apart: crop, flip and colour, as contrastive methods see it."""
+    """Two views of a sample drawn apart: crop, flip and colour, as contrastive methods see it."""
 
-    def __init__(self, size: Size) -> None:
-        self.one = PairedViews(size, scale=(0.4, 1.0), color_jitter=0.4)
+    def __init__(self, kind: Kind, size: Grid) -> None:
+        self.kind = kind.name
+        self.one = kind.training_view(size, scale=(0.4, 1.0), flip=0.5, color_jitter=0.4)
 
-    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return `image` and `target`, (C, *size) uint8."""
-        return {name: self.one(image, generator)["image"] for name in ("image", "target")}
+    def __call__(self, value: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return `image` and `target`, (C, *size), of the type of the sample."""
+        return {name: self.one(value, generator)[self.kind] for name in ("image", "target")}
 
 
 def write_page(config: HealthConfig, figures: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class VideoMaskedAutoencoder(nn.Module):
         latent = self.encode(clips, visible)
         x = self._decoder_input(latent, visible, decoded, hidden.shape[1])
         for block in self.decoder_blocks:
-            x = run_block(block, x)
+            x = block(x)
         return self._predicted(x[:, visible.shape[1] :])
 
     def loss(
@@ -173,11 +173,11 @@ class VideoMaskedAutoencoder(nn.Module):
         latent = self.encode(clips, visible)
         x = self._decoder_input(latent, visible, decoded, hidden.shape[1])
         for block in list(self.decoder_blocks)[:-1]:
-            x = run_block(block, x)
+            x = block(x)
         last, count = self.decoder_blocks[-1], visible.shape[1]
         rows = torch.cat([torch.zeros_like(visible, dtype=torch.bool), counted], dim=1)
         if isinstance(last.attn, CosineAttention):
-            x = run_block(last, x, rows=rows)[:, count:]
+            x = run_block(last, x, rows=rows, keep_all=True)[:, count:]
         else:  # what the last block makes of visible tokens, nobody asks for: they are keys and values only
             x, _ = attend_block(last, Group(x[:, count:]), Group(x[:, :count], is_guest=True))
         predictions = self._predicted(x[counted])  # (tokens of all clips, …)
