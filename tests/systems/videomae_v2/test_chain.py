@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import patchloom as pl
+from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
+from patchloom.models.bundle import save_bundle
 
 SMALL = {
     "batch_size": 4,
@@ -77,5 +79,8 @@ def test_encoders_and_data_of_different_kinds_are_told_apart(videos, pretrained,
         pl.adapt("linear", data="photos", encoder=pretrained, out=tmp_path / "a", **SMALL)
     with pytest.raises(UsageError, match="holds clips, and the encoder resnet18 takes images"):
         pl.adapt("scratch", data=videos, encoder="resnet18", out=tmp_path / "b", **SMALL)
+    save_bundle(create_encoder("test_vit"), tmp_path / "images")
     with pytest.raises(UsageError, match="multi_scale takes clips"):
-        pl.adapt("adaptformer", data="digits", encoder="runs/none", multi_scale=True, out=tmp_path / "c", **SMALL)
+        pl.adapt(
+            "adaptformer", data="digits", encoder=tmp_path / "images", multi_scale=True, out=tmp_path / "c", **SMALL
+        )
