@@ -202,3 +202,15 @@ def test_huge_and_giant_have_the_papers_sizes():
         base = timm.create_model("videomae_base_patch16_224", num_classes=400)
         # The published count is without biases of keys, which change nothing.
         assert sum(p.numel() for p in base.parameters()) == 86_534_800 + 12 * 768
+
+
+def test_hidden_tubes_are_not_embedded_in_training_either():
+    encoder = tiny().train()
+    seen = []
+    encoder.patch_embed.proj.forward = lambda clips: seen.append(clips.shape)
+    keep = torch.tensor([[0, 3, 5]])
+    clips = torch.randn(1, 3, 4, 8, 12)
+    kept = embed(encoder, clips, keep=keep).x
+    assert not seen
+    del encoder.patch_embed.proj.forward
+    torch.testing.assert_close(kept, embed(encoder, clips).x[:, keep[0]], atol=1e-5, rtol=1e-5)

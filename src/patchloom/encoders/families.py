@@ -224,15 +224,19 @@ class Family:
         """Return whether the patch embedding is one linear layer on each patch, and nothing random follows it."""
         if not isinstance(encoder.patch_embed, self.patch_embeds):
             return False
-        drop: Any = getattr(encoder, "pos_drop", None)
         proj: Any = encoder.patch_embed.proj
-        still = not encoder.training or (getattr(drop, "p", 0.0) == 0 and getattr(encoder, "patch_drop", None) is None)
+        still = not encoder.training or not self.drops_in_front(encoder)
         return (
             still
             and type(proj) in CONVOLUTIONS
             and tuple(proj.kernel_size) == tuple(proj.stride) == self.patch_shape(encoder)
             and not any((*proj.padding, *proj._forward_hooks, *proj._forward_pre_hooks))
         )
+
+    def drops_in_front(self, encoder: Any) -> bool:
+        """Return whether training may drop something between the patch embedding and the first block."""
+        drop: Any = getattr(encoder, "pos_drop", None)
+        return getattr(drop, "p", 0.0) != 0 or getattr(encoder, "patch_drop", None) is not None
 
     def add_positions(self, encoder: Any, x: Tensor) -> Embedded:
         """Return what enters the first block, for patches (B, N, D) or (B, *grid, D) of the encoder's size.

@@ -199,6 +199,10 @@ class VideoTransformers(VisionTransformers):
         shape: Grid = encoder.patch_embed.patch_size
         return shape
 
+    def drops_in_front(self, encoder: Any) -> bool:
+        """Return whether training may drop something there; timm has a module that does nothing where it does not."""
+        return encoder.pos_drop.p != 0 or not isinstance(encoder.patch_drop, nn.Identity)
+
     def sides(self, own: Grid, size: int | Grid) -> Grid:
         """Return (T, H, W); a side, or (H, W), leaves the number of frames as it is."""
         height_and_width = (size, size) if isinstance(size, int) else size
