@@ -209,7 +209,7 @@ def test_hidden_tubes_are_not_embedded_in_training_either():
     seen = []
     encoder.patch_embed.proj.forward = lambda clips: seen.append(clips.shape)
     keep = torch.tensor([[0, 3, 5]])
-    clips = torch.randn(1, 3, 4, 8, 12)
+    clips = torch.randn(1, 3, 4, 8, 12, dtype=encoder.patch_embed.proj.weight.dtype)
     kept = embed(encoder, clips, keep=keep).x
     assert not seen
     del encoder.patch_embed.proj.forward
