@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--segment_steps", type=int, default=200)
+    parser.add_argument("--loss_steps", type=int, default=300)
     parser.add_argument("--write", action="store_true", help="write the table to docs/systems/hi_end_mae.md")
     options = parser.parse_args()
     series = Series(options.out)
@@ -130,7 +131,9 @@ def main() -> None:
     losses = {}
     for ratio in (0.75, 0.5):
         name = f"loss_{ratio}"
-        told = series.get(name, lambda r=ratio, n=name: pretrained(options.out / n, "hi_end_mae", 0, 300, r))
+        told = series.get(
+            name, lambda r=ratio, n=name: pretrained(options.out / n, "hi_end_mae", 0, options.loss_steps, r)
+        )
         losses[ratio] = statistics.mean(told["losses"][-20:])
     for seed in options.seeds:
         for method in ("hi_end_mae", "mae"):
@@ -161,8 +164,8 @@ def main() -> None:
         f"{machine()}. Per cent.\n\n"
         f"{markdown_table(['', *(f'seed {seed}' for seed in options.seeds)], rows)}\n\n"
         f"Hi-End-MAE leads MAE by {mean_and_deviation([100 * x for x in lead])} points of Dice, and fresh weights by "
-        f"{mean_and_deviation([100 * x for x in gain])}. After 300 steps the loss is {losses[0.75]:.2f} with 75 % "
-        f"hidden and {losses[0.5]:.2f} with 50 %; predicting zero costs 1."
+        f"{mean_and_deviation([100 * x for x in gain])}. After {options.loss_steps} steps the loss is "
+        f"{losses[0.75]:.2f} with 75 % hidden and {losses[0.5]:.2f} with 50 %; predicting zero costs 1."
     )
     print(text)
     if options.write:

@@ -46,6 +46,9 @@ SETTINGS = Settings(
         "decoder_dim": "decoder_embed_dim",
         "decoder_heads": "decoder_num_heads",
         "decoder_self_depth": "decoder_depth",
+        "heads": "num_heads",
+        "hidden": "embed_dim",
+        "mlp": "intermediate_size",
     },
 )
 HEADS = {768: 12, 1536: 16}
@@ -174,6 +177,7 @@ def _unetr(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
         "mlp_ratio": _hidden(state["vit.blocks.0.mlp.linear1.weight"]),
         "feature_size": features,
         "num_classes": len(state["out.conv.conv.weight"]),
+        "stock_upsampling": "decoder2.transp_conv.conv.weight" in state,
     }
     settled = SETTINGS.settle(config, shape)
     patch = _patch(settled, elements // channels)
@@ -187,9 +191,8 @@ def _unetr(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
         fc_norm=False,
         **OF_SEGMENTATION,
     )
-    stock = "decoder2.transp_conv.conv.weight" in state
     layers = tuple(settled.get("layers") or settled.get("memory_layers") or (3, 6, 9))
-    model = UNETR(encoder, shape["num_classes"], features, layers, stock)
+    model = UNETR(encoder, shape["num_classes"], features, layers, shape["stock_upsampling"])
     names: dict[str, str] = {}
     ours: dict[str, Tensor] = {}
     for name, value in state.items():
