@@ -19,7 +19,7 @@ from patchloom.training.teacher_cache import AnswersMethod
 class LogitsMethod(AnswersMethod):
     """Any student learns the answers of any teacher of the same classes, beside the labels."""
 
-    kinds = ("image", "clip", "volume")
+    kinds = ("image", "clip")
     config_class: ClassVar[type[TrainConfig]] = LogitsConfig
     config: LogitsConfig
 
