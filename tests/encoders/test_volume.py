@@ -129,6 +129,13 @@ def test_what_cannot_be_is_refused_in_one_sentence(arguments, sentence):
         small(**arguments)
 
 
+def test_volumes_of_another_size_are_refused_in_every_way_in():
+    encoder, volumes = small(), torch.rand(1, 2, 6, 8, 12)
+    for enter in (pooled, tokens, feature_map):
+        with pytest.raises(UsageError, match=r"volumes of 6x8x12.*; the encoder is set up for 4x8x12"):
+            enter(encoder, volumes)
+
+
 def test_images_are_refused():
     with pytest.raises(UsageError, match=r"takes volumes \(B, C, D, H, W\), and was given shape"):
         embed(small(), torch.rand(1, 2, 8, 12))

@@ -170,3 +170,22 @@ def test_what_cannot_be_explained_is_refused():
         grad_cam(create_encoder("vit_tiny_patch16_224", depth=1), torch.randn(1, 3, 224, 224), torch.tensor([0]))
     with pytest.raises(UsageError, match="a ResNet has no blocks with attention"):
         rollout(timm.create_model("resnet10t"), images)
+
+
+def test_maps_of_a_volume_lie_on_its_grid():
+    """The rows of the class token, from the attention of a whole volume; also for a classifier of volumes."""
+    shape = {"image_size": (4, 8, 12), "patch_size": (2, 4, 3), "embed_dim": 12, "depth": 2, "num_heads": 2}
+    encoder = create_encoder("volume_vit_micro_patch4_32", in_chans=1, **shape).eval()
+    volumes = torch.rand(2, 1, 4, 8, 12)
+    (attention,) = attention_probabilities(encoder, volumes, [-1])
+    maps = class_token_maps(encoder, volumes)
+    assert maps.shape == (2, 2, 2, 2, 4)
+    torch.testing.assert_close(maps.flatten(2), attention[:, :, 0, 1:])
+    assert rollout(encoder, volumes).shape == (2, 2, 2, 4)
+    encoder.reset_classifier(3)
+    target = torch.tensor([0, 2])
+    assert (
+        grad_cam(encoder, volumes, target).shape == gradient_attention(encoder, volumes, target).shape == (2, 2, 2, 4)
+    )
+    with pytest.raises(UsageError, match="the images are 4x8x9 pixels and the encoder takes 4x8x12"):
+        rollout(encoder, volumes[..., :9])

@@ -79,6 +79,7 @@ class VolumeEmbed(nn.Module):
         self.set_size((num_slices or height, height, width))
         self.proj = nn.Conv3d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.norm = nn.Identity()
+        self.strict_img_size = True
 
     def set_size(self, size: Grid) -> None:
         """Be set up for volumes of a size (D, H, W); no weight depends on it."""
@@ -94,11 +95,17 @@ class VolumeEmbed(nn.Module):
         """Return tokens (B, N, D) of volumes (B, C, D, H, W), without positions.
 
         Raises:
-            UsageError: No volumes, or sides that patches do not fill.
+            UsageError: No volumes, sides that patches do not fill, or others than it is set up for.
         """
         if volumes.ndim != 5:
             raise UsageError(f"the encoder takes volumes (B, C, D, H, W), and was given shape {tuple(volumes.shape)}")
-        patch_grid(tuple(volumes.shape[2:]), self.patch_size)
+        sides = tuple(volumes.shape[2:])
+        if self.strict_img_size and sides != self.img_size:
+            raise UsageError(
+                f"volumes of {shown(sides)} voxels; the encoder is set up for {shown(self.img_size)}, and its "
+                f"positions are resampled by set_image_size"
+            )
+        patch_grid(sides, self.patch_size)
         tokens: Tensor = self.proj(volumes).flatten(2).transpose(1, 2)
         return tokens
 
