@@ -1,7 +1,7 @@
 """Centroids against learned tokens at the same k and grid, and the small-scale claims of ViT-VQGAN and VIM.
 
     python -m benchmarks.claims.tokenizers --out scratch/claims/tokenizers [--data CIFAR10_TRAIN --test CIFAR10_TEST]
-        [--steps 400] [--vim_steps 300] [--seeds 1] [--pretrain] [--write]
+        [--steps 1000] [--vim_steps 500] [--seeds 1] [--pretrain] [--write]
 
 What each costs to build, how well it gives images back, how far noise moves its tokens, what is made of them, and with
 --pretrain what CCViT learns from them. The defaults take less than 20 minutes of one core; the claims of the papers are
@@ -211,7 +211,7 @@ def comparison_table(series: Series, seeds: int) -> str:
 
     def cell(name: str, key: str, scale: float = 1, digits: int = 2) -> str:
         values = [scale * one[key] for one in figures(series, name, seeds) if key in one]
-        return mean_and_deviation(values, digits) if values else "not run"
+        return mean_and_deviation(values, digits).removesuffix(" (one run)") if values else "not run"
 
     rows = [
         ["processor seconds to build", *(cell(name, "seconds", digits=0) for name in ("centroids", "learned"))],
@@ -296,14 +296,19 @@ def claims_table(series: Series, seeds: int) -> str:
     return markdown_table(["claim", "measured", "check", ""], shown)
 
 
+def shown(source: str) -> str:
+    """Return the name of a source; of a folder the last two parts of its path."""
+    return "/".join(Path(source).parts[-2:])
+
+
 def main() -> None:
     """Run what is missing, and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="photos")
     parser.add_argument("--test", default="photos:test")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400, help="of a learned tokenizer")
-    parser.add_argument("--vim_steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000, help="of a learned tokenizer")
+    parser.add_argument("--vim_steps", type=int, default=500)
     parser.add_argument("--pretrain_steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--pretrain", action="store_true", help="pre-train CCViT on each as well")
@@ -313,7 +318,7 @@ def main() -> None:
     series = Series(options.out)
     run_all(series, options)
     how = (
-        f"{machine()}; {Path(options.data).name} and {Path(options.test).name}, {options.steps} steps of {BATCH} "
+        f"{machine()}; {shown(options.data)} and {shown(options.test)}, {options.steps} steps of {BATCH} "
         f"images, VIM {options.vim_steps}, {options.seeds} seed{'s' if options.seeds > 1 else ''}"
     )
     tables = {"comparison": comparison_table(series, options.seeds), "claims": claims_table(series, options.seeds)}
