@@ -123,7 +123,14 @@ def test_too_few_images_and_sizes_that_do_not_fit_are_refused():
     [
         ({}, "artefact share 0.0 %: there is little to clean."),
         ({"norm_outliers": 0.021}, "artefact share 2.1 %: cleaning is worth trying."),
-        ({"position_explained_variance": 0.31}, "place explains 31 % of what patch features differ by"),
+        (
+            {"position_explained_variance": 0.31, "shift_consistency": 0.9},
+            "cleaning is worth trying (place explains 31 % of what patch features differ by).",
+        ),
+        (
+            {"position_explained_variance": 0.49},
+            "little to clean (place explains 49 % of what patch features differ by, but",
+        ),
         ({"constant_image_pattern": 0.5}, "an empty image shows a pattern of 50 % of the features' size"),
         ({"shift_consistency": 0.61}, "content moved by a patch is only 0.61 like itself"),
         ({"norm_outliers": float("nan")}, "not finite"),

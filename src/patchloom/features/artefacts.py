@@ -33,7 +33,9 @@ Dense = Callable[[Tensor], Tensor]
 
 OUTLIERS, EXPLAINED, CONSTANT, CONSISTENT = 0.005, 0.1, 0.3, 0.8
 """From which share of outliers, variance by place and size of the empty image's pattern on, and below which likeness of
-shifted content, cleaning is worth trying. Rules of thumb: photographs differ by place themselves (sky is above)."""
+shifted content, cleaning is worth trying. Rules of thumb."""
+MOVES_ALONG = 0.95
+"""Likeness of shifted content from which on variance by place is the images' own: in street scenes, sky is above."""
 MOST_TOKENS = 20_000
 """Tokens at most that the place is learnt to be read from."""
 
@@ -229,15 +231,21 @@ def artefact_verdict(figures: dict[str, float]) -> str:
     if not all(map(isfinite, figures.values())):
         return "The features are not finite, or the same everywhere: there is nothing to clean."
     found = []
-    if (explained := figures["position_explained_variance"]) >= EXPLAINED:
-        found.append(f"place explains {explained:.0%} of what patch features differ by".replace("%", " %"))
-    if (pattern := figures["constant_image_pattern"]) >= CONSTANT:
+    explained, pattern, likeness = (
+        figures[name] for name in ("position_explained_variance", "constant_image_pattern", "shift_consistency")
+    )
+    by_place = f"place explains {explained:.0%} of what patch features differ by".replace("%", " %")
+    if explained >= EXPLAINED and (likeness < MOVES_ALONG or pattern >= CONSTANT):
+        found.append(by_place)
+    if pattern >= CONSTANT:
         found.append(f"an empty image shows a pattern of {pattern:.0%} of the features' size".replace("%", " %"))
-    if (likeness := figures["shift_consistency"]) < CONSISTENT:
+    if likeness < CONSISTENT:
         found.append(f"content moved by a patch is only {likeness:.2f} like itself")
     if figures["norm_outliers"] >= OUTLIERS or found:
         because = f" ({'; '.join(found)})" if found else ""
         return f"{share}: cleaning is worth trying{because}."
+    if explained >= EXPLAINED:
+        return f"{share}: there is little to clean ({by_place}, but content keeps its features where it moves)."
     return f"{share}: there is little to clean."
 
 

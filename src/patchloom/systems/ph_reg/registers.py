@@ -34,9 +34,9 @@ def check_takes_registers(encoder: Encoder) -> None:
     family = family_of(encoder)
     if family.kind == "image" and family.takes_registers:
         return
-    reason = ", whose relative-position tables have no entry for them" if isinstance(encoder, Beit) else ""
+    reason = ": its relative-position tables have no entry for them" if isinstance(encoder, Beit) else ""
     raise UsageError(
-        f"a {type(encoder).__name__}{reason} takes no register tokens; take a model of timm's vit_* or eva* families"
+        f"a {type(encoder).__name__} takes no register tokens{reason}; take a model of timm's vit_* or eva* families"
     )
 
 
