@@ -41,5 +41,6 @@ def test_what_takes_long_is_said_with_what_would_take_less(monkeypatch, capsys, 
 def test_the_pace_leaves_the_model_as_it_was():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     assert pace([model], torch.rand(2, 3, 32, 32)) > 0
+    assert pace([model, model], torch.rand(2, 3, 16, 16)) > 0  # images have the size of the first encoder
     assert model.training
     assert all(one.requires_grad and one.grad is None for one in model.parameters())

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchloom.attack.craft import ABOUT, UNIVERSAL_PASSES
 from patchloom.base.progress import duration
 from patchloom.data.survey import notice
-from patchloom.encoders import normalize
+from patchloom.encoders import Encoder
 from patchloom.systems.dta.ball import still
 from patchloom.systems.dta.config import OF_VICTIM, DTAConfig
+from patchloom.systems.dta.features import PixelClassifier
 
 SHORT = 60.0
 """Seconds that need no announcement."""
@@ -62,7 +63,7 @@ def passes(config: DTAConfig, names: Collection[str], images: int, victims: int,
     return total
 
 
-def pace(encoders: Sequence[nn.Module], images: Tensor) -> float:
+def pace(encoders: Sequence[Encoder], images: Tensor) -> float:
     """Return the seconds an image takes forward and back through all encoders, in a pass that is timed.
 
     Args:
@@ -71,12 +72,12 @@ def pace(encoders: Sequence[nn.Module], images: Tensor) -> float:
     """
     seconds = 0.0
     for encoder in encoders:
-        with still(encoder):
+        model = PixelClassifier(encoder)  # resizes for encoders of another size
+        with still(model):
             for _ in range(2):  # the first makes ready
                 x = images.clone().requires_grad_(True)
                 begun = time.perf_counter()
-                output: Any = encoder(normalize(x, encoder))
-                (slope,) = torch.autograd.grad(output.float().square().sum(), x)
+                (slope,) = torch.autograd.grad(model(x).float().square().sum(), x)
                 float(slope.sum())  # waits for a GPU
                 last = time.perf_counter() - begun
         seconds += last
@@ -86,7 +87,7 @@ def pace(encoders: Sequence[nn.Module], images: Tensor) -> float:
 def announce(
     config: DTAConfig,
     names: Sequence[str],
-    encoders: Sequence[nn.Module],
+    encoders: Sequence[Encoder],
     shown: Tensor,
     images: int,
     victims: Sequence[str],
