@@ -155,3 +155,23 @@ def test_published_sizes_are_those_of_timm_by_name(tmp_path):
     trunk = timm.create_model("vitamin_small_224", num_classes=0)
     loaded = pl.load_reference("vitamin", {f"visual.trunk.{n}": v for n, v in trunk.state_dict().items()})
     assert loaded.patchloom_args["architecture"] == "vitamin_small_224"
+
+
+def test_an_imported_checkpoint_is_a_bundle_with_both_towers(published, pairs, tmp_path):
+    from safetensors.torch import save_file
+
+    from patchloom.systems.clip.saved import load_clip
+
+    save_file({name: value.contiguous() for name, value in published.state_dict().items()}, tmp_path / "x.safetensors")
+    out = pl.import_reference("vitamin", str(tmp_path / "x.safetensors"), str(tmp_path / "b"), {"text_heads": 2})
+    with torch.no_grad():
+        torch.testing.assert_close(pl.load(out)(pairs[0]), published.visual.trunk(pairs[0]), atol=1e-5, rtol=0)
+        expected = published.encode_text(pairs[1])
+        torch.testing.assert_close(load_clip(out).encode_text(pairs[1]), expected, atol=1e-5, rtol=0)
+
+
+def test_other_heads_than_usual_are_obeyed(published, pairs):
+    trunk = randomised(build_vitamin("vitamin_tiny_64", num_classes=0, depth=3, num_heads=4))
+    loaded = pl.load_reference("vitamin", trunk.state_dict(), num_heads=4)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pairs[0]), trunk(pairs[0]), atol=1e-5, rtol=0)

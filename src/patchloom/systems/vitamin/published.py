@@ -48,12 +48,13 @@ HEADS = {96: 3, 384: 6, 768: 12, 1024: 16, 1152: 16}
 """Of the published sizes and of the tiny one here, by their widths."""
 TEXT_HEADS = {384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16}
 SIZES = {
+    "tiny": ((16, 32, 96), (1, 1), 3),
     "small": ((64, 128, 384), (2, 4), 14),
     "base": ((128, 256, 768), (2, 4), 14),
     "large": ((160, 320, 1024), (2, 4), 31),
     "xlarge": ((192, 384, 1152), (2, 4), 32),
 }
-"""Channels and depths of the published sizes; timm has them by name."""
+"""Channels and depths of the sizes that have names."""
 TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 STEM = "patch_embed.backbone.stem.conv1.weight"
 
@@ -207,11 +208,13 @@ def _trunk(state: dict[str, Tensor], found: Mapping[str, Any], settled: Mapping[
             size = (side * CELL, side * CELL)
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     shape = found["channels"], found["depths"], found["depth"]
-    published = next((name for name, own in SIZES.items() if own == shape), None)
-    if published is not None and not classes and (published == "xlarge") == (positions is None):
-        name = f"vitamin_{published}_{size[0]}"
-        name = name if timm.is_model(name) else f"vitamin_{published}_{256 if published == 'xlarge' else 224}"
-        return create_encoder(name, image_size=size, in_chans=found["in_chans"])
+    heads = _heads(settled.get("num_heads"), width, "num_heads")
+    named = next((name for name, own in SIZES.items() if own == shape), None)
+    usual = heads == HEADS.get(width) and found["mlp_ratio"] == 2 and found["stem_width"] == found["channels"][0]
+    if named is not None and usual and not classes and (named == "xlarge") == (positions is None):
+        names = timm.list_models(f"vitamin_{named}_*")
+        name = f"vitamin_{named}_{size[0]}"
+        return create_encoder(name if name in names else names[0], image_size=size, in_chans=found["in_chans"])
     model: Any = build_vitamin(
         "vitamin_tiny_64",
         channels=found["channels"],
@@ -220,7 +223,7 @@ def _trunk(state: dict[str, Tensor], found: Mapping[str, Any], settled: Mapping[
         in_chans=found["in_chans"],
         img_size=size,
         depth=found["depth"],
-        num_heads=_heads(settled.get("num_heads"), width, "num_heads"),
+        num_heads=heads,
         mlp_ratio=found["mlp_ratio"],
         num_classes=classes,
         **({"pos_embed": "none"} if positions is None else {}),
