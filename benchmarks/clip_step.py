@@ -77,8 +77,8 @@ def ours(model: CLIP, batch: dict[str, Tensor], autocast: Callable[[], Any], chu
 
     def step() -> None:
         with autocast():
-            images = chunked(partial(model.encode_image, normalize=True), batch["images"], chunk)
-            texts = chunked(partial(model.encode_text, normalize=True), batch["tokens"], chunk)
+            images = chunked(partial(model.encode_image, normalize=True), batch["images"], size=chunk)
+            texts = model.encode_text(batch["tokens"], normalize=True, chunk_size=chunk)
             value = contrastive_loss(images, texts, model.logit_scale.exp(), batch["ids"]).loss
         value.backward()
         optimizer.step()

@@ -59,8 +59,8 @@ def test_gradients_of_chunks_are_those_of_the_whole_batch(size):
     gradients = []
     for rows in (None, size):
         model = towers()
-        image_features = chunked(lambda x, m=model: m.encode_image(x, normalize=True), images, rows)
-        text_features = chunked(lambda x, m=model: m.encode_text(x, normalize=True), tokens, rows)
+        image_features = chunked(lambda x, m=model: m.encode_image(x, normalize=True), images, size=rows)
+        text_features = model.encode_text(tokens, normalize=True, chunk_size=rows)
         ids = torch.tensor([0, 1, 0, 2, 3, 4])
         contrastive_loss(image_features, text_features, model.logit_scale.exp(), ids).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -82,7 +82,7 @@ def test_only_one_chunk_is_kept_at_a_time():
     for rows in (None, 2):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            chunked(model.encode_image, images, rows)
+            chunked(model.encode_image, images, size=rows)
         sizes[rows] = sum(kept)
     assert sizes[2] < sizes[None] / 10
 
@@ -92,8 +92,8 @@ def test_the_scale_stays_in_its_bounds():
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     model.clamp_scale(100.0)
-    assert float(model.logit_scale.exp()) == pytest.approx(100.0)
+    assert float(model.logit_scale.detach().exp()) == pytest.approx(100.0)
     with torch.no_grad():
         model.logit_scale.fill_(-3.0)
     model.clamp_scale()
-    assert float(model.logit_scale.exp()) == 1.0
+    assert float(model.logit_scale.detach().exp()) == 1.0

@@ -126,9 +126,9 @@ class ClipMethod(Method):
         """Return the contrastive loss of a batch of pairs, and how often an image finds its caption."""
         config, towers = self.config, self.towers
         images = normalize(self.pixels(batch["image"]), self.encoder)
-        image_features = chunked(partial(towers.encode_image, normalize=True), images, config.chunk_size)
+        image_features = chunked(partial(towers.encode_image, normalize=True), images, size=config.chunk_size)
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.lock != "text"):
-            text_features = chunked(partial(towers.encode_text, normalize=True), batch["tokens"], config.chunk_size)
+            text_features = towers.encode_text(batch["tokens"], normalize=True, chunk_size=config.chunk_size)
         scale = towers.logit_scale.exp()
         contrast = contrastive_loss(image_features, text_features, scale, self._ids(batch))
         if not self.repeating:

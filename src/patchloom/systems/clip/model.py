@@ -82,9 +82,13 @@ class CLIP(nn.Module):
         features: Tensor = self.visual(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Return (B, D) for tokens (B, L), likewise."""
-        features: Tensor = self.text(trimmed(tokens))
+    def encode_text(self, tokens: Tensor, normalize: bool = False, chunk_size: int | None = None) -> Tensor:
+        """Return (B, D) for tokens (B, L), likewise; see `chunked`."""
+        tokens = trimmed(tokens)
+        if chunk_size is None:
+            features: Tensor = self.text(tokens)
+        else:  # embeddings of all at once: the gradient of the vocabulary is as large for a chunk as for a batch
+            features = chunked(self.text, tokens, self.text.token_embedding(tokens), size=chunk_size)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
     def forward(self, images: Tensor | None = None, tokens: Tensor | None = None) -> tuple[Any, Any, Tensor]:
@@ -101,7 +105,7 @@ class CLIP(nn.Module):
             self.logit_scale.clamp_(0, math.log(most))
 
 
-def chunked(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | None) -> Tensor:
+def chunked(encode: Callable[..., Tensor], *inputs: Tensor, size: int | None) -> Tensor:
     """Return what a tower makes of a batch, its activations kept for `size` rows at a time.
 
     Features of all chunks are there for the loss; in the backward pass each chunk goes through the tower once more, and
@@ -110,11 +114,12 @@ def chunked(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int | None
 
     Args:
         encode: A tower.
-        inputs: (B, …).
+        *inputs: What it takes, (B, …) each.
         size: Rows at a time; None: all, and nothing is computed twice.
     """
-    if size is None or size >= len(inputs):
-        return encode(inputs)
+    if size is None or size >= len(inputs[0]):
+        return encode(*inputs)
+    parts = zip(*(each.split(size) for each in inputs), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([encode(chunk) for chunk in inputs.split(size)])
-    return torch.cat([checkpoint(encode, chunk, use_reentrant=False) for chunk in inputs.split(size)])
+        return torch.cat([encode(*part) for part in parts])
+    return torch.cat([checkpoint(encode, *part, use_reentrant=False) for part in parts])

@@ -30,10 +30,20 @@ class TextTower(TextTransformer):
     What stands behind the end of a caption has no part in its feature, so a batch may be cut at its longest caption.
     """
 
-    def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, mask = super()._embeds(text)
-        length = x.shape[1]
-        return x, None if mask is None else mask[..., :length, :length]
+    def forward(self, text: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """Return (B, D) for tokens (B, L).
+
+        Args:
+            text: Tokens.
+            embedded: (B, L, W), their embeddings, where these are made already.
+        """
+        x = self.token_embedding(text) if embedded is None else embedded
+        length = text.shape[1]
+        x = x + self.positional_embedding[:length].to(x.dtype)
+        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))
+        ends = x[torch.arange(len(x), device=x.device), text.argmax(-1)]  # the end has the largest number
+        features: Tensor = ends @ self.text_projection
+        return features
 
 
 class Tokenized(NamedTuple):
