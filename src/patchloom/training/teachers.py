@@ -224,9 +224,12 @@ class DistillMethod(SupervisedMethod):
             )
         size, student_size = self.teacher.size, self.sample_size
         if size[:-2] != student_size[:-2]:
+            remedy = (
+                f"clip_frames={size[0]} gives both as many frames" if kind == "clip" else "give both as many slices"
+            )
             raise UsageError(
                 f"the teacher {config.teacher} is set up for {shown(size)} and the student for {shown(student_size)}; "
-                f"clip_frames={size[0]} gives both as many frames"
+                f"{remedy}"
             )
         if size != student_size:
             (h, w), (own_h, own_w) = size[-2:], student_size[-2:]
