@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from patchloom.systems.dvt import fit as module
-from patchloom.systems.dvt.fit import FitSettings, fit, rate
+from patchloom.systems.dvt.fit import FitSettings, fit, fit_in_threads, rate
 from patchloom.systems.dvt.model import SingleImageDenoiser
 from patchloom.systems.dvt.views import draw_views, view_coords
 
@@ -72,6 +72,29 @@ def test_an_image_is_fitted_as_if_it_were_alone():
         fit(model, features[i : i + 1], coords[i : i + 1], [torch.Generator().manual_seed(i)], settings)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(stacked.state_dict()[name][i : i + 1], value, atol=2e-4, rtol=1e-3)
+
+
+def test_on_cores_of_their_own_images_come_out_to_the_bit():
+    features, coords = problem(images=3)
+    apart, alone, settings = models(3), models(3), FitSettings(6, 16)
+    threads = torch.get_num_threads()
+    losses = fit_in_threads(apart, features, coords, [torch.Generator().manual_seed(i) for i in range(3)], settings)
+    assert torch.get_num_threads() == threads
+    for i, model in enumerate(alone):
+        own = slice(i, i + 1)
+        (loss,) = fit(model, features[own], coords[own], [torch.Generator().manual_seed(i)], settings)["loss"]
+        assert losses["loss"][i] == loss
+        assert all(torch.equal(apart[i].state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_images_on_cores_of_their_own_stop_when_they_are_told_to():
+    features, coords = problem(images=2)
+
+    def interrupted(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_in_threads(models(2), features, coords, [torch.Generator()] * 2, FitSettings(10**6, 16), interrupted)
 
 
 def mixture(width=32, rank=8, grid=8, views=64, seed=0):

@@ -42,8 +42,10 @@ class FeaturePairs(Source):
         self.keys = [key for key in self.folder.images if key not in self.lost]
         self.in_chans = self.folder.width
         if not self.keys:
-            why = next(iter(self.lost.values()), "nothing was decomposed")
-            raise UsageError(f"{path} has no pair of raw and denoised features to learn from: {why}")
+            key, why = next(iter(self.lost.items()), ("no image", "nothing was decomposed"))
+            raise UsageError(
+                f"{path} has no pair of raw and denoised features to learn from ({key}: {why}); decompose with keep=both"
+            )
         if self.lost:
             shown = "; ".join(f"{key}: {why}" for key, why in list(self.lost.items())[:NAMED])
             print(f"{len(self.lost)} of {len(self.folder.images)} images are left out: {shown}", file=sys.stderr)
