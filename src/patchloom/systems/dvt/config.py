@@ -40,8 +40,8 @@ class DecomposeConfig(SourceOptions):
     layer: Count | None = None
     """Block whose features are taken, from 0, behind the final norm; default: the last (paper)"""
     keep: Literal["both", "denoised", "all"] = "both"
-    """What is written: raw and denoised features, which clean dvt train needs, denoised alone, or artefact and residual,
-    too"""
+    """What is written: raw and denoised features, which clean dvt train needs, denoised alone, or artefact and
+    residual, too"""
     dtype: Literal["float16", "float32"] = "float16"
     """Number format on disk"""
     num_views: PositiveInt = 768

@@ -44,7 +44,8 @@ class FeaturePairs(Source):
         if not self.keys:
             key, why = next(iter(self.lost.items()), ("no image", "nothing was decomposed"))
             raise UsageError(
-                f"{path} has no pair of raw and denoised features to learn from ({key}: {why}); decompose with keep=both"
+                f"{path} has no pair of raw and denoised features to learn from ({key}: {why}); decompose with "
+                f"keep=both"
             )
         if self.lost:
             shown = "; ".join(f"{key}: {why}" for key, why in list(self.lost.items())[:NAMED])
