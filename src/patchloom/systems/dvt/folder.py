@@ -152,10 +152,10 @@ def described(encoder: Encoder, config: DecomposeConfig, found: dict[str, Any]) 
     """Return what the index says of the features besides the images."""
     settings = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(dataclasses.replace(config, encoder=str(_name_of(config)))).items()
+        for name, value in dataclasses.asdict(dataclasses.replace(config, encoder=_name_of(config))).items()
         if name not in FREE
     }
-    path = Path(str(_name_of(config)))
+    path = Path(_name_of(config))
     return {
         "patchloom": __version__,
         "encoder": str(path.resolve()) if path.exists() else str(path),
@@ -209,7 +209,7 @@ def _refuse_changes(folder: FeatureFolder, about: dict[str, Any]) -> None:
 
 
 def _name_of(config: DecomposeConfig) -> str:
-    return config.encoder if isinstance(config.encoder, str | Path) else type(config.encoder).__name__  # type: ignore[return-value]
+    return str(config.encoder) if isinstance(config.encoder, str | Path) else type(config.encoder).__name__
 
 
 def missing_images(folder: FeatureFolder, part: str) -> Iterator[tuple[str, str]]:
