@@ -136,7 +136,7 @@ class VolumeTransformer(VisionTransformer):
         width, heads = int(model_args.get("embed_dim", 768)), int(model_args.get("num_heads", 12))
         if heads < 1 or width % heads:
             raise UsageError(f"embed_dim {width} is not divisible by num_heads {heads}; change one of them")
-        fixed = {
+        fixed: dict[str, Any] = {
             "embed_layer": partial(VolumeEmbed, num_slices=num_slices),
             "norm_layer": partial(nn.LayerNorm, eps=norm_eps),
             "pos_embed": "learn",

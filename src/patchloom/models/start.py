@@ -68,7 +68,7 @@ def load_weights(
     published = timm.is_model(path) and not Path(path).exists()
     own = input_size(encoder)
     # Weights of images for clips or volumes: at their own size, to be inflated.
-    size = {"image_size": own} if len(own) == 2 else {}
+    size: dict[str, Any] = {"image_size": own} if len(own) == 2 else {}
     trained = fetch_encoder(path, **size) if published else load(path)
     saved = convert(encoder, trained.state_dict())
     if has_tokens(trained) and len(input_size(trained)) < len(own):

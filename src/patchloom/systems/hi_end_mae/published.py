@@ -123,7 +123,7 @@ def _autoencoder(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Modu
     width, channels, *patch = kernel.shape
     decoder_width = int(state["mask_token"].shape[-1])
     memories = _count(state, "decoder.cross_attention_blocks.")
-    shape = {
+    shape: dict[str, Any] = {
         "embed_dim": width,
         "in_chans": channels,
         "depth": _count(state, "encoder.blocks."),
@@ -169,7 +169,7 @@ def _unetr(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     )
     linear, positions = state.pop(OF_UNETR), state[f"{place}position_embeddings"]
     (width, elements), (features, channels) = linear.shape, state["encoder1.layer.conv1.conv.weight"].shape[:2]
-    shape = {
+    shape: dict[str, Any] = {
         "embed_dim": width,
         "in_chans": channels,
         "depth": _count(state, "vit.blocks."),
