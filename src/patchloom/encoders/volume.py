@@ -124,6 +124,8 @@ class VolumeTransformer(VisionTransformer):
         UsageError: Patches that do not fill the volume, or a width that heads or computed positions do not divide.
     """
 
+    pos_embed: Any
+
     def __init__(
         self,
         num_slices: int | None = None,

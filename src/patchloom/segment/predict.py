@@ -204,7 +204,7 @@ class _Instances(_Panoptic):
 
 
 def _writer(task: str, model: Any, run: str) -> Any:
-    kinds = {"semantic": _Semantic, "panoptic": _Panoptic, "instance": _Instances}
+    kinds: dict[str, Any] = {"semantic": _Semantic, "panoptic": _Panoptic, "instance": _Instances}
     if task == "semantic":
         return _Volumes(model) if kind_of(model.encoder) == "volume" else _Semantic(model)
     if not hasattr(model, "predict"):
