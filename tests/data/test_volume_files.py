@@ -117,6 +117,17 @@ def test_slices_that_make_no_volume_are_unreadable(tmp_path, second, reason):
         raw(tmp_path).read(0)
 
 
+def test_one_volume_may_be_named_itself(tmp_path):
+    for number in range(2):
+        save_slice(tmp_path / "scan" / f"{number}.dcm", np.zeros((4, 4)), (0.0, 0.0, float(number)), AXIAL)
+    np.save(tmp_path / "a.npy", np.zeros((3, 4, 5)))
+    series, array = raw(tmp_path / "scan"), raw(tmp_path / "a.npy")
+    assert (series.key(0), array.key(0)) == ("scan", "a.npy")
+    assert series.labels is None
+    assert len(series) == len(array) == 1
+    assert array.read(0).value.shape == (1, 3, 4, 5)
+
+
 def test_a_missing_slice_is_spoken_of(tmp_path):
     for number, depth in enumerate((0.0, 1.0, 3.0)):
         save_slice(tmp_path / "scan" / f"{number}.dcm", np.zeros((4, 4)), (0.0, 0.0, depth), AXIAL)

@@ -115,7 +115,7 @@ class VolumeSource(Source):
     a value range is settled (`survey.settle`, as `open_source("volumes:…")` does), they are in [0, 1].
 
     Args:
-        path: Folder of `.nii`, `.nii.gz` and `.npy` files and of folders of DICOM slices: in sub-folders, which are
+        path: One volume, or a folder of `.nii`, `.nii.gz` and `.npy` files and of folders of DICOM slices: in sub-folders, which are
             classes; or `images` beside `masks` (also `labels`, and `imagesTr` beside `labelsTr`), paired by name.
         plane: Along which axis of the body slices follow one another.
         channel: Which of the images of a 4-D file; default: such files are refused.
@@ -149,7 +149,8 @@ class VolumeSource(Source):
             raise unknown_name("plane", plane, AXES)
         self.name, self.plane, self.channel = printable(path), plane, channel
         root = existing(path)
-        if not root.is_dir():
+        alone = root.is_file() and root.name.endswith(SUFFIXES)
+        if not root.is_dir() and not alone:
             raise UsageError(f"there is no folder of volumes {path}")
         self.masks: list[Path] | None = None
         names: list[str] | None = None
@@ -161,7 +162,9 @@ class VolumeSource(Source):
             self.masks = [masks[name] for name in sorted(images)]
             names = _listed_names(root)
         else:
-            self.files = find_volumes(root)
+            self.files = [root] if alone else find_volumes(root)
+            if root in self.files:  # one volume: a file, or the folder of its slices
+                root = root.parent
             tops = [printable(file.relative_to(root).parts[0]) for file in self.files]
             if len(set(tops)) > 1 and all(len(file.relative_to(root).parts) > 1 for file in self.files):
                 names = sorted(set(tops))
