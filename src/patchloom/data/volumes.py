@@ -115,8 +115,9 @@ class VolumeSource(Source):
     a value range is settled (`survey.settle`, as `open_source("volumes:…")` does), they are in [0, 1].
 
     Args:
-        path: One volume, or a folder of `.nii`, `.nii.gz` and `.npy` files and of folders of DICOM slices: in sub-folders, which are
-            classes; or `images` beside `masks` (also `labels`, and `imagesTr` beside `labelsTr`), paired by name.
+        path: One volume, or a folder of `.nii`, `.nii.gz` and `.npy` files and of folders of DICOM slices: in
+            sub-folders, which are classes; or `images` beside `masks` (also `labels`, and `imagesTr` beside
+            `labelsTr`), paired by name.
         plane: Along which axis of the body slices follow one another.
         channel: Which of the images of a 4-D file; default: such files are refused.
         settings: What the user says of the values of masks; default: they are recognised (see `mask_values`). Names
