@@ -171,6 +171,13 @@ def test_samples_are_files_a_grid_and_a_distance_named_by_its_features(run, tmp_
         sample_images(str(run.path), str(tmp_path / "s"))
 
 
+def test_the_class_of_each_sample_is_written_down_and_the_grid_has_them_all(of_classes, tmp_path):
+    found = sample_images(str(of_classes.path), str(tmp_path / "s"), count=11, device="cpu")
+    assert json.loads((tmp_path / "s" / "samples.json").read_text())["classes"] == [*map(str, range(10)), "0"]
+    one_row = sample_images(str(of_classes.path), str(tmp_path / "t"), count=8, device="cpu")
+    assert Image.open(found["grid"]).height > 1.5 * Image.open(one_row["grid"]).height
+
+
 def test_images_of_a_class_are_told_by_name_or_number(of_classes, run):
     model = pl.load(of_classes.path)
     assert torch.equal(model.sample(2, "3", seed=4), model.sample(2, 3, seed=4))

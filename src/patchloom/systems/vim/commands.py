@@ -35,8 +35,8 @@ def sample_images(
 ) -> dict[str, Any]:
     """Draw images by a trained model.
 
-    The folder `out` gets the images (000000.png …), grid.png of the first of them, and samples.json with settings and
-    figures.
+    The folder `out` gets the images (000000.png …), grid.png of the first of them, and samples.json with settings,
+    figures and the class of each image.
 
     Args:
         run: Run of `patchloom generate vim`, or its model.
@@ -113,7 +113,10 @@ def sample_images(
         from patchloom.systems.vim.distance import distances
 
         figures |= distances(images, reference, model, features=features, inception=inception, device=device)
-    write_json(folder / "samples.json", {"run": run, **sampling, **figures})
+    classes = {}
+    if conditions is not None and model.class_names is not None:
+        classes = {"classes": [model.class_names[number] for number in conditions.flatten().tolist()]}
+    write_json(folder / "samples.json", {"run": run, **sampling, **figures, **classes})
     return figures
 
 
@@ -121,6 +124,7 @@ def _write_images(images: Tensor, folder: Path) -> None:
     """Write images (n, C, H, W) in [0, 1], and a grid of the first of them."""
     import io
 
+    import torch
     from PIL import Image
 
     from patchloom.report import image_grid
@@ -132,6 +136,7 @@ def _write_images(images: Tensor, folder: Path) -> None:
         Image.fromarray(pixels).save(buffer, "PNG")
         write_bytes(folder / f"{number:06d}.png", buffer.getvalue())
     side = min(8, len(images))
-    whole = min(GRID, len(images)) // side * side
-    rows = {f"{row * side} to {row * side + side - 1}": part for row, part in enumerate(images[:whole].split(side))}
+    shown = images[:GRID]
+    blank = shown.new_ones(-len(shown) % side, *shown.shape[1:])  # so that the last row is as long as the others
+    rows = {f"from {row * side}": part for row, part in enumerate(torch.cat([shown, blank]).split(side))}
     write_bytes(folder / "grid.png", image_grid(rows).png)
