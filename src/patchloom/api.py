@@ -46,6 +46,7 @@ __all__ = [
     "attack",
     "clean",
     "demo",
+    "detect",
     "distill",
     "embed",
     "evaluate",
@@ -255,6 +256,36 @@ def segment(
     from patchloom.training.run import train
 
     return train("segment", method, settings | _given(out=out, data=data, encoder=encoder))
+
+
+def detect(
+    method: str,
+    /,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    encoder: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a detector of objects on boxes and outlines.
+
+    Args:
+        method: Name of the method: vit_comer.
+        out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
+        data: A JSON file of COCO's layout.
+        encoder: Bundle, run, or name of a timm model.
+        **settings: Further fields of the method's settings class; `patchloom detect METHOD --help` explains them.
+
+    Returns:
+        The run: its folder `path`, its `model` (a bundle with the detector beside it), its `report`, `summary`.
+
+    Raises:
+        UsageError: Unknown method or setting, or a request that cannot be carried out.
+        KeyboardInterrupt: The run was interrupted; its checkpoint, model and report are written.
+    """
+    from patchloom.training.run import train
+
+    return train("detect", method, settings | _given(out=out, data=data, encoder=encoder))
 
 
 def anomaly(

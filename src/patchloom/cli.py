@@ -48,7 +48,8 @@ class Verb(NamedTuple):
 
 
 METHOD_VERBS = (
-    *("pretrain", "adapt", "distill", "align", "segment", "anomaly", "explain", "evaluate", "attack", "clean"),
+    *("pretrain", "adapt", "distill", "align", "segment", "detect", "anomaly", "explain", "evaluate", "attack"),
+    "clean",
     *("tokenize train", "generate"),
 )
 
@@ -103,6 +104,12 @@ COMMANDS: dict[str, Command | Verb] = {
     ),
     "generate probe": Command(
         "measure the features of each block of a trained model", "evaluate.generation:probe_blocks", positional=("run",)
+    ),
+    "detect": Verb("train a detector of objects on boxes and outlines"),
+    "detect predict": Command(
+        "write the objects a trained detector finds in images",
+        "systems.vit_comer.detect_commands:predict",
+        positional=("run",),
     ),
     "anomaly": Verb("train a detector of defects on good images alone"),
     "anomaly predict": Command(
@@ -256,8 +263,8 @@ def list_everything(verb: str | None = None) -> dict[str, list[str]]:
     """List what this installation can do.
 
     Args:
-        verb: Show one list only: pretrain, adapt, distill, align, segment, anomaly, explain, evaluate, attack, clean,
-            "tokenize train", generate, data or references.
+        verb: Show one list only: pretrain, adapt, distill, align, segment, detect, anomaly, explain, evaluate, attack,
+            clean, "tokenize train", generate, data or references.
     """
     lists: dict[str, dict[str, str]] = {
         **{name: {method: entry.summary for method, entry in registry.METHODS[name].items()} for name in METHOD_VERBS},

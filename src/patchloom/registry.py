@@ -214,6 +214,13 @@ METHODS: dict[str, dict[str, Entry]] = {
             "A U-Net on the blocks of an encoder of volumes: a class for every voxel (extra: medical)",
         ),
     },
+    "detect": {
+        "vit_comer": Entry(
+            "systems.vit_comer.detect_method:DetectMethod",
+            "systems.vit_comer.detect_config:DetectConfig",
+            "Mask R-CNN finds objects on the pyramid of an encoder and a CNN beside it (ViT-CoMer; extra: detection)",
+        ),
+    },
     "clean": {
         "diagnose": Entry(
             "evaluate.artefacts:Diagnose",
@@ -448,6 +455,7 @@ MODELS: dict[str, str] = {
     "dense_clip.json": "systems.ph_reg.saved:load_dense",
     "vim.json": "systems.vim.saved:load_vim",
     "point.json": "systems.vit_p.saved:load_points",
+    "detector.json": "systems.vit_comer.detect_saved:load_detector",
 }
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 

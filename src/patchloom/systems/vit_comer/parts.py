@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -77,16 +77,21 @@ def build(
     Raises:
         UsageError: As `ViTCoMer`.
     """
-    settings = dict(settings)
-    if settings.get("deform_heads") is None:
-        settings["deform_heads"] = int(encoder.blocks[0].attn.num_heads)
-    if (window := settings.pop("window_size", None)) is not None:
-        ends = {layer % depth(encoder) for layer in layers}
-        settings["window_size"] = [None if number in ends else window for number in range(depth(encoder))]
-    backbone = CoMerBackbone(encoder, layers, frozen, **settings)
+    backbone = CoMerBackbone(encoder, layers, frozen, **comer_settings(encoder, layers, settings))
     dim = embed_dim(encoder)
     head = UPerHead([dim] * 4, num_classes, width, dropout=DROPOUT)
     return Parts(cast(Backbone, backbone), None, head, FCNHead(dim, num_classes, channels=max(8, width // 2)))
+
+
+def comer_settings(encoder: Encoder, layers: Sequence[int], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of `ViTCoMer`: as many heads as the encoder has, windows in all blocks but each stage's last."""
+    found = dict(settings)
+    if found.get("deform_heads") is None:
+        found["deform_heads"] = int(encoder.blocks[0].attn.num_heads)
+    if (window := found.pop("window_size", None)) is not None:
+        ends = {layer % depth(encoder) for layer in layers}
+        found["window_size"] = [None if number in ends else window for number in range(depth(encoder))]
+    return found
 
 
 def takes_any_size(encoder: Encoder) -> bool:
