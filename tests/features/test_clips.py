@@ -79,6 +79,6 @@ def test_an_encoder_and_a_source_of_two_kinds_are_refused(encoder, videos, tmp_p
     clips = f"clips:{videos}/test"
     with pytest.raises(UsageError, match="holds clips, and the encoder takes images"):
         pl.embed(model=images, data=clips, out=str(tmp_path / "v.npz"), **CPU)
-    with pytest.raises(UsageError, match="holds clips, and explain takes images"):
+    with pytest.raises(UsageError, match="holds clips, and the encoder takes images"):
         pl.explain("attention", model=images, images=clips, out=str(tmp_path / "e"), **CPU)
     assert not list(tmp_path.iterdir())

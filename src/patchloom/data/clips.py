@@ -457,8 +457,8 @@ def open_clips(
         UsageError: There is no such thing, or an option that it cannot obey.
     """
     how: dict[str, Any] = {"clip_frames": clip_frames, "clip_stride": clip_stride, "clip_sampling": clip_sampling}
-    fields = {"image_field": image_field, "label_field": label_field}
-    globs = {"include": include, "exclude": exclude}
+    fields: dict[str, Any] = {"image_field": image_field, "label_field": label_field}
+    globs: dict[str, Any] = {"include": include, "exclude": exclude}
     name = str(path)
     if is_shards(name):
         _refuse(name, globs)

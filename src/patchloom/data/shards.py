@@ -94,10 +94,11 @@ class ShardSource(StreamSource):
         self._names = [printable(name) for name in _distinct_names(self.shards)]
         self._label_field, self._caption_field = label_field, caption_field
         self._missing = words(missing)
-        endings = (image_field, label_field, mask_field, caption_field)
-        self.roles = Roles(
-            *(None if one is None else one.lower().removeprefix(".") for one in endings), suffixes=suffixes
+        image, label, mask, caption = (
+            None if one is None else one.lower().removeprefix(".")
+            for one in (image_field, label_field, mask_field, caption_field)
         )
+        self.roles = Roles(image, label, mask, caption, suffixes)
         self._look()
         there = sorted(self._there)
         if not self.num_samples:

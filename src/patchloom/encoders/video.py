@@ -250,10 +250,8 @@ def _cfg(side: int = 224) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {f"videomae_{size}_patch16_224": _cfg() for size in ("tiny", "small", "base", "large", "huge")}
-    | {"videomae_giant_patch14_224": _cfg()}
-)
+_cfgs: dict[str, Any] = {f"videomae_{size}_patch16_224": _cfg() for size in ("tiny", "small", "base", "large", "huge")}
+default_cfgs = generate_default_cfgs({**_cfgs, "videomae_giant_patch14_224": _cfg()})
 
 
 TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}

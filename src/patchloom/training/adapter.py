@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import timm
 import torch
@@ -37,7 +37,7 @@ class AdapterMethod(LabelledMethod):
         base: Hash of the encoder before anything was added.
     """
 
-    kinds = ("image", "clip", "volume")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "clip", "volume")
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig, source: Source | StreamSource) -> None:

@@ -82,6 +82,12 @@ class FrozenTeacher(nn.Module):
         """Sides of what it is shown without channels: (H, W) of images, (T, H, W) of clips."""
         return input_size(self.model)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images it is shown, or of the frames of clips, in pixels."""
+        size = self.size
+        return size[-2], size[-1]
+
     def why_not(self, class_names: list[str]) -> str | None:
         """Return why it cannot be asked about some classes, in words, or None; its outputs then come in their order.
 

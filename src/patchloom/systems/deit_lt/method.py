@@ -104,7 +104,7 @@ class DeiTLTMethod(DistillMethod):
         """Return what the teacher is shown: the student's very input, augmented and mixed, at the teacher's size."""
         if self.config.renormalize:
             return self.teacher.view(images, self.encoder, "bicubic", self.config.antialias)
-        return teacher_view(images, self.teacher.size, self.config.antialias)
+        return teacher_view(images, self.teacher.image_size, self.config.antialias)
 
     def answer(self, model: Encoder, inputs: Tensor) -> Tensor:
         """Return both heads' logits and the cosine of their features, (B, 2 C + 1)."""

@@ -39,7 +39,7 @@ class ScaleKDMethod(DistillMethod):
             self.encoder,
             self.teacher.model,
             student_size=self.input_size,
-            teacher_size=self.teacher.size,
+            teacher_size=self.teacher.image_size,
             kd=self.kd,
             tpp=config.tpp,
             dfm=config.dfm,

@@ -181,6 +181,9 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any], *, pretrain
     normed, pooled = has(state, "norm."), has(state, "fc_norm.")
     if normed and pooled:
         raise UsageError("the checkpoint has norm and fc_norm, of which VideoMAE V2 has one or the other")
+    variants: dict[str, Any] = {} if head is None else {"num_classes": len(head)}
+    variants |= {"init_values": 1.0} if "blocks.0.gamma_1" in state else {}
+    variants |= {"cos_attn": True} if "blocks.0.attn.scale" in state else {}
     # Without a classifier the encoder pools the mean of its normed tokens.
     token = head is not None and normed and not pretraining
     return create_encoder(
@@ -200,9 +203,7 @@ def _encoder(state: Mapping[str, Tensor], config: Mapping[str, Any], *, pretrain
         fc_norm=pooled,
         final_norm=normed or pooled,
         positions=config.get("positions", "running"),
-        **({"num_classes": len(head)} if head is not None else {}),
-        **({"init_values": 1.0} if "blocks.0.gamma_1" in state else {}),
-        **({"cos_attn": True} if "blocks.0.attn.scale" in state else {}),
+        **variants,
     )
 
 
