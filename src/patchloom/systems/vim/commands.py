@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from patchloom.io import check_place, make_folder, write_bytes, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from patchloom.base.progress import Meter
 
 GRID = 64
 """Most images of the grid."""
@@ -95,7 +98,7 @@ def sample_images(
             top_k=top_k,
             top_p=top_p,
             generator=generator,
-            progress=lambda done, before=number * tokens: meter.reach(before + done, lambda: ""),
+            progress=partial(_tell, meter, number * tokens),
         )
         drawn.append(model.tokenizer.decode(ids.view(-1, *model.grid)).clamp(0, 1).cpu())
     meter.close()
@@ -118,6 +121,10 @@ def sample_images(
         classes = {"classes": [model.class_names[number] for number in conditions.flatten().tolist()]}
     write_json(folder / "samples.json", {"run": run, **sampling, **figures, **classes})
     return figures
+
+
+def _tell(meter: Meter, before: int, done: int) -> None:
+    meter.reach(before + done)
 
 
 def _write_images(images: Tensor, folder: Path) -> None:

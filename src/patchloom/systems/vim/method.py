@@ -124,10 +124,11 @@ class VIMMethod(Method):
             mlp=config.mlp,
             dropout=config.dropout,
         )
-        transformer.pretrained_cfg = {"input_size": (config.in_chans, *self.input_size)}
         if config.init_from is not None:
             fill(transformer, load_vim(config.init_from).transformer.state_dict())
-        return cast(Encoder, transformer)
+        encoder = cast(Encoder, transformer)
+        encoder.pretrained_cfg = {"input_size": (config.in_chans, *self.input_size)}
+        return encoder
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -223,7 +224,7 @@ class VIMMethod(Method):
         config, sections = self.config, []
         if config.samples:
             model = self.model_of(self.bundle_model()).eval()
-            sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+            sampling: dict[str, Any] = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
             drawn = model.sample(config.samples, seed=config.seed, **sampling).float().cpu()
             if self.class_names is None:
                 rows = {f"drawn {n + 1}": part for n, part in enumerate(_rows(drawn))}

@@ -134,10 +134,11 @@ class ViTVQGANMethod(Method):
             kind=config.quantizer,
             temperature=config.temperature,
         )
-        network.pretrained_cfg = {"input_size": (config.in_chans, *pair(config.image_size))}
         if config.init_from is not None:
             fill(network, load_network(config.init_from)[0].state_dict())
-        return cast(Encoder, network)
+        encoder = cast(Encoder, network)
+        encoder.pretrained_cfg = {"input_size": (config.in_chans, *pair(config.image_size))}
+        return encoder
 
     @property
     def input_size(self) -> tuple[int, int]:

@@ -200,7 +200,7 @@ def _theirs(name: str) -> str:
         (r"\.blocks\.(\d+)\.attn\.proj\.", r".layers.\1.0.fn.to_out."),
         (r"\.blocks\.(\d+)\.mlp\.", r".layers.\1.1.fn.net."),
     ):
-        name = re.sub(pattern, ours, name)  # type: ignore[arg-type]
+        name = re.sub(pattern, ours, name)
     return name
 
 
@@ -349,8 +349,8 @@ def _transformer(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Modu
         token_shift=shifted,
         mlp="relu2",
         mlp_dim=len(state["blocks.0.mlp.p0.weight"]),
-        qkv_bias=inferred["qkv_bias"],
-        mlp_bias=inferred["mlp_bias"],
+        qkv_bias=bool(inferred["qkv_bias"]),
+        mlp_bias=bool(inferred["mlp_bias"]),
     )
     ours = {_renamed(name, _TRANSFORMER): value for name, value in state.items()}
     published = {_renamed(name, _TRANSFORMER): name for name in state}
