@@ -276,8 +276,8 @@ def main() -> None:
     if arguments.write:
         how = (
             f"`python -m benchmarks.claims.vit_p --camvid camvid --out scratch/claims/vit_p --write`: images of {side} "
-            f"pixels, {arguments.encoder or 'a ViT of 0.5 M parameters with fresh weights'}, {arguments.steps} steps of "
-            f"8 images, `point_start patch`, superpixels; CamVid's validation images."
+            f"pixels, {arguments.encoder or 'a ViT of 0.5 M parameters with fresh weights'}, {arguments.steps} steps "
+            f"of 8 images, `point_start patch`, superpixels; CamVid's validation images."
         )
         rewrite(PAGE, "claims", f"{how} {text}")
 

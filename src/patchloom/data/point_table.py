@@ -70,7 +70,7 @@ class PointTableSource(ListedSource):
             raise UsageError(f"{shown} lists no point")
         names = sorted({label for points in by_file.values() for _, _, label in points})
         files = list(by_file)
-        self.places = by_file
+        self.points_by_file = by_file
         options: dict[str, Any] = {"include": include, "exclude": exclude, "beside": {"listed": files}}
         super().__init__(
             shown, Path(root) if root is not None else place.parent, files, None, names, in_chans, **options
@@ -89,7 +89,7 @@ class PointTableSource(ListedSource):
         return torch.tensor([self.class_names.index(label) for _, _, label in self._of(index)], dtype=torch.int64)
 
     def _of(self, index: int) -> list[tuple[float, float, str]]:
-        return self.places[self.beside["listed"][index]]
+        return self.points_by_file[self.beside["listed"][index]]
 
 
 def columns_of(place: Path) -> dict[str, str] | None:

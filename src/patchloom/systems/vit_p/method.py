@@ -141,7 +141,11 @@ class PointMethod(Method):
     def configure_optimizers(self) -> Any:
         """Return SGD or AdamW; the map from places to tokens has a rate of its own."""
         config = self.config
-        layers = {"layer_decay": config.layer_decay, "layer": self.layer, "depth": len(self.encoder.blocks)}
+        layers: dict[str, Any] = {
+            "layer_decay": config.layer_decay,
+            "layer": self.layer,
+            "depth": len(self.encoder.blocks),
+        }
         groups = parameter_groups(
             self, **layers, decay=self.decays, select=lambda name: not name.startswith("cls_embeddings.")
         )

@@ -55,6 +55,13 @@ class PointViT(nn.Module):
         UsageError: Unknown start, or the encoder is of another kind, or takes no images.
     """
 
+    encoder: Encoder
+    num_classes: int
+    interpolate_offset: float | None
+    start: PointStart
+    cls_embeddings: nn.Linear
+    head: nn.Linear
+
     def __init__(
         self,
         encoder: Encoder,
@@ -138,7 +145,8 @@ class PointViT(nn.Module):
             index = torch.cat([patches.new_zeros(count), patches]).expand(x.shape[0], -1)
             shared = embedded.block_kwargs.get("shared_rel_pos_bias")
             kwargs = {"shared_rel_pos_bias": None if shared is None else bias_of(shared, index)}
-            own = encoder.blocks[0].attn.relative_position_bias_table is not None
+            block: Any = encoder.blocks[0]
+            own = block.attn.relative_position_bias_table is not None
             return Embedded(x, kwargs, None, index if own else None)
         added = count - int(has_class)
         kwargs = {name: _unturned(value, added) for name, value in embedded.block_kwargs.items()}

@@ -195,7 +195,7 @@ class TransformersProposals:
             self.processor = transformers.AutoImageProcessor.from_pretrained(name)
             self.model = transformers.AutoModelForUniversalSegmentation.from_pretrained(name).eval().to(device)
         names = self.model.config.id2label
-        self.class_names = [str(names[number]) for number in sorted(names)]
+        self.class_names: Sequence[str] | None = [str(names[number]) for number in sorted(names)]
         self.device = device
 
     @torch.no_grad()
@@ -261,7 +261,7 @@ class MaskRCNNProposals:
                 model = maskrcnn_resnet50_fpn_v2(weights=weights)
             class_names = weights.meta["categories"]
         self.model = model.eval().to(device)
-        self.class_names = None if class_names is None else list(class_names)[1:]
+        self.class_names: Sequence[str] | None = None if class_names is None else list(class_names)[1:]
         self.device = device
 
     @torch.no_grad()
