@@ -142,7 +142,7 @@ def test_a_run_resumes_to_the_bit_even_where_the_tokenizer_is_gone(tmp_path, lea
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_last_step(tmp_path, centroids):
-    words = [f"--{name}={value}" for name, value in {**SMALL, "max_steps": 4000, "samples": 0}.items()]
+    words = [f"--{name}={value}" for name, value in {**SMALL, "max_steps": 300, "samples": 0}.items()]
     words += [f"--out={tmp_path / 'run'}", f"--tokenizer={centroids}"]
     process = subprocess.Popen([sys.executable, "-m", "patchloom", "generate", "vim", *words], env=os.environ)
     saved = tmp_path / "run" / "checkpoints" / "previous.ckpt"
@@ -154,8 +154,11 @@ def test_a_run_that_is_killed_goes_on_from_its_last_step(tmp_path, centroids):
     process.wait()
     step = torch.load(saved, weights_only=True)["step"]
     assert step >= 1
-    assert main(["generate", "vim", "--resume", f"--out={tmp_path / 'run'}", "--log_every=4000"]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4000
+    assert (
+        main(["generate", "vim", "--resume", f"--out={tmp_path / 'run'}", "--log_every=300", "--checkpoint_every=300"])
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 300
 
 
 def test_samples_are_files_a_grid_and_a_distance_named_by_its_features(run, tmp_path):
