@@ -219,7 +219,7 @@ def _readable(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows with shares as per cent, and slopes as points per factor of ten."""
     shown = []
     for row in rows:
-        line = {name: row[name] for name in ("data", "encoder", "over", "of", "pairs") if name in row}
+        line: dict[str, Any] = {name: row[name] for name in ("data", "encoder", "over", "of", "pairs") if name in row}
         if "parameters" in row:
             line |= {"parameters": f"{row['parameters'] / 1e6:.2f} M", "MACs": f"{row['multiply_adds'] / 1e9:.3f} G"}
         for name, words in SCORES.items():

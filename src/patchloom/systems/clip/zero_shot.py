@@ -64,6 +64,8 @@ class ZeroShotClassifier(nn.Module):
         templates: Sentences with {} where a name goes.
     """
 
+    classes: Tensor
+
     def __init__(self, model: CLIP, class_names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> None:
         super().__init__()
         self.model, self.class_names = model, list(class_names)

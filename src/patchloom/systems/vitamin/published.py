@@ -97,12 +97,12 @@ def load(state: Mapping[str, Tensor], **config: Any) -> nn.Module:
 
 
 def _mbconv(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
-    channels = {"in_channels": state["conv1_1x1.weight"].shape[1], "out_channels": len(state["conv3_1x1.weight"])}
-    settled = SETTINGS.settle(config, channels)
+    entering, leaving = int(state["conv1_1x1.weight"].shape[1]), len(state["conv3_1x1.weight"])
+    settled = SETTINGS.settle(config, {"in_channels": entering, "out_channels": leaving})
     pooled = "shortcut.expand.weight" in state
     stride = int(settled.get("stride") or (2 if pooled else 1))
-    ratio = len(state["conv1_1x1.weight"]) / channels["out_channels"]
-    block = MbConvLNBlock(*channels.values(), stride=stride, expand_ratio=ratio)
+    ratio = len(state["conv1_1x1.weight"]) / leaving
+    block = MbConvLNBlock(entering, leaving, stride=stride, expand_ratio=ratio)
     return fill(block, state)
 
 
@@ -112,12 +112,13 @@ def _block(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
     settled = SETTINGS.settle(config, {"embed_dim": width})
     ratio = len(state["mlp.w0.weight"]) / width
     heads = _heads(settled.get("num_heads"), width, "num_heads")
-    block = Block(width, heads, mlp_ratio=ratio, qkv_bias=True, mlp_layer=GeGluMlp, norm_layer=_norm)
+    block = Block(width, heads, mlp_ratio=ratio, qkv_bias=True, mlp_layer=GeGluMlp, norm_layer=_Norm)
     return fill(block, state)
 
 
-def _norm(width: int, **kwargs: Any) -> nn.Module:
-    return nn.LayerNorm(width, eps=1e-6, **kwargs)
+class _Norm(nn.LayerNorm):
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(width, eps=1e-6, **kwargs)
 
 
 def _model(state: dict[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
@@ -215,6 +216,7 @@ def _trunk(state: dict[str, Tensor], found: Mapping[str, Any], settled: Mapping[
         names = timm.list_models(f"vitamin_{named}_*")
         name = f"vitamin_{named}_{size[0]}"
         return create_encoder(name if name in names else names[0], image_size=size, in_chans=found["in_chans"])
+    without: dict[str, Any] = {"pos_embed": "none"} if positions is None else {}
     model: Any = build_vitamin(
         "vitamin_tiny_64",
         channels=found["channels"],
@@ -226,7 +228,7 @@ def _trunk(state: dict[str, Tensor], found: Mapping[str, Any], settled: Mapping[
         num_heads=heads,
         mlp_ratio=found["mlp_ratio"],
         num_classes=classes,
-        **({"pos_embed": "none"} if positions is None else {}),
+        **without,
     )
     return model
 
