@@ -46,7 +46,7 @@ def checked_sides(name: str, value: Any, count: int = 3) -> Sides:
         raise UsageError(f"{name} is {value!r}; give one side in voxels, or {count} as 16,96,96")
     if min((sides,) if isinstance(sides, int) else sides) < 1:
         raise UsageError(f"{name} is {value!r}; sides are at least 1")
-    return sides  # type: ignore[no-any-return]
+    return sides
 
 
 def parse_sides(value: Any) -> Any:

@@ -156,5 +156,5 @@ def _ellipsoid(rng: np.random.Generator, size: int) -> np.ndarray:
     radii = rng.uniform(0.13, 0.33, 3) * size
     centre = rng.uniform(0.2, 0.8, 3) * size
     turned, _ = np.linalg.qr(rng.standard_normal((3, 3)))
-    places = np.stack(np.mgrid[:size, :size, :size], -1) + 0.5 - centre
+    places = np.moveaxis(np.mgrid[:size, :size, :size], 0, -1) + 0.5 - centre
     return (((places @ turned) / radii) ** 2).sum(-1) < 1

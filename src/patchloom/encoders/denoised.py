@@ -78,11 +78,9 @@ class Denoiser(nn.Module):
         count = self.grid_size[0] * self.grid_size[1]
         self.pos_embed = nn.Parameter(START * torch.randn(1, count, feat_dim)) if pos_embed else None
         self.heads = heads_of(feat_dim)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm's blocks take what makes a norm, and say a class
         self.blocks = nn.Sequential(
-            *(
-                Block(feat_dim, self.heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-                for _ in range(num_blocks)
-            )
+            *(Block(feat_dim, self.heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(num_blocks))
         )
         self.norm = norm
         self.encoder = encoder

@@ -234,7 +234,8 @@ def in_slices(encoder: VolumeTransformer) -> VolumeTransformer:
     table = state["pos_embed"].unflatten(1, stem.grid_size)
     state["pos_embed"] = table.permute(0, 3, 2, 1, 4).flip(2).flatten(1, 3)
     turned.load_state_dict(state)
-    turned.pretrained_cfg = {**encoder.pretrained_cfg}
+    known: Any = encoder.pretrained_cfg
+    turned.pretrained_cfg = {**known}
     turned.patchloom_args = {"architecture": made["architecture"], "model_args": arguments}
     found: VolumeTransformer = turned.eval()
     return found

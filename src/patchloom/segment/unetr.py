@@ -153,7 +153,8 @@ class UNETRHead(nn.Module):
     def _run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Return what a block makes of its inputs; of large maps it may be computed once more instead of kept."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
+            again: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            return again
         return block(*inputs)
 
 

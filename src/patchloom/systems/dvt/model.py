@@ -225,7 +225,8 @@ class _Reconstruction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_l2: Tensor, of_cosine: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the predictions."""
-        return _slope(*ctx.saved_tensors, of_l2, of_cosine), None
+        predicted, raw, product, long, wide = ctx.saved_tensors
+        return _slope(predicted, raw, product, long, wide, of_l2, of_cosine), None
 
 
 class _Residual(torch.autograd.Function):
@@ -247,10 +248,10 @@ class _Residual(torch.autograd.Function):
         ctx: Any, of_l2: Tensor, of_cosine: Tensor, of_residual: Tensor, of_sparsity: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of what is explained, and of the residual."""
-        predicted, raw, residual, *rows = ctx.saved_tensors
+        predicted, raw, residual, product, long, wide = ctx.saved_tensors
         each = len(raw) / raw.numel()
         own = (predicted - raw).mul_(of_residual * (2 * each)).add_(residual.sign().mul_(of_sparsity * each))
-        return _slope(predicted, raw, *rows, of_l2, of_cosine), own, None
+        return _slope(predicted, raw, product, long, wide, of_l2, of_cosine), own, None
 
 
 def _compared(predicted: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
