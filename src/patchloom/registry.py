@@ -3,7 +3,7 @@
 The command line, the Python API and tab completion read these tables; a new method is an entry here.
 
 >>> sorted(METHODS["pretrain"])[:2]
-['ccvit', 'dinov2']
+['beit', 'ccvit']
 >>> settings_class("evaluate", "knn").__name__
 'KNNConfig'
 """
@@ -35,6 +35,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.ccvit.method:CCViTMethod",
             "systems.ccvit.config:CCViTConfig",
             "Masked image modelling against a k-means codebook of patches (CCViT)",
+        ),
+        "beit": Entry(
+            "systems.beit.method:BEiTMethod",
+            "systems.beit.config:BEiTConfig",
+            "Masked image modelling against the tokens of any tokenizer (BEiT; preset of BEiT v2)",
         ),
         "dinov2": Entry(
             "systems.dinov2.method:Dinov2Method",
@@ -411,6 +416,10 @@ DECODERS: dict[str, str] = {
 
 REFERENCES: dict[str, str] = {
     "adaptformer": "systems.adaptformer.published:load",
+    "beit": "systems.beit.published:load",
+    "beitv2": "systems.beit.published:load",
+    "vq_kd": "systems.beit.published:load_vq_kd",
+    "vqkd": "systems.beit.published:load_vq_kd",
     "ccvit": "systems.ccvit.published:load",
     "dinov2": "systems.dinov2.published:load",
     "rad_dino": "systems.dinov2.published:load_rad_dino",
@@ -460,7 +469,10 @@ MODELS: dict[str, str] = {
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""
 
 
-TOKENIZERS: dict[str, str] = {"vit_vqgan": "systems.vit_vqgan.saved:load_tokenizer"}
+TOKENIZERS: dict[str, str] = {
+    "vit_vqgan": "systems.vit_vqgan.saved:load_tokenizer",
+    "vq_kd": "systems.beit.saved:load_tokenizer",
+}
 """What opens the folder of a learned tokenizer, by the `kind` in its `tokenizer.json`."""
 
 ENCODERS: dict[str, str] = {"denoiser.json": "systems.dvt.saved:load_denoised"}

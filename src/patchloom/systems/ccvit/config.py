@@ -16,7 +16,25 @@ from patchloom.training.options import AverageOptions, EncoderOptions, ExpertOpt
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, TrainConfig):
+class MaskedTokenOptions(TrainConfig):
+    """What masked modelling of tokens has in common: block-wise masks, and a codebook where no tokenizer is named."""
+
+    k: Annotated[int, Ge(2)] | None = None
+    """Centroids of a codebook fitted here; paper: 8192. Default: that, or fewer where images are few"""
+    codebook_images: PositiveInt = 50_000
+    """Images a codebook is fitted on; paper: 50 000, 50 of each ImageNet class"""
+    codebook_iters: PositiveInt = 20
+    """Iterations of k-means; paper: 20"""
+    mask_ratio: Fraction = 75 / 196
+    """Share of the patches hidden, in blocks; paper: 75 of 196"""
+    min_block: PositiveInt = 16
+    """Fewest patches of a mask block that is tried; paper: 16"""
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Interpolation of the view the encoder sees"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, MaskedTokenOptions):
     """Settings of CCViT; the defaults are the paper's recipe for a base encoder at 224 pixels."""
 
     ABLATIONS: ClassVar[tuple[str, ...]] = (
@@ -39,18 +57,8 @@ class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, Tr
     codebook: str | None = None
     """Codebook made by `patchloom tokenize fit` (folder or file), or run of `patchloom tokenize train`; default:
     centroids fitted on the training images first"""
-    k: Annotated[int, Ge(2)] | None = None
-    """Centroids of a codebook fitted here; paper: 8192. Default: that, or fewer where images are few"""
-    codebook_images: PositiveInt = 50_000
-    """Images a codebook is fitted on; paper: 50 000, 50 of each ImageNet class"""
-    codebook_iters: PositiveInt = 20
-    """Iterations of k-means; paper: 20"""
-    mask_ratio: Fraction = 75 / 196
-    """Share of the patches hidden, in blocks; paper: 75 of 196"""
     replace_ratio: Fraction = 20 / 196
     """Share of the patches overwritten by their nearest centroid; paper: 20 of 196. 0 turns replacement off"""
-    min_block: PositiveInt = 16
-    """Fewest patches of a mask block that is tried; paper: 16"""
     target: Literal["dual", "token", "pixel", "soft_centroid"] = "dual"
     """What is predicted: tokens and pixels (dual, the paper's), one of them, or the experimental soft centroid"""
     token_weight: NonNegative = 1.0
@@ -65,8 +73,6 @@ class CCViTConfig(ExpertOptions, AverageOptions, EncoderOptions, ViewOptions, Tr
     """Let both branches share norm and token head; for target=token"""
     init_condenser: Literal["default", "trunc"] = "default"
     """Initialisation of the condenser's layers: PyTorch's, as published, or the encoder's"""
-    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    """Interpolation of the view the encoder sees"""
     target_interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Interpolation of the view tokens and pixel targets come from"""
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
-from patchloom.data.survey import notice
 from patchloom.data.transforms import PairedViews
 from patchloom.encoders import Encoder, in_chans, normalize, patch_size, plane_size
-from patchloom.encoders.masking import BlockMaskGenerator, ReplacementSampler
 from patchloom.encoders.patches import normalize_patches, patchify, unpatchify
 from patchloom.errors import UsageError
 from patchloom.models.parts import save_parts
@@ -29,20 +27,27 @@ from patchloom.systems.ccvit.model import (
     pixel_targets,
     require_class_token,
 )
+from patchloom.systems.ccvit.token_method import MaskedViews, TokenMethod, mask_counts
 from patchloom.tokenizers.centroid import CentroidTokenizer
-from patchloom.tokenizers.commands import ProgressLine
-from patchloom.tokenizers.tokenizer import Tokenizer, find_learned, open_tokenizer
-from patchloom.training.method import Method, Transform
+from patchloom.tokenizers.tokenizer import Tokenizer
+from patchloom.training.method import Transform
 
 if TYPE_CHECKING:
     from patchloom.report import Section
 
-__all__ = ["CCViTConfig", "CCViTMethod", "CentroidMIM", "CentroidMIMLoss", "MIMOutput", "pixel_targets"]
+__all__ = [
+    "CCViTConfig",
+    "CCViTMethod",
+    "CentroidMIM",
+    "CentroidMIMLoss",
+    "MIMOutput",
+    "MaskedViews",
+    "mask_counts",
+    "pixel_targets",
+]
 
-CODEBOOK, LEARNED = "codebook.safetensors", "tokenizer"
 
-
-class CCViTMethod(Method):
+class CCViTMethod(TokenMethod):
     """Masked image modelling against a k-means codebook of patches (CCViT)."""
 
     config_class = CCViTConfig
@@ -58,7 +63,7 @@ class CCViTMethod(Method):
         self.channels = in_chans(self.encoder)
         self.grid = plane_size(self.encoder, "block masks")
         self.num_masked, self.num_replaced = mask_counts(self.grid, config.mask_ratio, config.replace_ratio)
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = self.find_tokenizer(config.codebook)
         # The published model owns encoder and heads; here the encoder is the engine's, and shared.
         self.model = CentroidMIM(
             self.encoder,
@@ -76,85 +81,18 @@ class CCViTMethod(Method):
             self.model.token_head.requires_grad_(False)
             self.encoder.norm.requires_grad_(False)
 
-    def _tokenizer(self) -> Tokenizer:
-        """Return the tokenizer named in the settings, or an empty codebook of the size that will be fitted."""
-        config = self.config
-        if config.codebook is not None:
-            learned = find_learned(config.codebook)
-            tokenizer = open_tokenizer(codebook_file(config.codebook) if learned is None else learned)
-            tokenizer.check_fits(self.size, self.channels)
-            if not isinstance(tokenizer, CentroidTokenizer):
-                self._check_learned(tokenizer)
-            if config.k is not None and config.k != tokenizer.num_codes:
-                raise UsageError(
-                    f"k is {config.k}, but the {tokenizer.called} {config.codebook} has {tokenizer.num_codes} codes"
-                )
-            fitted = (tokenizer.facts.get("reading") or {}).get("value_range", "auto")
-            if fitted != config.value_range and "auto" not in (fitted, config.value_range):
-                notice(
-                    f"the {tokenizer.called} {config.codebook} was made on images read by value_range={fitted}, and "
-                    f"these are read by {config.value_range}; the same is better for both"
-                )
-            return tokenizer
-        k = self._codebook_size()
-        return CentroidTokenizer(torch.zeros(k, self.channels * self.size**2), self.size, self.channels)
-
-    def _check_learned(self, tokenizer: Tokenizer) -> None:
-        """Refuse what a learned tokenizer cannot give."""
+    def check_tokenizer(self, tokenizer: Tokenizer, where: str) -> None:
+        """Refuse other patches than the encoder's, and a learned tokenizer that lacks what the settings ask for."""
+        super().check_tokenizer(tokenizer, where)
+        if isinstance(tokenizer, CentroidTokenizer):
+            return
         tokenizer.grid_size(self.input_size)
         if self.config.target == "soft_centroid":
             raise UsageError("target=soft_centroid mixes centroids, and a learned tokenizer has none; take target=dual")
         if self.config.replace_ratio and not tokenizer.decodes:
             raise UsageError(
-                f"{self.config.codebook} makes no images of tokens, so no patch can be overwritten by its own; set "
-                f"replace_ratio=0"
+                f"{where} makes no images of tokens, so no patch can be overwritten by its own; set replace_ratio=0"
             )
-
-    def _codebook_size(self) -> int:
-        """Return k: as asked for, or the largest power of two up to 8192 with 39 patches per centroid."""
-        config = self.config
-        count = len(self.source) if isinstance(self.source, Source) else self.source.num_samples
-        patches = min(count, config.codebook_images) * self.grid[0] * self.grid[1]
-        if config.k is not None:
-            if config.k > patches:
-                raise UsageError(
-                    f"k is {config.k}, but {config.data} gives only {patches} patches of {self.size} pixels; lower k"
-                )
-            return config.k
-        k = 8192
-        while k > 16 and k * 39 > patches:
-            k //= 2
-        return k
-
-    def prepare(self, source: Source | StreamSource, run_dir: Path) -> None:
-        """Fit the codebook, or copy the one named, into the run folder."""
-        config = self.config
-        path = run_dir / CODEBOOK
-        if path.exists() or (run_dir / LEARNED).exists():
-            return
-        if config.codebook is not None and not isinstance(self.tokenizer, CentroidTokenizer):
-            self.tokenizer.save(run_dir / LEARNED)
-            return
-        if config.codebook is None:
-            self.tokenizer = CentroidTokenizer.fit(
-                source,
-                self.tokenizer.num_codes,
-                patch_size=self.size,
-                image_size=self.input_size,
-                iters=config.codebook_iters,
-                seed=config.seed + 1,
-                images=config.codebook_images,
-                device=self.trainer.strategy.root_device,
-                progress=ProgressLine(),
-            )
-        elif isinstance(self.tokenizer, CentroidTokenizer):
-            self.tokenizer.warn_of_duplicates()
-        self.tokenizer.save(path)
-
-    def load_prepared(self, run_dir: Path) -> None:
-        """Load the run's codebook, or its learned tokenizer."""
-        learned = run_dir / LEARNED
-        self.tokenizer = open_tokenizer(learned if learned.exists() else run_dir / CODEBOOK).to(self.device)
 
     def transform(self) -> Transform:
         """Return the paired views and the draw of masks."""
@@ -307,53 +245,6 @@ class CCViTMethod(Method):
             predicted[supervised] = output.pixels.to(predicted.dtype) * spread[supervised] + mean[supervised]
             rows["predicted pixels"] = predicted.clamp(0, 1)
         return {name: unpatchify(row, self.size, self.grid, self.channels) for name, row in rows.items()}
-
-
-class MaskedViews:
-    """Views of an image and the draw of its masks, in the data worker and from the sample's own generator."""
-
-    def __init__(
-        self,
-        views: PairedViews | None,
-        grid: tuple[int, int],
-        num_masked: int,
-        num_replaced: int,
-        min_block: int,
-    ) -> None:
-        self.views = views
-        self.masks = BlockMaskGenerator(grid, num_masked, min_block=min_block)
-        self.replacements = ReplacementSampler(num_replaced)
-
-    def __call__(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        assert self.views is not None
-        sample = self.views(image, generator)
-        sample["masked"], sample["replaced"] = self.draw(generator)
-        return sample
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return (h, w) bool masks of hidden and of replaced patches."""
-        masked = self.masks(generator)
-        return masked, self.replacements(masked, generator)
-
-
-def mask_counts(grid: tuple[int, int], mask_ratio: float, replace_ratio: float) -> tuple[int, int]:
-    """Return how many patches of a grid are hidden and replaced; 75 and 20 of 14x14 at the paper's shares."""
-    patches = grid[0] * grid[1]
-    masked = round(mask_ratio * patches)
-    return masked, min(round(replace_ratio * patches), patches - masked)
-
-
-def codebook_file(path: str) -> Path:
-    """Return the file of a codebook named by its folder or by itself.
-
-    Raises:
-        UsageError: There is none.
-    """
-    named = Path(path)
-    file = named / CODEBOOK if named.is_dir() else named
-    if not file.exists():
-        raise UsageError(f"there is no codebook at {file}; make one with: patchloom tokenize fit --out {path}")
-    return file
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:

@@ -285,7 +285,7 @@ def require_class_token(encoder: Encoder) -> None:
         UsageError: It has none.
     """
     if num_prefix_tokens(encoder) == 0:
-        raise UsageError("CCViT needs an encoder with a class token; this one has none")
+        raise UsageError("modelling of tokens needs an encoder with a class token, and this one has none")
 
 
 def initialize_as_beit(encoder: Encoder) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -88,21 +89,37 @@ class LearnedTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         """Return a hash of settings and weights."""
-        digest = hashlib.sha256(json.dumps(self.network.arguments(), sort_keys=True).encode())
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_of(self.network)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write `tokenizer.json` and the weights to a folder."""
         return save_network(self.network, Path(path), facts=self.facts, overwrite=overwrite)
 
 
+class Network(Protocol):
+    """The network of a learned tokenizer, which plain values make anew."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return these values."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return its tensors."""
+
+
+def hash_of(network: Network) -> str:
+    """Return a hash of a network's settings and weights, 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(network.arguments(), sort_keys=True).encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_network(
-    network: ViTVQGAN,
+    network: Network,
     path: Path,
     *,
+    kind: str = KIND,
     facts: dict[str, Any],
     lineage: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -110,8 +127,9 @@ def save_network(
     """Write a network to a folder.
 
     Args:
-        network: The auto-encoder.
+        network: What makes tokens.
         path: The folder.
+        kind: What it is, a name of `registry.TOKENIZERS`.
         facts: How it was made (plain values).
         lineage: What made it.
         overwrite: Replace one that is there.
@@ -129,7 +147,7 @@ def save_network(
             save_file(state, temporary, metadata={"format": "pt"})
             temporary.chmod(0o644)
         write_json(folder / LINEAGE, {"lineage": lineage or {}, "versions": versions}, default=str)
-        about = {"kind": KIND, "format": FORMAT, "network": network.arguments(), "facts": facts, "versions": versions}
+        about = {"kind": kind, "format": FORMAT, "network": network.arguments(), "facts": facts, "versions": versions}
         write_json(folder / ABOUT, about, default=str)  # last: it says that all is there
     except BaseException:
         if not (folder / ABOUT).exists():
