@@ -13,6 +13,7 @@ import patchloom as pl
 from patchloom.cli import main
 from patchloom.data.segmentation import open_segmentation
 from patchloom.encoders import create_encoder
+from patchloom.encoders.denoised import Denoiser, denoised
 from patchloom.errors import UsageError
 from patchloom.models.bundle import save_bundle
 from patchloom.segment.commands import predict
@@ -105,6 +106,26 @@ def test_a_run_measures_reports_and_predicts(bundle, folders, tmp_path, capsys):
     assert right / total == pytest.approx(run.summary["pixel_accuracy_test"], abs=1e-6)
     with pytest.raises(UsageError, match="not an empty folder"):
         predict(str(run.path), f"{test}/images", str(tmp_path / "p"))
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("upernet", "upernet reads blocks without the final norm.*give --apply_norm true, or an encoder"),
+        (
+            "vit_comer",
+            "vit_comer reads blocks without the final norm.*give an encoder that patchloom clean dvt distill",
+        ),
+        ("point", "points have tokens of their own"),
+    ],
+)
+def test_a_denoiser_that_would_do_nothing_is_refused(bundle, folders, tmp_path, head, said):
+    clean = str(save_bundle(denoised(pl.load(bundle), Denoiser(32, (4, 4))), tmp_path / "clean"))
+    settings = {**FAST, "data": folders[0], "encoder": clean, "max_steps": 1}
+    if head == "point":
+        settings.pop("width")
+    with pytest.raises(UsageError, match=said):
+        pl.segment(head, out=tmp_path / "run", **settings)
 
 
 def test_masks_read_otherwise_do_not_go_on_with_a_run(bundle, tmp_path):

@@ -239,6 +239,27 @@ def denoised(encoder: Encoder, denoiser: Denoiser, layer: int | None = None) -> 
     return encoder
 
 
+def refuse_denoised(encoder: Encoder, why: str, remedy: str = "") -> None:
+    """Refuse an encoder with a denoiser behind its final norm.
+
+    Args:
+        encoder: Any encoder.
+        why: What cannot be, as a sentence.
+        remedy: What else may be given than an encoder that has learnt to be clean by itself.
+
+    Raises:
+        UsageError: There is a denoiser.
+    """
+    if isinstance(encoder.norm, DenoisedNorm):
+        raise UsageError(f"{why}; give {remedy}an encoder that patchloom clean dvt distill has left")
+
+
+def refuse_unread_denoiser(encoder: Encoder, reader: str, remedy: str = "") -> None:
+    """Refuse a denoiser that what reads the encoder's blocks as they are would pass over, see `refuse_denoised`."""
+    why = f"{reader} reads blocks without the final norm, and the encoder's denoiser (DVT) behind that would do nothing"
+    refuse_denoised(encoder, why, remedy)
+
+
 @register_model
 def dvt_denoised_vit(
     pretrained: bool = False,

@@ -23,6 +23,7 @@ from patchloom.data.mask_transforms import TestImage, TrainCrop
 from patchloom.data.mask_values import IGNORED
 from patchloom.data.pixels import unit
 from patchloom.encoders import Encoder, normalize
+from patchloom.encoders.denoised import refuse_unread_denoiser
 from patchloom.errors import UsageError
 from patchloom.features.extract import torch_device
 from patchloom.io import make_folder
@@ -73,7 +74,7 @@ class FrozenMethod(DenseMethod):
     def build_decoder(self, num_classes: int) -> Parts:
         """Return the parts of the model, the encoder's view first."""
         recipe = self.recipe
-        return build_parts(
+        parts = build_parts(
             self.encoder,
             num_classes,
             recipe.head,
@@ -82,6 +83,9 @@ class FrozenMethod(DenseMethod):
             apply_norm=recipe.apply_norm,
             width=recipe.channels,
         )
+        if not parts.backbone.apply_norm:
+            refuse_unread_denoiser(self.encoder, recipe.head, "--apply_norm true, or ")
+        return parts
 
     def loss_options(self) -> dict[str, Any]:
         """Return what of `decoder_loss` is chosen."""

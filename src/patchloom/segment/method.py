@@ -27,6 +27,7 @@ from patchloom.data.sample import transformed
 from patchloom.data.segmentation import MaskSource, open_segmentation
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, normalize
+from patchloom.encoders.denoised import refuse_unread_denoiser
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
@@ -113,7 +114,7 @@ class SegmentMethod(DenseMethod):
     def build_decoder(self, num_classes: int) -> Parts:
         """Return the parts of the model, the encoder's view first."""
         config = self.config
-        return build_parts(
+        parts = build_parts(
             self.encoder,
             num_classes,
             self.head_name,
@@ -124,6 +125,11 @@ class SegmentMethod(DenseMethod):
             frozen=not config.train_encoder,
             settings=self.decoder_settings(),
         )
+        if not parts.backbone.apply_norm:
+            refuse_unread_denoiser(
+                self.encoder, self.head_name, "--apply_norm true, or " if parts.neck is not None else ""
+            )
+        return parts
 
     def decoder_settings(self) -> dict[str, Any]:
         """Return further settings of a decoder that is a system of its own, which its model on disk remembers."""

@@ -25,6 +25,7 @@ from patchloom.data.pixels import unit
 from patchloom.data.reading import OPTIONS, Reading, reading_options
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, patch_size, set_image_size
+from patchloom.encoders.denoised import refuse_unread_denoiser
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
@@ -63,6 +64,7 @@ class DetectMethod(Method):
         if not isinstance(source, CocoSource):
             raise UsageError(f"{source.name} has no boxes; detect takes FILE.json of COCO's layout")
         super().__init__(config, source)
+        refuse_unread_denoiser(self.encoder, "vit_comer")
         detector = Detector(
             self.encoder,
             source.class_names,

@@ -28,6 +28,7 @@ from patchloom.data.reading import Reading, reading_options
 from patchloom.data.segmentation import MaskSource, colours, open_segmentation
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, image_size, normalize, patch_size, set_image_size
+from patchloom.encoders.denoised import refuse_denoised
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
@@ -70,6 +71,7 @@ class PointMethod(Method):
         assert source.class_names is not None
         self.class_names = list(source.class_names)
         check_sides(self.input_size, patch_size(self.encoder))
+        refuse_denoised(self.encoder, "points have tokens of their own, for which a denoiser (DVT) has no places")
         classifier = PointViT(
             self.encoder, len(self.class_names), config.interpolate_offset or None, config.point_start
         )
