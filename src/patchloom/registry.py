@@ -450,6 +450,7 @@ REFERENCES: dict[str, str] = {
     "vit_comer": "systems.vit_comer.published:load",
     "vitamin": "systems.vitamin.published:load",
     "vit_vqgan": "systems.vit_vqgan.published:load",
+    "vit_lens": "systems.vit_lens.published:load",
     "vit_p": "systems.vit_p.published:load",
     "videomae_v2": "systems.videomae_v2.published:load",
     "ph_reg": "systems.ph_reg.published:load",
