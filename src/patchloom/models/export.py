@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from patchloom.base.sizes import Size, checked_size
 from patchloom.errors import UsageError, unknown_name
-from patchloom.io import check_place
+from patchloom.io import check_place, write_text
+
+FORMATS = ("onnx", "timm", "hub")
 
 
 def export(
     bundle: str,
     out: str,
-    format: Literal["onnx", "timm"] = "onnx",
+    format: Literal["onnx", "timm", "hub"] = "onnx",
     image_size: Size | None = None,
     opset: int = 18,
     normalize: bool = False,
@@ -27,8 +29,9 @@ def export(
 
     Args:
         bundle: Bundle or run folder.
-        out: File (onnx) or folder (timm) to write.
-        format: onnx: one file, any batch size, checked against onnxruntime. timm: a clean copy of the bundle.
+        out: File (onnx) or folder (timm, hub) to write.
+        format: onnx: one file, any batch size, checked against onnxruntime. timm: a clean copy of the bundle. hub: one
+            to give away, with a model card (README.md) of what was recorded, and without places on this disk.
         image_size: Side of the images in pixels, or height and width (256,128); default: the model's. Positions are
             resampled where it differs.
         opset: ONNX operator set.
@@ -49,8 +52,8 @@ def export(
     from patchloom.models.bundle import holds_more, load, load_model, read_lineage, save_bundle
     from patchloom.models.onnx_file import Normalised, export_onnx, input_notes, need_onnx
 
-    if format not in ("onnx", "timm"):
-        raise unknown_name("format", format, ("onnx", "timm"))
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
     path = check_place(out)
     if path.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another place, or set overwrite to replace it")
@@ -60,7 +63,7 @@ def export(
             raise UsageError(f"{out} is no name of a file; write one such as {out}/model.onnx")
     whole = holds_more(bundle)
     model: Any = load_model(bundle) if whole and format == "onnx" else load(bundle)
-    if whole and format == "timm":
+    if whole and format != "onnx":
         print(f"{bundle}: its encoder alone goes to {out}; timm has no model for the rest", file=sys.stderr)
     if whole and format == "onnx" and image_size is not None:
         raise UsageError(f"image_size is {image_size}, and {bundle} takes the size it was trained at; leave it out")
@@ -68,6 +71,13 @@ def export(
         set_image_size(model, checked_size("image_size", image_size))
     if format == "timm":
         save_bundle(model, path, lineage=read_lineage(bundle), overwrite=overwrite)
+        return str(path)
+    if format == "hub":
+        from patchloom.models.card import model_card, public_lineage, read_summary
+
+        lineage = public_lineage(read_lineage(bundle))
+        save_bundle(model, path, lineage=lineage, overwrite=overwrite)
+        write_text(path / "README.md", model_card(model, lineage, read_summary(bundle), path.name))
         return str(path)
     notes = input_notes(model, normalized=normalize)
     export_onnx(Normalised(model) if normalize else model, model, path, opset, notes)
