@@ -14,6 +14,7 @@ from patchloom.encoders import (
     depth,
     embed,
     embed_dim,
+    family_of,
     final_norm,
     grid_size,
     image_size,
@@ -164,6 +165,32 @@ def test_patches_dropped_before_they_are_embedded_equal_those_dropped_after(name
     together = run_blocks(encoder, embed(encoder, images, keep=keep))[0]
     hook.remove()
     torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_patches_are_not_embedded_in_training_either(name):
+    encoder = randomised(name, 56 if "14" in name else 64).double().train()
+    images, keep, seen = images_for(encoder).double(), torch.tensor([[3, 1, 7], [0, 15, 4]]), []
+    proj = encoder.patch_embed.proj
+    proj.forward = seen.append
+    state = torch.get_rng_state()
+    kept = embed(encoder, images, keep=keep).x
+    assert not seen
+    assert torch.equal(torch.get_rng_state(), state)
+    del proj.forward
+    prefix = num_prefix_tokens(encoder)
+    whole = embed(encoder, images).x[:, prefix:]
+    torch.testing.assert_close(
+        kept[:, prefix:], whole.gather(1, keep[..., None].expand(-1, -1, whole.shape[-1])), atol=1e-10, rtol=1e-10
+    )
+
+
+def test_where_training_drops_patches_all_are_embedded():
+    encoder = create_encoder("vit_tiny_patch16_224", image_size=64, depth=1, patch_drop_rate=0.5).train()
+    family = family_of(encoder)
+    assert family.drops_in_front(encoder)
+    assert not family.embeds_patches_apart(encoder)
+    assert family.embeds_patches_apart(encoder.eval())
 
 
 def test_masks_without_token_or_of_another_grid_are_refused():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -234,9 +235,14 @@ class Family:
         )
 
     def drops_in_front(self, encoder: Any) -> bool:
-        """Return whether training may drop something between the patch embedding and the first block."""
+        """Return whether training may drop something between the patch embedding and the first block.
+
+        Where nothing is dropped, timm has nothing there, or a module that does nothing.
+        """
         drop: Any = getattr(encoder, "pos_drop", None)
-        return getattr(drop, "p", 0.0) != 0 or getattr(encoder, "patch_drop", None) is not None
+        return getattr(drop, "p", 0.0) != 0 or not isinstance(
+            getattr(encoder, "patch_drop", None), nn.Identity | NoneType
+        )
 
     def add_positions(self, encoder: Any, x: Tensor) -> Embedded:
         """Return what enters the first block, for patches (B, N, D) or (B, *grid, D) of the encoder's size.

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from patchloom.encoders.cosine_attention import CosineAttention
 from patchloom.encoders.families import Embedded, register
-from patchloom.encoders.patches import Grid, patch_grid
+from patchloom.encoders.patches import Grid, patch_grid, shown
 from patchloom.encoders.positions import PositionRule, running_positions
 from patchloom.encoders.timm_families import VisionTransformers
 from patchloom.errors import UsageError, unknown_name
@@ -69,6 +69,7 @@ class TubeletEmbed(nn.Module):
         self.set_size((num_frames, int(height), int(width)))
         self.proj = nn.Conv3d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.norm = nn.Identity()
+        self.strict_img_size = False  # positions are computed for the clip at hand
 
     def set_size(self, size: Grid) -> None:
         """Be set up for clips of a size (T, H, W); no weight depends on it."""
@@ -84,10 +85,15 @@ class TubeletEmbed(nn.Module):
         """Return tokens (B, N, D) of clips (B, C, T, H, W), without positions.
 
         Raises:
-            UsageError: No clips, or frames that tubes do not fill.
+            UsageError: No clips, frames that tubes do not fill, or, where it is strict, another size than its own.
         """
         if clips.ndim != 5:
             raise UsageError(f"the encoder takes clips (B, C, T, H, W), and was given shape {tuple(clips.shape)}")
+        if self.strict_img_size and tuple(clips.shape[2:]) != tuple(self.img_size):
+            raise UsageError(
+                f"clips of {shown(tuple(clips.shape[2:]))} pixels; the encoder is set up for "
+                f"{shown(self.img_size)}, and is set up for others by set_image_size"
+            )
         tubelet, side, _ = self.patch_size
         if clips.shape[2] % tubelet:
             raise UsageError(f"{clips.shape[2]} frames are not divisible by the tubelet size {tubelet}")
@@ -198,10 +204,6 @@ class VideoTransformers(VisionTransformers):
         """Return (frames, rows, columns) of a tube."""
         shape: Grid = encoder.patch_embed.patch_size
         return shape
-
-    def drops_in_front(self, encoder: Any) -> bool:
-        """Return whether training may drop something there; timm has a module that does nothing where it does not."""
-        return encoder.pos_drop.p != 0 or not isinstance(encoder.patch_drop, nn.Identity)
 
     def sides(self, own: Grid, size: int | Grid) -> Grid:
         """Return (T, H, W); a side, or (H, W), leaves the number of frames as it is."""
