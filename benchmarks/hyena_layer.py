@@ -3,13 +3,16 @@
     python -m benchmarks.hyena_layer [--dim 96] [--sides 16 32 64 128] [--batch 1] [--rounds 3] [--write]
 
 A step is forward and backward. Attention is timed fused (SDPA) and with its matrix written out; the published operator
-transforms twice padded planes whole, and once more for nothing. Memory is what a step keeps for its backward pass.
+transforms twice padded planes whole, and once more for nothing. Memory is what a step keeps for its backward pass. The
+plot shows from how many tokens on Hyena is the faster one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +24,8 @@ from benchmarks.harness import alternate, machine, markdown_table, paired_ratio,
 from patchloom.encoders.hyena import HyenaND
 
 PAGE = Path(__file__).parents[1] / "docs" / "systems" / "hyena_nd.md"
+PLOT = PAGE.parents[1] / "pictures" / "hyena_crossover.png"
+LABELS = {"hyena": "Hyena", "published": "published operator", "fused": "SDPA", "written": "softmax written out"}
 MATRIX_LIMIT = 4096
 """Tokens up to which attention's matrix is written out."""
 
@@ -95,19 +100,62 @@ def kept(layer: nn.Module, x: Tensor) -> int:
     return sum(stored.values())
 
 
+def crossover(tokens: Sequence[int], hyena: Sequence[float], attention: Sequence[float]) -> float | None:
+    """Return from how many tokens on Hyena is faster, between the sizes by powers; None where it is not.
+
+    >>> crossover([256, 1024], [2.0, 8.0], [1.0, 16.0])
+    512.0
+    """
+    ratios = [math.log(theirs / ours) for theirs, ours in zip(attention, hyena, strict=True)]
+    for number in range(len(tokens) - 1, -1, -1):
+        if ratios[number] <= 0:
+            if number == len(tokens) - 1:
+                return None
+            low, high = (math.log(count) for count in tokens[number : number + 2])
+            share = -ratios[number] / (ratios[number + 1] - ratios[number])
+            return round(math.exp(low + share * (high - low)), 6)
+    return float(tokens[0])
+
+
+def plot(milliseconds: dict[str, dict[int, float]], where: str) -> None:
+    """Write the picture of the time of a step by the number of tokens."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, times in milliseconds.items():
+        axes.plot(list(times), list(times.values()), marker="o", label=LABELS[name])
+    tokens = sorted(milliseconds["hyena"])
+    ours, theirs = ([milliseconds[name][count] for count in tokens] for name in ("hyena", "fused"))
+    if (from_here := crossover(tokens, ours, theirs)) is not None and from_here > tokens[0]:
+        axes.axvline(from_here, color="grey", linestyle=":", label=f"Hyena = SDPA at {from_here:,.0f} tokens")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("step of one layer, ms")
+    axes.set_title(where, fontsize=8)
+    axes.legend(fontsize=8)
+    figure.savefig(PLOT, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Time in turn and print or write the tables."""
+    """Time in turn and print or write the tables and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sides", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the tables to docs/systems/hyena_nd.md")
+    parser.add_argument("--write", action="store_true", help="write table and plot to docs/")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.perf_counter if device == "cuda" else time.process_time
     rows = []
+    milliseconds: dict[str, dict[int, float]] = {name: {} for name in LABELS}
     for side in options.sides:
         torch.manual_seed(0)
         ours = HyenaND(options.dim, (side, side)).to(device)
@@ -122,6 +170,8 @@ def main() -> None:
         seconds = alternate(calls, rounds=options.rounds, warmup=1, clock=clock)
         memory = {name: kept(layer, x) / 2**20 for name, layer in layers.items()}
         best = {name: min(times) * 1e3 for name, times in seconds.items()}
+        for name, value in best.items():
+            milliseconds[name][side**2] = value
         rows.append(
             [
                 f"{side} × {side} = {side**2:,}",
@@ -143,6 +193,7 @@ def main() -> None:
     print(text)
     if options.write:
         rewrite(PAGE, "hyena_layer", text)
+        plot(milliseconds, f"width {options.dim}, batch {options.batch}, float32; {machine()}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from patchloom.encoders.properties import input_size, size_arguments
 from patchloom.errors import UsageError
 
 # Where timm and this package keep them, for hints that lead to an encoder.
-MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva", "hyena_vit", "vitamin", "video", "volume")
+MODULES = ("ccvit", "vision_transformer", "deit", "beit", "eva", "hyena_vit", "hyena_nd", "vitamin", "video", "volume")
 
 
 def create_encoder(

@@ -176,6 +176,10 @@ class HyenaTransformer(VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Set it up for images of another size: positions and filters are resampled."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self.resize_filters()
+
+    def resize_filters(self) -> None:
+        """Resample the filters of all blocks for the grid of the patch embedding."""
         grid = tuple(self.patch_embed.grid_size)
         for block in self.blocks:
             if isinstance(block.attn, HyenaND):
@@ -205,7 +209,8 @@ class HyenaTransformers(VisionTransformers):
         """Return the names of learnt places, frequencies and rates, unless they decay as published."""
         own = (".filters.z.", ".filters.freq", ".filters.deltas")
         names = (name for name, _ in encoder.named_parameters())
-        return set() if encoder.paper_optim else {name for name in names if any(part in name for part in own)}
+        found = set() if encoder.paper_optim else {name for name in names if any(part in name for part in own)}
+        return super().undecayed(encoder) | found
 
     def add_positions_at(self, encoder: Any, x: Tensor, grid: Grid, rule: PositionRule) -> Embedded:
         """Return what enters the first block; filters are resampled for the grid in each."""

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import patchloom as pl
+from patchloom.data import embedded, shapes3d
+from patchloom.encoders import create_encoder
 from patchloom.encoders.hyena_vit import HyenaTransformer
 from patchloom.errors import UsageError
+from patchloom.models.bundle import save_bundle
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -69,4 +72,41 @@ def test_it_goes_into_onnx_as_sums(run, tmp_path):
 def test_methods_it_does_not_fit_say_so_before_anything_is_written(tmp_path, method, message):
     with pytest.raises(UsageError, match=message):
         pl.pretrain(method, **{**SMALL, "out": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "data", "words"),
+    [
+        ("hyena_video_micro_patch8", (4, 16, 16), 3, "moving", {"clip_frames": 4}),
+        ("hyena_volume_micro_patch4", (8, 8, 8), 1, "shapes3d", {}),
+    ],
+)
+def test_clips_and_volumes_are_embedded_judged_and_learnt(tmp_path, monkeypatch, name, size, channels, data, words):
+    for counts in (embedded.DEFAULT_CROPS, shapes3d.DEFAULT_VOLUMES):
+        monkeypatch.setitem(counts, "train", 24)
+        monkeypatch.setitem(counts, "test", 12)
+    shape = {"embed_dim": 24, "depth": 2, "num_heads": 2, "filter_width": 8}
+    bundle = save_bundle(create_encoder(name, image_size=size, in_chans=channels, **shape), tmp_path / "bundle")
+    test = f"{data}:test"
+    figures = pl.evaluate("knn", encoder=str(bundle), train=data, test=test, num_workers=0, draws=10, cache="none")
+    assert 0 <= figures["accuracy"] <= 1
+    pl.embed(str(bundle), data=test, out=str(tmp_path / "features.npz"), num_workers=0)
+    settings = {key: SMALL[key] for key in ("batch_size", "max_steps", "num_workers", "precision", "accelerator")}
+    run = pl.adapt("linear", data=data, encoder=str(bundle), out=tmp_path / "linear", report=False, **settings, **words)
+    sample = torch.zeros(1, channels, *size)
+    assert pl.load(run.path)(sample).shape == (1, len(run.summary["class_names"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "encoder"),
+    [
+        ("videomae_v2", "moving", "hyena_video_micro_patch8"),
+        ("hi_end_mae", "shapes3d", "hyena_volume_micro_patch4_alternate"),
+    ],
+)
+def test_masked_pretraining_of_clips_and_volumes_is_refused_in_a_sentence(tmp_path, method, data, encoder):
+    with pytest.raises(UsageError, match="need the whole grid; take an encoder with attention alone"):
+        pl.pretrain(method, data=data, encoder=encoder, max_steps=1, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -198,7 +198,7 @@ class HiEndMAE(nn.Module):
         if not family_of(encoder).drops_tokens:
             raise UsageError(
                 f"Hi-End-MAE shows the encoder some patches only, and the blocks of a {type(encoder).__name__} need "
-                f"the whole grid"
+                f"the whole grid; take an encoder with attention alone, such as volume_vit_base_patch16_96"
             )
         if not memory_layers or sorted(set(memory_layers)) != list(memory_layers) or memory_layers[0] < 0:
             raise UsageError(f"memory_layers is {tuple(memory_layers)}; give blocks from 0, shallow ones first: 3,6,9")

@@ -34,6 +34,7 @@ from patchloom.encoders import (
     Encoder,
     embed,
     embed_dim,
+    family_of,
     final_norm,
     grid_size,
     in_chans,
@@ -70,7 +71,8 @@ class VideoMaskedAutoencoder(nn.Module):
         grid: Tokens of a clip of the encoder's size, (time, down, across); others can be read.
 
     Raises:
-        UsageError: Heads that do not divide the width, or an encoder of other things than clips.
+        UsageError: Heads that do not divide the width, an encoder of other things than clips, or one whose blocks need
+            the whole grid of tokens.
     """
 
     decoder_positions: Tensor
@@ -95,6 +97,11 @@ class VideoMaskedAutoencoder(nn.Module):
             raise UsageError(
                 f"VideoMAE V2 hides tubes of clips, and the encoder takes {kind_of(encoder)}s; take one of clips, such "
                 f"as videomae_base_patch16_224, or pretrain mae for images"
+            )
+        if not family_of(encoder).drops_tokens:
+            raise UsageError(
+                f"VideoMAE V2 shows the encoder some tokens only, and the blocks of a {type(encoder).__name__} need "
+                f"the whole grid; take an encoder with attention alone, such as videomae_base_patch16_224"
             )
         self.encoder = encoder
         self.normalize_target = normalize_target
