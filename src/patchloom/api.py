@@ -81,7 +81,7 @@ def pretrain(
     """Train an encoder on unlabelled images.
 
     Args:
-        method: Name of the method: ccvit, dinov2, mae, tov_vicreg; `list_methods("pretrain")` has all.
+        method: Name of the method: ccvit, beit, dinov2, mae; `list_methods("pretrain")` has all.
         out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
         data: Images: a folder, shards, photos, digits, torchvision:NAME, hf:NAME; `list_sources()` has all. May be left
             out where a run is resumed.
@@ -174,10 +174,11 @@ def train_tokenizer(
     """Train a tokenizer on unlabelled images; `fit_codebook` makes one of centroids, without training.
 
     Args:
-        method: Name of the method: vit_vqgan; `list_methods("tokenize train")` has all.
+        method: Name of the method: vit_vqgan, vq_kd; `list_methods("tokenize train")` has all.
         out: Run folder; empty or absent, unless `resume=True` goes on with the run in it or `overwrite=True`.
         data: Images, as for `pretrain`.
-        encoder: Size of the encoder, such as vit_vqgan_small; default: the method's.
+        encoder: Size of the encoder, such as vit_vqgan_small, or of vq_kd ccvit_small_patch16_224; default: the
+            method's.
         **settings: Further fields of the method's settings class; `patchloom tokenize train METHOD --help` has them.
 
     Returns:

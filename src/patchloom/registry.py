@@ -159,6 +159,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.vit_vqgan.config:ViTVQGANConfig",
             "A tokenizer that is learned: a ViT to codes of a table, another back, against a discriminator (ViT-VQGAN)",
         ),
+        "vq_kd": Entry(
+            "systems.beit.vq_kd_method:VQKDMethod",
+            "systems.beit.vq_kd_config:VQKDConfig",
+            "A tokenizer that is learned: codes of patches that say what a teacher's features of them are (VQ-KD)",
+        ),
     },
     "generate": {
         "vim": Entry(

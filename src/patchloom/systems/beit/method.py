@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from patchloom.errors import UsageError
 from patchloom.models.parts import save_parts
 from patchloom.systems.beit.config import BEiTConfig
 from patchloom.systems.beit.model import TokenMIM, token_loss
+from patchloom.systems.beit.pictures import token_colours
 from patchloom.systems.ccvit.model import initialize_as_beit, require_class_token
 from patchloom.systems.ccvit.token_method import MaskedViews, TokenMethod, mask_counts
 from patchloom.tokenizers.centroid import CentroidTokenizer
@@ -216,12 +216,3 @@ class BEiTMethod(TokenMethod):
             pale = 0.25 * colours + 0.75
             colours = torch.where(masked.view(-1, 1, *self.grid), colours, pale)
         return F.interpolate(colours, self.input_size, mode="nearest")
-
-
-def token_colours(ids: Tensor) -> Tensor:
-    """Return a colour for each token: (B, h, w) → (B, 3, h, w) in [0, 1]; numbers next to each other look different."""
-    turns = ids.double() * ((math.sqrt(5) - 1) / 2) % 1
-    shifts = torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.float64, device=ids.device).view(1, 3, 1, 1)
-    bright = 0.55 + 0.3 * (ids.double() * math.sqrt(2) % 1)
-    colours: Tensor = (bright[:, None] + 0.35 * torch.cos(2 * math.pi * (turns[:, None] + shifts))).clamp(0, 1).float()
-    return colours

@@ -23,6 +23,7 @@ from patchloom.data.survey import notice
 from patchloom.encoders import Encoder
 from patchloom.errors import UsageError
 from patchloom.models.published import fill
+from patchloom.systems.vit_vqgan.code_use import collapse_of, use_section
 from patchloom.systems.vit_vqgan.config import SIZES, ViTVQGANConfig
 from patchloom.systems.vit_vqgan.discriminator import StyleGANDiscriminator, group_of
 from patchloom.systems.vit_vqgan.losses import (
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 PERCEPTUAL = 0.1
 """Weight of the perceptual distance where its weights are on hand (paper)."""
-COLLAPSE = 0.1
-"""A vocabulary used as if it had less than this share of the codes it could show has collapsed."""
 SHOWN = 8
 MADE = "reconstruction"
 
@@ -293,14 +292,7 @@ class ViTVQGANMethod(Method):
 
     def collapse(self) -> str | None:
         """Return a sentence where only few codes are in use, with what to change; None where all is well."""
-        if not self.measured:
-            return None
-        config = self.config
-        possible = min(config.num_codes, self.measured["tokens"])
-        if self.measured["perplexity"] >= COLLAPSE * possible:
-            return None
-        used = config.num_codes - self.measured["dead"]
-        changes = []
+        config, changes = self.config, []
         if not config.l2_normalize:
             changes.append("set l2_normalize=true")
         if config.code_dim > 16:
@@ -308,10 +300,7 @@ class ViTVQGANMethod(Method):
         if not config.revive_every:
             changes.append("let unused codes start again (--revive_every 100)")
         changes.append("train longer, or lower num_codes")
-        return (
-            f"The codebook has collapsed: {used} of {config.num_codes} codes occur in {self.measured['tokens']} "
-            f"held-out tokens, used as evenly as {self.measured['perplexity']:.1f} would be; {', or '.join(changes)}"
-        )
+        return collapse_of(self.measured, config.num_codes, changes)
 
     def summary(self) -> dict[str, Any]:
         """Return what the tokenizer is, and whether its codes are in use."""
@@ -336,7 +325,7 @@ class ViTVQGANMethod(Method):
     @torch.no_grad()
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return reconstructions of held-out images, and how the codes are used."""
-        from patchloom.report import Section, curves, image_grid
+        from patchloom.report import Section, image_grid
 
         network = cast(ViTVQGAN, self.bundle_model()).eval()
         views = self.held_out_views()
@@ -353,27 +342,8 @@ class ViTVQGANMethod(Method):
         if not self.measured:
             return [first]
         found = self.measured
-        shares = self.held_counts.double().sort(descending=True).values / self.held_counts.sum()
-        ranks = list(range(1, len(shares) + 1))
-        even = 1 / len(shares)
-        figure = curves(
-            {"share of the tokens": (ranks, shares.cumsum(0).tolist()), "all codes alike": ([0, len(ranks)], [0, 1])},
-            x_label="codes, the most used first",
-            y_label="share",
-            title="Tokens that the most used codes make up",
-        )
-        warning = self.collapse()
-        text = (
-            f"On {len(views)} {how}, {found['tokens']} tokens: {self.config.num_codes - found['dead']} of "
-            f"{self.config.num_codes} codes occur (usage {found['usage']:.1%}), {found['dead']} do not (dead); "
-            f"perplexity {found['perplexity']:.1f}: used as evenly as so many codes would be. A code's even share is "
-            f"{even:.2%}, the most used has {float(shares[0]):.2%}. PSNR {found['psnr']:.2f} dB, squared "
-            f"error {found['mse']:.5f}."
-        )
-        if found["tokens"] < 10 * self.config.num_codes:
-            text += " The tokens are few for so many codes, so codes that are rare count as dead."
-        text += f" Warning: {warning}." if warning else ""
-        return [first, Section(title="Use of the codes", text=text, figures=[figure])]
+        quality = f"PSNR {found['psnr']:.2f} dB, squared error {found['mse']:.5f}."
+        return [first, use_section(self.held_counts, found, f"{len(views)} {how}", quality, self.collapse())]
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say about the network."""
