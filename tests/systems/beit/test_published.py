@@ -74,6 +74,12 @@ def test_it_opens_again_from_where_it_was_saved(tmp_path):
     assert again.fingerprint() == tokenizer.fingerprint()
 
 
+def test_import_makes_a_tokenizer_of_a_file(tmp_path):
+    torch.save({"model": vq_kd_layout()}, tmp_path / "vqkd.pth")
+    out = pl.import_reference("vq_kd", str(tmp_path / "vqkd.pth"), str(tmp_path / "out"), {"num_heads": 2})
+    assert pl.load_tokenizer(out).facts["checkpoint"] == "vqkd.pth"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from patchloom.report import Section
 
 SHOWN, SHOWN_CODES = 8, 10
+ALIKE = 20
+"""Patches of a code that are shown."""
 
 
 class VQKDMethod(Method):
@@ -259,12 +261,12 @@ class VQKDMethod(Method):
                 figures=[image_grid({"image": self.pixels(shown).float().cpu(), "tokens": coloured})],
             )
         ]
-        if alike := patches_by_code(pixels, ids, network.patch_size, SHOWN_CODES, SHOWN):
+        if alike := patches_by_code(pixels, ids, network.patch_size, SHOWN_CODES, ALIKE):
             sections.append(
                 Section(
                     title="Patches that share a token",
                     text="A row is one code, from the most used to codes that occur twice.",
-                    figures=[image_grid({f"code {code}": patches for code, patches in alike.items()})],
+                    figures=[image_grid({f"code {code}": patches for code, patches in alike.items()}, tile=48)],
                 )
             )
         if self.measured:

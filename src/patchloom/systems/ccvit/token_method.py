@@ -169,5 +169,8 @@ def codebook_file(path: str) -> Path:
     named = Path(path)
     file = named / CODEBOOK if named.is_dir() else named
     if not file.exists():
-        raise UsageError(f"there is no codebook at {file}; make one with: patchloom tokenize fit --out {path}")
+        raise UsageError(
+            f"there is no codebook or tokenizer at {file}; make one with: patchloom tokenize fit --out {path}, or: "
+            f"patchloom tokenize train"
+        )
     return file

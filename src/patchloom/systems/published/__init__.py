@@ -65,8 +65,8 @@ def import_reference(
         overwrite: Replace a bundle already there.
 
     Returns:
-        The folder of the bundle; an adapter of the checkpoint is in `adapter/` inside, which opens like a run, and
-        what else a masked model has (decoder or mask token) in `pretraining.safetensors`.
+        The folder of the bundle, or of the tokenizer; an adapter of the checkpoint is in `adapter/` inside, which opens
+        like a run, and what else a masked model has (decoder or mask token) in `pretraining.safetensors`.
 
     Raises:
         UsageError: Unknown system, or a checkpoint that does not fit.
@@ -84,11 +84,15 @@ def import_reference(
     from patchloom.systems.g2sd.specific import DistilledVisionTransformer, as_timm
     from patchloom.systems.ph_reg.clip import DenseCLIP
     from patchloom.systems.ph_reg.saved import save_dense
+    from patchloom.tokenizers.tokenizer import Tokenizer
 
     if check_place(out).exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another out, or set overwrite to replace it")
     config = settings or {}
     module: Any = load_reference(system, checkpoint, **config)
+    if isinstance(module, Tokenizer):
+        module.facts["checkpoint"] = Path(checkpoint).name
+        return str(module.save(out, overwrite=overwrite))
     if callable(turned := getattr(module, "for_scans", None)):  # published for volumes that lie otherwise than here
         module = turned()
     module = getattr(module, "autoencoder", module)  # of a student of G2SD
