@@ -5,7 +5,7 @@
 1. inside the run folder, if it lay inside it before: it travels with the run;
 2. where it was;
 3. beside the run folder as it lay before: run and images may have moved together;
-4. in the run folder, if it is a file of which the run keeps a copy.
+4. in the run folder, if it is something of which the run keeps a copy.
 
 Runs written before this hold relative paths: they are meant from the folder one is in, else from the folder the run
 was started in (which its `out` tells), else from the run folder.
@@ -38,8 +38,8 @@ FILES = frozenset({"codebook", "groups", "masks", "task_file", "perceptual_weigh
 """Settings that name other files."""
 MADE = frozenset({"out", "cache"})
 """Settings that name what may have yet to be made."""
-COPIED = {"codebook": "codebook.safetensors"}
-"""Files that a run has a copy of, used where the original is gone."""
+COPIED = dict.fromkeys(("codebook", "tokenizer"), ("codebook.safetensors", "tokenizer"))
+"""What a run has a copy of, under one of these names, used where the original is gone."""
 PLACES = SOURCES | MODELS | FILES | MADE
 # What stands before the path in the name of a source, and names whose rest is no path.
 BEFORE_PATH = (
@@ -82,8 +82,9 @@ def relocated(name: str, saved: Mapping[str, Any], run_dir: Path) -> str:
         if (parts := _parted(name, path, base)) is not None:
             return _joined(parts, base)
         tried.append(_joined(_split(name, path), base))
-    if name in COPIED and (run_dir / COPIED[name]).exists():
-        return str(Path(os.path.abspath(run_dir)) / COPIED[name])  # noqa: PTH100 - may be a link
+    for copy in COPIED.get(name, ()):
+        if (run_dir / copy).exists():
+            return str(Path(os.path.abspath(run_dir)) / copy)  # noqa: PTH100 - may be a link
     if name in SOURCES:
         named = not _is_word(value) and not value.startswith("hf:")
     else:  # what is no path may be the name of a model

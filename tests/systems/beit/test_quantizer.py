@@ -96,3 +96,27 @@ def test_vectors_without_direction_make_no_nan():
     made = quantizer(codes=1).train()
     made(torch.tensor([[[1.0, 0, 0], [-1.0, 0, 0], [0, 0, 0]]]))
     assert torch.isfinite(made.embedding.weight).all()
+
+
+def _on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    made = quantizer().train()
+    made(vectors()[rank])
+    torch.manual_seed(rank)  # the codes of both start from the first one's draw all the same
+    started = EMAVectorQuantizer(5, 3).train()
+    started(vectors()[rank])
+    torch.save([made.embedding.weight, made.cluster_size, started.embedding.weight], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_codes_of_two_processes_follow_the_vectors_of_both(tmp_path):
+    torch.multiprocessing.spawn(_on_rank, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = quantizer().train()
+    alone(vectors())
+    torch.testing.assert_close(first[0], alone.embedding.weight)
+    torch.testing.assert_close(first[1], alone.cluster_size)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
