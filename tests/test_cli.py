@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pytest
 
@@ -179,6 +180,8 @@ class Settings:
     """share of the image"""
     blocks: tuple[int, ...] | None = None
     """numbers of blocks"""
+    colour: Literal["red", "blue"] | None = None
+    """a colour"""
 
 
 def parse(*arguments: str) -> dict[str, object]:
@@ -212,7 +215,14 @@ def test_switches_need_no_value(switch, value):
 def test_config_file_gives_options_and_the_command_line_wins(tmp_path):
     (tmp_path / "run.yaml").write_text("out: from_file\nbatch_size: 16\n")
     values = parse("--config", str(tmp_path / "run.yaml"), "--batch_size", "32")
-    assert values == {"out": "from_file", "batch_size": 32, "resume": False, "area": (0.2, 1.0), "blocks": None}
+    assert values == {
+        "out": "from_file",
+        "batch_size": 32,
+        "resume": False,
+        "area": (0.2, 1.0),
+        "blocks": None,
+        "colour": None,
+    }
 
 
 def test_a_setting_of_a_file_that_is_none_is_named_with_the_file_and_the_nearest(tmp_path):
@@ -234,6 +244,7 @@ def test_numbers_need_commas_and_no_brackets(written):
     [
         (["--area", "0.5"], "--area: expected numbers with commas between them, got 0.5"),
         (["--area", "1,2,3"], "--area: expected 2 numbers, got "),
+        (["--colour", "gray"], "--colour: expected 'red' or 'blue' or null, got gray"),
         (["--blocks", "1,a"], "--blocks: expected numbers with commas between them or null, got 1,a"),
     ],
 )

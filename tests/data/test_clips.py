@@ -68,7 +68,7 @@ def test_training_draws_a_window_and_measuring_takes_the_middle(videos):
 def test_a_short_video_goes_on_with_its_last_frame_which_is_said(videos, capsys):
     source = open_source(f"clips:{videos}", clip_frames=8, clip_stride=1)
     assert numbers(source.read(1)) == [0, 1, 2, 3, 4, 4, 4, 4]
-    assert "2 of 3 clips have fewer than the 8 frames" in capsys.readouterr().err
+    assert "2 of 3 folders of frames have fewer than the 8 frames" in capsys.readouterr().err
 
 
 def test_a_broken_frame_or_one_of_another_size_leaves_its_clip_out_and_is_listed(videos):

@@ -96,6 +96,16 @@ def test_a_file_and_an_empty_folder_are_refused(tmp_path):
         open_source(str(tmp_path / "1.png"))
 
 
+def test_a_folder_of_videos_or_volumes_is_told_its_name(tmp_path, capsys):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(UsageError, match=r"there are \.mp4 1; clips:.* reads its videos"):
+        open_source(str(tmp_path))
+    (tmp_path / "b.nii.gz").touch()
+    write(tmp_path / "1.png")
+    open_source(str(tmp_path))
+    assert f"volumes:{tmp_path} reads its volumes" in capsys.readouterr().err
+
+
 def test_photos_are_balanced_and_a_function_of_seed_and_index():
     source = open_source("photos", crops=36)
     assert np.bincount(source.labels).tolist() == [2] * len(PHOTOS)

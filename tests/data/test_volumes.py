@@ -166,6 +166,17 @@ def test_values_and_spacing_that_are_none_get_a_warning(tmp_path):
     assert any("not finite" in str(warning.message) for warning in caught)
 
 
+def test_values_that_are_none_become_the_low_end_of_the_range(tmp_path):
+    values = np.full((4, 5, 6), 250.0)
+    values[0, 0, :2] = np.nan, np.inf
+    save_nifti(tmp_path / "a.nii.gz", values)
+    source = open_source(f"volumes:{tmp_path}", value_range="-175,250")
+    with pytest.warns(UserWarning, match="taken as the low end"):
+        read = source.read(0).value
+    assert (read == 0).sum() == 2 * 3  # 0 of the file would be 0.41
+    assert (read == 1).sum() == read.numel() - 2 * 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -293,7 +293,8 @@ class ClipSource(DiskClips):
         if short := int(((lengths < self.span) & (lengths > 0)).sum()):
             spanned = f"{clip_frames} frames {clip_stride} apart span" if clip_sampling == "dense" else "a clip has"
             notice(
-                f"{self.name}: {short} of {len(self)} clips have fewer than the {self.span} frames that {spanned}; "
+                f"{self.name}: {short} of {int((lengths > 0).sum())} folders of frames have fewer than the {self.span} "
+                f"frames that {spanned}; "
                 f"they go on with their last frame"
             )
 

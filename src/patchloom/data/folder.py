@@ -35,6 +35,7 @@ from patchloom.data.fields import (
     stem,
 )
 from patchloom.data.survey import notice
+from patchloom.data.video_files import VIDEO_SUFFIXES
 from patchloom.errors import UsageError
 from patchloom.io import printable
 
@@ -43,6 +44,8 @@ LOOKED_AT, MOST_BYTES = 16, 200_000
 _NOTICED: set[str] = set()
 Labels = Literal["auto", "folder", "none"]
 READ = IMAGE_SUFFIXES | ARRAY_SUFFIXES
+ELSEWHERE = {"clips": VIDEO_SUFFIXES, "volumes": {".nii", ".nii.gz", ".gz"}}
+"""Suffixes of what is read under the name `clips:FOLDER` or `volumes:FOLDER`."""
 
 
 class FolderSource(Source):
@@ -92,7 +95,7 @@ class FolderSource(Source):
         found = chosen_images(self.root, include, exclude, passed, _collector(texts, is_caption))
         if not found:
             known = ", ".join(sorted(READ))
-            others = f"; there are {_counted(passed)}" if passed else ""
+            others = f"; there are {_counted(passed)}{_named_otherwise(path, passed)}" if passed else ""
             raise UsageError(f"no image in {self.root.resolve()} or below (looked for {known}){others}")
         image_of: Mapping[str, str] = {}
         if texts or image_field is not None or mask_field is not None:
@@ -113,7 +116,11 @@ class FolderSource(Source):
         self._label(names, labels, self._missing)
         if passed and f"{self.name} passed over" not in _NOTICED:
             _NOTICED.add(f"{self.name} passed over")
-            notice(f"{self.name}: {sum(passed.values())} files are passed over for their suffix ({_counted(passed)})")
+            otherwise = _named_otherwise(path, passed)
+            notice(
+                f"{self.name}: {sum(passed.values())} files are passed over for their suffix "
+                f"({_counted(passed)}){otherwise}"
+            )
         told_apart = (include, exclude, image_field, mask_field) != (None,) * 4
         _notice_masks(self.name, self.root, [name for name, _, _ in found], told_apart)
 
@@ -289,6 +296,12 @@ def _counted(passed: Counter[str]) -> str:
     """Return suffixes with how many files have them: `.txt 10, .json 2`."""
     told = ", ".join(f"{printable(suffix)} {count:,}" for suffix, count in passed.most_common(5))
     return told + (f" and {len(passed) - 5} suffixes more" if len(passed) > 5 else "")
+
+
+def _named_otherwise(path: str | Path, passed: Counter[str]) -> str:
+    """Return how a folder is named for its videos or volumes to be read, where files were passed over that are some."""
+    prefixes = [prefix for prefix, suffixes in ELSEWHERE.items() if suffixes & {*passed}]
+    return "".join(f"; {prefix}:{printable(path)} reads its {prefix.replace('clips', 'videos')}" for prefix in prefixes)
 
 
 def _why_unlabelled(names: list[bytes], tops: list[bytes | None], classes: list[bytes]) -> str:

@@ -103,6 +103,8 @@ class Kind:
         return made
 
 
+FOLDERS = {"clip": "clips:FOLDER", "volume": "volumes:FOLDER"}
+"""How folders are named whose files are no images, by kind."""
 SHOWN = 3
 """Methods that an error names."""
 IMAGE = Kind(
@@ -154,4 +156,6 @@ def require_kind(source: Source | StreamSource, kinds: Collection[str], what: st
     who = f"{shown} {'take' if len(takers) > 1 else 'takes'} them" if takers else "no method takes them yet"
     if kind.measured:
         who += f", and an encoder of {kind.plural} is measured on them"
+    if kind is IMAGE and (prefixes := [FOLDERS[name] for name in kinds if name in FOLDERS]):
+        who += f"; a folder of {wanted} is named {' or '.join(prefixes)}"
     raise UsageError(f"{source.name} holds {kind.plural}, and {what} takes {wanted}; {who}")

@@ -223,8 +223,11 @@ class VolumeSource(Source):
         spacing = spacing_of(image, axes, self.files[index])
         stack = np.stack([as_slices(channel, axes, axis).astype(np.float32) for channel in values])
         if not np.isfinite(stack).all():
-            warnings.warn(f"{self.files[index]} holds values that are not finite; they are taken as 0", stacklevel=2)
-            stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
+            taken = "the low end of the range" if self.values.known else "0"
+            told = f"{self.files[index]} holds values that are not finite; they are taken as {taken}"
+            warnings.warn(told, stacklevel=2)
+            if not self.values.known:
+                stack = np.nan_to_num(stack, nan=0.0, posinf=0.0, neginf=0.0)
         named = {
             "spacing": torch.tensor(spacing[[axis, *IN_PLANE[axis]]], dtype=torch.float64),
             "orientation": torch.tensor(axes, dtype=torch.float64),

@@ -282,6 +282,7 @@ def _plain_words(complaint: str) -> str:
     union = re.search(r"Does not validate .*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", complaint)
     if union:
         kinds = re.sub(r"tuple\[.*?\]", "numbers with commas between them", union[1])
+        kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
         kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds).replace("NoneType", "null").replace(", ", " or ")
         complaint = f"{complaint[: union.start()]}expected {kinds}, got {union[2]}"
     complaint = complaint.replace("Expected a <class 'tuple'>.", "expected numbers with commas between them,")

@@ -68,7 +68,7 @@ def method(clips, **settings: Any) -> VideoMAEV2Method:
         ({"decoder_mask_ratio": 0.1}, "leaves out 1, 2 or 3 of 4 tokens"),
         ({"decoder_heads": 3}, "not divisible by decoder_heads 3"),
         ({"encoder": "vit_tiny_patch16_224"}, "hides tubes of clips, and the encoder takes images; take one of clips"),
-        ({"data": "photos"}, "photos holds images, and pretrain videomae_v2 takes clips"),
+        ({"data": "photos"}, "photos holds images, and pretrain videomae_v2 takes clips.*named clips:F"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(settings, message, tmp_path, clips):
@@ -77,6 +77,11 @@ def test_bad_settings_are_refused_before_anything_is_written(settings, message, 
     with pytest.raises(UsageError, match=message):
         pl.pretrain("videomae_v2", **{**SMALL, "data": clips, "out": str(tmp_path / "run"), **settings})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_share_that_no_running_cell_has_is_told_what_it_comes_to(clips, capsys):
+    assert method(clips, decoder_mask_ratio=0.6).decoded == method(clips).decoded
+    assert "decoder_mask_ratio 0.6 is 0.5" in capsys.readouterr().err
 
 
 def test_the_recipe_is_the_papers():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.clip_views import MultiScaleCrops
 from patchloom.data.sample import Sample
+from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, embed_dim, grid_size, normalize
 from patchloom.encoders.masking import draw_running_cell_mask, draw_tube_mask
 from patchloom.encoders.patches import Grid, patchify, unpatchify
@@ -51,6 +52,9 @@ class VideoMAEV2Method(Method):
         )
         self.masks = DualMasks(self.model.grid, config.mask_ratio, decoder_ratio(config))
         hidden, left_out = self.masks(torch.Generator().manual_seed(0))  # refuses what cannot be
+        share = decoder_ratio(config)
+        if share is not None and (taken := int(4 * share) / 4) != share:
+            notice(f"a running cell leaves out 1, 2 or 3 of 4 tokens: decoder_mask_ratio {share:g} is {taken:g}")
         self.visible, self.decoded = int((~hidden).sum()), int((~left_out).sum())
 
     def build_encoder(self) -> Encoder:
