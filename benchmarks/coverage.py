@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.harness import markdown_table, rewrite
-from patchloom.evaluate.statistics.intervals import bootstrap_interval, paired_bootstrap
-from patchloom.evaluate.statistics.metrics import (
+from patchloom.segment.overlap import mean_iou_score
+from patchloom.statistics.intervals import bootstrap_interval, paired_bootstrap
+from patchloom.statistics.metrics import (
     SCORES,
     Score,
     accuracy,
@@ -32,7 +33,6 @@ from patchloom.evaluate.statistics.metrics import (
     mean_auroc,
     mean_value,
 )
-from patchloom.evaluate.statistics.overlap import mean_iou_score
 
 Array = np.ndarray
 PAGE = Path(__file__).parents[1] / "docs" / "evaluate.md"

@@ -12,11 +12,11 @@ from patchloom.cli import main
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.compare import compare_predictions
-from patchloom.evaluate.statistics.delong import delong
-from patchloom.evaluate.statistics.intervals import paired_bootstrap
-from patchloom.evaluate.statistics.metrics import accuracy
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.models.bundle import save_bundle
+from patchloom.statistics.delong import delong
+from patchloom.statistics.intervals import paired_bootstrap
+from patchloom.statistics.metrics import accuracy
 from small_images import CLASSIFIERS, QUICK, TINY, write_images
 
 

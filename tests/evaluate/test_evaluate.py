@@ -22,13 +22,13 @@ from patchloom.data import open_source
 from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.statistics.figures import classification_figures
-from patchloom.evaluate.statistics.intervals import bootstrap_interval
-from patchloom.evaluate.statistics.metrics import SCORES, exact_share
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import EvaluationConfig, labelled_features, resolve_encoder
 from patchloom.features.extract import Features
 from patchloom.features.knn import knn_predict
 from patchloom.models.bundle import load, save_bundle
+from patchloom.statistics.intervals import bootstrap_interval
+from patchloom.statistics.metrics import SCORES, exact_share
 from patchloom.terminal.options import help_texts
 from small_images import CLASSIFIERS, QUICK, TINY, write_images
 

@@ -15,10 +15,10 @@ from patchloom.evaluate import retrieval
 from patchloom.evaluate.multilabel import MultiLabelConfig
 from patchloom.evaluate.ordinal import in_order
 from patchloom.evaluate.retrieval import ranks
-from patchloom.evaluate.statistics.metrics import per_label_auroc
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import labelled_features
 from patchloom.features.mlknn import mlknn_predict
+from patchloom.statistics.metrics import per_label_auroc
 from small_images import QUICK, write_images
 
 

@@ -19,9 +19,9 @@ from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import train_decoder
 from patchloom.evaluate.segmentation import SegmentationConfig, open_pair
-from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
 from patchloom.models.bundle import save_bundle
 from patchloom.segment.metrics import Areas, iou
+from patchloom.segment.overlap import counted_areas, scores_with_intervals
 from patchloom.training.config import config_from_mapping
 from segment_support import paint_pairs
 

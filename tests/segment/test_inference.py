@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,3 +113,20 @@ def test_a_sliding_window_keeps_the_precision_of_its_model():
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, images, rtol=0, atol=1e-15)
     assert SlidingWindowSegmenter(torch.nn.Identity(), 4, 2)(images.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [((70, 23), 1), ((70, 23), 7), ((9, 11), 4), ((33, 40), 64)])
+def test_strips_are_the_logits_row_by_row_and_classes_those_of_the_whole(size, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, *size, generator=generator)
+    slide = SlidingWindowSegmenter(lambda x: x.cumsum(-1), 16, 11, batch_size=batch_size)
+    strips = list(slide.strips(images))
+    tops = [top for top, _ in strips]
+    assert tops == [0, *np.cumsum([strip.shape[2] for _, strip in strips])[:-1]]
+    whole = slide(images)
+    assert torch.equal(torch.cat([strip for _, strip in strips], 2), whole)
+    assert torch.equal(slide.classes(images), whole.argmax(1).to(torch.uint8))
+    assert torch.equal(slide.classes(images, (20, 30)), slide(images, (20, 30)).argmax(1).to(torch.uint8))
+    if batch_size == 1:  # no more rows at a time than a window has
+        assert max(strip.shape[2] for _, strip in strips) <= 16
+    assert torch.equal(WholeSegmenter(lambda x: x).classes(images), images.argmax(1).to(torch.uint8))

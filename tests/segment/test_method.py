@@ -84,10 +84,19 @@ def test_a_run_measures_reports_and_predicts(bundle, folders, tmp_path, capsys):
     train, test = folders
     settings = {**FAST, "data": train, "encoder": bundle, "max_steps": 30, "lr": 2e-2, "colours": False}
     run = pl.segment("bn", out=tmp_path / "run", probe_data=test, scale=(1.0, 1.0), **settings)
-    assert run.summary["miou"] > 0.3
+    figures = run.summary
+    assert figures["miou"] > 0.3
+    for name, ends in (("miou", "interval"), *((n, f"{n}_interval") for n in ("pixel_accuracy_test", "boundary_f"))):
+        low, high = figures[ends]
+        assert low <= figures[name] <= high
+    assert figures["per_class_iou"].keys() == figures["per_class_interval"].keys()
+    assert set(figures["per_class_boundary_f"]) == {"0", "1", "2"}
     assert run.summary["masks"]["train"]["class_shares"].keys() == {"0", "1", "2"}
     page = run.report.read_text()
     assert "Test images, their masks, and what the decoder says" in page
+    assert "as coloured masks" in page
+    assert "Images the worst, by the share of wrong pixels." in page
+    assert "Borders: F" in page
     assert f"masks of {train}: class numbers 0 to 2" in capsys.readouterr().err
     assert main(["segment", "predict", str(run.path), "--images", f"{test}/images", "--out", str(tmp_path / "p")]) == 0
     source = open_segmentation(test)
@@ -147,12 +156,52 @@ def test_masks_read_otherwise_do_not_go_on_with_a_run(bundle, tmp_path):
         ({"width": 0}, "width is 0"),
         ({"layers": (9,)}, "there is no block 9"),
         ({"ignore_label": "0,1,2"}, "hold no class"),
+        ({"class_weights": "1,2"}, "class_weights 1,2 are 2 and there are 3 classes"),
+        ({"class_weights": "balanced", "loss": "dice"}, "set dice.ce"),
+        (
+            {"label_field": "_class"},
+            "about labels of whole images, and here the classes of pixels are learnt from masks",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(bundle, folders, tmp_path, change, message):
     settings = {"data": folders[0], "encoder": bundle, **FAST, **change}
     with pytest.raises(UsageError, match=message):
         pl.segment("linear", out=tmp_path / "run", **settings)
+
+
+def test_weights_of_classes_count_and_are_written_down(bundle, folders, tmp_path, capsys):
+    settings = {**FAST, "data": folders[0], "encoder": bundle, "max_steps": 2, "report": False}
+    plain, ones, car = (
+        pl.segment("linear", out=tmp_path / f"{number}", class_weights=given, **settings)
+        for number, given in enumerate((None, "1,1,1", "2=50"))
+    )
+    assert "class weights: 0 1, 1 1, 2 50" in capsys.readouterr().err
+    assert "class_weights" not in plain.summary
+    assert car.summary["class_weights"] == {"0": 1, "1": 1, "2": 50}
+    assert ones.summary["loss"] == pytest.approx(plain.summary["loss"], rel=1e-5)
+    assert weights(car)[0].keys() == weights(plain)[0].keys()
+    assert not torch.equal(weights(car)[0]["head.conv_seg.weight"], weights(plain)[0]["head.conv_seg.weight"])
+
+
+def test_whole_images_are_segmented_at_once_where_that_is_asked_for(bundle, folders, tmp_path):
+    train, test = folders
+    settings = {**FAST, "data": train, "probe_data": test, "encoder": bundle, "max_steps": 2, "report": False}
+    run = pl.segment("linear", out=tmp_path / "run", inference="whole", **settings)
+    model = load_segmenter(run.path)
+    image = open_segmentation(test).read(0).image.float() / 255
+    assert image.shape[-2:] == (40, 52)
+    sides = []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape)))
+    whole = model.segment(image)
+    assert sides == [(1, 3, 40, 52)]
+    model.inference = "slide"
+    assert model.segment(image).shape == whole.shape
+    assert {side[-2:] for side in sides[1:]} == {(32, 32)}
+    about = run.model / "decoder.json"
+    older = {name: value for name, value in json.loads(about.read_text()).items() if name != "inference"}
+    about.write_text(json.dumps(older))
+    assert load_segmenter(run.path).inference == "slide"
 
 
 def test_a_model_without_decoder_and_a_damaged_one_are_named(bundle, tmp_path, folders):

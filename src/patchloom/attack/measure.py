@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from patchloom.attack.subjects import Victim
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics.intervals import LEVEL, paired_bootstrap
-from patchloom.evaluate.statistics.metrics import accuracy, exact_share
+from patchloom.statistics.intervals import LEVEL, paired_bootstrap
+from patchloom.statistics.metrics import accuracy, exact_share
 from patchloom.systems.dta.ball import quantised
 from patchloom.systems.dta.success import attack_success
 

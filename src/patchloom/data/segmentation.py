@@ -13,7 +13,7 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ CAMVID = {
     "bicyclist": (0, 128, 192),
 }
 ADE_CLASSES = 150
+BLACK_AND_WHITE = [(0, 0, 0), (255, 255, 255)]
 
 
 class MaskSource(Source):
@@ -133,7 +134,8 @@ class MaskSource(Source):
         # Where each class has a file of its own, what covers what shows only once they are put together.
         self.shares = self._shares() if per_class else coding.shares(survey)
         own = coding.palette if palette is None or len(palette) != len(coding.names) else palette
-        self.palette = list(own) if own is not None else colours(len(coding.names))
+        drawn = BLACK_AND_WHITE if _is_binary(coding) else colours(len(coding.names))
+        self.palette = list(drawn if own is None else own)
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -319,6 +321,25 @@ def open_segmentation(
     return how.given_to(MaskSource(name, files, class_names=class_names, table=table, **read))
 
 
+def refuse_unmasked(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of sources that mean nothing where images have masks.
+
+    Raises:
+        UsageError: Names the option, and what holds the masks.
+    """
+    for option, what in (
+        ("label_field", "labels of whole images"),
+        ("caption_field", "captions"),
+        ("missing", "labels"),
+    ):
+        if option in options:
+            raise UsageError(
+                f"{option} is {options[option]!r}, which is about {what}, and here the classes of pixels are learnt "
+                f"from masks; leave it out, and name what holds the masks by mask_field where they are not found"
+            )
+    refuse_untaken(open_segmentation, name, options)
+
+
 def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[MaskedFiles, list[Path]]:
     """Return what a name stands for, and the folders in which files that name the classes may lie."""
     if word == "hf" and rest:
@@ -353,6 +374,16 @@ def _opened(name: str, word: str, rest: str, given: dict[str, Any]) -> tuple[Mas
             )
         given = {**given, "mask_field": ending}
     return FolderMasks(root, root, **given), [root, root.parent]
+
+
+def _is_binary(coding: MaskCoding) -> bool:
+    """Return whether masks are black and white as they are stored: 0 is the first of two classes, 255 the other."""
+    if len(coding.names) != 2 or coding.form not in ("values", "shades"):
+        return False
+    try:
+        return coding.decode(np.array([0, 255], np.uint8)).tolist() == [0, 1]
+    except UnknownValueError:
+        return False
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:

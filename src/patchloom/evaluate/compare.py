@@ -13,10 +13,10 @@ import torch
 from patchloom.errors import UsageError
 from patchloom.evaluate.compare_config import ComparisonConfig
 from patchloom.evaluate.config import Resample
-from patchloom.evaluate.statistics.delong import delong
-from patchloom.evaluate.statistics.intervals import Difference, holm, paired_bootstrap
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.features.class_scores import class_scores
+from patchloom.statistics.delong import delong
+from patchloom.statistics.intervals import Difference, holm, paired_bootstrap
 
 
 class Compare:

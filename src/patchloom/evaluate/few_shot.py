@@ -16,9 +16,9 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.few_shot_config import FewShotConfig
 from patchloom.evaluate.protocol import Evaluation
 from patchloom.evaluate.statistics.figures import counts
-from patchloom.evaluate.statistics.intervals import mean_interval
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import labelled_features
+from patchloom.statistics.intervals import mean_interval
 
 
 class Episode(NamedTuple):

@@ -20,10 +20,10 @@ from patchloom.errors import UsageError
 from patchloom.evaluate.grid import HeadGrid, Kind, fit_heads
 from patchloom.evaluate.linear_grid_config import LinearGridConfig
 from patchloom.evaluate.protocol import Evaluation
-from patchloom.evaluate.statistics.metrics import Score, accuracy
 from patchloom.evaluate.subset import learning_features, taken
 from patchloom.evaluate.target import labelled_features, resolve_encoder
 from patchloom.features.extract import Features, torch_device
+from patchloom.statistics.metrics import Score, accuracy
 
 FEWEST_STEPS, PASSES = 1000, 10
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from patchloom.errors import UsageError
 from patchloom.evaluate.linear_grid import LinearGrid
 from patchloom.evaluate.multilabel_config import MultiLabelConfig
-from patchloom.evaluate.statistics.delong import delong_interval
 from patchloom.evaluate.statistics.figures import counts
-from patchloom.evaluate.statistics.intervals import Interval, bootstrap_interval
-from patchloom.evaluate.statistics.metrics import label_macro_f1, mean_auroc, per_label_auroc
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.subset import learning_features, shot_neighbours
 from patchloom.features.extract import Features, torch_device
 from patchloom.features.knn import knn_votes
 from patchloom.features.mlknn import mlknn_predict
+from patchloom.statistics.delong import delong_interval
+from patchloom.statistics.intervals import Interval, bootstrap_interval
+from patchloom.statistics.metrics import label_macro_f1, mean_auroc, per_label_auroc
 
 
 class MultiLabel(LinearGrid):

@@ -11,8 +11,8 @@ from patchloom.data.labels import number_order
 from patchloom.errors import UsageError
 from patchloom.evaluate.linear import Linear
 from patchloom.evaluate.ordinal_config import OrdinalConfig
-from patchloom.evaluate.statistics.metrics import kappa, mean_grade_error
 from patchloom.evaluate.subset import learning_features
+from patchloom.statistics.metrics import kappa, mean_grade_error
 
 
 class Ordinal(Linear):

@@ -19,23 +19,22 @@ from torch import Tensor
 
 from patchloom.base.mask_settings import MaskSettings
 from patchloom.base.progress import track
-from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.mask_transforms import TestImage
 from patchloom.data.pixels import unit
 from patchloom.data.reading import reading_options, remembered
-from patchloom.data.segmentation import MaskSource, open_segmentation
+from patchloom.data.segmentation import MaskSource, open_segmentation, refuse_unmasked
 from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.mask_reading import report_masks
 from patchloom.evaluate.segmentation_config import SegmentationConfig
-from patchloom.evaluate.statistics.overlap import counted_areas, scores_with_intervals
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.features.inputs import require_image_encoder
 from patchloom.io import write_bytes
 from patchloom.segment.inference import MultiScaleSegmenter, SlidingWindowSegmenter, WholeSegmenter
 from patchloom.segment.metrics import Areas, areas
+from patchloom.segment.overlap import counted_areas, scores_with_intervals
 
 
 class Tested(NamedTuple):
@@ -165,7 +164,7 @@ def open_pair(
     Raises:
         UsageError: An option such a source cannot obey, the same images twice, or classes that differ.
     """
-    refuse_untaken(open_segmentation, train, options)
+    refuse_unmasked(train, options)
     learnt = open_segmentation(train, in_chans=channels, settings=settings, **options)
     options |= reading_options(learnt)
     measured = open_segmentation(test, in_chans=channels, coding=learnt.coding, **options)

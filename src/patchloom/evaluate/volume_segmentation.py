@@ -35,21 +35,21 @@ from patchloom.encoders import in_chans, normalize
 from patchloom.errors import UsageError
 from patchloom.evaluate.decoders import Trained, train_decoder
 from patchloom.evaluate.mask_reading import report_masks
-from patchloom.evaluate.statistics.intervals import bootstrap_interval
-from patchloom.evaluate.statistics.metrics import mean_value
-from patchloom.evaluate.statistics.overlap import (
-    by_foreground_class,
-    counted_areas,
-    nanmean,
-    plain,
-    scores_with_intervals,
-)
 from patchloom.evaluate.target import resolve_encoder
 from patchloom.evaluate.volume_segmentation_config import VolumeSegmentationConfig
 from patchloom.features.inputs import require_image_encoder
 from patchloom.segment.inference import SlidingWindowSegmenter
 from patchloom.segment.layers import resize
 from patchloom.segment.metrics import Areas, areas, dice, hausdorff
+from patchloom.segment.overlap import (
+    by_foreground_class,
+    counted_areas,
+    nanmean,
+    plain,
+    scores_with_intervals,
+)
+from patchloom.statistics.intervals import bootstrap_interval
+from patchloom.statistics.metrics import mean_value
 
 
 class Case(NamedTuple):

@@ -29,7 +29,6 @@ from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.logistic import fit_logistic
 from patchloom.evaluate.slides.fit import FitSettings, fit, predict_logits
 from patchloom.evaluate.slides.tasks import Task
-from patchloom.evaluate.statistics.metrics import accuracy, balanced_accuracy
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.evaluate.target import encoder_name, resolve_encoder
 from patchloom.evaluate.volumes_config import VolumesConfig
@@ -37,6 +36,7 @@ from patchloom.features.cache import cache_folder, kept_rows
 from patchloom.features.extract import Features, Take, rows_in_memory, torch_device
 from patchloom.features.fingerprint import weights_hash
 from patchloom.features.inputs import require_image_encoder
+from patchloom.statistics.metrics import accuracy, balanced_accuracy
 
 
 class Bags(NamedTuple):

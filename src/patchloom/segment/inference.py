@@ -9,7 +9,7 @@ The rules are those of mmsegmentation's `EncoderDecoder`. A model is anything th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,10 @@ class WholeSegmenter(nn.Module):
         """Return logits (B, K, *size); default: the images' own size."""
         return resize(self.model(images), size or images.shape[-2:])
 
+    def classes(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return the class (B, *size) uint8 of every pixel; default: at the images' own size."""
+        return self(images, size).argmax(1).to(torch.uint8)
+
 
 class SlidingWindowSegmenter(nn.Module):
     """Windows side by side, overlapping; where several see a pixel, the mean of their logits.
@@ -66,21 +70,48 @@ class SlidingWindowSegmenter(nn.Module):
     def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Return logits (B, K, *size); default: the images' own size."""
         height, width = images.shape[-2:]
+        whole: Tensor | None = None
+        for top, strip in self.strips(images):
+            if whole is None:
+                whole = strip.new_empty(*strip.shape[:2], height, width)
+            whole[:, :, top : top + strip.shape[2]] = strip
+        assert whole is not None
+        return resize(whole, size or (height, width))
+
+    def classes(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Return the class (B, *size) uint8 of every pixel; default: at the images' own size, kept strip by strip."""
+        if size is not None and tuple(size) != tuple(images.shape[-2:]):
+            return self(images, size).argmax(1).to(torch.uint8)
+        found = torch.empty(len(images), *images.shape[-2:], dtype=torch.uint8, device=images.device)
+        for top, strip in self.strips(images):
+            found[:, top : top + strip.shape[2]] = strip.argmax(1)
+        return found
+
+    def strips(self, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the image's rows from top to bottom: the first of each strip, and its logits (B, K, h, W).
+
+        Only the rows that windows still to come reach into are kept.
+        """
+        height, width = images.shape[-2:]
         boxes = windows((height, width), self.crop, self.stride)
-        total: Tensor | None = None
-        count = torch.zeros(1, 1, height, width, device=images.device)
+        count = _seen(height, {box[:2] for box in boxes})[:, None] * _seen(width, {box[2:] for box in boxes})
         per_pass = max(1, self.batch_size // len(images))
+        held: Tensor | None = None
+        first = 0
         for start in range(0, len(boxes), per_pass):
             chunk = boxes[start : start + per_pass]
             crops = torch.cat([images[..., top:bottom, left:right] for top, bottom, left, right in chunk])
             logits = resize(at_least_float32(self.model(crops)), crops.shape[-2:])
-            if total is None:
-                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            if held is None:
+                held, count = logits.new_zeros(len(images), logits.shape[1], 0, width), count.to(logits)
+            if (missing := chunk[-1][1] - first - held.shape[2]) > 0:
+                held = F.pad(held, (0, 0, 0, missing))
             for (top, bottom, left, right), part in zip(chunk, logits.split(len(images)), strict=True):
-                total[..., top:bottom, left:right] += part
-                count[..., top:bottom, left:right] += 1
-        assert total is not None
-        return resize(total / count, size or (height, width))
+                held[..., top - first : bottom - first, left:right] += part
+            following = boxes[start + per_pass][0] if start + per_pass < len(boxes) else height
+            if (ready := following - first) > 0:
+                yield first, held[:, :, :ready] / count[first:following]
+                held, first = held[:, :, ready:], following
 
 
 class MultiScaleSegmenter(nn.Module):
@@ -149,6 +180,14 @@ def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, i
     """Return (B, C, H, W) padded with zeros all round to multiples, and the padding (left, right, top, bottom)."""
     pads = center_padding((images.shape[-2], images.shape[-1]), multiple)
     return (F.pad(images, pads) if any(pads) else images), pads
+
+
+def _seen(side: int, spans: Iterable[tuple[int, int]]) -> Tensor:
+    """Return how many of the spans hold each place along a side, (side,) float32."""
+    counts = torch.zeros(side)
+    for start, end in spans:
+        counts[start:end] += 1
+    return counts
 
 
 def _round_up(side: int, multiple: int) -> int:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ AUXILIARY_WEIGHT = 0.4
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, *, average: Literal["valid", "all"] = "valid", ignore_index: int = IGNORED
+    logits: Tensor,
+    target: Tensor,
+    *,
+    average: Literal["valid", "all"] = "valid",
+    ignore_index: int = IGNORED,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the cross-entropy of logits resized to the mask, in float32 (float64 where they are).
 
@@ -33,6 +38,7 @@ def segmentation_loss(
         target: (B, H, W) int64.
         average: Over pixels whose truth is known, or over `all`, the others counting as zero (mmsegmentation 0.20).
         ignore_index: Truth of pixels that do not count.
+        class_weights: (K,) weight of the pixels of each class; the mean over those that are known is weighted, too.
 
     Returns:
         A scalar; 0 where no pixel counts.
@@ -42,10 +48,15 @@ def segmentation_loss(
     """
     if average not in ("valid", "all"):
         raise unknown_name("average", average, ("valid", "all"))
-    total = F.cross_entropy(
-        resize(at_least_float32(logits), target.shape[-2:]), target, ignore_index=ignore_index, reduction="sum"
-    )
-    count = target.numel() if average == "all" else (target != ignore_index).sum().clamp(min=1)
+    scaled = resize(at_least_float32(logits), target.shape[-2:])
+    weights = None if class_weights is None else class_weights.to(scaled.dtype)
+    total = F.cross_entropy(scaled, target, weights, ignore_index=ignore_index, reduction="sum")
+    if average == "all":
+        return total / target.numel()
+    known = target != ignore_index
+    if weights is not None:
+        return total / weights[target[known]].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    count = known.sum().clamp(min=1)
     return total / count
 
 
@@ -94,6 +105,7 @@ def decoder_loss(
     kind: Literal["ce", "dice", "dice+ce"] = "ce",
     average: Literal["valid", "all"] = "valid",
     dice: Literal["image", "batch"] = "image",
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of a decoder: cross-entropy, Dice, or their sum; that of an auxiliary head counts 0.4.
 
@@ -104,15 +116,17 @@ def decoder_loss(
         kind: What is added up.
         average: What cross-entropy is averaged over, see `segmentation_loss`.
         dice: Dice of each `image` with plain denominators, or of the whole `batch` with squared ones (DVPT).
+        class_weights: (K,) of cross-entropy, see `segmentation_loss`.
     """
     loss = logits.new_zeros((), dtype=torch.float32)
     if "ce" in kind:
-        loss = loss + segmentation_loss(logits, target, average=average)
+        loss = loss + segmentation_loss(logits, target, average=average, class_weights=class_weights)
     if "dice" in kind:
         loss = loss + dice_loss(logits, target, squared_pred=dice == "batch", batch=dice == "batch")
     if auxiliary is None:
         return loss
-    return loss + AUXILIARY_WEIGHT * decoder_loss(auxiliary, None, target, kind=kind, average=average, dice=dice)
+    options: dict[str, Any] = {"kind": kind, "average": average, "dice": dice, "class_weights": class_weights}
+    return loss + AUXILIARY_WEIGHT * decoder_loss(auxiliary, None, target, **options)
 
 
 def pixel_accuracy(logits: Tensor, target: Tensor, ignore_index: int = IGNORED) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from patchloom.base.progress import track
 from patchloom.base.sizes import Size, compact
-from patchloom.base.source_options import refuse_untaken
 from patchloom.data import make_loader
 from patchloom.data.base import Source, StreamSource
 from patchloom.data.mask_transforms import TestImage, TrainCrop
@@ -24,7 +23,7 @@ from patchloom.data.mask_values import check_shares
 from patchloom.data.pixels import unit
 from patchloom.data.reading import reading_options
 from patchloom.data.sample import transformed
-from patchloom.data.segmentation import MaskSource, open_segmentation
+from patchloom.data.segmentation import MaskSource, open_segmentation, refuse_unmasked
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, normalize
 from patchloom.encoders.denoised import refuse_unread_denoiser
@@ -32,9 +31,9 @@ from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.segment.build import Parts, build_parts
+from patchloom.segment.class_weights import use_class_weights
 from patchloom.segment.dense import DenseMethod
-from patchloom.segment.inference import SlidingWindowSegmenter
-from patchloom.segment.metrics import MeanIoU
+from patchloom.segment.image_scores import ImageScores
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
 from patchloom.training.inputs import read_as
@@ -43,19 +42,20 @@ from patchloom.training.method import Transform
 if TYPE_CHECKING:
     from patchloom.report import Section
 
-SHOWN = 6
-
 
 class SegmentMethod(DenseMethod):
     """Trains a decoder, and the encoder where that is asked for.
 
     Attributes:
-        test: Images with masks that mean IoU is measured on; None where there are none.
+        test: Images with masks that it is measured on; None where there are none.
+        class_weights: (K,) of cross-entropy; None where all pixels count alike.
+        scores: Those of the test images, image by image, when they were last measured.
     """
 
     config_class = SegmentConfig
     config: SegmentConfig
     source: MaskSource
+    class_weights: Tensor | None
 
     def __init__(self, config: SegmentConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, MaskSource):
@@ -64,6 +64,7 @@ class SegmentMethod(DenseMethod):
                 f"hf:NAME with masks"
             )
         super().__init__(config, source)
+        self.weights = use_class_weights(self, config.class_weights, source.shares.classes, source.class_names)
         self.test: MaskSource | None = None
         if config.probe_data is not None:
             self.test = open_segmentation(
@@ -72,12 +73,13 @@ class SegmentMethod(DenseMethod):
             self.test.palette = source.palette
             notice(self.test.said())
             check_shares(source.coding, self.test.shares, self.test.name)
+        self.scores: ImageScores | None = None
         self.figures: dict[str, Any] = {}
 
     @classmethod
     def open_data(cls, config: Any) -> tuple[Source | StreamSource, Any]:
         """Return the images with their masks, whose reading is said, and the settings with their value range."""
-        refuse_untaken(open_segmentation, config.data, config.source_options())
+        refuse_unmasked(config.data, config.source_options())
         start = next((path for path in (config.init_from, config.encoder) if path and Path(path).exists()), None)
         options = {**({} if start is None else read_reading(start)), **config.source_options()}
         source = open_segmentation(config.data, in_chans=config.in_chans, settings=config, **options)
@@ -141,7 +143,7 @@ class SegmentMethod(DenseMethod):
 
     def loss_options(self) -> dict[str, Any]:
         """Return what of `decoder_loss` is chosen."""
-        return {"kind": self.config.loss}
+        return {"kind": self.config.loss, "class_weights": self.class_weights}
 
     def segmenter(self) -> Segmenter:
         """Return the model as it is, for images of any size."""
@@ -155,35 +157,38 @@ class SegmentMethod(DenseMethod):
             source.coding,
             source.palette,
             settings=self.decoder_settings(),
+            inference=config.inference,
         )
 
     @torch.no_grad()
     def validate(self, device: torch.device) -> dict[str, Any]:
-        """Return mean IoU and pixel accuracy on the test images, of their masks' size, once there is a decoder."""
+        """Return mean IoU, pixel accuracy and boundary F on the test images, of their masks' size, once it can."""
         if self.test is None or self.step == 0:
             return {}
         config, model = self.config, self.segmenter().eval()
-        slide = SlidingWindowSegmenter(model, model.crop, model.stride, config.batch_size)
-        metric = MeanIoU(len(self.source.class_names))
+        segmenter = model.segmenter(config.batch_size)
+        scores = ImageScores(self.source.class_names)
         loader = make_loader(self.test, TestImage(config.short_side), 1, shuffle=False, num_workers=config.num_workers)
         for batch in track(loader, "segmenting test images", total=len(self.test)):
             if not batch["key"]:
                 continue
-            logits = slide(normalize(unit(batch["image"].to(device)), self.encoder), batch["mask"].shape[-2:])
-            metric.update(logits.cpu(), batch["mask"])
+            images = normalize(unit(batch["image"].to(device)), self.encoder)
+            predicted = segmenter.classes(images, batch["mask"].shape[-2:])
+            scores.update(int(batch["index"][0]), predicted[0].cpu(), batch["mask"][0])
         self.train()
-        scores = metric.compute()
-        known = {n: v for n, v in zip(self.source.class_names, scores["iou"], strict=True) if v == v}
-        self.figures = {"miou": scores["miou"], "pixel_accuracy_test": scores["pixel_accuracy"], "per_class_iou": known}
+        self.scores, self.figures = scores, scores.values()
         return self.figures
 
     def summary(self) -> dict[str, Any]:
-        """Return how masks are read and what they hold."""
+        """Return how masks are read and what they hold, and the intervals of what was measured."""
         shares = {"train": self.source.shares} | ({"test": self.test.shares} if self.test is not None else {})
         about = self.source.coding.describe()
         for role, share in shares.items():
             about[role] = {"class_shares": share.classes, "ignored_share": share.ignored}
-        return {"head": self.head_name, "masks": about}
+        if self.scores is not None:  # drawn once, at the end of the run
+            self.figures = {**self.scores.figures(self.config.seed), **self.figures}
+        weights = {} if self.weights is None else {"class_weights": self.weights}
+        return {**self.figures, "head": self.head_name, "masks": about, **weights}
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
         """Write the encoder as a bundle, and the decoder beside it."""
@@ -192,27 +197,26 @@ class SegmentMethod(DenseMethod):
 
     @torch.no_grad()
     def report_sections(self, images: Tensor) -> list[Section]:
-        """Return images, their masks and what the decoder makes of them; and IoU by class where it was measured."""
+        """Return images, their masks, what the decoder makes of them and where it is wrong; and figures by class."""
         from patchloom.report import Section
-        from patchloom.report.masks import segmentation_figure
+        from patchloom.segment.pictures import Segmented, choose_shown, error_figures, figures_section
 
-        source, model = self.test or self.source, self.segmenter().eval()
-        view, shown = TestImage(self.config.short_side), []
-        for index in sorted({round(i * (len(source) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}):
+        source, model, view = self.test or self.source, self.segmenter().eval(), TestImage(self.config.short_side)
+
+        def segmented(index: int) -> Segmented:
             views = transformed(view, source.read(index), torch.Generator())
-            pixels = unit(views["image"])
-            predicted = model.segment(pixels.to(self.device), tuple(views["mask"].shape))
-            shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], views["mask"], predicted.cpu()))
-        pictures, truth, said_of = zip(*shown, strict=True)
-        figure = segmentation_figure(
-            pictures, {"truth": truth, "prediction": said_of}, source.palette, source.class_names
-        )
+            pixels, truth = unit(views["image"]), views["mask"]
+            predicted = model.segment(pixels.to(self.device), tuple(truth.shape))
+            return Segmented(pixels, truth, predicted.cpu())
+
+        shown = choose_shown(self.scores, len(source), self.config.seed)
+        figures = error_figures(shown, segmented, source.palette, source.class_names)
         which = "Test images" if self.test is not None else "Training images"
-        table: list[dict[str, object]] = [
-            {"class": name, "IoU": f"{value:.1%}"} for name, value in self.figures.get("per_class_iou", {}).items()
-        ]
-        text = f"{which}, their masks, and what the decoder says of every pixel. {source.said()}"
-        return [Section(title="Segmentation masks and predictions", text=text, figures=[figure], table=table)]
+        text = f"{which}, their masks, and what the decoder says of every pixel, and where it is wrong. {source.said()}"
+        sections = [Section(title="Segmentation masks and predictions", text=text, figures=figures)]
+        if self.figures:
+            sections.append(figures_section(self.figures, self.source.class_names))
+        return sections
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say: the decoder's parameters train, the encoder's where asked for."""

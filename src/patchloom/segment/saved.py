@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
 from patchloom.io import write_json
 from patchloom.segment.build import Parts, build_parts
-from patchloom.segment.inference import SlidingWindowSegmenter, published_step
+from patchloom.segment.inference import SlidingWindowSegmenter, WholeSegmenter, published_step
 from patchloom.segment.layers import resize
 
 WEIGHTS, ABOUT = "decoder.safetensors", "decoder.json"
@@ -43,6 +43,7 @@ class Segmenter(nn.Module):
         palette: Colours by class.
         class_names: Names by class; default: those of the coding.
         settings: Further settings of a decoder that is a system of its own.
+        inference: In windows (`slide`), or images as a `whole`.
     """
 
     kind = "image"
@@ -58,8 +59,10 @@ class Segmenter(nn.Module):
         palette: list[RGB],
         class_names: list[str] | None = None,
         settings: dict[str, Any] | None = None,
+        inference: Literal["slide", "whole"] = "slide",
     ) -> None:
         super().__init__()
+        self.inference = inference
         self.backbone, self.neck, self.head = parts.backbone, parts.neck, parts.head
         self.head_name, self.width, self.crop, self.short_side = head_name, width, crop, short_side
         self.coding, self.palette, self.settings = coding, palette, dict(settings or {})
@@ -80,15 +83,19 @@ class Segmenter(nn.Module):
         logits: Tensor = Parts(self.backbone, self.neck, self.head, None).logits(images)
         return logits
 
+    def segmenter(self, batch_size: int = 8) -> SlidingWindowSegmenter | WholeSegmenter:
+        """Return what segments images of any size by it, so many windows at a time."""
+        if self.inference == "whole":
+            return WholeSegmenter(self)
+        return SlidingWindowSegmenter(self, self.crop, self.stride, batch_size)
+
     @torch.no_grad()
     def segment(self, image: Tensor, size: tuple[int, ...] | None = None, batch_size: int = 8) -> Tensor:
         """Return the class of every pixel, (H, W) uint8, of an image (C, h, w) in [0, 1]; default: at its own size."""
         output_size = size or tuple(image.shape[-2:])
         side = resized_size((image.shape[-2], image.shape[-1]), self.short_side)
         pixels = image[None] if side == tuple(image.shape[-2:]) else resize(image[None], side).clamp(0, 1)
-        slide = SlidingWindowSegmenter(self, self.crop, self.stride, batch_size)
-        logits = slide(normalize(pixels, self.backbone.encoder), output_size)
-        return logits[0].argmax(0).to(torch.uint8)
+        return self.segmenter(batch_size).classes(normalize(pixels, self.backbone.encoder), output_size)[0]
 
     def sides(self, size: Any = None) -> tuple[int, ...]:
         """Return the sides of what goes through it at once: given, or those of the windows it was trained on."""
@@ -105,6 +112,7 @@ class Segmenter(nn.Module):
             "settings": self.settings,
             "crop": self.crop,
             "short_side": self.short_side,
+            "inference": self.inference,
             "class_names": self.class_names,
             "palette": [list(colour) for colour in self.palette],
             "masks": None if self.coding is None else self.coding.describe(),
@@ -115,7 +123,16 @@ class Segmenter(nn.Module):
         """Return a model of parts, with what `about` said of it."""
         palette = [(int(r), int(g), int(b)) for r, g, b in about["palette"]]
         sizes = (about["width"], checked_size("crop", about["crop"]), about["short_side"])
-        return cls(parts, about["head"], *sizes, None, palette, about["class_names"], about.get("settings"))
+        return cls(
+            parts,
+            about["head"],
+            *sizes,
+            None,
+            palette,
+            about["class_names"],
+            about.get("settings"),
+            about.get("inference", "slide"),
+        )
 
 
 BY_KIND = {"image": "segment.saved:Segmenter", "volume": "segment.volume_saved:VolumeSegmenter"}

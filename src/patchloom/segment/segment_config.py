@@ -56,6 +56,12 @@ class SegmentConfig(ExpertOptions, AverageOptions, EncoderOptions, MaskSettings,
     """A window is drawn anew, up to ten times, while one class fills more than this share of it"""
     loss: Literal["ce", "dice", "dice+ce"] = "ce"
     """Cross-entropy, Dice, or their sum"""
+    class_weights: str | None = None
+    """Weights of classes in cross-entropy: of all in order (1,5), of some by name (car=3,pole=5; the others 1), or
+    balanced, by what their pixels are of all in the training masks; default: all pixels count alike"""
+    inference: Literal["slide", "whole"] = "slide"
+    """How images are segmented in testing and by segment predict: in windows of image_size, two thirds apart, or whole,
+    positions resampled"""
     batch_size: PositiveInt = 16
     """Windows of image_size per device and forward pass"""
 
@@ -64,6 +70,10 @@ class SegmentConfig(ExpertOptions, AverageOptions, EncoderOptions, MaskSettings,
         super().__post_init__()
         if not self.train_encoder and (self.ema is not None or self.experts):
             raise UsageError("ema and experts are about the encoder's weights, which stay fixed; set train_encoder")
+        if self.class_weights is not None and self.loss == "dice":
+            raise UsageError(
+                "class_weights are of cross-entropy, and loss is dice, to which classes are alike; set dice+ce"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

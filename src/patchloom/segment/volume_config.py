@@ -59,6 +59,9 @@ class UNETRConfig(AverageOptions, EncoderOptions, MaskSettings, TrainConfig):
     """Double the size in the last step, too, by a transposed convolution, as UNETR does; for patches of 16 voxels"""
     as_published: bool = True
     """Leave the encoder's class token out, let its positions train and its norms have the epsilon 1e-5"""
+    class_weights: str | None = None
+    """Weights of classes in cross-entropy: of all in order (1,5), of some by name (car=3,pole=5; the others 1), or
+    balanced, by what their voxels are of all in the training masks; default: all alike"""
     crops: PositiveInt = 4
     """Crops taken of a volume each time; paper: 4"""
     foreground_share: Probability = 0.5

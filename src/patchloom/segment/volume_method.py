@@ -25,6 +25,7 @@ from patchloom.encoders import Encoder, create_encoder, depth, normalize
 from patchloom.errors import UsageError
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.segment.build import Parts, build_parts
+from patchloom.segment.class_weights import use_class_weights
 from patchloom.segment.dense import DenseMethod
 from patchloom.segment.losses import dice_loss, segmentation_loss
 from patchloom.segment.metrics import areas
@@ -52,6 +53,7 @@ class UNETRMethod(DenseMethod):
     config_class = UNETRConfig
     config: UNETRConfig
     source: Any
+    class_weights: Tensor | None
     kinds = ("volume",)
     head_name = "unetr"
 
@@ -62,6 +64,8 @@ class UNETRMethod(DenseMethod):
             )
         super().__init__(config, source)
         self.head.grad_checkpointing = config.grad_checkpointing  # type: ignore[assignment]
+        shares = None if self.source.shares is None else self.source.shares.classes
+        self.weights = use_class_weights(self, config.class_weights, shares, self.mask_names(source) or [])
         self.test: Any = None
         if config.probe_data is not None:
             options = {**config.source_options(), **reading_options(source), "coding": self.source.coding}
@@ -152,7 +156,7 @@ class UNETRMethod(DenseMethod):
     def decoder_loss(self, logits: Tensor, auxiliary: Tensor | None, target: Tensor) -> Tensor:
         """Return cross-entropy and Dice with squares, a class that is nowhere counting 1: MONAI's `DiceCELoss`."""
         soft = dice_loss(logits, target, smooth=0.0, smooth_dr=1e-6, squared_pred=True)
-        return soft + segmentation_loss(logits, target)
+        return soft + segmentation_loss(logits, target, class_weights=self.class_weights)
 
     def segmenter(self) -> VolumeSegmenter:
         """Return the model as it is, for volumes of any size."""
@@ -195,7 +199,8 @@ class UNETRMethod(DenseMethod):
         if self.source.shares is not None:
             shares = self.source.shares
             about["train"] = {"class_shares": shares.classes, "ignored_share": shares.ignored}
-        return {"head": self.head_name, "masks": about}
+        weights = {} if self.weights is None else {"class_weights": self.weights}
+        return {"head": self.head_name, "masks": about, **weights}
 
     def save_model(self, model: Encoder, path: Path, lineage: dict[str, Any]) -> None:
         """Write the encoder as a bundle, and the decoder beside it."""

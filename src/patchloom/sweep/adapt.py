@@ -174,7 +174,7 @@ def peak_memory() -> int:
 
 def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     """Return one row per method and label budget: mean and 95 % interval over seeds, costs, and failures by name."""
-    from patchloom.evaluate.statistics.intervals import mean_interval
+    from patchloom.statistics.intervals import mean_interval
 
     rows = []
     pairs = dict.fromkeys((o.cell.labels["method"], o.cell.labels["labels"]) for o in outcomes)

@@ -147,7 +147,7 @@ def _steps_within(plan: Mapping[str, Any], folder: Path) -> int:
 
 def summarise(outcomes: list[Outcome], protocols: list[str]) -> list[dict[str, Any]]:
     """Return one row per method: mean and 95 % interval over seeds of every score, time, and failures by name."""
-    from patchloom.evaluate.statistics.intervals import mean_interval
+    from patchloom.statistics.intervals import mean_interval
 
     rows = []
     for name in dict.fromkeys(outcome.cell.labels["method"] for outcome in outcomes):

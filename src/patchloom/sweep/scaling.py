@@ -161,9 +161,9 @@ def _side(text: str) -> float:
 
 def _measure(config: EvaluationConfig, probe: dict[str, Any]) -> dict[str, Any]:
     from patchloom.data.groups import read_groups
-    from patchloom.evaluate.statistics.intervals import mean_interval
     from patchloom.evaluate.subset import few_shot_subset, shot_neighbours, taken
     from patchloom.evaluate.target import labelled_features
+    from patchloom.statistics.intervals import mean_interval
 
     start = time.perf_counter()
     train, test, class_names = labelled_features(config)

@@ -20,8 +20,8 @@ from patchloom.encoders import create_encoder
 from patchloom.errors import UsageError
 from patchloom.evaluate.anomaly.commands import export, predict
 from patchloom.evaluate.anomaly.measure import Scored, average_precision, defect_f1, figures, score_images
-from patchloom.evaluate.statistics.intervals import bootstrap_interval
 from patchloom.models.bundle import save_bundle
+from patchloom.statistics.intervals import bootstrap_interval
 from patchloom.systems.ear.method import EARMethod
 from patchloom.systems.ear.model import EAR, RecoveryUNet
 from patchloom.systems.ear.saved import EncoderAsked, load_ear, open_saliency, save_ear

@@ -22,8 +22,8 @@ from patchloom.data.defects import DefectSource
 from patchloom.data.pixels import unit
 from patchloom.errors import UsageError
 from patchloom.evaluate.anomaly.metrics import PixelFigures, Ranking
-from patchloom.evaluate.statistics.intervals import Interval, bootstrap_interval
-from patchloom.evaluate.statistics.metrics import Score, auroc
+from patchloom.statistics.intervals import Interval, bootstrap_interval
+from patchloom.statistics.metrics import Score, auroc
 from patchloom.systems.ear.data import MeasuredView
 from patchloom.systems.ear.model import calibrate_threshold
 

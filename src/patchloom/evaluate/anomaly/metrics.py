@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics.intervals import Interval, bootstrap_interval
+from patchloom.statistics.intervals import Interval, bootstrap_interval
 
 Array = np.ndarray
 FPR_LIMIT = 0.3

@@ -32,10 +32,10 @@ from patchloom.evaluate.slides.validate import (
     nested_cross_validation,
     retrain,
 )
-from patchloom.evaluate.statistics.delong import delong
-from patchloom.evaluate.statistics.intervals import Difference, bootstrap_interval, mean_interval, paired_bootstrap
 from patchloom.io import make_folder, write_json, write_rows
 from patchloom.models.bundle import bundle_fingerprint
+from patchloom.statistics.delong import delong
+from patchloom.statistics.intervals import Difference, bootstrap_interval, mean_interval, paired_bootstrap
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics.metrics import auroc, mean_auroc
+from patchloom.statistics.metrics import auroc, mean_auroc
 
 Kind = Literal["binary", "multiclass", "survival"]
 
@@ -61,7 +61,7 @@ class Task:
 
     @property
     def score(self) -> Callable[[Any, Any], float]:
-        """Return the metric as a function of scores and targets, as `evaluate.statistics` takes it."""
+        """Return the metric as a function of scores and targets, as `statistics` takes it."""
         if self.kind == "survival":
             return lambda scores, targets: c_index(np.asarray(targets), np.asarray(scores))
         return auroc if self.kind == "binary" else mean_auroc

@@ -1,1 +1,1 @@
-"""How sure a score is: scores, intervals, comparisons and what they are drawn from."""
+"""What an encoder said of each test image, and the figures of that; intervals are in `patchloom.statistics`."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from patchloom.evaluate.config import Resample
-from patchloom.evaluate.statistics.metrics import accuracy, balanced_accuracy, macro_f1, mean_auroc
 from patchloom.evaluate.statistics.predictions import Predictions
 from patchloom.features.extract import NO_LABEL, Features
+from patchloom.statistics.metrics import accuracy, balanced_accuracy, macro_f1, mean_auroc
 
 # Beyond this many classes the area under the curve of each against the rest says little and costs much.
 MOST_AREAS = 20

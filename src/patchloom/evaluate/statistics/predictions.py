@@ -16,9 +16,9 @@ import numpy as np
 
 from patchloom.errors import UsageError, unknown_name
 from patchloom.evaluate.config import Resample, check_free, check_resample
-from patchloom.evaluate.statistics.intervals import FEW_GROUPS, Interval, bootstrap_interval
-from patchloom.evaluate.statistics.metrics import SCORES, Score
 from patchloom.io import written_whole
+from patchloom.statistics.intervals import FEW_GROUPS, Interval, bootstrap_interval
+from patchloom.statistics.metrics import SCORES, Score
 
 Array = np.ndarray
 

@@ -69,6 +69,9 @@ class PointConfig(EncoderOptions, MaskSettings, TrainConfig):
     """Points of an image that are learnt from at a time; paper: 150 to 250"""
     sampling: Literal["balanced", "uniform"] = "balanced"
     """balanced: each class of an image is drawn as often as any other (paper, for masks); uniform: each pixel or box"""
+    class_weights: str | None = None
+    """Weights of classes in cross-entropy: of all in order (1,5), of some by name (car=3,pole=5; the others 1), or
+    balanced, by what their pixels are of all in the training masks; default: all alike"""
     crop_scale: Shares = (0.5, 1.0)
     """Least and most share of the image's area that a crop takes; paper: 0.5 and 1"""
     rotate: NonNegative = 60.0

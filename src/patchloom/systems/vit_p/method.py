@@ -25,16 +25,19 @@ from patchloom.data.mask_values import MaskCoding, check_shares
 from patchloom.data.pixels import unit
 from patchloom.data.point_table import PointTableSource, columns_of
 from patchloom.data.reading import Reading, reading_options
-from patchloom.data.segmentation import MaskSource, colours, open_segmentation
+from patchloom.data.segmentation import MaskSource, colours, open_segmentation, refuse_unmasked
 from patchloom.data.survey import notice
 from patchloom.encoders import Encoder, create_encoder, image_size, normalize, patch_size, set_image_size
 from patchloom.encoders.denoised import refuse_denoised
 from patchloom.errors import UsageError
 from patchloom.models.bundle import fetch_encoder, read_reading
 from patchloom.models.start import load_weights, start_encoder
+from patchloom.segment.class_weights import use_class_weights
+from patchloom.segment.image_scores import ImageScores
+from patchloom.segment.words import between, rate
 from patchloom.systems.vit_comer.parts import takes_any_size
 from patchloom.systems.vit_p.config import PointConfig
-from patchloom.systems.vit_p.measure import errors_of, measure
+from patchloom.systems.vit_p.measure import measure
 from patchloom.systems.vit_p.model import PointViT, check_sides
 from patchloom.systems.vit_p.proposals import in_order, open_proposals
 from patchloom.systems.vit_p.sampling import NO_CLASS, PointSampler, PointView
@@ -48,9 +51,7 @@ from patchloom.training.optim import make_optimizer, parameter_groups
 if TYPE_CHECKING:
     from patchloom.report import Section
 
-SHOWN = 6
 READS = {"masks": ("mask",), "boxes": ("boxes", "box_classes"), "points": ("points", "point_classes")}
-RIGHT, WRONG = (225, 225, 225), (214, 39, 40)
 POINT_LR = 1e-2
 
 
@@ -64,6 +65,7 @@ class PointMethod(Method):
 
     config_class = PointConfig
     config: PointConfig
+    class_weights: Tensor | None
     probed = False
 
     def __init__(self, config: PointConfig, source: Source | StreamSource) -> None:
@@ -80,8 +82,11 @@ class PointMethod(Method):
         self.known = known_of(config, source)
         masks = source.source if isinstance(source, WeakSource) else source
         self.masks = masks if isinstance(masks, MaskSource) else None
+        shares = None if self.masks is None else self.masks.shares.classes
+        self.weights = use_class_weights(self, config.class_weights, shares, self.class_names)
         self.test = self._open_test()
         self.generator: Any = None
+        self.scores: ImageScores | None = None
         self.figures: dict[str, Any] = {}
         # What cannot be is refused before anything is trained.
         self.segmenter(config.proposals)
@@ -136,8 +141,9 @@ class PointMethod(Method):
         images = normalize(self.pixels(batch["image"]), self.encoder)
         logits, classes = self.classifier[0](images, batch["points"]).flatten(0, 1), batch["classes"].flatten()
         known = classes != NO_CLASS
-        count = known.sum().clamp(min=1)
-        loss = F.cross_entropy(logits.float(), classes, ignore_index=NO_CLASS, reduction="sum") / count
+        count, weights = known.sum().clamp(min=1), self.class_weights
+        loss = F.cross_entropy(logits.float(), classes, weights, ignore_index=NO_CLASS, reduction="sum")
+        loss = loss / (count if weights is None else weights[classes[known]].sum().clamp(min=1e-12))
         return {"loss": loss, "point_accuracy": (logits.argmax(1) == classes)[known].sum() / count}
 
     def configure_optimizers(self) -> Any:
@@ -190,13 +196,16 @@ class PointMethod(Method):
         if self.test is None or self.step == 0:
             return {}
         model = self.segmenter(self._generator()).eval()
-        self.figures = measure(model, self.test, self.config.seed)
+        self.scores = ImageScores(self.class_names)
+        self.figures = measure(model, self.test, self.config.seed, self.scores)
         self.train()
         return self.figures
 
     def summary(self) -> dict[str, Any]:
         """Return what was learnt from and what draws masks."""
         about: dict[str, Any] = {"head": "vit_p", "proposals": self.config.proposals, "learnt_from": self.known}
+        if self.weights is not None:
+            about["class_weights"] = self.weights
         if self.masks is not None:
             about["masks"] = self.masks.coding.describe()
             about["masks"]["train"] = {"class_shares": self.masks.shares.classes}
@@ -213,62 +222,42 @@ class PointMethod(Method):
     def report_sections(self, images: Tensor) -> list[Section]:
         """Return images, their masks, what the segmenter says and where it is wrong; and the figures by class."""
         from patchloom.report import Section
-        from patchloom.report.masks import segmentation_figure
+        from patchloom.segment.pictures import Segmented, choose_shown, error_figures, figures_section
 
         source = self.test or self.masks
         if source is None:
             return []
-        model, shown = self.segmenter(self._generator()).eval(), []
-        for index in sorted({round(i * (len(source) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}):
+        model = self.segmenter(self._generator()).eval()
+
+        def segmented(index: int) -> Segmented:
             sample = source.read(index)
-            pixels, truth = unit(sample.image), torch.as_tensor(sample.named["mask"])
-            predicted = model.segment(pixels)
-            wrong = errors_of(predicted, truth, len(self.class_names))
-            shown.append((pixels[:3] if len(pixels) >= 3 else pixels[:1], truth, predicted, wrong))
+            pixels = unit(sample.image)
+            return Segmented(pixels, torch.as_tensor(sample.named["mask"]), model.segment(pixels))
+
+        shown = choose_shown(self.scores, len(source), self.config.seed)
+        figures = error_figures(shown, segmented, source.palette, self.class_names)
         self.train()
-        pictures, truths, said_of, wrongs = zip(*shown, strict=True)
-        figure = segmentation_figure(
-            pictures,
-            {"truth": truths, "prediction": said_of, "error": wrongs},
-            [*source.palette, RIGHT, WRONG],
-            [*self.class_names, "right", "wrong"],
-        )
         which = "Test images" if self.test is not None else "Training images"
         text = (
             f"{which}, their masks, the classes of the masks that {self.config.proposals} draws, and where they are "
             f"wrong. {source.said()}"
         )
-        sections = [Section(title="Segmentation masks and predictions", text=text, figures=[figure])]
+        sections = [Section(title="Segmentation masks and predictions", text=text, figures=figures)]
         if self.figures:
-            sections.append(Section(title="Figures on test images", text=self._said(), table=self._table()))
+            sections.append(figures_section(self.figures, self.class_names, self._said()))
         return sections
 
     def _said(self) -> str:
-        figures, interval = self.figures, self.figures["interval"]
-        text = f"Mean IoU {figures['miou']:.1%}{_between(interval)}. "
-        text += (
-            f"Were every mask given the class it overlaps most, it would be {figures['oracle_miou']:.1%}: what is "
-            f"above that, {self.config.proposals} would have to draw. Borders: F {figures['boundary_f']:.1%}"
-            f"{_between(figures['boundary_f_interval'])}."
+        figures = self.figures
+        text = (
+            f"Were every mask given the class it overlaps most, mean IoU would be {rate(figures['oracle_miou'])}: what "
+            f"is above that, {self.config.proposals} would have to draw."
         )
         if figures.get("pq") is not None:
-            text += f" Panoptic quality {figures['pq']:.1%}{_between(figures['pq_interval'])}."
+            text += f" Panoptic quality {rate(figures['pq'])}{between(figures['pq_interval'])}."
         if figures.get("mask_ap") is not None and figures["mask_ap"] == figures["mask_ap"]:
-            text += f" Mask AP {figures['mask_ap']:.1%}{_between(figures['mask_ap_interval'])}."
+            text += f" Mask AP {rate(figures['mask_ap'])}{between(figures['mask_ap_interval'])}."
         return text
-
-    def _table(self) -> list[dict[str, object]]:
-        columns = {"IoU": "per_class_iou", "boundary F": "per_class_boundary_f", "PQ": "pq_per_class"}
-        columns["mask AP"] = "mask_ap_per_class"
-        rows = []
-        for name in self.class_names:
-            row: dict[str, object] = {"class": name}
-            for column, key in columns.items():
-                value = self.figures.get(key, {}).get(name)
-                if value is not None:
-                    row[column] = f"{value:.1%}"
-            rows.append(row)
-        return rows
 
     def describe(self) -> dict[str, Any]:
         """Return what the log and the report say."""
@@ -334,7 +323,7 @@ def open_known(config: PointConfig, options: dict[str, Any]) -> Source:
         found: Source = source
         notice(f"{found.name}: {kind} of {len(source.class_names)} classes: {', '.join(source.class_names[:12])}")
         return found
-    refuse_untaken(open_segmentation, config.data, config.source_options())
+    refuse_unmasked(config.data, config.source_options())
     masks = open_segmentation(config.data, in_chans=config.in_chans, settings=config, **options)
     notice(masks.said())
     if (more := check_shares(masks.coding, masks.shares, masks.name)) is not None:
@@ -366,8 +355,3 @@ def known_of(config: PointConfig, source: Source | StreamSource) -> str:
 
 
 _READING = ("value_range", "no_data", "use_channels")
-
-
-def _between(interval: Any) -> str:
-    low, high = interval
-    return "" if low is None or low != low else f" (95 %: {low:.1%} to {high:.1%})"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from patchloom.evaluate.statistics import metrics
-from patchloom.evaluate.statistics.metrics import SCORES, per_label_auroc
+from patchloom.statistics import metrics
+from patchloom.statistics.metrics import SCORES, per_label_auroc
 
 
 def draw(n: int = 60, grades: int = 4, seed: int = 0):

@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics.delong import delong, delong_interval, newcombe
-from patchloom.evaluate.statistics.intervals import (
+from patchloom.statistics.delong import delong, delong_interval, newcombe
+from patchloom.statistics.intervals import (
     Difference,
     Sample,
     bootstrap_interval,
@@ -19,7 +19,7 @@ from patchloom.evaluate.statistics.intervals import (
     mean_interval,
     paired_bootstrap,
 )
-from patchloom.evaluate.statistics.metrics import (
+from patchloom.statistics.metrics import (
     accuracy,
     auroc,
     balanced_accuracy,

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from patchloom.evaluate.statistics.delong import delong_interval
-from patchloom.evaluate.statistics.what_if import WhatIf, of_areas, of_classes, of_scores, of_values
+from patchloom.statistics.delong import delong_interval
+from patchloom.statistics.what_if import WhatIf, of_areas, of_classes, of_scores, of_values
 
 Array = np.ndarray
 Weighted = Callable[[Array, Array, Array], Array]
@@ -47,7 +47,7 @@ class Score:
     """Whether that interval is the same whatever the shares of the classes."""
 
     def what_if(self, predictions: Array, targets: Array, units: int) -> WhatIf:
-        """Return images that were not seen, for draws of so many units; see `evaluate.what_if`."""
+        """Return images that were not seen, for draws of so many units; see `what_if`."""
         return UNSEEN[self.needs](predictions, targets, units)
 
     def what_if_pair(self, first: Array, second: Array, targets: Array, units: int) -> tuple[WhatIf, WhatIf]:

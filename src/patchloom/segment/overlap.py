@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from patchloom.errors import UsageError
-from patchloom.evaluate.statistics.intervals import bootstrap_interval
-from patchloom.evaluate.statistics.metrics import Score, share
 from patchloom.segment.metrics import IGNORED, Areas, areas, segmentation_scores
+from patchloom.statistics.intervals import bootstrap_interval
+from patchloom.statistics.metrics import Score, share
 
 Array = np.ndarray
 BACKGROUND = 0
@@ -62,8 +62,15 @@ def _iou_of_one(tables: Array, truth: Array, weights: Array) -> Array:
     return iou_of(_drawn_areas(tables[:, :, None], weights))[:, 0]
 
 
+def _right_drawn(tables: Array, truth: Array, weights: Array) -> Array:
+    """Return the share that is right for each draw: what overlaps of what is there, over all classes together."""
+    sums = _drawn_areas(tables.reshape(len(tables), 3, -1), weights).sum(2)
+    return share(sums[:, 0], sums[:, 2])
+
+
 mean_iou_score = Score("miou", _mean_drawn, "areas")
 class_iou_score = Score("iou", _iou_of_one, "areas")
+right_score = Score("right", _right_drawn, "areas")
 # Means over the classes but the background.
 FOREGROUND_SCORES = {
     name: Score(name, partial(_mean_drawn, of=of, first=BACKGROUND + 1), "areas")
@@ -85,15 +92,9 @@ def scores_with_intervals(
     """
     scores = segmentation_scores(image_areas.total())
     tables, of_overlap = _tables(image_areas), _tables(counted or image_areas)
-    nobody = np.zeros(len(tables))  # images are drawn alike, whatever is on them
+    nobody = np.zeros(len(tables))
 
-    def interval(score: Score, part: Array) -> list[float | None]:
-        try:
-            ends = bootstrap_interval(score, part, nobody, draws=draws, seed=seed)
-        except UsageError:  # so rare a class that hardly any draw has it
-            return [None, None]
-        return ends.ends
-
+    interval = partial(interval_of, draws=draws, seed=seed)
     names = dict(enumerate(class_names))
     absent = [names[number] for number, count in enumerate(image_areas.true.sum(0).tolist()) if not count]
     figures: dict[str, Any] = {
@@ -102,6 +103,7 @@ def scores_with_intervals(
         "miou": scores["miou"],
         "interval": interval(mean_iou_score, tables),
         "pixel_accuracy": scores["pixel_accuracy"],
+        "pixel_accuracy_interval": interval(right_score, tables),
         "class_accuracy": scores["class_accuracy"],
         "per_class_iou": {names[number]: plain(value) for number, value in enumerate(scores["iou"])},
         "per_class_interval": {
@@ -115,6 +117,15 @@ def scores_with_intervals(
         figures |= {name: plain(score(of_overlap, nobody)), f"{name}_interval": interval(score, of_overlap)}
     by_class = dice_of(of_overlap.sum(0)[None])[0]
     return figures | {"per_class_dice": by_foreground_class(by_class[BACKGROUND + 1 :], class_names)}
+
+
+def interval_of(score: Score, tables: Array, draws: int = 1000, seed: int = 0) -> list[float | None]:
+    """Return the ends of a score's interval from areas (n, 3, …) of images; None where it has none."""
+    try:
+        # Images are drawn alike, whatever is on them.
+        return bootstrap_interval(score, tables, np.zeros(len(tables)), draws=draws, seed=seed).ends
+    except UsageError:  # so rare a class that hardly any draw has it
+        return [None, None]
 
 
 def by_foreground_class(values: Array, class_names: list[str]) -> dict[str, float | None]:
