@@ -27,6 +27,7 @@ SHAPE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MAE = {"encoder": "test_vit", "decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "pretrain ccvit": {"encoder": "ccvit_tiny_patch8_64", "k": 16, "codebook_iters": 1},
+    "pretrain beit": {"encoder": "ccvit_tiny_patch8_64", "k": 16, "codebook_iters": 1, "head_layers": 1},
     "pretrain mae": MAE,
     "pretrain dinov2": {"encoder": "test_vit", "local_crops": 1, "out_dim": 16, "head_hidden_dim": 16}
     | {"bottleneck_dim": 8, "head_layers": 2},

@@ -275,6 +275,18 @@ def test_it_goes_on_where_it_stopped(tmp_path, teacher):
     assert resumed.summary["fingerprint"] == whole.summary["fingerprint"]
 
 
+def test_oblong_images_have_tokens_that_a_saved_tokenizer_gives_again(tmp_path):
+    torch.manual_seed(0)
+    network = VQKD.from_shapes("ccvit_tiny_patch4_32", (16, 8), num_codes=6, code_dim=4, kmeans_init=False)
+    tokenizer, images = VQKDTokenizer(network), torch.rand(2, 3, 16, 8)
+    again = pl.load_tokenizer(tokenizer.save(tmp_path / "model"))
+    assert (tokenizer.image_size((4, 2)), tokenizer.grid_size((16, 8))) == ((16, 8), (4, 2))
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+    torch.testing.assert_close(again(images).features, network(images).features)
+    with pytest.raises(UsageError, match=r"makes 4x2 tokens.* and 2x4 are called for"):
+        tokenizer.encode(images.mT)
+
+
 def test_the_network_saves_memory_and_says_the_same():
     torch.manual_seed(0)
     network = VQKD.from_shapes("ccvit_tiny_patch4_32", 8, num_codes=6, code_dim=4, teacher_dim=5, kmeans_init=False)

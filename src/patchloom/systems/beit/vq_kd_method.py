@@ -221,7 +221,8 @@ class VQKDMethod(Method):
 
     def lineage(self) -> dict[str, Any]:
         """Return who taught the tokenizer."""
-        name, lineage = self.config.teacher, {}
+        name = self.config.teacher
+        lineage: dict[str, Any] = {}
         with suppress(UsageError):  # a timm name keeps none
             lineage = read_lineage(name)
         return {"teacher": {"path": name, "lineage": lineage}}

@@ -37,7 +37,7 @@ class TokenMethod(Method):
         tokens_named: Where the tokenizer lies; None: it is fitted.
     """
 
-    config: MaskedTokenOptions  # type: ignore[assignment]
+    config: MaskedTokenOptions
     size: int
     channels: int
     grid: tuple[int, int]
