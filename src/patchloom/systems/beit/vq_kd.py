@@ -80,6 +80,8 @@ class VQKD(nn.Module):
         UsageError: The grids differ.
     """
 
+    pretrained_cfg: dict[str, Any]
+
     def __init__(
         self,
         encoder: Encoder,
