@@ -97,7 +97,9 @@ def test_a_run_measures_reports_and_predicts(bundle, folders, tmp_path, capsys):
     assert "as coloured masks" in page
     assert "Images the worst, by the share of wrong pixels." in page
     assert "Borders: F" in page
-    assert f"masks of {train}: class numbers 0 to 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"masks of {train}: class numbers 0 to 2" in said
+    assert f"Mean IoU {figures['miou']:.1%} (95 %: " in said
     assert main(["segment", "predict", str(run.path), "--images", f"{test}/images", "--out", str(tmp_path / "p")]) == 0
     source = open_segmentation(test)
     model = load_segmenter(run.path)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from patchloom.data.base import Source, StreamSource
 from patchloom.encoders import normalize
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
 from patchloom.segment.build import Parts
+from patchloom.segment.layers import resize
 from patchloom.segment.losses import decoder_loss, pixel_accuracy
 from patchloom.training.config import TrainConfig
 from patchloom.training.method import Method
@@ -73,7 +75,8 @@ class DenseMethod(Method):
         """Return the loss of a batch, and the share of known pixels that are right."""
         self.parts.backbone.train(self.training)
         target, levels = self.target(batch), self.parts.levels(self.maps(batch))
-        logits = self.head(levels)
+        # At the size of the mask once, for the loss and for what is right.
+        logits = resize(at_least_float32(self.head(levels)), target.shape[-2:])
         auxiliary = None if self.aux_head is None else self.aux_head(levels)
         loss = self.decoder_loss(logits, auxiliary, target)
         return {"loss": loss, "pixel_accuracy": pixel_accuracy(logits.detach(), target)}

@@ -41,7 +41,7 @@ class WholeSegmenter(nn.Module):
 
     def classes(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Return the class (B, *size) uint8 of every pixel; default: at the images' own size."""
-        return self(images, size).argmax(1).to(torch.uint8)
+        return _classes(self(images, size))
 
 
 class SlidingWindowSegmenter(nn.Module):
@@ -81,10 +81,10 @@ class SlidingWindowSegmenter(nn.Module):
     def classes(self, images: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Return the class (B, *size) uint8 of every pixel; default: at the images' own size, kept strip by strip."""
         if size is not None and tuple(size) != tuple(images.shape[-2:]):
-            return self(images, size).argmax(1).to(torch.uint8)
+            return _classes(self(images, size))
         found = torch.empty(len(images), *images.shape[-2:], dtype=torch.uint8, device=images.device)
         for top, strip in self.strips(images):
-            found[:, top : top + strip.shape[2]] = strip.argmax(1)
+            found[:, top : top + strip.shape[2]] = _classes(strip)
         return found
 
     def strips(self, images: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -180,6 +180,12 @@ def pad_to_multiple(images: Tensor, multiple: int) -> tuple[Tensor, tuple[int, i
     """Return (B, C, H, W) padded with zeros all round to multiples, and the padding (left, right, top, bottom)."""
     pads = center_padding((images.shape[-2], images.shape[-1]), multiple)
     return (F.pad(images, pads) if any(pads) else images), pads
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Return the class (B, H, W) uint8 of logits (B, K, H, W)."""
+    # On a CPU the maximum and its place take a quarter of the time of argmax along the classes.
+    return logits.max(1).indices.to(torch.uint8)
 
 
 def _seen(side: int, spans: Iterable[tuple[int, int]]) -> Tensor:

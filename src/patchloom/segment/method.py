@@ -36,6 +36,7 @@ from patchloom.segment.dense import DenseMethod
 from patchloom.segment.image_scores import ImageScores
 from patchloom.segment.saved import Segmenter, save_segmenter
 from patchloom.segment.segment_config import SegmentConfig, UPerNetConfig
+from patchloom.segment.words import told
 from patchloom.training.inputs import read_as
 from patchloom.training.method import Transform
 
@@ -187,6 +188,8 @@ class SegmentMethod(DenseMethod):
             about[role] = {"class_shares": share.classes, "ignored_share": share.ignored}
         if self.scores is not None:  # drawn once, at the end of the run
             self.figures = {**self.scores.figures(self.config.seed), **self.figures}
+            if self.figures:
+                notice(told(self.figures))
         weights = {} if self.weights is None else {"class_weights": self.weights}
         return {**self.figures, "head": self.head_name, "masks": about, **weights}
 

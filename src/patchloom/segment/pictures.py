@@ -12,7 +12,7 @@ from patchloom.data.base import UnreadableImageError
 from patchloom.report.masks import segmentation_figure
 from patchloom.report.page import Figure, Section
 from patchloom.segment.image_scores import ImageScores, errors_of
-from patchloom.segment.words import between, rate
+from patchloom.segment.words import between, rate, told
 
 RIGHT, WRONG = (225, 225, 225), (214, 39, 40)
 BY_CLASS = {
@@ -99,11 +99,6 @@ def figures_section(figures: Mapping[str, Any], class_names: Sequence[str], more
         class_names: Names by class.
         more: Further sentences.
     """
-    text = (
-        f"Mean IoU {rate(figures['miou'])}{between(figures.get('interval'))}. Pixels right: "
-        f"{rate(figures['pixel_accuracy_test'])}{between(figures.get('pixel_accuracy_test_interval'))}. Borders: F "
-        f"{rate(figures['boundary_f'])}{between(figures.get('boundary_f_interval'))}. Intervals are over images."
-    )
     table: list[dict[str, object]] = []
     for name in class_names:
         row: dict[str, object] = {"class": name}
@@ -111,4 +106,6 @@ def figures_section(figures: Mapping[str, Any], class_names: Sequence[str], more
             if (value := figures.get(key, {}).get(name)) is not None:
                 row[column] = rate(value) + between(figures.get(ends, {}).get(name))
         table.append(row)
-    return Section(title="Figures on test images", text=f"{text} {more}".strip(), table=table)
+    return Section(
+        title="Figures on test images", text=f"{told(figures)} Intervals are over images. {more}".strip(), table=table
+    )
