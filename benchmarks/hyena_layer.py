@@ -193,7 +193,7 @@ def main() -> None:
     print(text)
     if options.write:
         rewrite(PAGE, "hyena_layer", text)
-        plot(milliseconds, f"width {options.dim}, batch {options.batch}, float32; {machine()}")
+        plot(milliseconds, f"width {options.dim}, batch {options.batch}, float32\n{machine()}")
 
 
 if __name__ == "__main__":
