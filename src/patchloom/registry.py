@@ -152,6 +152,11 @@ METHODS: dict[str, dict[str, Entry]] = {
             "systems.clip.config:ClipConfig",
             "Images and captions meet in one space (CLIP); one tower may be locked (extra: clip)",
         ),
+        "vit_lens": Entry(
+            "systems.vit_lens.method:VitLensMethod",
+            "systems.vit_lens.config:VitLensConfig",
+            "Clouds or sounds through a lens into a frozen ViT, beside images and texts (ViT-Lens; extra: clip)",
+        ),
     },
     "tokenize train": {
         "vit_vqgan": Entry(
@@ -389,6 +394,7 @@ SOURCES: dict[str, str] = {
     "photos": "crops of photographs that ship inside scikit-image and scikit-learn; photos:test",
     "digits": "scikit-learn's 8x8 digits; digits:test",
     "shapes3d": "small volumes of three kinds of ellipsoids in noise, with a class and a mask; shapes3d:test",
+    "shapes": "clouds of 18 sorts of shapes, and :test, :unseen, :views, :views_test (extra: points)",
     "FOLDER": "a folder of images, at any depth; top-level sub-folders are classes",
     "FILE.csv": "images, labels, masks, captions by a table (or .parquet): file,label,mask,caption; FILE.csv:SPLIT",
     "NAME-{000000..000099}.tar": "WebDataset shards, streamed (extra: shards)",
@@ -397,6 +403,8 @@ SOURCES: dict[str, str] = {
     "clips:FOLDER": "videos (MP4, WebM, GIF, AVI, folders of frames); also clips:FILE.csv, clips:X.tar (extra: video)",
     "moving": "clips of the photographs moved, zoomed and turned; the class is the motion; moving:test",
     "volumes:FOLDER": "volumes (NIfTI, DICOM, .npy), with a class or a mask each or with neither (extra: medical)",
+    "points:FOLDER": "point clouds and meshes (PLY, OFF, OBJ, STL, NPZ, .npy), pictures beside (extra: points)",
+    "audio:FOLDER": "sounds (WAV, FLAC, OGG, MP3) or spectrograms (.npy), likewise (extra: audio)",
     "atari:GAME,GAME": "games played at random, recorded on first use (extra: rl); atari:Pong@3000:test",
     "hf:NAME": "a set of the Hugging Face hub (extra: hf); hf:NAME:SPLIT",
     "chestxray14:FOLDER": "NIH ChestX-ray14, 14 labels; …:train, :val, :test",
@@ -407,7 +415,9 @@ SOURCES: dict[str, str] = {
 """Ways to name a data source, each with one line of help."""
 
 OPENERS: dict[str, str] = {
+    "audio": "data.sounds:SoundSource",
     "clips": "data.clips:open_clips",
+    "points": "data.clouds:CloudSource",
     "volumes": "data.volumes:open_samples",
 }
 """What opens `WORD:PATH`, by word: called with the path, and with those of `labels`, `in_chans`, the source options and
@@ -470,6 +480,7 @@ MODELS: dict[str, str] = {
     "dense_clip.json": "systems.ph_reg.saved:load_dense",
     "vim.json": "systems.vim.saved:load_vim",
     "point.json": "systems.vit_p.saved:load_points",
+    "vit_lens.json": "systems.vit_lens.saved:load_lens",
     "detector.json": "systems.vit_comer.detect_saved:load_detector",
 }
 """What opens a model that is more than the encoder of its bundle, by the file in the bundle that tells of it."""

@@ -139,7 +139,7 @@ def _open(
     if (frames := _frames(name, in_chans, options)) is not None:
         return frames
     word, _, rest = name.partition(":")
-    if in_chans not in (1, 3) and word in ("photos", "digits", "moving", "torchvision"):
+    if in_chans not in (1, 3) and word in ("photos", "digits", "moving", "shapes", "torchvision"):
         raise UsageError(f"in_chans is {in_chans}; images of {name} are read as 3 channels (RGB) or 1 (grey)")
     if channel_files is not None and not existing(name).is_dir():
         raise UsageError(f"channel_files is {channel_files}, which the source {name} cannot obey; give a folder")
@@ -159,6 +159,11 @@ def _open(
         refuse_untaken(Shapes3dSource, name, options)
         told = {option: known[option] for option in ("settings", "coding")} | options
         return Shapes3dSource(rest or "train", in_chans=in_chans, seed=seed, **told)
+    if word == "shapes":
+        from patchloom.data.shapes import ShapesSource
+
+        refuse_untaken(ShapesSource, name, options)
+        return ShapesSource(rest or "train", in_chans=in_chans, seed=seed, **options)
     if word in ("torchvision", "hf") and rest:
         from patchloom.data.hub import HuggingFaceSource, TorchvisionSource
 

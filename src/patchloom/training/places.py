@@ -46,7 +46,7 @@ BEFORE_PATH = (
     *registry.OPENERS,
     *("frames", "chestxray14", "chexpert", "covidx", "mimic-cxr", "camvid", "ade20k", "mvtec", "visa", "hf"),
 )
-NO_PATH = ("photos", "digits", "moving", "shapes3d", "torchvision", "atari", "anomalib")
+NO_PATH = ("photos", "digits", "moving", "shapes", "shapes3d", "torchvision", "atari", "anomalib")
 NO_CACHE = ("auto", "none", "null", "off")
 
 

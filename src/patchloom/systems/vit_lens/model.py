@@ -240,9 +240,15 @@ class ViTLens(nn.Module):
         text: Tokens (B, L) to (B, E); None: there is none.
     """
 
-    def __init__(self, visual: ModalityEncoder, image: ModalityEncoder | None, text: nn.Module | None) -> None:
+    about: dict[str, Any]
+    """Settings it was made by, where it is of a run"""
+    towers: list[Any]
+    """The CLIP of images and texts, likewise; in a list, because its parts are modules here already"""
+
+    def __init__(self, visual: ModalityEncoder, image: nn.Module | None, text: nn.Module | None) -> None:
         super().__init__()
         self.visual, self.image, self.text = visual, image, text
+        self.about, self.towers = {}, []
         for tower in (image, text):
             if tower is not None:
                 tower.requires_grad_(False)
