@@ -110,6 +110,8 @@ class VitLensConfig(TrainConfig):
             raise UsageError(f"templates have {{}} where the name of a class goes; {wrong!r} has not")
         most = max(self.num_groups, self.group_size)
         if self.num_points < most:
-            raise UsageError(f"num_points is {self.num_points}, and num_groups and group_size need {most} points or more")
+            raise UsageError(
+                f"num_points is {self.num_points}, and num_groups and group_size need {most} points or more"
+            )
         if self.strategy == "fsdp":
             raise UsageError("towers are not sharded by strategy=fsdp; use ddp")
