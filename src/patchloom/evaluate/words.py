@@ -29,6 +29,9 @@ class _Towers(Evaluation):
     """What both share: the towers, their templates, the images."""
 
     config: Any
+    takes_senses = False
+    """Whether samples of a run of align vit_lens are taken, too"""
+    sense: Any = None
 
     def opened(self) -> tuple[Any, Source, tuple[str, ...]]:
         """Return the towers, the images, and the templates.
@@ -43,10 +46,24 @@ class _Towers(Evaluation):
         model = config.encoder if isinstance(config.encoder, CLIP) else load_clip(config.encoder)
         model = model.to(torch_device(config.device)).eval()
         source = open_source(config.test, by_index=True, model=model.visual.trunk, **config.source_options())
-        require_kind(source, ("image",), "aligned towers")
+        self.sense = self.sense_of(source, model)
+        require_kind(source, ("image",) if self.sense is None else (source.kind.name,), "aligned towers")
         if not isinstance(source, Source):
             raise UsageError(f"{config.test} can only be read from front to back; unpack the shards to .tar")
         return model, source, _templates(config)
+
+    def sense_of(self, source: Any, model: Any) -> Any:
+        """Return the encoder of samples that are no images, where the towers have one; None: images are measured."""
+        from patchloom.systems.vit_lens.saved import find_lens, load_lens, sized
+
+        where = self.config.encoder
+        if not self.takes_senses or not isinstance(where, str | Path) or find_lens(where) is None:
+            return None
+        lens = load_lens(where)
+        if source.kind.name != lens.about["kind"]:
+            return None
+        sized(source, lens.about)
+        return lens.visual.to(model.logit_scale.device)
 
     def about(self) -> dict[str, Any]:
         """Return what predictions are told apart by."""
@@ -59,6 +76,7 @@ class ZeroShot(_Towers):
     """Classes named by sentences, without any training on them; needs towers of align clip (extra: clip)."""
 
     config_class = ZeroShotConfig
+    takes_senses = True
 
     def figures(self) -> dict[str, Any]:
         """Return the accuracy, that of the first five, and what goes with them."""
@@ -75,7 +93,13 @@ class ZeroShot(_Towers):
         if len(spoken) != len(names):
             raise UsageError(f"class_names has {len(spoken)} names, and {config.test} has {len(names)} classes")
         classes = class_features(model, spoken, templates).cpu()
-        found = embed_images(model, source, batch_size=config.batch_size, num_workers=config.num_workers)
+        reading = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+        if self.sense is None:
+            found = embed_images(model, source, **reading)
+        else:
+            from patchloom.systems.vit_lens.held_out import embed
+
+            found = embed(self.sense, source, **reading)
         scores = 100.0 * found.images @ classes.T
         test = Features(found.images, found.labels, found.keys, found.skipped)
         self.predictions = Predictions(

@@ -87,6 +87,13 @@ def test_the_model_opens_again_with_its_towers_as_they_were(run, towers):
     assert json.loads((run.model / "vit_lens.json").read_text())["num_groups"] == 8
 
 
+def test_classes_of_clouds_are_named_by_sentences(run, clouds):
+    figures = pl.evaluate("zero_shot", encoder=run.model, test=f"points:{clouds}", num_workers=0, batch_size=5)
+    assert figures["n"] == 12
+    assert [each["file"] for each in figures["skipped"]] == ["ball/broken.npy"]
+    assert 0 <= figures["accuracy"] <= 1
+
+
 def test_towers_that_are_none_are_refused(clouds, tmp_path):
     with pytest.raises(UsageError, match="encoder is not given"):
         pl.align("vit_lens", data=f"points:{clouds}", out=tmp_path / "a", **SMALL)

@@ -103,6 +103,14 @@ def save_lens(encoder: ModalityEncoder, scale: torch.Tensor, about: dict[str, An
     write_json(path / ABOUT, {"format": FORMAT, **about})
 
 
+def sized(source: Any, about: dict[str, Any]) -> None:
+    """Let a source hand out as many points or frames as the encoder of a sense was made for."""
+    if source.kind.name == "points":
+        source.num_points = about["num_points"]
+    elif hasattr(source, "frames"):
+        source.frames = about["frames"]
+
+
 def find_lens(path: str | Path) -> Path | None:
     """Return the folder of an encoder of a sense, of a run or bundle; None where there is none."""
     return next((folder for folder in (Path(path), Path(path) / "model") if (folder / ABOUT).exists()), None)
