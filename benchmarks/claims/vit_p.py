@@ -42,14 +42,14 @@ RUNS: dict[str, dict[str, Any]] = {
 POINTS = 200
 
 
-def smaller(camvid: Path, split: str, side: int, out: Path) -> Path:
-    """Write a split's images and masks with a shorter side of so many pixels (once) and return the folder."""
+def smaller(camvid: Path, split: str, side: int, out: Path, count: int | None = None) -> Path:
+    """Write a split's images (the first `count`) and masks with a shorter side of so many pixels (once)."""
     if not out.exists():
         source = open_segmentation(f"camvid:{camvid}:{split}")
         temporary = out.with_name(f".{out.name}")
         for folder in ("images", "masks"):
             (temporary / folder).mkdir(parents=True, exist_ok=True)
-        for index in range(len(source)):
+        for index in range(len(source))[:count]:
             sample = source.read(index)
             image, mask = sample.image, torch.as_tensor(sample.named["mask"])
             size = (side, round(image.shape[-1] * side / image.shape[-2]))

@@ -481,7 +481,9 @@ def explain(
 def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | Path] = ()) -> nn.Module:
     """Return the timm module of a bundle (or of a run folder, whose `model/` is meant), in eval mode.
 
-    Of a run of `adapt gcab` it is the whole: normalised images (B, C, H, W) to logits (B, classes of all tasks).
+    Of a run of `adapt gcab` it is the whole: normalised images (B, C, H, W) to logits (B, classes of all tasks). Of a
+    run of `segment` on images, too: normalised images to logits (B, classes, H, W); its `encoder` is the timm module,
+    and `segment(image)` says the class of every pixel of an image in [0, 1].
 
     Args:
         path: The bundle or run.
@@ -493,6 +495,13 @@ def load(path: str | Path, adapters: Sequence[str | Path] | Mapping[str, str | P
     """
     from patchloom.models.bundle import load_model
 
+    if not adapters and any((folder / "decoder.json").exists() for folder in (Path(path), Path(path) / "model")):
+        from patchloom.segment.saved import holds_segmenter, load_segmenter
+
+        if holds_segmenter(path):
+            model = load_segmenter(path)
+            model.full_size = True
+            return model
     return load_model(path, adapters)
 
 

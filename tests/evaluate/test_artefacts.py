@@ -42,7 +42,9 @@ def test_a_planted_pattern_is_found_and_drawn(images, tmp_path):
     assert "cleaning is worth trying" in figures["verdict"]
     assert (figures["n"], figures["dim"], figures["grid"]) == (8, 32, [4, 4])
     assert json.loads(out["json"].read_text())["verdict"] == figures["verdict"]
-    assert "Artefacts of patch features" in out["html"].read_text()
+    page = out["html"].read_text()
+    assert "Artefacts of patch features" in page
+    assert f"--images {QUICK['images']}" in page  # the command that repeats it
     assert out["png"].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match=r"d.json exists; choose another out"):
         pl.clean("diagnose", encoder=encoder, data=images, out=out["json"])

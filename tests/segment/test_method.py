@@ -75,8 +75,11 @@ def test_the_encoder_stays_as_it_is_unless_it_is_asked_to_learn(bundle, folders,
     for trains in (False, True):
         settings = {**FAST, "data": folders[0], "encoder": bundle, "max_steps": 2, "train_encoder": trains}
         run = pl.segment("linear", out=tmp_path / str(trains), **settings)
-        after = pl.load(str(run.model)).state_dict()
-        same = all(torch.equal(before[name], after[name]) for name in before if name in after)
+        whole = pl.load(str(run.model))
+        after = whole.encoder.state_dict()
+        assert whole(torch.randn(1, 3, 40, 56)).shape == (1, 3, 40, 56)  # logits of three classes, of the images' size
+        assert before.keys() == after.keys()
+        same = all(torch.equal(before[name], after[name]) for name in before)
         assert same != trains
 
 

@@ -35,7 +35,7 @@ def test_a_file_gives_logits_of_the_images_size_and_names_the_classes(saved, tmp
     (found,) = session.run(None, {"images": images.numpy()})
     model = load_segmenter(saved)
     with torch.no_grad():
-        logits = model(normalize(images, pl.load(saved)))
+        logits = model(normalize(images, pl.load(saved).encoder))
     expected = torch.nn.functional.interpolate(logits, size=(48, 64), mode="bilinear", align_corners=False)
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["a", "b", "c"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,18 @@ class Diagnose:
                 Section(title="What features show", figures=[pictured]),
                 Section(title="What does not depend on the image", figures=[patterns]),
             ],
-            command=f"patchloom clean diagnose --encoder {shlex.quote(name)} --data {shlex.quote(config.data)}",
+            command=_command(config, name),
             verdict=figures["verdict"],
         )
+
+
+def _command(config: ArtefactsConfig, encoder: str) -> str:
+    """Return the command that repeats the diagnosis."""
+    words = ["patchloom", "clean", "diagnose", "--encoder", encoder]
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.name == "encoder" or value == one.default:
+            continue
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        words += [f"--{one.name}", shown.lower() if isinstance(value, bool) else shown]
+    return shlex.join(words)

@@ -97,4 +97,6 @@ def verdict(
         return f"The features use few directions: training may be collapsing{otherwise}."
     if images is not None and images < ENOUGH_IMAGES:
         return f"Nothing points to a collapse, but {images} images are too few to say how many directions features use."
+    if few or cosine > NEARLY_SAME:
+        return "The features are healthy, as nothing was lost, but use few directions: the images may be alike."
     return "The features are healthy: they use many directions and tell images apart."

@@ -12,7 +12,7 @@ from patchloom.errors import UsageError
 from patchloom.report.page import Figure
 from patchloom.report.tiles import INK, WIDEST, enlarged, ground, labelled, pixels_of, png, stack, strip
 
-UNKNOWN_COLOUR = (0, 0, 0)
+UNKNOWN_COLOURS = (0, 0, 0), (224, 224, 192)
 SWATCH, LINE = 12, 20
 Colours = Sequence[tuple[int, int, int]]
 
@@ -30,7 +30,8 @@ def segmentation_figure(
 
     Args:
         images: (C, H, W) in [0, 1] each, sizes may differ.
-        masks: Name of a column to masks (h, w) of integers, one per image, 255 where unknown (black).
+        masks: Name of a column to masks (h, w) of integers, one per image, 255 where unknown (see
+            `unknown_colour`).
         palette: (R, G, B) by class.
         class_names: Names by class.
         caption: What to look for.
@@ -53,18 +54,24 @@ def segmentation_figure(
             tiles.append((name, _at(painted(values, palette), tiles[0][1].shape)))
         rows.append(strip([labelled(name, tile) if number == 0 else tile for name, tile in tiles]))
     entries = [(class_names[value], palette[value]) for value in sorted(present)]
-    entries += [("unknown", UNKNOWN_COLOUR)] if unknown else []
+    entries += [("unknown", unknown_colour(palette))] if unknown else []
     picture = stack([*rows, legend(entries, max(row.shape[1] for row in rows))])
     return Figure(png(picture), f"Images with {', '.join(masks)} as coloured masks", caption)
 
 
 def painted(mask: np.ndarray, palette: Colours) -> np.ndarray:
-    """Return a mask (h, w) as colours (h, w, 4) uint8; 255 is black."""
+    """Return a mask (h, w) as colours (h, w, 4) uint8; 255 is of no class."""
     table = np.zeros((256, 4), np.uint8)
     table[:, 3] = 255
     table[: len(palette), :3] = np.asarray(palette, np.uint8)[:256]
-    table[255, :3] = UNKNOWN_COLOUR
+    table[255, :3] = unknown_colour(palette)
     return table[mask]
+
+
+def unknown_colour(palette: Colours) -> tuple[int, int, int]:
+    """Return the colour of pixels of no class: black, or where that is a class's (background) the pale one of VOC."""
+    black, pale = UNKNOWN_COLOURS
+    return pale if black in {tuple(colour) for colour in palette} else black
 
 
 def legend(entries: Sequence[tuple[str, tuple[int, int, int]]], width: int) -> np.ndarray:

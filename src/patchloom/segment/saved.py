@@ -16,6 +16,7 @@ from patchloom.data.mask_survey import RGB
 from patchloom.data.mask_transforms import resized_size
 from patchloom.data.mask_values import MaskCoding
 from patchloom.encoders import Encoder, normalize
+from patchloom.encoders.precision import at_least_float32
 from patchloom.errors import UsageError
 from patchloom.io import write_json
 from patchloom.segment.build import Parts, build_parts
@@ -32,6 +33,7 @@ class Segmenter(nn.Module):
 
     Attributes:
         kind: What it takes.
+        full_size: Whether it gives logits of the images' size, as `pl.load` sets it, or of the decoder's.
 
     Args:
         parts: Backbone, neck and head.
@@ -47,6 +49,7 @@ class Segmenter(nn.Module):
     """
 
     kind = "image"
+    full_size = False
 
     def __init__(
         self,
@@ -74,20 +77,30 @@ class Segmenter(nn.Module):
         return self.backbone.encoder
 
     @property
+    def pretrained_cfg(self) -> Any:
+        """What timm knows of the encoder: mean and standard deviation, which `encoders.normalize` takes."""
+        return self.encoder.pretrained_cfg
+
+    @property
     def stride(self) -> Size:
         """Step between windows: two thirds of one."""
         return compact(published_step(pair(self.crop)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K, h, w) of normalised images (B, C, H, W)."""
+        """Return logits (B, K, h, w) of normalised images (B, C, H, W); with `full_size` (B, K, H, W)."""
+        logits = self.decoded(images)
+        return resize(at_least_float32(logits), images.shape[-2:]) if self.full_size else logits
+
+    def decoded(self, images: Tensor) -> Tensor:
+        """Return logits (B, K, h, w) of normalised images (B, C, H, W), as large as the decoder makes them."""
         logits: Tensor = Parts(self.backbone, self.neck, self.head, None).logits(images)
         return logits
 
     def segmenter(self, batch_size: int = 8) -> SlidingWindowSegmenter | WholeSegmenter:
         """Return what segments images of any size by it, so many windows at a time."""
         if self.inference == "whole":
-            return WholeSegmenter(self)
-        return SlidingWindowSegmenter(self, self.crop, self.stride, batch_size)
+            return WholeSegmenter(self.decoded)
+        return SlidingWindowSegmenter(self.decoded, self.crop, self.stride, batch_size)
 
     @torch.no_grad()
     def segment(self, image: Tensor, size: tuple[int, ...] | None = None, batch_size: int = 8) -> Tensor:
@@ -178,6 +191,17 @@ def open_segmenter(path: str | Path, **options: Any) -> Any:
     if given:
         raise UsageError(f"{next(iter(given))} is for runs of segment point, and {path} is of another decoder")
     return load_segmenter(path)
+
+
+def holds_segmenter(path: str | Path) -> bool:
+    """Return whether a run or bundle holds a segmentation model of images."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / ABOUT).exists():
+            try:
+                return bool(json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("kind", "image") == "image")
+            except (ValueError, AttributeError):  # damaged, which opening it says
+                return True
+    return False
 
 
 def load_segmenter(path: str | Path) -> Segmenter:

@@ -62,7 +62,7 @@ def test_a_run_learns_measures_and_predicts(bundle, folders, tmp_path):
         assert said.shape == (50, 66)
         assert np.array_equal(said, model.segment(image).numpy())
     # The encoder is a bundle like any other, with the factors that were trained.
-    assert pl.load(str(run.path)).blocks[0].ls1.gamma.shape == (32,)
+    assert pl.load(str(run.path)).encoder.blocks[0].ls1.gamma.shape == (32,)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_where_one_in_a_piece_does(bundle, folders, tmp_path,
 def test_a_frozen_encoder_stays_as_it_is_while_the_exchanges_learn(bundle, folders, tmp_path):
     settings = {**FAST, "data": folders[0], "encoder": bundle, "max_steps": 2, "train_encoder": False, "lr": 1e-2}
     run = pl.segment("vit_comer", out=tmp_path / "run", **settings)
-    before, after = pl.load(bundle).state_dict(), pl.load(str(run.model)).state_dict()
+    before, after = pl.load(bundle).state_dict(), pl.load(str(run.model)).encoder.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert load_segmenter(run.path).backbone.adapter.interactions[0].cti_tov.gamma.any()

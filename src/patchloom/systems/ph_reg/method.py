@@ -113,7 +113,8 @@ class PHRegMethod(Method):
         """Say how the learning rate falls where that was left open and is not as published."""
         epochs = math.ceil(self.span.steps / self.span.per_epoch)
         if self.config.lr_falls == "auto" and not self.falls_by_epoch(epochs) and is_first_process():
-            print(f"note: the run has {epochs} epochs, so the learning rate falls by step", file=sys.stderr)
+            passes = "epoch" if epochs == 1 else "epochs"
+            print(f"note: the run has {epochs} {passes}, so the learning rate falls by step", file=sys.stderr)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Return whether weight decay applies: to all that trains, registers and positions too, as published."""

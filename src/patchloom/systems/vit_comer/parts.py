@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -99,7 +100,8 @@ def takes_any_size(encoder: Encoder) -> bool:
     patch, grid = patch_size(encoder), grid_size(encoder)
     other = torch.zeros(1, in_chans(encoder), patch * (grid[0] + 1), patch * grid[1])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how positions are resampled: nobody sees this image
             embed_any_size(encoder, other.to(next(encoder.parameters())))
     except UsageError:
         return False
