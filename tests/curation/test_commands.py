@@ -53,7 +53,7 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ImageEnhance.Brightness(picture(number)).enhance(1.15).save(cats / f"copy-bright-{number}.png")
     picture(3).save(cats / "copy-other-class-3.jpg", quality=60)
     (cats / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no image")
-    Image.new("RGB", (60, 60), (7, 7, 7)).save(cats / "plain.png")
+    Image.new("RGB", (60, 60), (7, 30, 60)).save(cats / "plain.png")
     for number in [10, 11, 12, *range(200, 210)]:
         folder = root / "test" / "cat"
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from patchloom.data import open_source
+from patchloom.data.base import UnreadableImageError
 from patchloom.data.labels import number_order
 from patchloom.errors import UsageError
 
@@ -153,3 +154,26 @@ def test_a_split_has_the_labels_of_the_whole_table(folder):
     text = "file,labels,split\ndeep/a.png,x|y,train\ndeep/b.png,z,train\ndeep/c.png,y,test\n"
     test = open_source(write(folder, text) + ":test")
     assert (test.class_names, test.labels.tolist()) == (["x", "y", "z"], [[0, 1, 0]])
+
+
+def test_an_image_with_captions_may_have_several_rows_and_some_may_be_missing(folder, capsys):
+    rows = "file,caption\ndeep/a.png,one\ndeep/a.png,two\ndeep/a.png,one\ndeep/b.png,\ngone.png,x\ndeep/b.png,other\n"
+    source = open_source(write(folder, rows))
+    assert [source.key(index) for index in range(3)] == ["deep/a.png", "deep/b.png", "gone.png"]
+    assert [list(source.captions_of(index)) for index in range(3)] == [["one", "two"], ["other"], ["x"]]
+    assert source.caption(0) == "one"
+    assert source.caption_counts.tolist() == [2, 1, 1]
+    assert "1 of 3 images listed are not below" in capsys.readouterr().err
+    with pytest.raises(UnreadableImageError, match=r"gone\.png"):
+        source.read(2)
+    with pytest.raises(UsageError, match="2 of 3 images listed are not below"):
+        open_source(write(folder, "file,caption\ndeep/a.png,x\ngone.png,y\nlost.png,z\n"))
+    with pytest.raises(UsageError, match=r"names a\.png several times, and label is 'x' and 'y'"):
+        open_source(write(folder, "file,label,caption\na.png,x,one\na.png,y,two\n"))
+
+
+@pytest.mark.parametrize(("ending", "mark"), [(".tsv", "\t"), (".csv", "\t"), (".csv", ";")])
+def test_tables_of_open_clip_and_of_spreadsheets_are_read(folder, ending, mark):
+    table = folder / f"pairs{ending}"
+    table.write_text(f"filepath{mark}title\na.png{mark}a dog, running\n")
+    assert open_source(str(table)).caption(0) == "a dog, running"

@@ -156,7 +156,7 @@ def _write_tables(
         [
             key,
             *(int(side) for side in facts[:2]),
-            *(f"{value:.4f}" for value in facts[2:]),
+            *(f"{value:.4f}" for value in facts[2:6]),
             number_of.get(number, ""),
             copy_in_test.get(number, ""),
             "",

@@ -41,7 +41,7 @@ class FirstLook:
     """What a data worker notes of an image."""
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the pattern as "image", and as "facts" height, width, darkest, brightest, mean and spread.
+        """Return the pattern as "image", and as "facts" height, width, darkest, brightest, mean, spread and range.
 
         Args:
             image: (C, H, W), uint8 or in [0, 1].
@@ -50,7 +50,14 @@ class FirstLook:
         values = unit(image)
         grey = values.mean(0)
         facts = torch.tensor(
-            [*image.shape[-2:], float(values.min()), float(values.max()), float(grey.mean()), float(grey.std())]
+            [
+                *image.shape[-2:],
+                float(values.min()),
+                float(values.max()),
+                float(grey.mean()),
+                float(grey.std()),
+                float((values.amax((1, 2)) - values.amin((1, 2))).max()),
+            ]
         )
         return {"image": pattern(image), "facts": facts.nan_to_num()}
 
@@ -77,7 +84,8 @@ class Look:
     labels: np.ndarray
     """(n,) class numbers, -1 where unknown; (n, L) of several labels, NaN where unknown."""
     facts: np.ndarray
-    """(n, 6): height, width, darkest, brightest, mean and spread of the grey values, in [0, 1]."""
+    """(n, 7): height, width, darkest and brightest value of any channel, mean and spread of the grey values, and the
+    largest range of one channel, in [0, 1]."""
     patterns: Tensor
     """(n, d) float32, not centred."""
     skipped: list[tuple[str, str]]
@@ -106,7 +114,7 @@ class Look:
     @property
     def plain(self) -> np.ndarray:
         """Which images are of one colour all over, (n,) bool."""
-        return self.facts[:, 3] - self.facts[:, 2] < 1 / 255
+        return self.facts[:, 6] < 1 / 255
 
 
 def look_at(

@@ -71,6 +71,8 @@ class Source(ABC):
     channels: tuple[int, ...] | None = None
     captions: bool = False
     """Whether samples carry a caption, empty where an image has none; see `Sample.named`."""
+    caption_counts: np.ndarray | None = None
+    """How many captions each image has, (n,) int64; None: one."""
     why_unlabelled: str = ""
     """What an unlabelled source has in place of labels, for the error where they are needed."""
 
@@ -132,6 +134,14 @@ class Source(ABC):
             UnreadableImageError: It cannot be read, or is not UTF-8.
         """
         return ""
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """Return all captions of image number `index`; `caption` is the first of them.
+
+        Raises:
+            UnreadableImageError: As for `caption`.
+        """
+        return [self.caption(index)]
 
     def named(self, index: int) -> Mapping[str, Any]:
         """Return what belongs to image number `index` by name, each made when it is asked for."""

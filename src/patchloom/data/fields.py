@@ -2,11 +2,11 @@
 
 | field | columns, keys of .json | endings of files in shards |
 | --- | --- | --- |
-| image | file, filename, path, image, key; of clips video, clip | an image; a video |
+| image | file, filename, filepath, path, image, key; of clips video, clip | an image; a video |
 | label, one class | label, class, grade, target | .cls, .label |
 | labels, several | labels, or a column each | |
 | mask | mask, seg, segmentation, annotation | .mask.png, .seg.png |
-| caption | caption, text | .txt, .caption |
+| caption | caption, text, title | .txt, .caption |
 | split | split | |
 
 Where a source calls a field otherwise, an option of the same name says so: `label_field`, `mask_field` …
@@ -49,13 +49,13 @@ class Field:
     """What a file in shards has after the stem: `cls` in `0001.cls`; of masks before the suffix, `0001.mask.png`."""
 
 
-IMAGE = Field("image", ("file", "filename", "path", "image", "key"))
+IMAGE = Field("image", ("file", "filename", "filepath", "path", "image", "key"))
 CLIP = Field("image", (*IMAGE.columns, "video", "clip"))
 """Of tables of videos"""
 LABEL = Field("label", ("label", "class", "grade", "target"), ("cls", "label"))
 LABELS = Field("labels", ("labels",))
 MASK = Field("mask", ("mask", "seg", "segmentation", "annotation"), ("mask", "seg"))
-CAPTION = Field("caption", ("caption", "text"), ("txt", "caption"))
+CAPTION = Field("caption", ("caption", "text", "title"), ("txt", "caption"))
 SPLIT = Field("split", ("split",))
 
 

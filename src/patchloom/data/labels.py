@@ -33,7 +33,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from patchloom.data.listed import ListedSource
 from patchloom.errors import MissingExtraError, UsageError
 from patchloom.io import existing, printable
 
-SUFFIXES = (".csv", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".parquet")
 _WHOLE = re.compile(r"^(-?\d+)\.0+$")
 _TRUTHS = {"true": 1.0, "false": 0.0}
 # Numbers that are no share of a label and are written by other tools where it is unknown.
@@ -79,7 +79,7 @@ class LabelFileSource(ListedSource):
 
     Raises:
         UsageError: No such file, split or column, columns missing, a label that is no number from 0 to 1, a file named
-            twice, images that are not there (the first ten are named).
+            twice where there are no captions, images that are not there (the first ten are named).
     """
 
     file_field: ClassVar[Field] = IMAGE
@@ -114,7 +114,7 @@ class LabelFileSource(ListedSource):
         # Names of files may begin or end with a blank, and captions are no numbers.
         for column in {*found.labels, *(one for one in columns if one.lower() in SPLIT.columns)}:
             for row in rows:
-                row[column] = _written(row[column]) if table.suffix == ".csv" else row[column]
+                row[column] = _written(row[column]) if table.suffix != ".parquet" else row[column]
         whole = rows
         if split:
             rows = _of_split(shown, rows, columns, split)
@@ -122,7 +122,11 @@ class LabelFileSource(ListedSource):
             raise UsageError(f"{shown} lists no image")
         files = [row[found.file] for row in rows]
         double = [one for one, count in zip(*np.unique(files, return_counts=True), strict=True) if count > 1]
-        if double:
+        captions: list[list[str]] = []
+        if found.caption is not None:
+            rows, captions = _by_image(shown, rows, found)
+            files = [row[found.file] for row in rows]
+        elif double:
             raise UsageError(f"{shown} names {double[0]} {files.count(double[0])} times; give each image one row")
         labels: np.ndarray | None
         names: list[str] | None
@@ -134,8 +138,11 @@ class LabelFileSource(ListedSource):
         names = None if names is None else [printable(one) for one in names]
         if names is None:
             self.why_unlabelled = f"has no column of labels (its columns: {', '.join(columns)})"
-        fields = {MASK.name: found.mask, CAPTION.name: found.caption}
-        beside = {field: [row[column] for row in rows] for field, column in fields.items() if column is not None}
+        beside: dict[str, list[Any]] = {}
+        if found.mask is not None:
+            beside[MASK.name] = [row[found.mask] for row in rows]
+        if found.caption is not None:
+            beside[CAPTION.name] = captions
         folder = Path(root) if root is not None else table.parent
         options = {"include": include, "exclude": exclude, "beside": beside}
         super().__init__(name, folder, files, labels, names, in_chans, **options)  # type: ignore[arg-type]
@@ -196,12 +203,37 @@ def _csv(table: Path) -> tuple[list[str], Rows, dict[str, bool]]:
     """Return columns and rows of a table, cells as they stand, empty where there are none; no column holds lists."""
     # File names need not be UTF-8, see patchloom.io.
     with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as handle:
-        reader = csv.DictReader(handle)
+        heading = handle.readline()
+        handle.seek(0)
+        # open_clip's tables have tabs between cells, those of spreadsheets in much of Europe semicolons.
+        between = next((mark for mark in "\t;" if "," not in heading and mark in heading), ",")
+        reader = csv.DictReader(handle, delimiter=between)
         columns = [column.strip() for column in reader.fieldnames or ()]
         reader.fieldnames = columns
         rows = [{column: row[column] or "" for column in columns} for row in reader]
     # Spreadsheets save lines of commas alone.
     return columns, [row for row in rows if any(cell.strip() for cell in row.values())], {}
+
+
+def _by_image(table: str, rows: Rows, found: _Columns) -> tuple[Rows, list[list[str]]]:
+    """Return the first row of each image, and the different captions of all its rows.
+
+    Raises:
+        UsageError: Rows of one image say other things of it than captions.
+    """
+    assert found.caption is not None
+    others = [*found.labels, *([found.mask] if found.mask is not None else [])]
+    first: dict[str, dict[str, str]] = {}
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        name, caption = row[found.file], row[found.caption]
+        known = first.setdefault(name, row)
+        if apart := next((column for column in others if row[column] != known[column]), None):
+            raise UsageError(f"{table} names {name} several times, and {apart} is {known[apart]!r} and {row[apart]!r}")
+        several = captions.setdefault(name, [])
+        if caption.strip() and caption not in several:
+            several.append(caption)
+    return list(first.values()), list(captions.values())
 
 
 def _written(cell: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from patchloom.errors import UsageError
 from patchloom.io import printable, raw_name
 
 SHOWN = 10
-NOTHING: Mapping[str, Sequence[str]] = {}
+NOTHING: Mapping[str, Sequence[Any]] = {}
 
 
 class ListedSource(Source):
@@ -34,11 +36,12 @@ class ListedSource(Source):
         monochrome1: What becomes of DICOM images whose zero is white.
         include: Globs of the files to take of the list, see `patchloom.base.source_options.choose`; default: all.
         exclude: Globs of files to leave out.
-        beside: What else the list says of each image, by field, such as the file of its mask.
+        beside: What else the list says of each image, by field, such as the file of its mask; of captions a list for
+            each image.
 
     Raises:
-        UsageError: Files missing (the first ten are named), a file name that several folders hold, or globs that
-            leave nothing.
+        UsageError: Files missing (the first ten are named; of images with captions more than half, fewer are unreadable
+            images), a file name that several folders hold, or globs that leave nothing.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class ListedSource(Source):
         monochrome1: Monochrome1 = "invert",
         include: str | None = None,
         exclude: str | None = None,
-        beside: Mapping[str, Sequence[str]] = NOTHING,
+        beside: Mapping[str, Sequence[Any]] = NOTHING,
     ) -> None:
         check_monochrome1(monochrome1)
         self.name = printable(name)
@@ -66,6 +69,8 @@ class ListedSource(Source):
             beside = {field: [cells[place] for place in kept] for field, cells in beside.items()}
         self.beside = dict(beside)
         self.captions = CAPTION.name in self.beside
+        if self.captions and any(len(several) > 1 for several in self.beside[CAPTION.name]):
+            self.caption_counts = np.array([max(1, len(several)) for several in self.beside[CAPTION.name]])
         self.labels = labels
         self.class_names = None if class_names is None else list(class_names)
         self.in_chans = in_chans
@@ -78,7 +83,7 @@ class ListedSource(Source):
 
     def places(self, name: str, root: Path, files: Sequence[str]) -> tuple[list[str], np.ndarray]:
         """Return where the files of the list are, see `located`."""
-        return located(name, root, files)
+        return located(name, root, files, some_missing=self.captions)
 
     def __len__(self) -> int:
         """Return the number of images listed."""
@@ -98,7 +103,12 @@ class ListedSource(Source):
 
     def caption(self, index: int) -> str:
         """Return the caption of image number `index`, empty where the list has none."""
-        return caption_text(self.beside[CAPTION.name][index], self.key(index)) if self.captions else ""
+        return self.captions_of(index)[0]
+
+    def captions_of(self, index: int) -> list[str]:
+        """Return all captions of image number `index`."""
+        given = self.beside[CAPTION.name][index] if self.captions else ()
+        return [caption_text(one, self.key(index)) for one in given] or [""]
 
     def stored(self, count: int) -> Iterator[tuple[str, Path | bytes]]:
         """Yield names and paths of up to `count` images."""
@@ -110,10 +120,13 @@ class ListedSource(Source):
         return self._stamp
 
 
-def located(name: str, root: Path, files: Sequence[str], what: str = "images") -> tuple[list[str], np.ndarray]:
+def located(
+    name: str, root: Path, files: Sequence[str], what: str = "images", *, some_missing: bool = False
+) -> tuple[list[str], np.ndarray]:
     """Return the paths of the files from the root on, and their sizes and times (n, 2) int64.
 
-    A path that leads out of the root (`../other/a.png`, `/data/a.png`) is taken as it is.
+    A path that leads out of the root (`../other/a.png`, `/data/a.png`) is taken as it is. With `some_missing` up to
+    half of the files may be missing: that is said, and who reads one finds that it is not there.
 
     Raises:
         UsageError: Files missing (the first ten are named), or a file name that several folders hold.
@@ -144,10 +157,15 @@ def located(name: str, root: Path, files: Sequence[str], what: str = "images") -
     paths = [file if file in places else by_name.get(file, "") for file in files]
     if missing := [file for file, path in zip(files, paths, strict=True) if not path]:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-        raise UsageError(
+        told = (
             f"{name}: {len(missing)} of {len(files)} {what} listed are not below {root}: "
             f"{', '.join(map(printable, missing[:SHOWN]))}{more}"
         )
+        if not some_missing or 2 * len(missing) > len(files):
+            raise UsageError(told)
+        print(f"{told}; they are unreadable images", file=sys.stderr)
+        paths = [path or file for file, path in zip(files, paths, strict=True)]
+        places |= dict.fromkeys(missing, (-1, -1))
     if unclear := [file for file in files if file not in places and file in several]:
         raise UsageError(f"{name}: several folders below {root} hold a {printable(unclear[0])}; list it by its path")
     return paths, np.array([places[path] for path in paths], dtype=np.int64).reshape(-1, 2)

@@ -28,6 +28,8 @@ class SubsetSource(Source):
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.in_chans, self.values, self.channels = source.in_chans, source.values, source.channels
         self.why_unlabelled, self.captions = source.why_unlabelled, source.captions
+        counts = source.caption_counts
+        self.caption_counts = None if counts is None else counts[self.indices]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -52,6 +54,10 @@ class SubsetSource(Source):
     def caption(self, index: int) -> str:
         """Return the caption of image number `index` of the subset."""
         return self.source.caption(int(self.indices[index]))
+
+    def captions_of(self, index: int) -> Sequence[str]:
+        """Return all captions of image number `index` of the subset."""
+        return self.source.captions_of(int(self.indices[index]))
 
     def key(self, index: int) -> str:
         """Return the name of image number `index` of the subset."""

@@ -13,7 +13,11 @@ from PIL import Image
 pytest.importorskip("open_clip")
 
 import patchloom as pl
-from patchloom.systems.clip.captions import NO_CAPTION
+from patchloom.data import open_source
+from patchloom.errors import UsageError
+from patchloom.systems.clip.captions import NO_CAPTION, captioned
+from patchloom.systems.clip.config import ClipConfig
+from patchloom.systems.clip.method import ClipMethod, _held_out
 from patchloom.systems.clip.saved import load_clip
 from patchloom.training.metrics import read_metrics
 
@@ -227,6 +231,29 @@ def test_a_table_without_any_caption_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("file,caption\n0.png,\n1.png,\n")
     refused("no image of .*empty.csv' is readable; the first is '0.png': it has no caption|no captions or classes",
             data=tmp_path / "empty.csv", out=tmp_path / "run", max_steps=1, val_fraction=0.0)  # fmt: skip
+
+
+def test_an_image_with_several_captions_is_a_pair_with_each_on_one_side(pairs, tmp_path):
+    table = pairs.parent / "several.csv"
+    rows = [f"{number}.png,{text} {number}" for number in range(10, 30) for text in ("a square", "a picture")]
+    table.write_text("\n".join(["file,caption", *rows]))
+    source = captioned(open_source(str(table)), "data", ())
+    assert [source.read(index).named["caption"] for index in (0, 1, 2)] == [
+        "a square 10",
+        "a picture 10",
+        "a square 11",
+    ]
+    learnt, held = _held_out(ClipConfig(data=str(table), out=str(tmp_path), val_fraction=0.25), source)
+    assert (len(learnt), len(held)) == (30, 10)
+    names = [{part.key(index) for index in range(len(part))} for part in (learnt, held)]
+    assert not names[0] & names[1]
+
+
+def test_a_column_of_sentences_is_not_taken_for_classes(pairs):
+    table = pairs.parent / "otherwise.csv"
+    table.write_text(pairs.read_text().replace("caption", "beschreibung"))
+    with pytest.raises(UsageError, match=r"look like captions .*caption_field"):
+        ClipMethod.open_data(ClipConfig(data=str(table), out="unused"))
 
 
 def test_pairs_of_shards_are_streamed_and_tests_are_named_apart(pairs, tmp_path, capsys):

@@ -89,24 +89,41 @@ class Captions:
 
 
 class CaptionedSource(SubsetSource):
-    """The images of a source with captions; one without is unreadable, which training skips, counts and lists."""
+    """The images of a source with captions, one with several once with each.
+
+    One without is unreadable, which training skips, counts and lists.
+    """
 
     def __init__(self, source: Source, captions: Captions) -> None:
-        super().__init__(source, np.arange(len(source)))
-        self.texts, self.captions = captions, True
+        counts = source.caption_counts if captions.origin == "data" else None
+        counts = np.ones(len(source), dtype=np.int64) if counts is None else counts
+        super().__init__(source, np.repeat(np.arange(len(source)), counts))
+        # Which of its image's captions each pair has.
+        self.which = np.arange(len(self.indices)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.texts, self.captions, self.caption_counts = captions, True, None
 
     def read(self, index: int) -> Sample:
-        """Return image number `index`, with its caption."""
-        return self.texts.added(self.source.read(index))
+        """Return pair number `index`."""
+        return self._paired(super().read(index), index)
 
     def draw(self, index: int, generator: torch.Generator) -> Sample:
-        """Return image number `index` as it is trained on, with its caption."""
-        return self.texts.added(self.source.draw(index, generator))
+        """Return pair number `index` as it is trained on."""
+        return self._paired(super().draw(index, generator), index)
+
+    def _paired(self, sample: Sample, index: int) -> Sample:
+        if self.which[index]:
+            others = {name: partial(sample.named.__getitem__, name) for name in sample.named if name != "caption"}
+            sample = replace(sample, named=OnDemand(caption=partial(self.caption, index), **others))
+        return self.texts.added(sample)
+
+    def captions_of(self, index: int) -> list[str]:
+        """Return the caption of pair number `index`, the only one."""
+        return [self.caption(index)]
 
     def caption(self, index: int) -> str:
-        """Return the caption of image number `index`."""
+        """Return the caption of pair number `index`."""
         if self.texts.origin == "data":
-            return self.source.caption(index)
+            return self.source.captions_of(int(self.indices[index]))[int(self.which[index])]
         assert self.labels is not None
         return self.texts.made(self.labels[index], self.key(index))
 

@@ -22,7 +22,7 @@ from patchloom.data.base import Source, StreamSource
 from patchloom.data.subset import SubsetSource
 from patchloom.encoders import Encoder, normalize
 from patchloom.errors import UsageError
-from patchloom.systems.clip.captions import NO_CAPTION, PairedWithText, captioned, origin_of
+from patchloom.systems.clip.captions import NO_CAPTION, CaptionedSource, PairedWithText, captioned, origin_of
 from patchloom.systems.clip.config import ClipConfig
 from patchloom.systems.clip.held_out import HeldOut, measure
 from patchloom.systems.clip.losses import contrastive_loss
@@ -89,6 +89,7 @@ class ClipMethod(Method):
         source, config = super().open_data(config)
         origin = origin_of(source, config.captions)
         if origin == "labels" and config.captions == "auto":
+            _refuse_sentences(source)
             print(f"{source.name} has no captions; they are made of its class names (captions=labels)", file=sys.stderr)
         config = dataclasses.replace(config, captions=origin, **_tower_settings(config))
         return captioned(source, origin, config.templates), config
@@ -229,6 +230,24 @@ class ClipMethod(Method):
         self.pairs_seen, self.captions_cut = checkpoint["pairs"]
 
 
+def _refuse_sentences(source: Source | StreamSource) -> None:
+    """Refuse classes that look like captions: a column of captions that is called otherwise is read as one of classes.
+
+    Raises:
+        UsageError: Most have four words or more, or there is more than one for every two images.
+    """
+    names = source.class_names or []
+    images = len(source) if isinstance(source, Source) else source.num_samples
+    if not names or source.multilabel:
+        return
+    long = sorted(names, key=lambda name: len(name.split()))[len(names) // 2]
+    if len(long.split()) >= 4 or 2 * len(names) > max(images, 8):
+        raise UsageError(
+            f"{source.name} has no captions, and its {len(names)} classes of {images} images look like captions "
+            f"({long[:60]!r}): name their column by caption_field, or say captions=labels if they are classes"
+        )
+
+
 def _tower_settings(config: ClipConfig) -> dict[str, Any]:
     """Return the settings of the text tower, of `text_from` where that is given.
 
@@ -263,8 +282,11 @@ def _held_out(config: ClipConfig, source: Source | StreamSource) -> tuple[Source
         return source, None
     if len(source) < 2:
         return source, None
-    learnt, held = hold_out(source, min(config.val_fraction, MOST_HELD_OUT / len(source)), config.seed)
-    return learnt, held
+    share = min(config.val_fraction, MOST_HELD_OUT / len(source))
+    if isinstance(source, CaptionedSource):  # all captions of an image on one side
+        learnt, held = hold_out(source.source, share, config.seed)
+        return CaptionedSource(learnt, source.texts), CaptionedSource(held, source.texts)
+    return hold_out(source, share, config.seed)
 
 
 def _some(source: Source, seed: int) -> Source:
