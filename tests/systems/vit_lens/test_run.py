@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import patchloom as pl
 from patchloom.errors import UsageError
@@ -14,6 +15,9 @@ from patchloom.encoders import create_encoder
 from patchloom.models.bundle import save_bundle
 from patchloom.systems.clip.model import CLIP, TextTower
 from patchloom.systems.clip.saved import save_clip
+from patchloom.systems.vit_lens.method import VitLensMethod
+from patchloom.training.attachment import Attachment
+from patchloom.training.run import fit, resolve
 
 SMALL = {
     "num_groups": 8,
@@ -85,6 +89,27 @@ def test_the_model_opens_again_with_its_towers_as_they_were(run, towers):
         assert model(points).shape == (2, 8)
         assert torch.equal(model(points), model(points))
     assert json.loads((run.model / "vit_lens.json").read_text())["num_groups"] == 8
+
+
+def test_a_run_that_is_cut_goes_on_to_the_same_weights(run, towers, clouds, tmp_path):
+    """Of two steps the first is done, then the second on its own."""
+    settings = {**SMALL, "val_fraction": 0.3, "max_steps": 2, "checkpoint_every": 1, "report": False, "probe_every": 0}
+
+    class Stop(Attachment):
+        def after_step(self, method):
+            method.trainer.should_stop = True
+
+    config = resolve(
+        "align vit_lens",
+        VitLensMethod,
+        {**settings, "data": f"points:{clouds}", "encoder": str(towers), "out": str(tmp_path / "b")},
+    )
+    fit("align vit_lens", VitLensMethod, config, attach=[Stop()])
+    again = pl.align("vit_lens", out=tmp_path / "b", resume=True)
+    found, expected = (load_file(each.model / "vit_lens.safetensors") for each in (again, run))
+    assert again.summary["steps"] == 2
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
 
 
 def test_classes_of_clouds_are_named_by_sentences(run, clouds):

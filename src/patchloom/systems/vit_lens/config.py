@@ -103,8 +103,6 @@ class VitLensConfig(TrainConfig):
     def __post_init__(self) -> None:
         """Refuse values no run can have."""
         super().__post_init__()
-        if not self.encoder:
-            raise UsageError("encoder is not given; name a run of patchloom align clip, whose towers stay as they are")
         if not self.templates or any("{}" not in sentence for sentence in self.templates):
             wrong = next((sentence for sentence in self.templates if "{}" not in sentence), "none")
             raise UsageError(f"templates have {{}} where the name of a class goes; {wrong!r} has not")

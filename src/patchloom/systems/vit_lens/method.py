@@ -74,8 +74,10 @@ class VitLensMethod(Method):
         """Return samples with captions, and the settings with what was settled about them.
 
         Raises:
-            UsageError: There are neither captions nor classes.
+            UsageError: There are neither captions nor classes, or no encoder was given.
         """
+        if not config.encoder:
+            raise UsageError("encoder is not given; name a run of patchloom align clip, whose towers stay as they are")
         source, config = open_training_images(config)
         if source.kind.name not in cls.kinds:
             return source, config  # refused by its kind, in one way everywhere
