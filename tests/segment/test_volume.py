@@ -159,6 +159,11 @@ def trained(out, **settings):
     return fit("segment unetr", UNETRMethod, config, source=source_of())
 
 
+def test_small_patches_are_told_that_maps_are_larger_than_a_crop(tmp_path, capsys):
+    UNETRMethod(config_from_mapping(UNETRConfig, {**SMALL, "out": str(tmp_path / "run")}), source_of())
+    assert "make maps of 16x16x16 in the decoder, 8 times the voxels" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_leaves_a_model_that_writes_masks_in_the_space_of_the_scan(tmp_path):
     nibabel = pytest.importorskip("nibabel")

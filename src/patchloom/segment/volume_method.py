@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from patchloom.data.pixels import unit
 from patchloom.data.reading import reading_options
 from patchloom.data.survey import notice
 from patchloom.data.volume_crops import VolumeCrops
-from patchloom.encoders import Encoder, create_encoder, depth, normalize
+from patchloom.encoders import Encoder, create_encoder, depth, normalize, patch_shape
+from patchloom.encoders.patches import shown
 from patchloom.errors import UsageError
 from patchloom.models.start import load_weights, start_encoder
 from patchloom.segment.build import Parts, build_parts
@@ -66,6 +68,7 @@ class UNETRMethod(DenseMethod):
         self.head.grad_checkpointing = config.grad_checkpointing  # type: ignore[assignment]
         shares = None if self.source.shares is None else self.source.shares.classes
         self.weights = use_class_weights(self, config.class_weights, shares, self.mask_names(source) or [])
+        self._say_how_large_maps_are()
         self.test: Any = None
         if config.probe_data is not None:
             options = {**config.source_options(), **reading_options(source), "coding": self.source.coding}
@@ -91,6 +94,16 @@ class UNETRMethod(DenseMethod):
         if (coding := getattr(source, "coding", None)) is not None and getattr(source, "shares", None) is not None:
             notice(f"{source.name}: {coding.reading()}")
         return source, config
+
+    def _say_how_large_maps_are(self) -> None:
+        """Say that maps of the decoder have more voxels than a crop: they are 8 times as fine as the tokens."""
+        patch = patch_shape(self.encoder)
+        finest = tuple(8 * side // edge for side, edge in zip(self.sample_size, patch, strict=True))
+        if (times := math.prod(finest) / math.prod(self.sample_size)) > 1:
+            notice(
+                f"patches of {shown(patch)} voxels make maps of {shown(finest)} in the decoder, {times:.3g} times the "
+                f"voxels of a crop; smaller --width and fewer --crops keep memory low"
+            )
 
     def build_encoder(self) -> Encoder:
         """Return the encoder with the weights it has, as the published network takes it."""

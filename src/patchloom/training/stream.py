@@ -98,11 +98,12 @@ class TrainingStream:
 
 
 def _say_what_is_uneven(method: Method) -> None:
+    what = method.source.kind.plural
     if method.images_left_out:
         per_step = method.config.batch_size * method.config.accumulate * method.trainer.world_size
-        uneven = f"{method.images_left_out:,} images do not fill a step of {per_step:,}: each epoch leaves so many out"
+        uneven = f"{method.images_left_out:,} {what} do not fill a step of {per_step:,}: each epoch leaves so many out"
     elif method.images_repeated:
-        uneven = f"{method.images_repeated:,} images come once more in each epoch, so that all processes take as many"
+        uneven = f"{method.images_repeated:,} {what} come once more in each epoch, so that all processes take as many"
     else:
         return
     print(f"{uneven}, others each time", file=sys.stderr)
