@@ -132,7 +132,10 @@ class VIM(nn.Module):
             UsageError: A model of classes, images of another size, or a block there is not.
         """
         if self.transformer.conditional:
-            raise UsageError("features are read from a model of no class: what it is told would be in them")
+            raise UsageError(
+                "this model was trained with classes, and features are read from a model of no class, since what "
+                "it is told would be in them; train one with --conditional false"
+            )
         ids = self.tokenizer.encode(images)
         if tuple(ids.shape[1:]) != self.grid:
             raise UsageError(f"images of {tuple(images.shape[2:])} pixels; this model is for {self.image_size}")
