@@ -6,6 +6,7 @@ Features are cached in a folder of the test process, never in the user's.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,3 +14,10 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PATCHLOOM_CACHE"] = tempfile.mkdtemp(prefix="patchloom-test-cache-")
 atexit.register(shutil.rmtree, os.environ["PATCHLOOM_CACHE"], ignore_errors=True)
+
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # What is right does not depend on how busy the machine is.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")

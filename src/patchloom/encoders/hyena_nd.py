@@ -15,7 +15,7 @@ torch.Size([1, 96, 2, 2, 3])
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -124,7 +124,8 @@ default_cfgs = generate_default_cfgs(
 
 def _create(kind: str, variant: str, pretrained: bool, **model_args: Any) -> HyenaTransformer:
     made_of = CLASSES[kind][model_args.get("mixer") == "attention"]
-    return cast(HyenaTransformer, build_model_with_cfg(made_of, variant, pretrained, **model_args))
+    made: HyenaTransformer = build_model_with_cfg(made_of, variant, pretrained, **model_args)
+    return made
 
 
 def _register(name: str, kind: str, shape: dict[str, int], mixer: Mixer) -> None:
