@@ -98,6 +98,15 @@ def test_dedup_keeps_the_largest_of_each_and_can_be_read_as_data(pile: Path, tmp
     assert source.read(0).image.shape == (3, 60, 80)
 
 
+def test_captions_go_along(pile: Path, tmp_path: Path) -> None:
+    table = pile / "captions.csv"
+    rows = [("001.png", "a cat"), ("copy-jpeg-1.jpg", "its copy"), ("002.png", "another")]
+    table.write_text("file,caption\n" + "".join(f"train/cat/{name},{caption}\n" for name, caption in rows))
+    out = tmp_path / "kept.csv"
+    run_dedup(DedupConfig(data=str(table), out=str(out), threshold=0.7, **QUICK))
+    assert [row["caption"] for row in rows_of(out)] == ["a cat", "another"]
+
+
 def test_parts_share_no_copy_and_no_group_and_have_the_classes_of_the_whole(pile: Path, tmp_path: Path) -> None:
     names = [path for path in sorted((pile / "train").rglob("*.*")) if path.name != "broken.png"]
     groups = tmp_path / "groups.csv"

@@ -8,13 +8,14 @@ import numpy as np
 
 from patchloom.curation.compare import compared
 from patchloom.curation.config import DedupConfig
-from patchloom.curation.listing import as_files, checked_table, write_listing
+from patchloom.curation.listing import Files, as_files, checked_table, write_listing
 from patchloom.curation.pairs import groups_of, kept_of, leaks
 from patchloom.features.extract import torch_device
+from patchloom.io import raw_name
 
 
 def run_dedup(config: DedupConfig) -> dict[str, Any]:
-    """List the images without copies: of each group of them the one with the most pixels is kept.
+    """List the images without copies: of each group the one with the most pixels is kept, of equal ones the largest.
 
     Returns:
         `images` read, `kept`, `copies` left out, those `leaked` (copies of `against`), those that do not open
@@ -28,7 +29,8 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     images = compared(config)
     source, look = as_files(images.source, "data dedup"), images.look
     device = torch_device(config.device)
-    pixels = look.facts[:, 0] * look.facts[:, 1]
+    # Of equally many pixels the larger file is the less compressed.
+    best = look.facts[:, 0] * look.facts[:, 1] + 1e-12 * np.array([_size(source, place) for place in look.places])
     why: dict[int, str] = {}
     instead: dict[int, str] = {}
     if config.against is not None:
@@ -38,7 +40,7 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
     leaked = len(why)
     for group in groups_of(images.vectors, images.threshold, device):
         left = np.array([number for number in group if number not in why], dtype=np.int64)
-        for number, kept in kept_of(images.vectors, left, pixels, images.threshold).items():
+        for number, kept in kept_of(images.vectors, left, best, images.threshold).items():
             why[number], instead[number] = "copy", look.keys[kept]
     places = look.places.tolist()
     kept_places = [place for number, place in enumerate(places) if number not in why]
@@ -58,3 +60,11 @@ def run_dedup(config: DedupConfig) -> dict[str, Any]:
         "out": str(path),
         "left_out": str(beside),
     }
+
+
+def _size(source: Files, place: int) -> int:
+    """Return the bytes of an image file; 0 where it has gone since."""
+    try:
+        return (source.root / raw_name(source.key(int(place)))).stat().st_size
+    except OSError:
+        return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from patchloom.data.base import Source, StreamSource
+from patchloom.data.base import Source, StreamSource, UnreadableImageError
 from patchloom.data.folder import FolderSource
 from patchloom.data.labels import BETWEEN, LabelFileSource
 from patchloom.errors import UsageError
@@ -45,7 +45,7 @@ def checked_table(out: str, overwrite: bool) -> Path:
 def write_listing(
     path: Path, source: Files, places: Iterable[int], columns: Mapping[str, Mapping[int, str]] | None = None
 ) -> None:
-    """Write images of a source as a table that stands for them: file and label, and what else is said of them.
+    """Write images of a source as a table that stands for them: file, label, caption, and what else is said of them.
 
     Args:
         path: CSV file; paths in it are from its folder on.
@@ -56,7 +56,8 @@ def write_listing(
     root, extra = Path(os.path.relpath(source.root.resolve(), path.parent.resolve())), dict(columns or {})
     names, labels = source.class_names, source.labels
     one_each = labels is not None and labels.ndim == 1
-    header = ["file", *(["label"] if one_each else ["labels"] if labels is not None else []), *extra]
+    header = ["file", *(["label"] if one_each else ["labels"] if labels is not None else [])]
+    header += [*(["caption"] if source.captions else []), *extra]
 
     def label(place: int) -> list[str]:
         if labels is None or names is None:
@@ -66,8 +67,19 @@ def write_listing(
         known = labels[place]
         return ["" if np.isnan(known).all() else BETWEEN.join(names[k] for k in np.flatnonzero(known > 0.5)) or BETWEEN]
 
+    def caption(place: int) -> list[str]:
+        try:
+            return [source.caption(place)] if source.captions else []
+        except UnreadableImageError:
+            return [""]
+
     rows = (
-        [str(root / source.key(place)), *label(place), *(column.get(place, "") for column in extra.values())]
+        [
+            str(root / source.key(place)),
+            *label(place),
+            *caption(place),
+            *(column.get(place, "") for column in extra.values()),
+        ]
         for place in places
     )
     write_rows(path, header, rows)

@@ -50,9 +50,9 @@ class VitLensMethod(Method):
     def __init__(self, config: VitLensConfig, source: Source | StreamSource) -> None:
         if not isinstance(source, Source):
             raise UsageError(f"{source.name} can only be read from front to back; give a folder")
-        if not source.captions:
-            source = captioned(source, origin_of(source, config.captions), config.templates)
-        learnt, test = _held_out(config, source)
+        named = source if source.captions else captioned(source, origin_of(source, config.captions), config.templates)
+        assert isinstance(named, Source)
+        learnt, test = _held_out(config, named)
         super().__init__(config, learnt)
         torch.manual_seed(config.seed)
         self.about = {**dataclasses.asdict(config), "kind": source.kind.name}
@@ -95,7 +95,8 @@ class VitLensMethod(Method):
         """
         self.towers = load_clip(self.config.encoder)
         self.towers.requires_grad_(False)
-        encoder: Encoder = self.towers.visual.trunk
+        trunk: Any = self.towers.visual.trunk
+        encoder: Encoder = trunk
         return encoder
 
     def train(self, mode: bool = True) -> VitLensMethod:

@@ -198,7 +198,7 @@ def check_vit(vit: nn.Module) -> None:
         UsageError: It is no plain ViT with a class token and a table of positions.
     """
     plain = isinstance(vit, VisionTransformer) and vit.cls_token is not None and vit.pos_embed is not None
-    if not plain or vit.num_prefix_tokens != 1 or vit.no_embed_class:  # type: ignore[operator]
+    if not plain or vit.num_prefix_tokens != 1 or vit.no_embed_class:
         raise UsageError(
             f"a lens needs a plain ViT of timm with a class token and learnt positions, and this is a "
             f"{type(vit).__name__}; take a vit_… without registers"

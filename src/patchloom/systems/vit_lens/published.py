@@ -359,7 +359,7 @@ def _vit(
     eps = float(settled.get("norm_eps", 1e-6 if eva else 1e-5))
     vit = VisionTransformer(
         img_size=tuple(sides),
-        patch_size=size,
+        patch_size=(size[0], size[1]),
         in_chans=3 if patch is None else patch.shape[1],
         num_classes=0,
         embed_dim=width,
@@ -368,7 +368,7 @@ def _vit(
         mlp_ratio=(hidden + 0.5) / width if int(width * (hidden / width)) != hidden else hidden / width,
         qkv_bias="vit.blocks.0.attn.qkv.bias" in tensors,
         pre_norm=not eva,
-        norm_layer=partial(nn.LayerNorm, eps=eps),  # type: ignore[arg-type]
+        norm_layer=partial(nn.LayerNorm, eps=eps),
         act_layer=QuickGELU if settled.get("quick_gelu") else None,
     )
     if eva and "vit.norm.weight" not in tensors:

@@ -10,7 +10,7 @@ Each gives its tokens and their positions, which are added before the lens.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class MiniPointNet(nn.Module):
     def forward(self, groups: Tensor) -> Tensor:
         """Return (B, G, out_dim) of groups (B, G, K, 3), each around 0."""
         shape = groups.shape[:3]  # (B, G, K)
+        conv: Any
         conv, norm, act, last = self.first_conv
         rows = norm(_per_point(conv, groups.flatten(0, 2)))
         local = _per_point(last, act(rows))
