@@ -404,7 +404,9 @@ def test_a_run_on_windows_of_videos_resumes_to_the_bit(tmp_path):
 
 
 def test_a_source_of_another_kind_is_refused_with_both_kinds_and_what_takes_it(tmp_path):
-    with pytest.raises(UsageError, match="clouds holds clouds of points, and pretrain test takes images; align vit_lens"):
+    with pytest.raises(
+        UsageError, match="clouds holds clouds of points, and pretrain test takes images; align vit_lens"
+    ):
         run(tmp_path / "images", Contrast, source=Clouds(), data="clouds")
     with pytest.raises(UsageError, match="digits holds images, and pretrain test takes clouds of points; pretrain cc"):
         run(tmp_path / "points", PointClassifier, max_steps=1)
