@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from patchloom.base.sizes import Size, pair, size_text
-from patchloom.base.stored import read_tensors
 from patchloom.errors import UsageError
-from patchloom.models.published import fill
 from patchloom.systems.beit.vq_kd import VQKD, Distilled
-from patchloom.systems.vit_vqgan.saved import WEIGHTS, hash_of, save_network
+from patchloom.systems.vit_vqgan.saved import hash_of, read_network, save_network
 from patchloom.tokenizers.nearest import as_float
-from patchloom.tokenizers.tokenizer import ABOUT, Tokenizer, find_learned, read_about
+from patchloom.tokenizers.tokenizer import Tokenizer
 
 KIND = "vq_kd"
 _IMAGES_AT_ONCE = 64
@@ -95,20 +93,7 @@ def load_network(path: str | Path) -> tuple[VQKD, dict[str, Any]]:
     Raises:
         UsageError: There is none, it is damaged, or a tokenizer of another kind.
     """
-    folder = find_learned(path)
-    if folder is None:
-        raise UsageError(f"there is no learned tokenizer at {path}; train one: patchloom tokenize train vq_kd")
-    about = read_about(folder)
-    if about["kind"] != KIND:
-        raise UsageError(f"{path} holds a tokenizer of kind {about['kind']}, not {KIND}")
-    try:
-        network = VQKD.from_arguments(about["network"])
-        facts = dict(about["facts"])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UsageError(f"{folder / ABOUT} is damaged ({reason}); train the tokenizer again") from error
-    fill(network, read_tensors(folder / WEIGHTS, "train the tokenizer again"))
-    return network.eval(), facts
+    return read_network(path, KIND, VQKD.from_arguments)
 
 
 def load_tokenizer(path: str | Path) -> VQKDTokenizer:

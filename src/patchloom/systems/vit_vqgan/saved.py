@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchloom.base.stored import read_tensors
 from patchloom.base.version import __version__
@@ -35,6 +35,7 @@ KIND = "vit_vqgan"
 WEIGHTS = "tokenizer.safetensors"
 FORMAT = 1
 _IMAGES_AT_ONCE = 64
+Made = TypeVar("Made", bound=nn.Module)
 
 
 class LearnedTokenizer(Tokenizer):
@@ -162,14 +163,28 @@ def load_network(path: str | Path) -> tuple[ViTVQGAN, dict[str, Any]]:
     Raises:
         UsageError: There is none, it is damaged, or a tokenizer of another kind.
     """
+    return read_network(path, KIND, ViTVQGAN.from_arguments)
+
+
+def read_network(path: str | Path, kind: str, build: Callable[[Any], Made]) -> tuple[Made, dict[str, Any]]:
+    """Return what `save_network` wrote, in eval mode, and its facts.
+
+    Args:
+        path: Run of `patchloom tokenize train`, or its model.
+        kind: What it has to be.
+        build: Makes the network of its arguments.
+
+    Raises:
+        UsageError: There is none, it is damaged, or a tokenizer of another kind.
+    """
     folder = find_learned(path)
     if folder is None:
-        raise UsageError(f"there is no learned tokenizer at {path}; train one: patchloom tokenize train vit_vqgan")
+        raise UsageError(f"there is no learned tokenizer at {path}; train one: patchloom tokenize train {kind}")
     about = read_about(folder)
-    if about["kind"] != KIND:
-        raise UsageError(f"{path} holds a tokenizer of kind {about['kind']}, not {KIND}")
+    if about["kind"] != kind:
+        raise UsageError(f"{path} holds a tokenizer of kind {about['kind']}, not {kind}")
     try:
-        network = ViTVQGAN.from_arguments(about["network"])
+        network = build(about["network"])
         facts = dict(about["facts"])
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
